@@ -1,0 +1,22 @@
+"""Networks: one paper, one file; importing this package registers them all."""
+
+from pixelwise.models import encoder_decoder, unet  # noqa: F401  (they register themselves)
+from pixelwise.models.registry import (
+    ModelInfo,
+    count_parameters,
+    create_model,
+    describe_model,
+    list_models,
+    model_config,
+    model_info,
+)
+
+__all__ = [
+    "ModelInfo",
+    "count_parameters",
+    "create_model",
+    "describe_model",
+    "list_models",
+    "model_config",
+    "model_info",
+]

@@ -1,0 +1,186 @@
+"""Augmentation of image and mask together, with torchvision's v2 transforms.
+
+Masks are resampled by nearest neighbour only, and pixels that a crop takes from outside the image are void. Every transform
+draws from torch's global generator, so seeding that generator decides the result (see `pixelwise.data.dataset`).
+"""
+
+import math
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
+
+from pixelwise.data.labels import IGNORE_INDEX
+
+Flips = Literal["none", "horizontal", "both", "dihedral"]
+
+
+def _uniform(low: float, high: float) -> float:
+    return float(torch.empty(()).uniform_(low, high))
+
+
+class RandomScaleCrop(v2.Transform):
+    """A square crop of `crop_px` from the image magnified by a random factor, in one resampling of the needed window only.
+
+    The factor is drawn log-uniformly from `scale`. With probability `focus` the window holds a pixel of a class drawn
+    evenly from the classes of the mask, so that rare classes are seen as often as their images are; otherwise it is drawn
+    evenly over the image. What lies outside the image is `fill` in the image and void in the mask.
+
+    Args:
+        crop_px: side of the result in pixels.
+        scale: smallest and largest magnification.
+        focus: probability in [0, 1] of choosing the window by a class.
+        fill: one value per channel, in the image's own units.
+
+    Example:
+        >>> image = tv_tensors.Image(torch.zeros(3, 40, 60, dtype=torch.uint8))
+        >>> mask = tv_tensors.Mask(torch.ones(40, 60, dtype=torch.uint8))
+        >>> out_image, out_mask = RandomScaleCrop(32, scale=(0.5, 2.0))(image, mask)
+        >>> tuple(out_image.shape), tuple(out_mask.shape)
+        ((3, 32, 32), (32, 32))
+    """
+
+    def __init__(
+        self, crop_px: int, *, scale: tuple[float, float] = (1.0, 1.0), focus: float = 0.0, fill: tuple[float, ...] = (0,)
+    ) -> None:
+        super().__init__()
+        self.crop_px, self.scale, self.focus, self.fill = crop_px, scale, focus, fill
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        mask = next(item for item in flat_inputs if isinstance(item, tv_tensors.Mask))
+        height, width = mask.shape[-2:]
+        window = max(1, round(self.crop_px / math.exp(_uniform(*map(math.log, self.scale)))))
+        row, column = self._centre(mask) if _uniform(0, 1) < self.focus else (None, None)
+        return {"window": window, "top": _start(height, window, row), "left": _start(width, window, column)}
+
+    def _centre(self, mask: Tensor) -> tuple[int, int] | tuple[None, None]:
+        """A pixel of a class drawn evenly from those present."""
+        classes = torch.bincount(mask.flatten(), minlength=IGNORE_INDEX + 1)[:IGNORE_INDEX].nonzero().flatten()
+        if not len(classes):
+            return None, None
+        wanted = classes[torch.randint(len(classes), ())]
+        cells = (mask.flatten() == wanted).nonzero().flatten()
+        return divmod(int(cells[torch.randint(len(cells), ())]), mask.shape[-1])
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        is_mask = isinstance(inpt, tv_tensors.Mask)
+        top, left, window = params["top"], params["left"], params["window"]
+        height, width = inpt.shape[-2:]
+        # Cut what exists, then pad: a window far larger than the image must not be filled twice.
+        inside = inpt[..., max(top, 0) : min(top + window, height), max(left, 0) : min(left + window, width)]
+        below, right = max(top + window - height, 0), max(left + window - width, 0)
+        padding = (max(-left, 0), max(-top, 0), right, below)
+        out = inside.as_subclass(torch.Tensor)
+        if is_mask:
+            out = _pad(out[None], padding, (IGNORE_INDEX,))
+            out = F.resize(out, [self.crop_px] * 2, interpolation=v2.InterpolationMode.NEAREST_EXACT)
+            return tv_tensors.Mask(out[0])
+        return tv_tensors.Image(F.resize(_pad(out, padding, self.fill), [self.crop_px] * 2, antialias=True))
+
+
+def _start(length: int, window: int, centre: int | None) -> int:
+    """The window's first row or column: evenly drawn, inside the image where it fits, around it where it does not."""
+    low, high = sorted((0, length - window))
+    if centre is not None:
+        low, high = max(low, min(high, centre - window + 1)), min(high, max(low, centre))
+    return int(torch.randint(low, high + 1, ()))
+
+
+def _pad(image: Tensor, padding: tuple[int, int, int, int], fill: tuple[float, ...]) -> Tensor:
+    """(C, H, W) padded by `fill` per channel; torchvision's own `pad` takes a fill per channel for RGB only."""
+    if not any(padding):
+        return image
+    left, top, right, bottom = padding
+    channels, height, width = image.shape
+    values = torch.tensor(fill if len(fill) == channels else fill[:1] * channels, dtype=torch.float32).to(image.dtype)
+    canvas = values[:, None, None].repeat(1, height + top + bottom, width + left + right)
+    canvas[:, top : top + height, left : left + width] = image
+    return canvas
+
+
+class RandomDihedral(v2.Transform):
+    """One of the eight symmetries of the square, evenly drawn; for images without an upright direction."""
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        return {"turns": int(torch.randint(4, ())), "flip": bool(torch.randint(2, ()))}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        out = torch.rot90(inpt.as_subclass(torch.Tensor), params["turns"], (-2, -1))
+        return tv_tensors.wrap(out.flip(-1) if params["flip"] else out, like=inpt)
+
+
+class RandomPhotometric(v2.Transform):
+    """Brightness, contrast and, for RGB, saturation, each times a factor drawn from [1 - strength, 1 + strength].
+
+    Works on float images of any number of channels and any range (torchvision's own needs RGB or grey in [0, 1] and clips).
+    """
+
+    def __init__(self, strength: float) -> None:
+        super().__init__()
+        self.strength = strength
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        return {name: _uniform(1 - self.strength, 1 + self.strength) for name in ("gain", "contrast", "saturation")}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        if not isinstance(inpt, tv_tensors.Image):
+            return inpt
+        image = inpt.as_subclass(torch.Tensor) * params["gain"]
+        image = image.mean() + (image - image.mean()) * params["contrast"]
+        if image.shape[-3] == 3:
+            grey = F.rgb_to_grayscale(image)
+            image = grey + (image - grey) * params["saturation"]
+        return tv_tensors.Image(image)
+
+
+def to_unit(image: Tensor) -> Tensor:
+    """A float32 image in unit scale: uint8 is divided by 255, floats stay as they are."""
+    return image.float() / 255 if image.dtype == torch.uint8 else image.float()
+
+
+class ToUnit(v2.Transform):
+    """`to_unit` for the image of a pair."""
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        return tv_tensors.Image(to_unit(inpt)) if isinstance(inpt, tv_tensors.Image) else inpt
+
+
+def training_transform(
+    *,
+    crop_px: int,
+    scale: tuple[float, float],
+    focus: float,
+    flips: Flips,
+    photometric: float,
+    fill: tuple[float, ...],
+    is_uint8: bool,
+) -> v2.Transform:
+    """The augmentation of training: scale and crop, flips, photometric; the result is float32 in unit scale.
+
+    Args:
+        fill: what lies outside the image, per channel in unit scale (the training mean, so that it is 0 to the network).
+        is_uint8: whether the images come as uint8; `fill` is then scaled to 0..255.
+
+    Example:
+        >>> transform = training_transform(crop_px=16, scale=(0.5, 2), focus=0.5, flips="horizontal",
+        ...                                photometric=0.2, fill=(0.5,), is_uint8=True)
+        >>> image = tv_tensors.Image(torch.zeros(1, 9, 30, dtype=torch.uint8))
+        >>> mask = tv_tensors.Mask(torch.zeros(9, 30, dtype=torch.uint8))
+        >>> [tuple(item.shape) for item in transform(image, mask)]
+        [(1, 16, 16), (16, 16)]
+    """
+    fill = tuple(value * 255 if is_uint8 else value for value in fill)
+    steps: list[v2.Transform] = [RandomScaleCrop(crop_px, scale=scale, focus=focus, fill=fill)]
+    if flips in ("horizontal", "both"):
+        steps.append(v2.RandomHorizontalFlip())
+    if flips == "both":
+        steps.append(v2.RandomVerticalFlip())
+    if flips == "dihedral":
+        steps.append(RandomDihedral())
+    steps.append(ToUnit())
+    if photometric:
+        steps.append(RandomPhotometric(photometric))
+    return v2.Compose(steps)

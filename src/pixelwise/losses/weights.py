@@ -1,0 +1,50 @@
+"""Class weights from pixel counts."""
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from pixelwise.errors import UsageError
+
+Scheme = Literal["none", "median_frequency", "sqrt_median_frequency", "enet"]
+
+
+def class_weights(scheme: Scheme, pixels: Sequence[int], image_pixels: Sequence[int]) -> Tensor:
+    """One loss weight per class; a class without pixels gets 0.
+
+    * `median_frequency` (Eigen, Fergus, ICCV 2015; SegNet): the median of all classes' frequencies over the class's own, a
+      frequency being the class's pixels over all pixels of the images that contain it.
+    * `sqrt_median_frequency`: its square root; between balance and none.
+    * `enet` (Paszke et al., arXiv:1606.02147): 1 / ln(1.02 + the class's share of all labelled pixels).
+
+    Args:
+        scheme: one of the above, or `none` (all 1).
+        pixels: labelled pixels per class in the training split.
+        image_pixels: per class, all pixels of the images that contain it.
+
+    Returns:
+        (K,) float32.
+
+    Raises:
+        UsageError: an unknown scheme.
+
+    Example:
+        >>> class_weights("median_frequency", pixels=[80, 20, 0], image_pixels=[100, 40, 0])
+        tensor([0.8125, 1.3000, 0.0000])
+    """
+    if scheme not in get_args(Scheme):
+        raise UsageError(f"class weights: {scheme!r} is not one of {', '.join(get_args(Scheme))}.")
+    counts = torch.tensor(pixels, dtype=torch.float64)
+    present = counts > 0
+    if scheme == "none" or not present.any():
+        return torch.ones(len(counts))
+    if scheme == "enet":
+        weights = 1 / torch.log(1.02 + counts / counts.sum())
+    else:
+        frequency = counts / torch.tensor(image_pixels, dtype=torch.float64).clamp(min=1)
+        weights = frequency[present].quantile(0.5) / frequency
+        if scheme == "sqrt_median_frequency":
+            weights = weights.sqrt()
+    return torch.where(present, weights, 0.0).float()

@@ -1,0 +1,178 @@
+"""The one adapter to timm and torchvision: a classifier's trunk as a list of feature maps, known by channels and strides."""
+
+import contextlib
+import math
+from typing import Any
+
+import timm
+import torch
+import torchvision.models as tv
+from timm.models import adapt_input_conv
+from torch import Tensor, nn
+from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
+
+from pixelwise.errors import UsageError
+from pixelwise.models.registry import suggestion
+
+PROBE_PX = 224  # every classifier of the two libraries takes this size, and its halvings tell the strides apart
+
+
+class Backbone(nn.Module):
+    """A trunk that maps (N, C, H, W) to feature maps, finest first.
+
+    Attributes:
+        channels: of each map.
+        strides: of each map in pixels, strictly rising powers of two.
+    """
+
+    def __init__(self, body: nn.Module, channels: list[int], strides: list[int], channels_last: bool) -> None:
+        super().__init__()
+        self.body, self.channels, self.strides = body, channels, strides
+        self._channels_last = channels_last
+        self._picked: list[int] | None = None
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        maps = self.body(image)
+        maps = list(maps.values()) if isinstance(maps, dict) else list(maps)
+        if self._picked is not None:
+            maps = [maps[index] for index in self._picked]
+        return [item.permute(0, 3, 1, 2) for item in maps] if self._channels_last else maps
+
+
+def create_backbone(name: str, *, in_channels: int = 3) -> Backbone:
+    """The trunk of a timm or torchvision classifier with random weights; nothing is downloaded.
+
+    Args:
+        name: as timm or torchvision write it. Where both have it, timm's is taken, unless the name starts with
+            `torchvision/`.
+        in_channels: image channels; the first convolution is built for them.
+
+    Raises:
+        UsageError: no such backbone, or one that gives no feature maps or takes one image size only.
+
+    Example:
+        >>> trunk = create_backbone("resnet18")
+        >>> trunk.channels, trunk.strides
+        ([64, 64, 128, 256, 512], [2, 4, 8, 16, 32])
+    """
+    library, name = resolve_backbone(name)
+    return _timm_backbone(name, in_channels) if library == "timm" else _torchvision_backbone(name, in_channels)
+
+
+def resolve_backbone(name: str) -> tuple[str, str]:
+    """('timm' or 'torchvision', the name there).
+
+    Raises:
+        UsageError: neither has it.
+    """
+    library, _, bare = name.rpartition("/")
+    if library in ("", "timm") and timm.is_model(bare):
+        return "timm", bare
+    classifiers = tv.list_models(module=tv)
+    if library in ("", "torchvision") and bare in classifiers:
+        return "torchvision", bare
+    known = [*timm.list_models(), *classifiers]
+    raise UsageError(f"there is no backbone called {name!r} in timm or torchvision.{suggestion(bare, known)}")
+
+
+def _timm_backbone(name: str, in_channels: int) -> Backbone:
+    body = None
+    for options in ({"dynamic_img_size": True}, {"strict_img_size": False}, {}):
+        with contextlib.suppress(TypeError):  # families that do not know an option say so with a TypeError
+            body = timm.create_model(name, features_only=True, pretrained=False, in_chans=in_channels, **options)
+            break
+    if body is None:
+        raise UsageError(f"backbone {name!r} gives no feature maps (timm: features_only). Choose another.")
+    info: Any = body.feature_info
+    strides = [int(value) for value in info.reduction()]
+    # Transformers give several maps of one stride: the last one has seen most.
+    picked = [index for index, stride in enumerate(strides) if stride not in strides[index + 1 :]]
+    channels_last = str(getattr(body, "output_fmt", "NCHW")).endswith("NHWC")
+    backbone = Backbone(body, [info.channels()[i] for i in picked], [strides[i] for i in picked], channels_last)
+    backbone._picked = picked if len(picked) < len(strides) else None
+    return backbone
+
+
+def torchvision_classifier(name: str, in_channels: int = 3) -> nn.Module:
+    """A torchvision classifier with random weights whose first convolution takes `in_channels`."""
+    extra = {"init_weights": True, "aux_logits": False} if name in ("googlenet", "inception_v3") else {}
+    model = tv.get_model(name, weights=None, **extra)
+    if in_channels != 3:
+        path, first = next((path, item) for path, item in model.named_modules() if isinstance(item, nn.Conv2d))
+        wider = nn.Conv2d(
+            in_channels,
+            first.out_channels,
+            first.kernel_size,  # type: ignore[arg-type]
+            first.stride,  # type: ignore[arg-type]
+            first.padding,  # type: ignore[arg-type]
+            bias=first.bias is not None,
+        )
+        parent, _, child = path.rpartition(".")
+        setattr(model.get_submodule(parent), child, wider)
+    return model
+
+
+def _torchvision_backbone(name: str, in_channels: int) -> Backbone:
+    model = torchvision_classifier(name, in_channels)
+    nodes = _stage_ends(name)
+    if len(nodes) < 2:
+        raise UsageError(f"backbone {name!r} of torchvision gives no pyramid of feature maps. Choose another.")
+    body = create_feature_extractor(
+        model, train_return_nodes=list(nodes.values()), eval_return_nodes=list(nodes.values())
+    )
+    with torch.no_grad():
+        maps = body.eval()(torch.zeros(1, in_channels, PROBE_PX, PROBE_PX))
+    return Backbone(body.train(), [item.shape[1] for item in maps.values()], list(nodes), False)
+
+
+def _stage_ends(name: str) -> dict[int, str]:
+    """For each stride the last node of the graph that has it, before the maps are pooled to a vector."""
+    small, large = _node_sizes(name, PROBE_PX), _node_sizes(name, 2 * PROBE_PX)
+    ends: dict[int, str] = {}
+    for node, size in small.items():
+        # Adaptive pooling keeps its size when the image doubles, and a head's maps are scores, not features.
+        if size < 2 or large[node] < 2 * size - 1 or node.split(".")[0] in ("classifier", "fc", "head", "heads"):
+            continue
+        # AlexNet's maps of 55, 27, 13 stand for strides 4, 8, 16: the nearest power of two.
+        stride = 2 ** round(math.log2(PROBE_PX / size))
+        if stride >= max(ends, default=1):
+            ends[stride] = node
+    return ends
+
+
+def _node_sizes(name: str, image_px: int) -> dict[str, int]:
+    """The width of every 4-d tensor in the classifier's graph, in order."""
+    with torch.device("meta"):
+        model = torchvision_classifier(name).eval()
+        names = get_graph_node_names(model)[1][1:]  # without the image itself
+        extractor = create_feature_extractor(model, return_nodes=names)
+        try:
+            outputs = extractor(torch.zeros(1, 3, image_px, image_px))
+        except (AssertionError, RuntimeError) as error:
+            raise UsageError(
+                f"backbone {name!r} does not take images of {image_px} px ({error}); it is made for one size. Choose another."
+            ) from error
+    return {node: out.shape[-1] for node, out in outputs.items() if isinstance(out, Tensor) and out.ndim == 4}
+
+
+def classifier_state(name: str) -> dict[str, Tensor]:
+    """The classifier's own tensors by name, in its own order, without memory behind them (device meta)."""
+    library, name = resolve_backbone(name)
+    with torch.device("meta"):
+        model = timm.create_model(name) if library == "timm" else torchvision_classifier(name)
+    return model.state_dict()
+
+
+def backbone_normalisation(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation (unit scale, RGB) with which the library's weights of `name` were trained."""
+    library, name = resolve_backbone(name)
+    if library == "timm":
+        config = timm.get_pretrained_cfg(name, allow_unregistered=True)
+        if config is not None:
+            return tuple(config.mean), tuple(config.std)
+    return (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def adapt_first_conv(weight: Tensor, in_channels: int) -> Tensor:
+    """RGB convolution weights (O, 3, h, w) for another channel count: summed for grey, repeated and rescaled for more."""
+    return adapt_input_conv(in_channels, weight)

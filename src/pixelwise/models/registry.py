@@ -1,0 +1,144 @@
+"""One registry: a name, the network's class and its default configuration."""
+
+import difflib
+import fnmatch
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from pixelwise.errors import UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelInfo:
+    """What the registry knows of a network.
+
+    Attributes:
+        name: what `create_model` takes.
+        paper: authors, title, venue, year.
+        build: makes the network from its configuration.
+        config: the default configuration, a frozen dataclass with `num_classes` and `in_channels`.
+        tiny: the fields that make it small enough for a test.
+    """
+
+    name: str
+    paper: str
+    build: Callable[[Any], nn.Module]
+    config: Any
+    tiny: Mapping[str, Any] = field(default_factory=dict)
+
+
+_MODELS: dict[str, ModelInfo] = {}
+
+
+def register_model(
+    name: str, build: Callable[[Any], nn.Module], config: Any, *, paper: str, tiny: Mapping[str, Any]
+) -> None:
+    """Make `name` known to `create_model`; the name must be new."""
+    if name in _MODELS:
+        raise UsageError(f"a model called {name!r} is registered already ({_MODELS[name].paper}); choose another name.")
+    _MODELS[name] = ModelInfo(name=name, paper=paper, build=build, config=config, tiny=dict(tiny))
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """The names that `create_model` takes, sorted; `pattern` may hold `*` and `?`.
+
+    Example:
+        >>> list_models("une*")
+        ['unet']
+    """
+    return sorted(fnmatch.filter(_MODELS, pattern))
+
+
+def model_info(name: str) -> ModelInfo:
+    """What the registry knows of `name`.
+
+    Raises:
+        UsageError: no such model; the message suggests names that look alike.
+    """
+    if name not in _MODELS:
+        raise UsageError(f"there is no model called {name!r}.{suggestion(name, _MODELS)} `pixelwise models` lists all.")
+    return _MODELS[name]
+
+
+def suggestion(name: str, known: Any) -> str:
+    """' Did you mean a or b?' for the entries of `known` that look like `name`, or nothing."""
+    alike = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    return f" Did you mean {' or '.join(alike)}?" if alike else ""
+
+
+def model_config(name: str, *, num_classes: int, in_channels: int = 3, tiny: bool = False, **config: Any) -> Any:
+    """The configuration that `create_model` would build; arguments and errors as there."""
+    info = model_info(name)
+    known = [item.name for item in fields(info.config)]
+    for key in config:
+        if key not in known:
+            raise UsageError(
+                f"{name} has no option {key!r}.{suggestion(key, known)} Its options: {', '.join(known)}."
+            )
+    for key, value in (("num_classes", num_classes), ("in_channels", in_channels)):
+        if not isinstance(value, int) or value < 1:
+            raise UsageError(f"{key} must be a whole number of at least 1, not {value!r}.")
+    config = {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}
+    merged = {**(info.tiny if tiny else {}), **config, "num_classes": num_classes, "in_channels": in_channels}
+    return replace(info.config, **merged)
+
+
+def create_model(
+    name: str, *, num_classes: int, in_channels: int = 3, tiny: bool = False, **config: Any
+) -> nn.Module:
+    """A network with random weights; nothing is downloaded.
+
+    Args:
+        name: one of `list_models()`.
+        num_classes: score maps out (K).
+        in_channels: image channels in (C).
+        tiny: a version of a few thousand parameters, for tests.
+        **config: fields of the network's configuration; unknown ones fail.
+
+    Returns:
+        A module whose `forward` maps images (N, C, H, W), any H, W >= 1, to logits (N, K, H, W), and whose `config`
+        rebuilds it.
+
+    Raises:
+        UsageError: an unknown name or option, or a value the network does not allow.
+
+    Example:
+        >>> model = create_model("unet", num_classes=11, widths=(8, 16, 32))
+        >>> tuple(model(torch.zeros(1, 3, 37, 50)).shape)
+        (1, 11, 37, 50)
+    """
+    made = model_config(name, num_classes=num_classes, in_channels=in_channels, tiny=tiny, **config)
+    model = model_info(name).build(made)
+    model.config = made  # type: ignore[assignment]
+    return model
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Trainable numbers in `model`.
+
+    Example:
+        >>> count_parameters(nn.Linear(3, 2))
+        8
+    """
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def describe_model(name: str, *, num_classes: int = 11, in_channels: int = 3, **config: Any) -> dict[str, Any]:
+    """Name, paper, trainable parameters and coarsest stride in pixels, found without allocating the weights.
+
+    Example:
+        >>> describe_model("unet")["parameters"]
+        31032395
+    """
+    with torch.device("meta"):
+        model = create_model(name, num_classes=num_classes, in_channels=in_channels, **config)
+    return {
+        "name": name,
+        "paper": model_info(name).paper,
+        "parameters": count_parameters(model),
+        "stride": model.stride,
+    }

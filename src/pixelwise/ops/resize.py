@@ -1,0 +1,62 @@
+"""Padding, cropping and bilinear upsampling, shared by every network."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def pad_to_multiple(image: Tensor, multiple: int, *, at_least: int = 1) -> Tensor:
+    """Repeat the last row and column until height and width are multiples of `multiple`.
+
+    Args:
+        image: (N, C, H, W) with H, W >= 1.
+        multiple: at least 1, in pixels.
+        at_least: no side of the result is shorter, in pixels; a multiple of `multiple`.
+
+    Returns:
+        (N, C, ceil(H / multiple) * multiple, ceil(W / multiple) * multiple). The image stays at the top left, so
+        `crop_like` undoes it. Repeating the border works from one pixel on, which mirroring does not.
+
+    Example:
+        >>> tuple(pad_to_multiple(torch.zeros(1, 3, 33, 64), 32).shape)
+        (1, 3, 64, 64)
+    """
+    height, width = image.shape[-2:]
+    below = max(-height % multiple, at_least - height)
+    right = max(-width % multiple, at_least - width)
+    return F.pad(image, (0, right, 0, below), mode="replicate") if below or right else image
+
+
+def crop_like(scores: Tensor, image: Tensor) -> Tensor:
+    """The top-left part of `scores` (N, K, H', W') that has the height and width of `image`.
+
+    Example:
+        >>> tuple(crop_like(torch.zeros(1, 5, 64, 64), torch.zeros(1, 3, 33, 64)).shape)
+        (1, 5, 33, 64)
+    """
+    return scores[..., : image.shape[-2], : image.shape[-1]]
+
+
+def upsample_to(features: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
+    """Bilinear resampling of (N, C, h, w) to `size` = (H, W) pixels, pixel areas aligned; unchanged if it has that size.
+
+    Example:
+        >>> tuple(upsample_to(torch.zeros(1, 2, 4, 4), (8, 12)).shape)
+        (1, 2, 8, 12)
+    """
+    if features.shape[-2:] == tuple(size):
+        return features
+    return F.interpolate(features, size=tuple(size), mode="bilinear", align_corners=False)
+
+
+def bilinear_kernel(size: int) -> Tensor:
+    """The (size, size) weights with which a transposed convolution interpolates bilinearly (FCN, arXiv:1411.4038, 4.3).
+
+    Example:
+        >>> bilinear_kernel(4)[0] / bilinear_kernel(4)[0, 0]
+        tensor([1., 3., 3., 1.])
+    """
+    factor = (size + 1) // 2
+    centre = factor - 1 if size % 2 else factor - 0.5
+    row = 1 - (torch.arange(size) - centre).abs() / factor
+    return row[:, None] * row[None, :]
