@@ -1,0 +1,158 @@
+"""What a run is trained with: every option, its range and its default, in one place."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from pixelwise.data.transforms import Flips
+from pixelwise.errors import UsageError
+from pixelwise.losses.weights import Scheme
+from pixelwise.models.registry import suggestion
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class RunConfig(BaseModel):
+    """The options of a training run; unknown ones fail.
+
+    Exactly one of `minutes`, `epochs` and `steps` is the budget; none means 50 epochs.
+
+    Example:
+        >>> RunConfig(minutes=5, crop_px=128).budget
+        ('minutes', 5.0)
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str = Field("encoder_decoder", description="network, one of `pixelwise models`")
+    options: dict[str, Any] = Field(default_factory=dict, description="the network's own fields: backbone, skip, widths, …")
+    pretrained: str | None = Field(None, description="'auto' for the library's weights, or a file")
+
+    minutes: float | None = Field(None, gt=0, description="budget in minutes, validation included")
+    epochs: int | None = Field(None, gt=0, description="budget in passes over the training images")
+    steps: int | None = Field(None, gt=0, description="budget in optimiser steps")
+
+    crop_px: int | None = Field(None, ge=16, description="side of the training crops; chosen from the image sizes if unset")
+    batch_size: int = Field(8, ge=1)
+    scale: tuple[float, float] = Field((0.6, 1.8), description="smallest and largest random magnification")
+    focus: Share = Field(0.5, description="share of crops placed on an evenly drawn class of the image")
+    flips: Flips = Field("horizontal", description="none, horizontal, both, or dihedral (also quarter turns)")
+    photometric: Annotated[float, Field(ge=0, lt=1)] = Field(0.3, description="strength of brightness, contrast, saturation")
+
+    class_weights: Scheme = Field("sqrt_median_frequency", description="none, median_frequency, its square root, or enet")
+    dice: float = Field(0.0, ge=0, description="weight of a Dice term beside the cross-entropy")
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+    lr: float = Field(1e-3, gt=0, description="peak learning rate of AdamW")
+    encoder_lr: float = Field(1.0, ge=0, description="the encoder's learning rate, as a factor of lr")
+    weight_decay: float = Field(1e-2, ge=0)
+    schedule: Literal["poly", "onecycle"] = "poly"
+    warmup: Share = Field(0.05, description="share of the budget in which the learning rate rises")
+    poly_power: float = Field(0.9, gt=0)
+    clip: float = Field(1.0, ge=0, description="largest gradient norm; 0 switches clipping off")
+    ema: Annotated[float, Field(ge=0, lt=1)] = Field(0.99, description="decay of the averaged weights; 0 switches them off")
+
+    precision: Literal["auto", "bf16", "float32"] = "auto"
+    channels_last: bool = True
+    device: str = Field("auto", description="auto, cpu, cuda, …")
+    devices: int = Field(1, ge=1, description="how many; more than one trains with DDP")
+    workers: int | None = Field(None, ge=0, description="processes that prepare crops; chosen from the machine if unset")
+    seed: int = Field(0, ge=0, lt=2**31)
+
+    validate_every: float | None = Field(None, gt=0, description="epochs between validations; 1, or rarer under `minutes`")
+    patience: int | None = Field(None, ge=1, description="stop after so many validations without a better mIoU")
+    checkpoint_minutes: float = Field(2.0, ge=0, description="largest time between checkpoints")
+    max_val_images: int | None = Field(None, ge=1, description="validate on the first so many images only")
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        given = [key for key in ("minutes", "epochs", "steps") if getattr(self, key) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} are budgets; give one of them")
+        if not 0 < self.scale[0] <= self.scale[1]:
+            raise ValueError(f"scale must be two positive numbers, the smaller first, not {self.scale}")
+        return self
+
+    @property
+    def budget(self) -> tuple[str, float]:
+        """('minutes', 'epochs' or 'steps', how many)."""
+        for key in ("minutes", "epochs", "steps"):
+            if getattr(self, key) is not None:
+                return key, getattr(self, key)
+        return "epochs", 50
+
+
+def make_config(values: dict[str, Any]) -> RunConfig:
+    """A validated configuration.
+
+    Raises:
+        UsageError: an unknown option (similar names are suggested) or a value out of range.
+    """
+    known = RunConfig.model_fields
+    for key in values:
+        if key not in known:
+            raise UsageError(f"there is no training option {key!r}.{suggestion(key, known)} Known: {', '.join(known)}.")
+    try:
+        return RunConfig(**values)
+    except ValidationError as error:
+        rows = [f"{'.'.join(map(str, item['loc'])) or 'options'}: {item['msg']} (given {item['input']!r})" for item in error.errors()]
+        raise UsageError("the training options are not valid. " + "; ".join(rows)[:800] + ".") from error
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """The options in a YAML file.
+
+    Raises:
+        UsageError: it cannot be read, or is not a mapping.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"--config {path}: cannot be read as YAML ({' '.join(str(error).split())[:200]}).") from error
+    if not isinstance(values, dict):
+        raise UsageError(f"--config {path}: must hold 'option: value' lines, not a {type(values).__name__}.")
+    return {str(key): value for key, value in values.items()}
+
+
+def parse_settings(settings: list[str]) -> dict[str, Any]:
+    """`key=value` texts as options; values are read as YAML, and `options.skip=add` sets one of the network's own.
+
+    Raises:
+        UsageError: no `=`, or a value that is not YAML.
+
+    Example:
+        >>> parse_settings(["lr=0.01", "options.widths=[64, 32]"])
+        {'lr': 0.01, 'options': {'widths': [64, 32]}}
+    """
+    values: dict[str, Any] = {}
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals:
+            raise UsageError(f"--set {setting!r}: write it as key=value, for example --set lr=0.001.")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise UsageError(f"--set {setting!r}: the value cannot be read ({error}).") from error
+        if isinstance(value, str):  # YAML takes 1e-3 for a text
+            try:
+                value = float(value)
+            except ValueError:
+                pass
+        if key.startswith("options."):
+            values.setdefault("options", {})[key.removeprefix("options.")] = value
+        else:
+            values[key.strip()] = value
+    return values
+
+
+def merge_options(*layers: dict[str, Any]) -> dict[str, Any]:
+    """Later layers win; the network's own `options` are merged key by key."""
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        options = {**merged.get("options", {}), **(layer.get("options") or {})}
+        merged |= layer
+        if options:
+            merged["options"] = options
+    return merged

@@ -1,0 +1,49 @@
+"""`metrics.csv`: one row per logged step or validation, readable while the run goes on and after any interruption."""
+
+import csv
+import io
+from pathlib import Path
+from typing import Any
+
+from pixelwise.files import write_text
+
+COLUMNS = (
+    "step", "epoch", "elapsed_s", "lr", "train_loss", "images_per_s", "val_miou", "val_global_accuracy",
+)  # fmt: skip
+
+
+class History:
+    """Appends rows to a CSV file; rows after `first_step`, of a part of the run that is done again, are dropped first.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "metrics.csv"
+        >>> History(path).add(step=1, train_loss=0.5)
+        >>> History(path, first_step=1).add(step=2, train_loss=0.25)
+        >>> [row["train_loss"] for row in read_history(path)]
+        ['0.5', '0.25']
+    """
+
+    def __init__(self, path: Path, first_step: int = 0) -> None:
+        self.path = path
+        kept = [row for row in read_history(path) if int(row["step"]) <= first_step] if first_step else []
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, COLUMNS, restval="", extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(kept)
+        write_text(path, text.getvalue())
+
+    def add(self, **row: Any) -> None:
+        """One row; numbers are rounded to six digits."""
+        values = {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()}
+        with self.path.open("a", newline="", encoding="utf-8") as file:
+            csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n").writerow(values)
+
+
+def read_history(path: Path) -> list[dict[str, str]]:
+    """The rows of a `metrics.csv`; a last line cut off by a kill is left out."""
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8", errors="replace") as file:
+        rows = [row for row in csv.DictReader(file) if None not in row and None not in row.values()]
+    return [row for row in rows if str(row.get("step", "")).isdigit()]

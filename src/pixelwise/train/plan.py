@@ -1,0 +1,216 @@
+"""Everything a run will do, resolved before it starts: data, classes, network, crop, batch, device, steps, time and memory."""
+
+import copy
+import math
+import statistics
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from pixelwise.data.check import Inspection
+from pixelwise.errors import UsageError
+from pixelwise.infer.predictor import resolve_device, resolve_precision
+from pixelwise.losses import cross_entropy
+from pixelwise.models.backbones import backbone_normalisation
+from pixelwise.models.registry import count_parameters, model_config
+from pixelwise.ops.depthwise import speed_up_depthwise
+from pixelwise.train.config import RunConfig
+from pixelwise.train.memory import peak_memory_bytes
+from pixelwise.train.stream import default_workers
+
+CROP_STEP_PX = 32  # the stride of nearly every encoder: crops of its multiples need no padding
+LARGEST_CROP_PX = 352
+VALIDATION_SHARE = 0.08  # of a time budget; more would be taken from learning
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What was resolved; `plan.json` of a run folder.
+
+    Attributes:
+        data: root, layout, images per split, image sizes.
+        classes: names.
+        model: the network's name.
+        config: keyword arguments that rebuild it.
+        parameters: trainable numbers.
+        pretrained: what was loaded and what did not fit, or None.
+        mean: per channel, unit scale; the network sees (image - mean) / std.
+        std: as `mean`.
+        crop_px: side of the training crops.
+        batch_size: crops in a step, per device.
+        precision: bf16 or float32.
+        device: cpu, cuda, …
+        workers: processes that prepare crops.
+        steps_per_epoch: steps that see as many crops as there are training images.
+        steps: the budget in steps; expected where the budget is a time.
+        validate_every_steps: between validations; 0 without validation images.
+        step_s: measured seconds of one step.
+        validation_s: expected seconds of one validation.
+        expected_s: of the whole run.
+        memory_bytes: largest memory of the process so far, the trial steps included.
+    """
+
+    data: dict[str, Any]
+    classes: tuple[str, ...]
+    model: str
+    config: dict[str, Any]
+    parameters: int
+    pretrained: str | None
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    crop_px: int
+    batch_size: int
+    precision: str
+    device: str
+    workers: int
+    steps_per_epoch: int
+    steps: int
+    validate_every_steps: int
+    step_s: float
+    validation_s: float
+    expected_s: float
+    memory_bytes: int | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Values for JSON."""
+        return asdict(self)
+
+
+def network_config(config: RunConfig, inspection: Inspection) -> dict[str, Any]:
+    """The keyword arguments for `create_model`: the user's, and what the data decide.
+
+    Raises:
+        UsageError: the network does not know an option.
+    """
+    given = {key: value for key, value in config.options.items() if key not in ("num_classes", "in_channels")}
+    fixed = {"num_classes": inspection.folder.labels.num_classes, "in_channels": inspection.channels}
+    for key, value in fixed.items():
+        if config.options.get(key, value) != value:
+            raise UsageError(f"options.{key}={config.options[key]} disagrees with the data, which have {value}. Leave it out.")
+    made = model_config(config.model, **fixed, **given)
+    return asdict(made)
+
+
+def normalisation(config: RunConfig, inspection: Inspection) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per channel: those of the pretrained weights for 8-bit images, else the data's own."""
+    backbone = config.options.get("backbone")
+    if not (config.pretrained and backbone) or set(inspection.dtypes) != {"uint8"} or inspection.channels not in (1, 3):
+        return inspection.mean, inspection.std
+    mean, std = backbone_normalisation(backbone)
+    if inspection.channels == 1:
+        return (statistics.fmean(mean),), (statistics.fmean(std),)
+    return mean, std
+
+
+def choose_crop_px(sizes: dict[str, int]) -> int:
+    """The largest multiple of 32 px that fits the shorter side of the median image, at most 352 and at least 32.
+
+    Example:
+        >>> choose_crop_px({"480x360": 701})
+        352
+    """
+    shorter = [min(map(int, size.split("x"))) for size, count in sizes.items() for _ in range(count)]
+    fitting = int(statistics.median(shorter)) // CROP_STEP_PX * CROP_STEP_PX
+    return max(CROP_STEP_PX, min(LARGEST_CROP_PX, fitting))
+
+
+def make_plan(
+    config: RunConfig, inspection: Inspection, model: nn.Module, model_kwargs: dict[str, Any], pretrained: str | None
+) -> Plan:
+    """Resolve what is open and time two trial steps on a copy of the network (random images; nothing is learnt)."""
+    folder = inspection.folder
+    device = resolve_device(config.device)
+    precision = resolve_precision(config.precision, device)
+    mean, std = normalisation(config, inspection)
+    crop_px = config.crop_px or choose_crop_px(inspection.sizes)
+    train, val = len(folder.split("train")), len(folder.split("val"))
+    per_epoch = math.ceil(train / (config.batch_size * config.devices))
+    step_s = time_steps(config, model, crop_px, inspection.channels, device, precision)
+    val_images = min(val, config.max_val_images or val)
+    validation_s = val_images * _image_s(model, inspection, device, precision)
+    kind, amount = config.budget
+    steps = {
+        "steps": amount,
+        "epochs": amount * per_epoch,
+        "minutes": max(1, (amount * 60 - validation_s) * (1 - VALIDATION_SHARE) / step_s),
+    }[kind]
+    every = _validate_every(config, per_epoch, step_s, validation_s) if val else 0
+    return Plan(
+        data={
+            "root": str(folder.root),
+            "layout": folder.layout,
+            "images": {name: len(folder.split(name)) for name in folder.splits},
+            "sizes": dict(list(inspection.sizes.items())[:8]),
+            "channels": inspection.channels,
+            "fingerprint": inspection.fingerprint,
+        },
+        classes=folder.labels.names,
+        model=config.model,
+        config=model_kwargs,
+        parameters=count_parameters(model),
+        pretrained=pretrained,
+        mean=mean,
+        std=std,
+        crop_px=crop_px,
+        batch_size=config.batch_size,
+        precision=precision,
+        device=str(device),
+        workers=default_workers(device.type) if config.workers is None else config.workers,
+        steps_per_epoch=per_epoch,
+        steps=int(steps),
+        validate_every_steps=every,
+        step_s=step_s,
+        validation_s=validation_s,
+        expected_s=amount * 60 if kind == "minutes" else steps * step_s + (steps // every if every else 0) * validation_s,
+        memory_bytes=peak_memory_bytes(device),
+    )
+
+
+def _validate_every(config: RunConfig, per_epoch: int, step_s: float, validation_s: float) -> int:
+    """Steps between validations: an epoch, or under a time budget as many epochs as keep them to their share of it."""
+    epochs = config.validate_every or 1
+    if config.minutes and config.validate_every is None:
+        epochs = max(1, math.ceil(validation_s / (VALIDATION_SHARE * per_epoch * step_s)))
+    return max(1, round(epochs * per_epoch))
+
+
+def time_steps(
+    config: RunConfig, model: nn.Module, crop_px: int, channels: int, device: torch.device, precision: str
+) -> float:
+    """Seconds of a training step: the second of two on a copy of `model`, which itself is left alone."""
+    with torch.random.fork_rng(devices=[]):
+        trial = copy.deepcopy(model).to(device).train()
+        if config.channels_last:
+            trial = trial.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        speed_up_depthwise(trial)
+        optimizer = torch.optim.AdamW(trial.parameters(), lr=0.0)
+        image = torch.randn(config.batch_size, channels, crop_px, crop_px, device=device)
+        labels = torch.zeros(config.batch_size, crop_px, crop_px, dtype=torch.uint8, device=device)
+        seconds = []
+        for _ in range(2):
+            started = time.perf_counter()
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+                logits = trial(image.contiguous(memory_format=torch.channels_last) if config.channels_last else image)
+            cross_entropy(logits, labels).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            seconds.append(time.perf_counter() - started)
+    return seconds[-1]
+
+
+def _image_s(model: nn.Module, inspection: Inspection, device: torch.device, precision: str) -> float:
+    """Seconds to label one image of the most frequent size."""
+    width, height = map(int, next(iter(inspection.sizes)).split("x"))
+    trial = copy.deepcopy(model).to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+    image = torch.zeros(1, inspection.channels, height, width, device=device)
+    image = image.contiguous(memory_format=torch.channels_last)
+    with torch.inference_mode(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+        trial(image)
+        started = time.perf_counter()
+        trial(image).argmax(1).cpu()
+    return time.perf_counter() - started

@@ -1,0 +1,132 @@
+"""The training data as an endless stream of batches that can be entered at any step.
+
+What comes at a position of the stream depends on the seed and the position alone: the order of an epoch and the random
+draws of each crop are seeded by them. So a resumed run sees the very same batches, whatever number of workers prepares them.
+"""
+
+import hashlib
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+from pixelwise.data.labels import LabelSpec
+from pixelwise.data.layouts import Pair
+from pixelwise.data.samples import Sample, load_sample
+
+CACHE_SHARE = 0.3  # of the machine's memory may hold decoded images
+
+
+def seed_of(*parts: int | str) -> int:
+    """A 63-bit seed that depends on all of `parts`, and is the same on every machine."""
+    digest = hashlib.sha256(":".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+class CropSet(Dataset[tuple[Tensor, Tensor]]):
+    """Augmented crops by (index of the pair, position in the stream).
+
+    Args:
+        pairs: with masks.
+        labels: what their values mean.
+        channels: of the network's images.
+        transform: from `training_transform`.
+        seed: of the run.
+        cache: keep the decoded images in memory (shared with the workers where processes fork).
+    """
+
+    def __init__(
+        self, pairs: Sequence[Pair], labels: LabelSpec, channels: int, transform: v2.Transform, seed: int, cache: bool
+    ) -> None:
+        self.pairs, self.labels, self.channels = pairs, labels, channels
+        self.transform, self.seed = transform, seed
+        self._samples: list[Sample] | None = None
+        if cache:
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                self._samples = list(pool.map(self._load, range(len(pairs))))
+
+    def _load(self, index: int) -> Sample:
+        return load_sample(self.pairs[index], self.labels, self.channels)
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        index, position = key
+        sample = self._samples[index] if self._samples is not None else self._load(index)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed_of(self.seed, "crop", position))
+            image, mask = self.transform(tv_tensors.Image(sample.image), tv_tensors.Mask(sample.mask))
+        return image.as_subclass(Tensor), mask.as_subclass(Tensor)
+
+
+class BatchStream(Sampler[list[tuple[int, int]]]):
+    """Endless batches of (index, position): one shuffled epoch after the other, from `first_step` on.
+
+    Example:
+        >>> whole = iter(BatchStream(5, batch_size=2, seed=0))
+        >>> later = iter(BatchStream(5, batch_size=2, seed=0, first_step=2))
+        >>> [next(whole) for _ in range(3)][2] == next(later)
+        True
+    """
+
+    def __init__(
+        self, images: int, *, batch_size: int, seed: int, first_step: int = 0, rank: int = 0, world: int = 1
+    ) -> None:
+        self.images, self.batch_size, self.seed = images, batch_size, seed
+        self.first_step, self.rank, self.world = first_step, rank, world
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch, order = -1, torch.empty(0)
+        position = (self.first_step * self.world + self.rank) * self.batch_size
+        while True:
+            batch = []
+            for at in range(position, position + self.batch_size):
+                if at // self.images != epoch:
+                    epoch = at // self.images
+                    generator = torch.Generator().manual_seed(seed_of(self.seed, "epoch", epoch))
+                    order = torch.randperm(self.images, generator=generator)
+                batch.append((int(order[at % self.images]), at))
+            yield batch
+            position += self.batch_size * self.world
+
+
+def make_loader(dataset: CropSet, stream: BatchStream, *, workers: int, pin_memory: bool) -> DataLoader[Any]:
+    """Batches (images (B, C, s, s) float32 in unit scale, masks (B, s, s) uint8), prepared ahead by `workers` processes."""
+    ahead: dict[str, Any] = {"prefetch_factor": 4, "persistent_workers": True} if workers else {}
+    return DataLoader(
+        dataset,
+        batch_sampler=stream,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        worker_init_fn=_leave_signals_to_the_parent,
+        **ahead,
+    )
+
+
+def _leave_signals_to_the_parent(_worker: int) -> None:
+    """Ctrl-C reaches every process of a terminal; the workers must live on until the checkpoint is written."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def default_workers(device_type: str) -> int:
+    """Processes to prepare crops: one where the CPU computes the network too, up to eight beside a GPU."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(1, cores - 1) if device_type == "cpu" else min(8, max(1, cores - 1))
+
+
+def fits_in_cache(images_bytes: int) -> bool:
+    """Whether decoded images of this size may be kept in memory."""
+    try:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return images_bytes < 1 << 30  # a machine that does not tell its memory gets a cautious gigabyte
+    return images_bytes < CACHE_SHARE * memory
