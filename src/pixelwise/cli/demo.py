@@ -1,0 +1,41 @@
+"""`pixelwise demo`: the whole way on drawn street scenes."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+SCENES = {"train": 320, "val": 40, "test": 60}
+NEW_SIZES = ((200, 360), (320, 240), (270, 480))  # (height, width): none of them was trained on
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="The folder for the scenes, the run and the labels.")] = Path("runs/demo"),
+    minutes: Annotated[float, typer.Option(help="Time to train.")] = 4.5,
+) -> None:
+    """Draw street scenes, train on them, score, label new scenes of other sizes, write the report. Under 8 minutes.
+
+    An interrupted demo goes on where it was.
+
+    Example: pixelwise demo
+
+    Example: pixelwise demo --out /tmp/demo --minutes 1
+    """
+    from pixelwise.cli.predict import predict
+    from pixelwise.cli.train import train
+    from pixelwise.data.scenes import write_scenes
+
+    console = Console(soft_wrap=True)
+    console.rule("1. Draw scenes with exact masks")
+    data = write_scenes(out / "scenes", SCENES)
+    console.print(f"{sum(SCENES.values()):,} scenes. What is in them: pixelwise inspect {data}")
+    console.rule("2. Train, evaluate, report")
+    if (out / "config.yaml").exists():
+        train(data, out=out, resume=True)
+    else:
+        train(data, out=out, minutes=minutes, settings=["crop_px=192"])
+    console.rule("3. Label new scenes of other sizes")
+    new = write_scenes(out / "new", {"test": 6}, seed=1, sizes=NEW_SIZES)
+    predict(out, [str(new / "test" / "images")], out=out / "labels", overlay=True)
+    console.print(f"Open {out / 'report.html'} in a browser, and look at {out / 'labels'}.")

@@ -1,0 +1,102 @@
+"""`pixelwise evaluate`: the score of a trained network on labelled images."""
+
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from pixelwise.infer.evaluate import Evaluation
+
+
+def evaluate(
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="The run folder of a trained network.", show_default=False)
+    ],
+    data: Annotated[
+        Path,
+        typer.Argument(metavar="DATA", help="A folder of images and masks, or a CSV of pairs.", show_default=False),
+    ],
+    split: Annotated[str, typer.Option(help="Which split to score.")] = "test",
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Also write all results there; - prints them instead.")
+    ] = None,
+    classes: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A classes.yaml that explains the masks.")
+    ] = None,
+    ignore: Annotated[list[int] | None, typer.Option(metavar="VALUE", help="A mask value that counts as void.")] = None,
+    group_by: Annotated[
+        str | None, typer.Option(metavar="REGEX", help="Which part of a name must not be cut by a split.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    precision: Annotated[str, typer.Option(help="auto, bf16 or float32.")] = "auto",
+) -> None:
+    """Score a trained network: one exact confusion matrix over all pixels of a split, at full resolution.
+
+    Writes evaluation-SPLIT.json and the best, median and worst images into the run folder.
+
+    Example: pixelwise evaluate runs/street data/camvid --split test
+    """
+    from pixelwise import infer
+    from pixelwise.infer.evaluate import open_for, write_evaluation
+
+    predictor = infer.load(run, device=device, precision=precision)
+    folder = open_for(predictor, data, classes=classes, ignore=ignore or (), group_by=group_by)
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(f"scoring {split}", total=None)
+        evaluation = infer.evaluate(
+            predictor,
+            folder,
+            split=split,
+            on_progress=lambda done, total: progress.update(task, completed=done, total=total),
+        )
+    if str(json_file) == "-":
+        typer.echo(json.dumps(evaluation.to_dict(), indent=2))
+        return
+    if json_file is not None:
+        write_evaluation(evaluation, json_file)
+    _print(evaluation)
+
+
+def _print(evaluation: "Evaluation") -> None:
+    scores = evaluation.scores
+    truth = [sum(row) for row in evaluation.matrix]
+    table = Table(
+        "class", title=f"{evaluation.split}: {evaluation.images:,} images, {scores.pixels:,} labelled pixels; percent"
+    )
+    for heading in ("IoU", "Dice", "precision", "recall", "pixels"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for index, name in enumerate(evaluation.names):
+        values = (scores.iou[index], scores.dice[index], scores.precision[index], scores.recall[index])
+        table.add_row(_plain(name), *map(_percent, values), f"{truth[index]:,}")
+    console = Console()
+    console.print(table)
+    totals = {
+        "mIoU": scores.miou,
+        "mean Dice": scores.mean_dice,
+        "frequency-weighted IoU": scores.fwiou,
+        "global accuracy": scores.global_accuracy,
+        "class accuracy": scores.class_accuracy,
+    }
+    console.print(
+        ", ".join(f"{name} {_percent(value)}" for name, value in totals.items()), highlight=False, soft_wrap=True
+    )
+    if scores.absent:
+        absent = ", ".join(evaluation.names[index] for index in scores.absent)
+        text = f"In neither truth nor prediction, so left out of the means: {absent}."
+        console.print(text, markup=False, highlight=False)
+
+
+def _plain(name: str) -> str:
+    from rich.markup import escape
+
+    return escape(name)
+
+
+def _percent(value: float) -> str:
+    return "-" if math.isnan(value) else f"{100 * value:.2f}"

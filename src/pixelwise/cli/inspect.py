@@ -1,0 +1,141 @@
+"""`pixelwise inspect`: what is in a data folder, and what is wrong with it."""
+
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.box import SIMPLE
+from rich.console import Console, Group
+from rich.progress import Progress
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from pixelwise.data.check import Inspection
+
+_SCHEMES: tuple[Literal["median_frequency", "enet"], ...] = ("median_frequency", "enet")
+_HEADINGS = {"median_frequency": "median freq.", "enet": "ENet"}
+_SIZES_SHOWN = 4
+
+
+def inspect(
+    data: Annotated[Path, typer.Argument(help="A folder of images and masks, or a CSV file that lists them.")],
+    classes: Annotated[Path | None, typer.Option(help="A classes.yaml, in place of the one in DATA.")] = None,
+    ignore: Annotated[list[int] | None, typer.Option(help="A mask value that is void; may be repeated.")] = None,
+    group_by: Annotated[
+        str | None, typer.Option(help="Regular expression: names that agree in its group 1 share a split.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
+) -> None:
+    r"""Show what is in a data folder: layout, images, classes, problems, class weights. Writes nothing.
+
+    Exit code 2 means that something must be mended before training.
+
+    Example: pixelwise inspect data/camvid
+
+    Example: pixelwise inspect data/hearts --group-by '(.*)-IM-'
+    """
+    from pixelwise.data.check import inspect_data
+    from pixelwise.data.layouts import open_data
+
+    folder = open_data(data, classes=classes, ignore=tuple(ignore or ()), group_by=group_by)
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("Reading", total=len(folder.pairs))
+        inspection = inspect_data(folder, lambda done, total: progress.update(task, completed=done))
+    weights = _suggested_weights(inspection)
+    if as_json:
+        typer.echo(json.dumps(inspection.to_dict() | {"class_weights": weights}, indent=2))
+    else:
+        Console().print(_page(inspection, weights))
+    if any(problem.severity == "fatal" for problem in inspection.problems):
+        raise typer.Exit(2)
+
+
+def _suggested_weights(inspection: "Inspection") -> dict[str, list[float | None]]:
+    """Weights per class from the training split, by scheme; None where a class has no pixel to derive one from."""
+    from pixelwise.losses import class_weights
+
+    train = inspection.splits.get("train")
+    if train is None or not sum(train.pixels):
+        return {}
+    known: dict[str, list[float | None]] = {}
+    for scheme in _SCHEMES:
+        weights = class_weights(scheme, train.pixels, train.image_pixels).tolist()
+        usable = [count > 0 and math.isfinite(weight) for count, weight in zip(train.pixels, weights, strict=True)]
+        known[scheme] = [weight if use else None for weight, use in zip(weights, usable, strict=True)]
+    return known
+
+
+def _page(inspection: "Inspection", weights: dict[str, list[float | None]]) -> Group:
+    return Group(_facts(inspection), Text(), _class_table(inspection, weights), Text(), _problem_list(inspection))
+
+
+def _facts(inspection: "Inspection") -> Table:
+    folder = inspection.folder
+    splits = ", ".join(f"{stats.images:,} {name}" for name, stats in inspection.splits.items())
+    sizes = [f"{size} ({count:,})" for size, count in inspection.sizes.items()]
+    rest = len(sizes) - _SIZES_SHOWN
+    depth = ", ".join(f"{name} ({count:,})" for name, count in inspection.dtypes.items())
+    table = Table.grid(padding=(0, 2))
+    for name, value in (
+        ("Data", str(folder.root)),
+        ("Layout", folder.layout),
+        ("Images", f"{len(folder.pairs):,} ({splits})"),
+        ("Sizes", ", ".join(sizes[:_SIZES_SHOWN]) + (f" and {rest:,} more" if rest > 0 else "")),
+        ("Channels", str(inspection.channels)),
+        ("Bit depth", depth),
+        ("Mean", _numbers(inspection.mean)),
+        ("Deviation", _numbers(inspection.std)),
+        ("Masks", "RGB colours" if folder.labels.kind == "rgb" else "index"),
+        ("Fingerprint", inspection.fingerprint[:16]),
+    ):
+        table.add_row(Text(name, style="bold"), Text(value))
+    return table
+
+
+def _class_table(inspection: "Inspection", weights: dict[str, list[float | None]]) -> Table:
+    labels = inspection.folder.labels
+    title = "Classes, how many images of each split contain them, and suggested weights"
+    table = Table("Class", title=title, title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0))
+    for name in ("Value", "Pixels", "Share", *inspection.splits, *weights):
+        table.add_column(_HEADINGS.get(name, name), justify="right")
+    pixels = [sum(stats.pixels[index] for stats in inspection.splits.values()) for index in range(labels.num_classes)]
+    labelled = sum(pixels)
+    for index, name in enumerate(labels.names):
+        red, green, blue = labels.colors[index]
+        table.add_row(
+            Text.assemble(("■ ", f"rgb({red},{green},{blue})"), f"{index} {name}"),
+            _values(labels.values[index]),
+            f"{pixels[index]:,}",
+            f"{pixels[index] / labelled:.2%}" if labelled else "-",
+            *(f"{stats.images_with[index]:,}" for stats in inspection.splits.values()),
+            *("-" if of[index] is None else f"{of[index]:.4g}" for of in weights.values()),
+        )
+    void = sum(stats.void for stats in inspection.splits.values())
+    if labels.ignore_values or void:
+        table.add_row(Text("  void", style="dim"), _values(labels.ignore_values), f"{void:,}")
+    return table
+
+
+def _problem_list(inspection: "Inspection") -> Text:
+    if not inspection.problems:
+        return Text("No problems found.", style="green")
+    lines = Text()
+    for problem in inspection.problems:
+        style = "bold red" if problem.severity == "fatal" else "yellow"
+        lines.append(f"{problem.severity}: ", style=style).append(f"{problem.message}\n")
+    fatal = sum(problem.severity == "fatal" for problem in inspection.problems)
+    if fatal:
+        lines.append(f"{fatal} {'problem' if fatal == 1 else 'problems'} must be mended before training.", style="bold")
+    return lines
+
+
+def _values(values: tuple[Any, ...]) -> str:
+    return ", ".join(str(value) for value in values)
+
+
+def _numbers(values: tuple[float, ...]) -> str:
+    shown = ", ".join(f"{value:.4f}" for value in values[:8])
+    return shown + (f" and {len(values) - 8} more" if len(values) > 8 else "")

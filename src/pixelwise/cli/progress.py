@@ -1,0 +1,61 @@
+"""The progress of a training run: a live bar on a terminal, a line a minute in a log."""
+
+import time
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+LINE_EVERY_S = 60.0
+
+
+class TrainingProgress:
+    """Shows loss, mIoU, images/s and the time left; feed it the dictionaries that `train` reports."""
+
+    def __init__(self, console: Console) -> None:
+        self.console, self.values, self._line_at = console, dict[str, Any](), time.monotonic()
+        self._bar = Progress(
+            TextColumn("step {task.fields[step]}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[words]}"),
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._task: Any = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._bar.stop()
+
+    def update(self, event: dict[str, Any]) -> None:
+        """Take what is new."""
+        self.values |= event
+        if "validated" in event:
+            self.console.print(
+                f"step {event['validated']:,}: validation mIoU {100 * event['miou']:.2f}, best {100 * event['best_miou']:.2f}"
+            )
+        if "step" not in event:
+            return
+        if self._task is None:  # the bar starts with training, below the plan
+            self._bar.start()
+            self._task = self._bar.add_task("", total=1.0, step=0, words="")
+        self._bar.update(self._task, completed=event["spent"], step=event["step"], words=self._words())
+        if not self.console.is_terminal and time.monotonic() - self._line_at >= LINE_EVERY_S:
+            self._line_at = time.monotonic()
+            self.console.print(f"step {event['step']:,} ({100 * event['spent']:.0f} %): {self._words()}")
+
+    def _words(self) -> str:
+        values = self.values
+        parts = [f"loss {values['mean_loss']:.3f}"] if "mean_loss" in values else []
+        parts += [f"mIoU {100 * values['miou']:.1f}"] if "miou" in values else []
+        parts += [f"{values['images_per_s']:.1f} images/s"] if "images_per_s" in values else []
+        if values["spent"] > 0.01:
+            left = values["elapsed_s"] * (1 - values["spent"]) / values["spent"]
+            parts.append(f"{left / 60:.1f} min left")
+        return ", ".join(parts)

@@ -1,0 +1,25 @@
+"""`pixelwise report`: one HTML page about a run."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+
+def report(
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="The run folder that pixelwise train wrote.", show_default=False)
+    ],
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The HTML file to write; by default RUN/report.html.")
+    ] = None,
+) -> None:
+    """Write the report of a run: scores, pictures, curves, data and settings on one page that opens without a network.
+
+    Example: pixelwise report runs/street
+    """
+    from pixelwise.report import write_report
+
+    path = write_report(run, out)
+    Console().print(f"report: {path}", markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,114 @@
+"""`pixelwise train`: a trained network, an honest score and a page to look at."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from pixelwise.data.check import Inspection
+    from pixelwise.train.plan import Plan
+
+_WEIGHT_SUFFIXES = (".pth", ".pt", ".bin", ".tar", ".safetensors", ".ckpt")
+
+
+def train(
+    data: Annotated[Path, typer.Argument(help="A folder of images and masks, or a CSV file that lists them.")],
+    out: Annotated[Path, typer.Option("--out", help="The run folder to write.")],
+    model: Annotated[str | None, typer.Option(help="A network; `pixelwise models` lists them.")] = None,
+    backbone: Annotated[str | None, typer.Option(help="The encoder of encoder_decoder: any timm or torchvision name.")] = None,
+    pretrained: Annotated[
+        str | None,
+        typer.Option(metavar="[FILE]", help="Start from trained weights: alone, from the library that owns them; or a file."),
+    ] = None,
+    minutes: Annotated[float | None, typer.Option(help="Budget in minutes; the schedule fits itself to it.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Budget in epochs.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Budget in steps.")] = None,
+    classes: Annotated[Path | None, typer.Option(help="A classes.yaml, in place of the one in DATA.")] = None,
+    ignore: Annotated[list[int] | None, typer.Option(help="A mask value that is void; may be repeated.")] = None,
+    group_by: Annotated[
+        str | None, typer.Option(help="Regular expression: names that agree in its group 1 share a split.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="A YAML file of options; what is typed here wins over it.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any option; options.KEY=VALUE sets the network's.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
+) -> None:
+    """Check the data, print the plan, train, score the best weights and write the report.
+
+    A run that was interrupted in any way goes on with --resume. `--help` of the options for --set: docs/training.md.
+
+    Example: pixelwise train data/camvid --out runs/camvid --backbone resnet18 --pretrained --minutes 30
+
+    Example: pixelwise train data/cells --model unet --out runs/cells --epochs 100 --set crop_px=256 --set flips=dihedral
+    """
+    from pixelwise.cli.progress import TrainingProgress
+    from pixelwise.data.layouts import open_data
+    from pixelwise.infer.evaluate import evaluate
+    from pixelwise.report import write_report
+    from pixelwise.train import command_line, make_config, merge_options, parse_settings, read_config
+    from pixelwise.train import train as train_network
+
+    typed: dict[str, Any] = {"model": model, "pretrained": pretrained, "minutes": minutes, "epochs": epochs, "steps": steps}
+    typed = {key: value for key, value in typed.items() if value is not None}
+    if backbone is not None:
+        typed["options"] = {"backbone": backbone}
+    given = merge_options(read_config(config) if config else {}, parse_settings(settings or []), typed)
+    options = make_config(given) if given or not resume else None
+    folder = open_data(data, classes=classes, ignore=tuple(ignore or ()), group_by=group_by)
+    console = Console()
+    with TrainingProgress(console) as progress:
+        run = train_network(
+            folder,
+            options,
+            out=out,
+            resume=resume,
+            command=command_line(),
+            on_plan=lambda plan, inspection: console.print(_page(plan, inspection)),
+            report=progress.update,
+        )
+    if run.interrupted:
+        console.print(f"Stopped by {run.interrupted} at step {run.steps:,}; the checkpoint is written. Continue with --resume.")
+        raise typer.Exit(130)
+    for split in ("val", "test"):
+        if folder.split(split):
+            scores = evaluate(out, folder, split=split).scores
+            console.print(f"{split}: mIoU {100 * scores.miou:.2f}, global accuracy {100 * scores.global_accuracy:.2f}")
+    console.print(f"{run.steps:,} steps in {run.seconds / 60:.1f} min. Report: {write_report(out)}", soft_wrap=True)
+
+
+def with_flag_value(arguments: list[str]) -> list[str]:
+    """`--pretrained` with its value spelt out: alone it means the library's weights, before a weight file that file."""
+    out = []
+    for index, argument in enumerate(arguments):
+        out.append(argument)
+        if argument == "--pretrained":
+            following = arguments[index + 1] if index + 1 < len(arguments) else "--"
+            if following != "auto" and not following.lower().endswith(_WEIGHT_SUFFIXES):
+                out[-1] = "--pretrained=auto"
+    return out
+
+
+def _page(plan: "Plan", inspection: "Inspection") -> Table:
+    table = Table(box=SIMPLE, show_header=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    images = ", ".join(f"{count:,} {name}" for name, count in plan.data["images"].items())
+    table.add_row("data", f"{plan.data['root']}: {plan.data['layout']}; {images}")
+    for problem in inspection.problems:
+        table.add_row("  warning", problem.message)
+    table.add_row("classes", f"{len(plan.classes)}: {', '.join(plan.classes)}")
+    options = ", ".join(f"{key}={value}" for key, value in plan.config.items())
+    table.add_row("network", f"{plan.model} ({options}); {plan.parameters:,} parameters")
+    table.add_row("weights", plan.pretrained or "random")
+    table.add_row("crops", f"{plan.crop_px} x {plan.crop_px} px, {plan.batch_size} a batch, {plan.workers} worker processes")
+    table.add_row("computes", f"{plan.precision} on {plan.device}, {plan.step_s:.2f} s a step")
+    validation = f"validation every {plan.validate_every_steps:,} steps" if plan.validate_every_steps else "no validation images"
+    table.add_row("steps", f"about {plan.steps:,}, {plan.steps_per_epoch:,} an epoch; {validation}")
+    memory = f", {plan.memory_bytes / 2**30:.1f} GiB of memory" if plan.memory_bytes else ""
+    table.add_row("expected", f"{plan.expected_s / 60:.1f} min{memory}")
+    return table

@@ -1,0 +1,204 @@
+"""Everything that can be known about a data set before it is trained on: what it holds, and what is wrong with it."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pixelwise.data.labels import IGNORE_INDEX, LabelSpec
+from pixelwise.data.looks import ImageLook, PairLook, look_at
+from pixelwise.data.pairs import SPLITS, DataFolder, Problem
+from pixelwise.data.problems import find_problems
+from pixelwise.data.scan import in_threads
+from pixelwise.errors import DataError
+
+__all__ = ["Inspection", "SplitStats", "inspect_data"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitStats:
+    """The pixels of one split.
+
+    Attributes:
+        images: how many pairs.
+        pixels: per class, its pixels.
+        void: pixels that are no class's.
+        images_with: per class, how many images contain it.
+        image_pixels: per class, the pixels (void too) of the images that contain it, which median-frequency balancing
+            divides by (Eigen and Fergus, ICCV 2015, section 6.3.2).
+    """
+
+    images: int
+    pixels: tuple[int, ...]
+    void: int
+    images_with: tuple[int, ...]
+    image_pixels: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspection:
+    """What `inspect_data` found.
+
+    Attributes:
+        folder: the data that were inspected.
+        channels: of the images; 3 where grey and colour are mixed.
+        dtypes: how many images have each number type, for example {"uint8": 701}.
+        sizes: how many images have each "WIDTHxHEIGHT", the most frequent first.
+        splits: statistics per split.
+        mean: per channel, of the training images, in unit scale (0..1 for whole numbers).
+        std: likewise; 1 for a channel that is constant, so that it can be divided by.
+        fingerprint: SHA-256 over the splits, names and decoded pixels of all images and masks.
+        problems: fatal ones first.
+    """
+
+    folder: DataFolder
+    channels: int
+    dtypes: dict[str, int]
+    sizes: dict[str, int]
+    splits: dict[str, SplitStats]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    fingerprint: str
+    problems: tuple[Problem, ...]
+
+    def raise_if_fatal(self) -> None:
+        """Stop here if there are fatal problems.
+
+        Raises:
+            DataError: listing all of them.
+        """
+        fatal = [problem.message for problem in self.problems if problem.severity == "fatal"]
+        if len(fatal) == 1:
+            raise DataError(f"{self.folder.root}: {fatal[0]}")
+        if fatal:
+            listing = "".join(f"\n- {message}" for message in fatal)
+            raise DataError(f"{self.folder.root}: {len(fatal)} problems must be mended first:{listing}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the single pairs, for JSON."""
+        return {
+            "root": str(self.folder.root),
+            "layout": self.folder.layout,
+            "labels": self.folder.labels.to_dict(),
+            "channels": self.channels,
+            "dtypes": self.dtypes,
+            "sizes": self.sizes,
+            "splits": {name: _lists(asdict(stats)) for name, stats in self.splits.items()},
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "fingerprint": self.fingerprint,
+            "problems": [_lists(asdict(problem)) for problem in self.problems],
+        }
+
+
+def inspect_data(folder: DataFolder, on_progress: Callable[[int, int], None] | None = None) -> Inspection:
+    """Read every image and mask once, in threads, and find out what they hold and what is wrong.
+
+    Args:
+        folder: as `open_data` gives it.
+        on_progress: called with the number of pairs done and the number of all.
+
+    Returns:
+        The same result for the same files, whatever the number of threads. Problems do not raise here.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from PIL import Image
+        >>> from pixelwise.data.layouts import open_data
+        >>> root = Path(tempfile.mkdtemp())
+        >>> for kind in ("images", "masks"):
+        ...     (root / kind).mkdir()
+        ...     for i in range(4):
+        ...         Image.new("L", (8, 6), i % 2 + 10 * i * (kind == "images")).save(root / kind / f"{i}.png")
+        >>> inspect_data(open_data(root)).sizes
+        {'8x6': 4}
+    """
+    looks = in_threads(look_at, folder.pairs, on_progress)
+    images = [look.image for look in looks if look.image is not None]
+    channels = _common_channels(images)
+    train = [look.image for look in looks if look.image is not None and look.pair.split == "train"]
+    mean, std = _mean_and_std(train, channels)
+    splits = {
+        name: _split_stats([look for look in looks if look.pair.split == name], folder.labels)
+        for name in SPLITS
+        if name in folder.splits
+    }
+    return Inspection(
+        folder=folder,
+        channels=channels,
+        dtypes=dict(Counter(image.dtype for image in images).most_common()),
+        sizes=dict(Counter(f"{image.width}x{image.height}" for image in images).most_common()),
+        splits=splits,
+        mean=mean,
+        std=std,
+        fingerprint=_fingerprint(looks),
+        problems=find_problems(folder, looks),
+    )
+
+
+def _common_channels(images: Sequence[ImageLook]) -> int:
+    """Grey can be shown as RGB, so 1 and 3 are 3; of other mixtures the most frequent, and the check objects."""
+    counts = Counter(image.channels for image in images)
+    if set(counts) == {1, 3}:
+        return 3
+    return counts.most_common(1)[0][0] if counts else 0
+
+
+def _split_stats(looks: Sequence[PairLook], labels: LabelSpec) -> SplitStats:
+    pixels = [0] * labels.num_classes
+    images_with = [0] * labels.num_classes
+    image_pixels = [0] * labels.num_classes
+    void = 0
+    for look in looks:
+        if look.mask is None:
+            continue
+        here: Counter[int] = Counter()
+        for value, count in look.mask.counts.items():
+            index = labels.class_of(value)
+            if index is not None:
+                here[index] += count
+        void += here.pop(IGNORE_INDEX, 0)
+        for index, count in here.items():
+            pixels[index] += count
+            images_with[index] += 1
+            image_pixels[index] += look.mask.width * look.mask.height
+    return SplitStats(
+        images=len(looks),
+        pixels=tuple(pixels),
+        void=void,
+        images_with=tuple(images_with),
+        image_pixels=tuple(image_pixels),
+    )
+
+
+def _mean_and_std(images: Sequence[ImageLook], channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Over all pixels of all images together; grey counts for every channel of RGB."""
+    usable = [image for image in images if image.channels in (channels, 1)]
+    total = sum(image.width * image.height for image in usable)
+    mean, std = [0.0] * channels, [1.0] * channels
+    for channel in range(channels if total else 0):
+        added = sum(image.sums[channel if image.channels > 1 else 0] for image in usable)
+        squared = sum(image.squares[channel if image.channels > 1 else 0] for image in usable)
+        mean[channel] = added / total
+        variance = max(squared / total - mean[channel] ** 2, 0.0)
+        # Below this the difference of two nearly equal sums is rounding, not contrast.
+        std[channel] = variance**0.5 if variance > 1e-12 * max(mean[channel] ** 2, 1e-12) else 1.0
+    return tuple(mean), tuple(std)
+
+
+def _fingerprint(looks: Sequence[PairLook]) -> str:
+    digest = hashlib.sha256()
+    for look in looks:
+        image = look.image.digest if look.image else "unreadable"
+        mask = look.mask.digest if look.mask else "none"
+        name = look.pair.name.encode("utf-8", "surrogateescape")
+        digest.update(look.pair.split.encode() + b"\0" + name + f"\0{image}\0{mask}\n".encode())
+    return digest.hexdigest()
+
+
+def _lists(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _lists(item) for key, item in value.items()}
+    return [_lists(item) for item in value] if isinstance(value, tuple | list) else value

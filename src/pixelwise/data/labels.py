@@ -1,0 +1,157 @@
+"""Labels and where they come from: `LabelSpec`, `classes.yaml`, and CamVid's well-known classes."""
+
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from pixelwise.data.label_spec import (
+    CAMVID_COLORS,
+    CAMVID_NAMES,
+    CAMVID_VOID,
+    IGNORE_INDEX,
+    MAX_CLASSES,
+    Color,
+    LabelSpec,
+    Value,
+    distinct_colors,
+    is_color,
+    plain_value,
+    show_value,
+    value_counts,
+)
+from pixelwise.data.proposals import propose_labels
+from pixelwise.errors import DataError
+from pixelwise.files import write_text
+
+__all__ = [
+    "CAMVID_COLORS",
+    "CAMVID_NAMES",
+    "CAMVID_VOID",
+    "IGNORE_INDEX",
+    "MAX_CLASSES",
+    "Color",
+    "LabelSpec",
+    "Value",
+    "distinct_colors",
+    "load_labels",
+    "propose_labels",
+    "save_labels",
+    "show_value",
+    "value_counts",
+]
+
+
+class _ClassEntry(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    name: str
+    color: list[int] | str | None = None
+    values: Any = None
+
+
+class _ClassesFile(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    classes: list[str | _ClassEntry] = Field(min_length=1)
+    ignore_index: Any = None
+    masks: Literal["index", "rgb"] = "index"
+
+
+def load_labels(path: str | Path) -> LabelSpec:
+    """Read a `classes.yaml`.
+
+    Each class is a name, or a name with a `color` ([r, g, b] or "#rrggbb") and the mask `values` that mean it (one, or
+    a list that is merged). Without `values`, a class means its position, or its colour where `masks: rgb` stands.
+    `ignore_index` is the value (or list of values) of void.
+
+    Raises:
+        DataError: the file is missing, is not YAML, has unknown keys, or describes impossible classes.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "classes.yaml"
+        >>> _ = path.write_text("classes: [road, {name: vehicle, values: [1, 2]}]\\nignore_index: 255")
+        >>> load_labels(path).values
+        ((0,), (1, 2))
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        parsed = _ClassesFile.model_validate(content)
+        return _from_file(parsed)
+    except ValidationError as error:
+        raise DataError(f"{path}: {_describe(error)}. Allowed are classes, ignore_index and masks.") from error
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise DataError(f"{path}: cannot be read as YAML ({' '.join(str(error).split())}).") from error
+
+
+def save_labels(path: str | Path, labels: LabelSpec) -> None:
+    """Write a `classes.yaml` that `load_labels` reads back to an equal LabelSpec.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "classes.yaml"
+        >>> labels = LabelSpec(names=("a",), colors=((1, 2, 3),), values=((4,),))
+        >>> save_labels(path, labels)
+        >>> load_labels(path) == labels
+        True
+    """
+    entries = zip(labels.names, labels.colors, labels.values, strict=True)
+    content: dict[str, Any] = {
+        "masks": labels.kind,
+        "classes": [
+            {"name": name, "color": list(color), "values": [plain_value(value) for value in values]}
+            for name, color, values in entries
+        ],
+    }
+    if labels.ignore_values:
+        content["ignore_index"] = [plain_value(value) for value in labels.ignore_values]
+    write_text(path, yaml.safe_dump(content, sort_keys=False, default_flow_style=None, allow_unicode=True))
+
+
+def _from_file(parsed: _ClassesFile) -> LabelSpec:
+    entries = [_ClassEntry(name=entry) if isinstance(entry, str) else entry for entry in parsed.classes]
+    spare = distinct_colors(len(entries))
+    colors = tuple(_read_color(entry.color) if entry.color else spare[i] for i, entry in enumerate(entries))
+    rgb = parsed.masks == "rgb"
+    if rgb and any(entry.color is None and entry.values is None for entry in entries):
+        raise DataError("with `masks: rgb` every class needs a color, for that is what the masks hold.")
+    defaults: list[Value] = list(colors) if rgb else list(range(len(entries)))
+    values = [
+        (defaults[i],) if entry.values is None else _read_values(entry.values, rgb) for i, entry in enumerate(entries)
+    ]
+    ignore = () if parsed.ignore_index is None else _read_values(parsed.ignore_index, rgb)
+    names = tuple(entry.name for entry in entries)
+    return LabelSpec(names=names, colors=colors, values=tuple(values), ignore_values=ignore, kind=parsed.masks)
+
+
+def _read_values(content: Any, rgb: bool) -> tuple[Value, ...]:
+    """One value or a list of them; a list of three numbers is one colour where masks hold colours."""
+    single = isinstance(content, int | str) or (rgb and isinstance(content, list) and is_color(tuple(content)))
+    items = [content] if single else content
+    if not isinstance(items, list):
+        raise DataError(f"{content!r} is neither a mask value nor a list of them.")
+    return tuple(_read_color(item) if rgb else item for item in items)
+
+
+def _read_color(content: Any) -> Color:
+    if isinstance(content, str) and re.fullmatch("#[0-9a-fA-F]{6}", content):
+        return int(content[1:3], 16), int(content[3:5], 16), int(content[5:7], 16)
+    if isinstance(content, list) and is_color(tuple(content)):
+        return content[0], content[1], content[2]
+    raise DataError(f"{content!r} is not a colour: write [r, g, b] with numbers in 0..255, or '#rrggbb'.")
+
+
+def _describe(error: ValidationError) -> str:
+    problems = []
+    for item in error.errors()[:4]:
+        where = ".".join(str(part) for part in item["loc"] if part not in ("str", "_ClassEntry"))
+        what = item["msg"].lower()
+        if len(item["loc"]) == 3 and item["type"] in ("string_type", "model_type"):
+            what = f"{item['input']!r} is neither a name nor a mapping with a name (quote words like yes, no, on, off)"
+        problems.append(f"{where or 'the file'}: {what}")
+    return "; ".join(dict.fromkeys(problems))

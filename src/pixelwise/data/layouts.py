@@ -1,0 +1,289 @@
+"""From a folder to pairs of image and mask: the layout is recognised by looking."""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from pixelwise.data.csv_pairs import find_csv, read_csv
+from pixelwise.data.labels import LabelSpec, Value, load_labels, propose_labels
+from pixelwise.data.matching import Match, Source, match_source
+from pixelwise.data.pairs import SPLITS, DataFolder, Pair, Problem
+from pixelwise.data.raster import Palette
+from pixelwise.data.readers import IMAGE_SUFFIXES
+from pixelwise.data.scan import MaskScan, in_threads, scan_mask
+from pixelwise.data.splits import SPLIT_ALIASES, VAL_OF_TRAIN, assign_splits, compile_group_by, group_of
+from pixelwise.errors import DataError, UsageError
+
+__all__ = ["SPLITS", "DataFolder", "Pair", "Problem", "open_data"]
+
+_IMAGE_DIRS = ("images", "image", "imgs", "img", "leftimg8bit", "jpegimages")
+_MASK_DIRS = (
+    "masks", "mask", "labels", "label", "annotations", "annotation", "annot", "gtfine", "gt", "ground_truth",
+    "groundtruth", "segmentationclass", "segmentations", "targets",
+)  # fmt: skip
+_ANNOT_ENDINGS = ("annot", "_annot", "_labels", "labels", "_masks", "_mask", "masks", "_gt")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Layout:
+    words: str
+    matches: list[Match]
+    problems: list[Problem]
+    is_segnet: bool = False
+
+
+def open_data(
+    root: str | Path,
+    *,
+    classes: str | Path | None = None,
+    ignore: Sequence[int] = (),
+    group_by: str | None = None,
+    fractions: Sequence[float] = (0.8, 0.1, 0.1),
+    labels: LabelSpec | None = None,
+) -> DataFolder:
+    """Recognise a data folder, pair its files, decide its splits and its classes.
+
+    Understood are `images/` with `masks/`, with `train/ val/ test/` above or below them or without; SegNet's `train/
+    trainannot/ …`; and a CSV file with the columns `image,mask[,split]`. Where no split is given, the hash of each
+    group's name decides (`fractions`); where only train and test are, 15 % of train becomes val. A given test split
+    never moves.
+
+    Args:
+        root: the folder, or the CSV file.
+        classes: a `classes.yaml`; without it the one in `root`, else classes are proposed from the masks.
+        ignore: mask values that mean void, besides those in `classes.yaml`.
+        group_by: a regular expression on names; what its group 1 (or the whole match) is equal in, stays together.
+        fractions: of train, val, test.
+        labels: classes that are already known, for example a network's; `classes.yaml` is then not looked for.
+
+    Returns:
+        The pairs, by split and name. Images without masks and the like are listed in `problems`.
+
+    Raises:
+        DataError: no layout is recognised, nothing can be paired, or no classes can be found.
+        UsageError: an option does not fit.
+    """
+    root = Path(root)
+    pattern = compile_group_by(group_by)
+    layout = _recognise(root)
+    pairs = _with_splits(_grouped(layout.matches, pattern, group_by), fractions)
+    if not any(pair.mask for pair in pairs):
+        raise DataError(_nothing_matches(root, layout))
+    return DataFolder(
+        root=root,
+        layout=layout.words,
+        pairs=tuple(sorted(pairs, key=lambda pair: (SPLITS.index(pair.split), pair.name))),
+        labels=labels.with_ignored(ignore) if labels else _find_labels(root, classes, pairs, ignore, layout.is_segnet),
+        problems=tuple(layout.problems),
+        is_grouped=group_by is not None,
+    )
+
+
+def _recognise(root: Path) -> _Layout:
+    if not root.exists():
+        raise DataError(f"{root}: there is no such folder.")
+    lists = find_csv(root)
+    if lists:
+        read = [read_csv(path) for path in lists]
+        return _Layout(
+            words="CSV " + ", ".join(path.name for path in lists),
+            matches=[match for matches, _ in read for match in matches],
+            problems=[problem for _, problems in read for problem in problems],
+        )
+    segnet = _segnet_sources(root)
+    words, sources = segnet or _image_mask_sources(root) or _split_above_sources(root) or ("", [])
+    if not sources:
+        raise DataError(_not_recognised(root))
+    read = [match_source(source, root) for source in sources]
+    matches = [match for found, _ in read for match in found]
+    if not matches:
+        raise DataError(_no_images(root, words, sources))
+    problems = [problem for _, found in read for problem in found]
+    return _Layout(words=words, matches=matches, problems=problems, is_segnet=bool(segnet))
+
+
+def _segnet_sources(root: Path) -> tuple[str, list[Source]] | None:
+    """train/ + trainannot/ and so on, the images directly in train/."""
+    folders = _folders(root)
+    sources = []
+    for name, split in SPLIT_ALIASES.items():
+        if name in folders:
+            masks = next((folders[name + end] for end in _ANNOT_ENDINGS if name + end in folders), None)
+            sources.append(Source(split=split, images=folders[name], masks=masks))
+    if not any(source.masks for source in sources):
+        return None
+    return " ".join(_below(path, root) for source in sources for path in (source.images, source.masks) if path), sources
+
+
+def _image_mask_sources(root: Path) -> tuple[str, list[Source]] | None:
+    """images/ + masks/, alone or with the splits below them."""
+    images, masks = _images_and_masks(root)
+    if images is None:
+        return None
+    if masks is None:
+        looked = ", ".join(f"{name}/" for name in _MASK_DIRS[:6])
+        raise DataError(f"{root}: there is {images.name}/, but no folder of masks beside it ({looked} …). Add it.")
+    words = f"{images.name}/ + {masks.name}/"
+    image_folders, mask_folders = _folders(images), _folders(masks)
+    below = {SPLIT_ALIASES[name]: path for name, path in mask_folders.items() if name in SPLIT_ALIASES}
+    sources = [
+        Source(split=SPLIT_ALIASES[name], images=path, masks=below.get(SPLIT_ALIASES[name]))
+        for name, path in image_folders.items()
+        if name in SPLIT_ALIASES
+    ]
+    if not sources:
+        return words, [Source(split=None, images=images, masks=masks)]
+    return f"{words} with {_split_names(sources)} below", sources
+
+
+def _split_above_sources(root: Path) -> tuple[str, list[Source]] | None:
+    """train/ val/ test/, each with images/ + masks/."""
+    sources = []
+    for name, folder in _folders(root).items():
+        images, masks = _images_and_masks(folder)
+        if name in SPLIT_ALIASES and images is not None:
+            sources.append(Source(split=SPLIT_ALIASES[name], images=images, masks=masks))
+    named = next(((source.images, source.masks) for source in sources if source.masks), None)
+    if named is None or named[1] is None:
+        return None
+    return f"{_split_names(sources)} with {named[0].name}/ + {named[1].name}/ below", sources
+
+
+def _images_and_masks(folder: Path) -> tuple[Path | None, Path | None]:
+    folders = _folders(folder)
+    images = next((folders[name] for name in _IMAGE_DIRS if name in folders), None)
+    return images, next((folders[name] for name in _MASK_DIRS if name in folders), None)
+
+
+def _folders(folder: Path) -> dict[str, Path]:
+    """The folders in a folder by lower-case name, splits in the order train, val, test."""
+    if not folder.is_dir():
+        return {}
+    rank = {name: index for index, name in enumerate(SPLIT_ALIASES)}
+    found = {path.name.lower(): path for path in sorted(folder.iterdir()) if path.is_dir()}
+    return dict(sorted(found.items(), key=lambda item: (rank.get(item[0], len(rank)), item[0])))
+
+
+def _split_names(sources: list[Source]) -> str:
+    return " ".join(f"{source.split}/" for source in sources)
+
+
+def _below(path: Path, root: Path) -> str:
+    return f"{path.relative_to(root).as_posix()}/"
+
+
+def _grouped(matches: list[Match], pattern: re.Pattern[str] | None, group_by: str | None) -> list[Pair]:
+    """Pairs with their group; those whose split is still open have the split "". A name used twice gets its split."""
+    count = Counter(match.key for match in matches)
+    pairs, unmatched = [], []
+    for match in matches:
+        group = group_of(match.key, pattern)
+        if group is None:
+            unmatched.append(match.key)
+        name = f"{match.split}/{match.key}" if count[match.key] > 1 and match.split else match.key
+        pairs.append(Pair(image=match.image, mask=match.mask, split=match.split or "", group=group or "", name=name))
+    if unmatched:
+        raise UsageError(
+            f"--group-by {group_by!r} does not match {len(unmatched):,} of {len(matches):,} names, for example "
+            f"{unmatched[0]!r}. It is a regular expression and must match somewhere in each name."
+        )
+    return pairs
+
+
+def _with_splits(pairs: list[Pair], fractions: Sequence[float]) -> list[Pair]:
+    """Decide the open splits by hash; carve val from train where only a test split was given."""
+    given = {pair.split for pair in pairs}
+    if given <= {"", "train"}:
+        splits = assign_splits([pair.group for pair in pairs], fractions)
+        return [replace(pair, split=splits[pair.group]) for pair in pairs]
+    if "train" in given and "val" not in given:
+        splits = assign_splits([pair.group for pair in pairs if pair.split == "train"], VAL_OF_TRAIN)
+        return [replace(pair, split=splits[pair.group]) if pair.split == "train" else pair for pair in pairs]
+    return pairs
+
+
+def _find_labels(
+    root: Path, classes: str | Path | None, pairs: list[Pair], ignore: Sequence[int], is_segnet: bool
+) -> LabelSpec:
+    beside = (root if root.is_dir() else root.parent) / "classes.yaml"
+    if classes is not None or beside.is_file():
+        return load_labels(classes or beside).with_ignored(ignore)
+    scans = [scan for scan in in_threads(_scan_or_none, [pair.mask for pair in pairs if pair.mask]) if scan]
+    if not scans:
+        raise DataError(f"{root}: none of its masks can be read, for example {_first_error(pairs)}")
+    kind = Counter(scan.kind for scan in scans).most_common(1)[0][0]
+    found: Counter[Value] = Counter()
+    for scan in scans:
+        if scan.kind == kind:
+            found.update(scan.counts)
+    if len(found) > 2 and any(scan.format in ("JPEG", "MPO") for scan in scans):
+        raise DataError(
+            f"{root}: its masks are JPEG, which blurs values: {len(found):,} different ones are found. "
+            "Save the masks as PNG, or say in classes.yaml which values mean which class."
+        )
+    try:
+        return propose_labels(found, palette=_common_palette(scans), camvid=is_segnet, ignore=ignore)
+    except DataError as error:
+        raise DataError(f"{root}: {error}") from error
+
+
+def _scan_or_none(mask: Path) -> MaskScan | None:
+    """None for a file that cannot be read; checking the data tells it with its reason."""
+    try:
+        return scan_mask(mask)
+    except DataError:
+        return None
+
+
+def _first_error(pairs: list[Pair]) -> str:
+    for pair in pairs:
+        try:
+            read = scan_mask(pair.mask) if pair.mask else None
+        except DataError as error:
+            return str(error)
+        if read:
+            break
+    return "none."
+
+
+def _common_palette(scans: list[MaskScan]) -> Palette | None:
+    """The palette of the masks, if they have one that tells the values apart."""
+    palette = next((scan.palette for scan in scans if scan.palette), None)
+    used = {value for scan in scans for value in scan.counts if isinstance(value, int)}
+    if palette is None or max(used) >= len(palette) or len({palette[value] for value in used}) < len(used):
+        return None
+    return palette
+
+
+def _not_recognised(root: Path) -> str:
+    there = ", ".join(sorted(f"{path.name}/" if path.is_dir() else path.name for path in root.iterdir())[:8])
+    inner = [folder for folder in _folders(root).values() if _looks_right(folder)]
+    hint = f" Perhaps {inner[0]} is meant." if inner else ""
+    return (
+        f"{root}: no layout is recognised; it holds {there or 'nothing'}. Wanted are images/ and masks/ (with train/ "
+        "val/ test/ above or below them), SegNet's train/ and trainannot/ …, or a CSV file with the columns image,mask."
+        f"{hint}"
+    )
+
+
+def _looks_right(folder: Path) -> bool:
+    images, masks = _images_and_masks(folder)
+    return bool(images and masks) or _segnet_sources(folder) is not None or _split_above_sources(folder) is not None
+
+
+def _no_images(root: Path, words: str, sources: list[Source]) -> str:
+    other = Counter(
+        path.suffix.lower() or path.name
+        for source in sources
+        for path in source.images.rglob("*")
+        if path.is_file() and not path.name.startswith(".")
+    )
+    found = ", ".join(f"{count:,} x {suffix}" for suffix, count in other.most_common(5)) or "no files"
+    return f"{root}: {words} is there, but without images ({found}). Readable are {', '.join(IMAGE_SUFFIXES)}."
+
+
+def _nothing_matches(root: Path, layout: _Layout) -> str:
+    reasons = " ".join(problem.message for problem in layout.problems[:3])
+    return f"{root}: {layout.words}: not one image has a mask. Names must match by stem. {reasons}"

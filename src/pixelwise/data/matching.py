@@ -1,0 +1,141 @@
+"""Which mask belongs to which image: names are matched by stem, with the usual suffixes left out."""
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pixelwise.data.pairs import Problem
+from pixelwise.data.raster import printable
+from pixelwise.data.readers import IMAGE_SUFFIXES
+
+_MASK_SUFFIX = re.compile(
+    r"[_\-. ](masks?|labels?|gt|gtfine_labelids|gtfine_labeltrainids|label_?ids|label_?trainids|seg|segmentation|annot"
+    r"|anno|annotation|ground_?truth|manual\d|l|target)$",
+    re.IGNORECASE,
+)
+_IMAGE_SUFFIX = re.compile(r"[_\-. ](leftimg8bit|image|img|sat|rgb)$", re.IGNORECASE)
+_NO_MASK = re.compile(r"_gtfine_(color|instanceids|instancetrainids)$", re.IGNORECASE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A folder of images with its folder of masks; `split` is None where the layout names none."""
+
+    split: str | None
+    images: Path
+    masks: Path | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Match:
+    """An image, its mask, and the name both share."""
+
+    split: str | None
+    image: Path
+    mask: Path | None
+    key: str
+
+
+def match_source(source: Source, root: Path) -> tuple[list[Match], list[Problem]]:
+    """Pair the images and masks of one source, and say what stays alone.
+
+    Args:
+        source: the folders.
+        root: what file names in messages are relative to.
+    """
+    images, doubled = _by_key(image_files(source.images))
+    masks, doubled_masks = _by_key(image_files(source.masks) if source.masks else [])
+    masks = {key: path for key, path in masks.items() if not _NO_MASK.search(key)}
+    where = source.split or source.images.name
+    problems = [_twice(where, what, root) for what in (*doubled, *doubled_masks)]
+    chosen, orphans, rivals = _choose(images, masks)
+    problems += [_twice(where, what, root) for what in rivals]
+    if orphans:
+        problems.append(_orphans(where, orphans, root))
+    matches = [
+        Match(split=source.split, image=path, mask=chosen.get(key), key=key) for key, path in sorted(images.items())
+    ]
+    lonely = [match.image for match in matches if match.mask is None]
+    if lonely:
+        problems.append(_lonely(where, lonely, len(matches), root, source.split))
+    return matches, problems
+
+
+def image_files(folder: Path) -> list[tuple[str, Path]]:
+    """The image files below a folder as (path below it without suffix, file), sorted; hidden ones are left out."""
+    found = []
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith((".", "__MACOSX"))]
+        for name in names:
+            path = Path(parent, name)
+            if path.suffix.lower() in IMAGE_SUFFIXES and not name.startswith("."):
+                found.append((path.relative_to(folder).with_suffix("").as_posix(), path))
+    return sorted(found)
+
+
+def listing(paths: Sequence[Path], root: Path, limit: int = 5) -> str:
+    """The first few names below `root`, and how many more there are.
+
+    Example:
+        >>> listing([Path(f"/d/{i}.png") for i in range(7)], Path("/d"), limit=2)
+        '0.png, 1.png and 5 more'
+    """
+    shown = ", ".join(relative(path, root) for path in paths[:limit])
+    return shown + (f" and {len(paths) - limit:,} more" if len(paths) > limit else "")
+
+
+def relative(path: Path, root: Path) -> str:
+    """`path` as a user sees it below `root`."""
+    return printable((path.relative_to(root) if path.is_relative_to(root) else path).as_posix())
+
+
+def _by_key(files: list[tuple[str, Path]]) -> tuple[dict[str, Path], list[tuple[str, list[Path]]]]:
+    grouped: dict[str, list[Path]] = {}
+    for key, path in files:
+        grouped.setdefault(key, []).append(path)
+    doubled = [(key, paths) for key, paths in grouped.items() if len(paths) > 1]
+    return {key: paths[0] for key, paths in grouped.items()}, doubled
+
+
+def _choose(
+    images: dict[str, Path], masks: dict[str, Path]
+) -> tuple[dict[str, Path], list[Path], list[tuple[str, list[Path]]]]:
+    """Masks by image key; masks without image; images that several masks claim. Equal names come first."""
+    by_stem = {_IMAGE_SUFFIX.sub("", key): key for key in images}
+    claims: dict[str, list[Path]] = {}
+    orphans = []
+    for key, path in masks.items():
+        stem = _MASK_SUFFIX.sub("", key)
+        target = next((name for name in (key, stem) if name in images), None) or by_stem.get(stem) or by_stem.get(key)
+        if target is None:
+            orphans.append(path)
+        else:
+            claims.setdefault(target, []).append(path)
+    rivals = [(key, paths) for key, paths in claims.items() if len(paths) > 1]
+    return {key: paths[0] for key, paths in claims.items()}, orphans, rivals
+
+
+def _twice(where: str, doubled: tuple[str, list[Path]], root: Path) -> Problem:
+    key, paths = doubled
+    names = tuple(relative(path, root) for path in paths)
+    return Problem("fatal", f"{where}: {' and '.join(names)} both stand for {key!r}. Keep one of them.", names)
+
+
+def _orphans(where: str, orphans: list[Path], root: Path) -> Problem:
+    count = f"{len(orphans):,} masks have no image" if len(orphans) > 1 else "1 mask has no image"
+    message = f"{where}: {count}: {listing(orphans, root)}. They are not used."
+    return Problem("warning", message, tuple(relative(path, root) for path in orphans))
+
+
+def _lonely(where: str, lonely: list[Path], total: int, root: Path, split: str | None) -> Problem:
+    files = tuple(relative(path, root) for path in lonely)
+    if split == "test" and len(lonely) == total:
+        return Problem("warning", f"test: none of the {total:,} images has a mask, so it cannot be evaluated.", files)
+    count = f"{len(lonely):,} images have no mask" if len(lonely) > 1 else "1 image has no mask"
+    return Problem(
+        "fatal",
+        f"{where}: {count}: {listing(lonely, root)}. Add a mask of the same name for each, or remove them.",
+        files,
+    )

@@ -1,0 +1,91 @@
+"""What the decoders of files give to the readers, and which errors of theirs mean "this file is bad"."""
+
+import struct
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+Palette = tuple[tuple[int, int, int], ...]
+
+MAX_DECODED_BYTES = 4 * 2**30
+"""Files that say they are larger than this when decoded are refused before any memory is taken."""
+
+DECODE_ERRORS = (
+    OSError,  # missing, unreadable, truncated; Pillow's UnidentifiedImageError
+    ValueError,  # tifffile.TiffFileError, numpy shapes, text that is no text
+    TypeError,  # tags of another type than the format says
+    LookupError,  # tables in the file that point outside it, unknown codecs
+    AttributeError,  # tags that should be there
+    ArithmeticError,  # division by a size of zero, overflow
+    AssertionError,  # tifffile's own checks
+    RuntimeError,  # imagecodecs' errors, NotImplementedError, RecursionError
+    SyntaxError,  # Pillow's broken PNG; ParseError of XML descriptions in TIFF
+    EOFError,
+    MemoryError,
+    struct.error,
+    zlib.error,
+)
+"""What Pillow, tifffile and imagecodecs raise on damaged input; anything else is a bug and passes through."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Raster:
+    """One decoded file, as stored: neither turned nor reduced to what an image or a mask needs.
+
+    Attributes:
+        array: (H, W) or (H, W, C), any numeric type or bool, native byte order.
+        format: what the content is, for example "PNG".
+        orientation: EXIF orientation, 1..8.
+        palette: the colours that the indices in `array` stand for, or None.
+        has_alpha: whether the last channel is opacity.
+        inverted: whether the largest number is black (TIFF's WhiteIsZero).
+    """
+
+    array: np.ndarray
+    format: str
+    orientation: int = 1
+    palette: Palette | None = None
+    has_alpha: bool = False
+    inverted: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageInfo:
+    """What a file says about its image, after EXIF orientation.
+
+    Attributes:
+        width: pixels.
+        height: pixels.
+        channels: as `read_image` gives them.
+        dtype: numpy's name of the number type, for example "uint8".
+        format: for example "PNG".
+    """
+
+    width: int
+    height: int
+    channels: int
+    dtype: str
+    format: str
+
+
+def printable(path: str | Path) -> str:
+    """A path as text that any terminal and JSON take, also where the bytes of its name are no text."""
+    return str(path).encode("utf-8", "backslashreplace").decode()
+
+
+def orient(array: np.ndarray, orientation: int) -> np.ndarray:
+    """Turn an image (H, W[, C]) as EXIF orientation 1..8 says; other numbers turn nothing (EXIF 2.3, tag 0x0112).
+
+    Example:
+        >>> orient(np.array([[1, 2, 3]]), 6).tolist()
+        [[1], [2], [3]]
+    """
+    if orientation in (5, 6, 7, 8):
+        array = array.swapaxes(0, 1)
+    if orientation in (2, 3, 6, 7):
+        array = array[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        array = array[::-1]
+    return array

@@ -1,0 +1,321 @@
+"""What a run folder needs to predict with: `model.safetensors` and `model.json`, and nothing else.
+
+Both files may come from a stranger, so nothing in them is believed before it is checked: no pickle, no code, and the
+network is first built without memory and compared with the tensors on disk, and only then for real.
+"""
+
+import hashlib
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from pixelwise.data.labels import LabelSpec
+from pixelwise.errors import DataError
+from pixelwise.files import atomic_path, read_json, write_json
+from pixelwise.models import create_model
+
+WEIGHTS_NAME = "model.safetensors"
+CARD_NAME = "model.json"
+FORMAT = 1
+MAX_CARD_BYTES = 64 << 20
+MAX_CONFIG_NUMBER = 1_000_000  # no honest width, depth or count is larger
+MAX_CHANNELS = 4096
+
+# What building a network from values nobody checked can raise; anything else is a bug worth a traceback.
+_BUILD_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    RuntimeError,
+    TypeError,
+    ValueError,  # PixelwiseError is one
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelCard:
+    """What is known about a trained network beside its weights; the content of `model.json`.
+
+    Attributes:
+        model: The registered name, for `create_model`.
+        config: Keyword arguments that rebuild the network: `create_model(model, **config)`.
+        labels: Names, colours and mask values of the K classes.
+        mean: Per input channel, in unit scale (uint8 / 255).
+        std: As `mean`, above zero; the network sees `(unit - mean) / std`.
+        data: Where it was trained (fingerprint, name of the folder, counts).
+        versions: Versions of pixelwise, torch and python that trained it.
+        scores: What it scored, by split.
+        weights_sha256: Of `model.safetensors`, 64 hex digits; filled in by `save_bundle`.
+        format: Version of this layout.
+
+    Example:
+        >>> from pixelwise.data.labels import LabelSpec
+        >>> labels = LabelSpec(names=("sky", "road"), colors=((0, 0, 255), (90, 90, 90)), values=((0,), (1,)))
+        >>> config = {"num_classes": 2, "in_channels": 1}
+        >>> card = ModelCard(model="unet", config=config, labels=labels, mean=(0.5,), std=(0.2,))
+        >>> ModelCard.from_dict(card.to_dict()) == card
+        True
+    """
+
+    model: str
+    config: dict[str, Any]
+    labels: LabelSpec
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    data: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, Any] = field(default_factory=dict)
+    scores: dict[str, Any] = field(default_factory=dict)
+    weights_sha256: str = ""
+    format: int = FORMAT
+
+    @property
+    def in_channels(self) -> int:
+        """The number of channels of the images the network was trained on."""
+        return len(self.mean)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The card as plain values that JSON can hold."""
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        values |= {"config": _lists(self.config), "labels": self.labels.to_dict()}
+        return values | {"mean": list(self.mean), "std": list(self.std)}
+
+    @classmethod
+    def from_dict(cls, values: Any) -> "ModelCard":
+        """The card that `to_dict` gave.
+
+        Raises:
+            DataError: a key is missing or unknown, or a value has the wrong type or is out of range.
+        """
+        _check_keys(values, cls)
+        if not isinstance(values["model"], str) or not re.fullmatch(r"\w[\w.-]{0,99}", values["model"]):
+            raise DataError(f"'model' must be the name of a registered model, not {_short(values['model'])}.")
+        digest = values["weights_sha256"]
+        if not isinstance(digest, str) or not re.fullmatch(r"([0-9a-f]{64})?", digest):
+            raise DataError(f"'weights_sha256' must be 64 hex digits, not {_short(digest)}.")
+        for key in ("config", "data", "versions", "scores"):
+            if not isinstance(values[key], dict) or not all(isinstance(name, str) for name in values[key]):
+                raise DataError(f"'{key}' must be a mapping, not {_short(values[key])}.")
+        card = cls(
+            **values
+            | {
+                "config": {key: _config_value(key, value) for key, value in values["config"].items()},
+                "labels": LabelSpec.from_dict(values["labels"]),
+                "mean": _numbers("mean", values["mean"]),
+                "std": _numbers("std", values["std"]),
+            }
+        )
+        _check_agreement(card)
+        return card
+
+
+def save_bundle(folder: str | Path, model: nn.Module, card: ModelCard) -> ModelCard:
+    """Write `model.safetensors`, then `model.json`, each atomically; returns the card with the hash of the weights.
+
+    The card names the hash of the weights, so a pair torn by a power cut or a copy is noticed by `load_bundle`.
+
+    Example:
+        >>> import tempfile
+        >>> from pixelwise.data.labels import LabelSpec
+        >>> from pixelwise.models import create_model
+        >>> labels = LabelSpec(names=("sky", "road"), colors=((0, 0, 255), (90, 90, 90)), values=((0,), (1,)))
+        >>> config = {"tiny": True, "num_classes": 2, "in_channels": 1}
+        >>> card = ModelCard(model="unet", config=config, labels=labels, mean=(0.5,), std=(0.2,))
+        >>> folder = tempfile.mkdtemp()
+        >>> card = save_bundle(folder, create_model("unet", **config), card)
+        >>> model, loaded = load_bundle(folder)
+        >>> loaded == card
+        True
+    """
+    folder = Path(folder)
+    # Clones: safetensors refuses tensors that share memory or are strided (channels_last).
+    state = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, tensor in model.state_dict().items()
+    }
+    with atomic_path(folder / WEIGHTS_NAME) as part:
+        safetensors.torch.save_file(state, part)
+        digest = _sha256(part)
+    card = replace(card, weights_sha256=digest)
+    write_json(folder / CARD_NAME, card.to_dict())
+    return card
+
+
+def load_bundle(folder: str | Path, device: str | torch.device = "cpu") -> tuple[nn.Module, ModelCard]:
+    """The trained network (in eval mode, on `device`, without gradients) and its card.
+
+    The global random state is left as it was.
+
+    Raises:
+        DataError: a file is missing, damaged, does not belong to the other, or describes something impossible.
+
+    Example:
+        >>> load_bundle("no/such/run")
+        Traceback (most recent call last):
+            ...
+        pixelwise.errors.DataError: no/such/run: is not a folder. Give the run folder that `pixelwise train` wrote.
+    """
+    folder = Path(folder)
+    card = load_card(folder)
+    path = folder / WEIGHTS_NAME
+    state = _read_weights(path, card.weights_sha256)
+    with torch.random.fork_rng(devices=[]):
+        with torch.device("meta"):
+            skeleton = _build(card, folder / CARD_NAME)
+        _check_state(state, skeleton.state_dict(), path)
+        model = _build(card, folder / CARD_NAME)
+    model.load_state_dict(state)
+    return model.to(device).eval().requires_grad_(False), card
+
+
+def load_card(folder: str | Path) -> ModelCard:
+    """The card of the run in `folder`, without its weights.
+
+    Raises:
+        DataError: there is no `model.json`, or it is not one that this version understands.
+
+    Example:
+        >>> load_card("no/such/run")
+        Traceback (most recent call last):
+            ...
+        pixelwise.errors.DataError: no/such/run: is not a folder. Give the run folder that `pixelwise train` wrote.
+    """
+    path = Path(folder) / CARD_NAME
+    if not path.is_file():
+        what = "is not a folder" if not Path(folder).is_dir() else f"holds no {CARD_NAME}"
+        raise DataError(f"{folder}: {what}. Give the run folder that `pixelwise train` wrote.")
+    if path.stat().st_size > MAX_CARD_BYTES:
+        raise DataError(
+            f"{path}: {path.stat().st_size:,} bytes is too large for a model card (at most {MAX_CARD_BYTES:,})."
+        )
+    try:
+        card = ModelCard.from_dict(read_json(path))
+        if not card.weights_sha256:
+            raise DataError("'weights_sha256' is empty.")
+    except DataError as error:
+        message = str(error)
+        raise DataError(message if message.startswith(str(path)) else f"{path}: {message}") from error
+    return card
+
+
+def _read_weights(path: Path, sha256: str) -> dict[str, Tensor]:
+    if not path.is_file():  # a pipe would be read for ever
+        raise DataError(f"{path}: there is no such file. A run needs {CARD_NAME} and {WEIGHTS_NAME}; copy both.")
+    try:
+        if _sha256(path) != sha256:
+            raise DataError(
+                f"{path}: is not what {CARD_NAME} describes (another sha256): the file is damaged, or the two "
+                "files come from different moments of a run. Copy both again, or resume the training."
+            )
+        return safetensors.torch.load_file(path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error}).") from error
+    except (SafetensorError, ValueError, KeyError, AttributeError, TypeError, RuntimeError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{path}: is not a safetensors file ({_short(error)}).") from error
+
+
+def _check_state(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path) -> None:
+    """The tensors on disk are those of the network, by name, shape and kind, and are finite."""
+    for what, names in (("lacks", expected.keys() - state.keys()), ("has unknown", state.keys() - expected.keys())):
+        if names:
+            raise DataError(f"{path}: {what} {len(names):,} tensors of the network, such as {_short(min(names))}.")
+    for name, want in expected.items():
+        have = state[name]
+        if have.shape != want.shape or have.is_floating_point() != want.is_floating_point() or have.is_complex():
+            raise DataError(
+                f"{path}: tensor {name} is {have.dtype} {tuple(have.shape)}, but the network of {CARD_NAME} has "
+                f"{want.dtype} {tuple(want.shape)}."
+            )
+        if have.is_floating_point() and not bool(torch.isfinite(have.float()).all()):
+            raise DataError(
+                f"{path}: tensor {name} holds NaN or infinite values; this network cannot predict. Train it again."
+            )
+
+
+def _build(card: ModelCard, path: Path) -> nn.Module:
+    try:
+        return create_model(card.model, **card.config)
+    except _BUILD_ERRORS as error:
+        raise DataError(f"{path}: model {card.model} cannot be built from this config: {_short(error, 400)}") from error
+
+
+def _check_keys(values: Any, cls: type[ModelCard]) -> None:
+    if not isinstance(values, dict):
+        raise DataError(f"a model card is a mapping, not {_short(values)}.")
+    version = values.get("format")
+    if version != FORMAT or isinstance(version, bool):
+        raise DataError(
+            f"format {_short(version)} is unknown; this version of pixelwise reads format {FORMAT}. Update pixelwise."
+        )
+    known = {item.name for item in fields(cls)}
+    if missing := known - values.keys():
+        raise DataError(f"{', '.join(sorted(missing))} missing.")
+    if unknown := values.keys() - known:
+        raise DataError(f"unknown keys {_short(sorted(map(str, unknown)))}.")
+
+
+def _check_agreement(card: ModelCard) -> None:
+    """What the card says twice must agree, or predictions would be wrong without notice."""
+    if len(card.mean) != len(card.std):
+        raise DataError(f"'mean' has {len(card.mean)} channels, but 'std' has {len(card.std)}.")
+    if any(value <= 0 for value in card.std):
+        raise DataError(f"'std' must be above zero, not {_short(card.std)}.")
+    for key, expected in (("num_classes", card.labels.num_classes), ("in_channels", len(card.mean))):
+        if card.config.get(key) != expected:
+            raise DataError(f"config {key} is {_short(card.config.get(key))}, but the card describes {expected}.")
+
+
+def _numbers(key: str, values: Any) -> tuple[float, ...]:
+    if not isinstance(values, list | tuple) or not 1 <= len(values) <= MAX_CHANNELS:
+        raise DataError(f"'{key}' must list one number for each channel, not {_short(values)}.")
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e30 or math.isnan(value):
+            raise DataError(f"'{key}' must hold finite numbers, not {_short(value)}.")
+    return tuple(float(value) for value in values)
+
+
+def _config_value(key: str, value: Any, depth: int = 0) -> Any:
+    """A value that a config may hold: a number of sensible size, a plain name, or a list of such; lists become tuples.
+
+    Names such as `torchvision/resnet50` pass, paths and addresses do not (timm would download `hf-hub:…`).
+    """
+    if isinstance(value, list | tuple) and depth < 3 and len(value) <= 1000:
+        return tuple(_config_value(key, item, depth + 1) for item in value)
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, int | float) and abs(value) <= MAX_CONFIG_NUMBER:
+        return value
+    if isinstance(value, str) and len(value) <= 100 and re.fullmatch(r"(\w[\w.+-]*/)?\w[\w.+-]*|", value):
+        return value
+    allowed = f"numbers up to {MAX_CONFIG_NUMBER:,}, plain names and lists of them"
+    raise DataError(f"config {_short(key)} cannot be {_short(value)}; allowed are {allowed}.")
+
+
+def _lists(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _lists(item) for key, item in value.items()}
+    return [_lists(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _short(value: object, length: int = 80) -> str:
+    """`value` for an error message: one line, bounded (a hostile number may have thousands of digits)."""
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) > 10**18:
+        return "a huge number"
+    text = " ".join((str(value) if isinstance(value, Exception) else repr(value)).split())
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,299 @@
+"""Score a trained network on a split: one exact confusion matrix over every labelled pixel, at full resolution."""
+
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypedDict
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from pixelwise.data.labels import LabelSpec
+from pixelwise.data.layouts import DataFolder, Pair, open_data
+from pixelwise.data.samples import Sample, load_sample
+from pixelwise.errors import DataError, PixelwiseError
+from pixelwise.files import write_json
+from pixelwise.infer.batch import prefetch
+from pixelwise.infer.predictor import Predictor, load
+from pixelwise.infer.writers import displayable, label_image, write_png
+from pixelwise.metrics.confusion import ConfusionMatrix, Scores
+
+EXAMPLES = 2  # of each of best, median and worst
+EXAMPLE_PX = 1024  # the long side of an example picture, at most
+CLASSES_NAME = "classes.yaml"
+
+
+class ImageScore(TypedDict):
+    """The scores of one image: mIoU over the classes that occur in it, NaN where nothing is labelled."""
+
+    name: str
+    miou: float
+    global_accuracy: float
+    pixels: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What a network scored on a split.
+
+    Attributes:
+        split: The split's name.
+        names: The K class names.
+        scores: All scores, from the matrix of all pixels together.
+        matrix: Pixels (K, K): rows are the truth, columns the prediction.
+        per_image: One entry for each image, in the order of the data folder.
+        examples: The example folders written ("best-1", "worst-2", …), each with the name of its image.
+        images: How many images.
+        seconds: How long it took, reading included.
+        precision: What the network computed in, "bf16" or "float32".
+    """
+
+    split: str
+    names: tuple[str, ...]
+    scores: Scores
+    matrix: list[list[int]]
+    per_image: list[ImageScore]
+    images: int
+    seconds: float
+    precision: str
+    examples: dict[str, str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The evaluation as values that JSON can hold (undefined scores are None)."""
+        plain = {key: getattr(self, key) for key in ("split", "matrix", "images", "seconds", "precision", "examples")}
+        per_image = [
+            {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in entry.items()}
+            for entry in self.per_image
+        ]
+        return plain | {"names": list(self.names), "scores": self.scores.to_dict(), "per_image": per_image}
+
+
+def evaluate(
+    run: str | Path | Predictor,
+    data: str | Path | DataFolder,
+    *,
+    split: str = "test",
+    out: str | Path | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Score a trained network on a split of a data folder.
+
+    Nothing is resized; void pixels are dropped from truth and prediction.
+    Writes `evaluation-<split>.json`, and the best, median and worst images by mIoU below `evaluation-<split>/`.
+
+    Args:
+        run: A run folder, or a predictor.
+        data: A data folder, or its path; without a classes.yaml of its own its masks are read as the training's were.
+        split: Which split to score.
+        out: Where to write; by default the run folder (nothing is written for a predictor that came from none).
+        on_progress: Called after each image with the number done and the number in all.
+
+    Raises:
+        DataError: the data's classes are not the network's, the split is empty, or a file cannot be read.
+        PixelwiseError: an image does not fit into memory, or a result cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> from pixelwise.infer.bundle import ModelCard
+        >>> from pixelwise.models import create_model
+        >>> spec = LabelSpec(names=("sky", "road"), colors=((0, 0, 255), (90, 90, 90)), values=((0,), (1,)))
+        >>> config = {"tiny": True, "num_classes": 2, "in_channels": 3}
+        >>> card = ModelCard(model="unet", config=config, labels=spec, mean=(0.5,) * 3, std=(0.2,) * 3)
+        >>> predictor = Predictor(create_model("unet", **config), card, device="cpu")
+        >>> root = Path(tempfile.mkdtemp())
+        >>> for kind, mode in (("images", "RGB"), ("masks", "L")):
+        ...     (root / "test" / kind).mkdir(parents=True)
+        ...     Image.new(mode, (8, 6)).save(root / "test" / kind / "a.png")
+        >>> evaluation = evaluate(predictor, root)
+        >>> evaluation.scores.pixels, evaluation.scores.recall[1]
+        (48, nan)
+    """
+    started = time.perf_counter()
+    predictor = run if isinstance(run, Predictor) else load(run)
+    folder = data if isinstance(data, DataFolder) else open_for(predictor, data)
+    check_labels(predictor.labels, folder)
+    pairs = _pairs(folder, split)
+    confusion, per_image = _score(predictor, folder, pairs, on_progress)
+    target = predictor.folder if out is None else Path(out)
+    chosen = choose_examples(per_image) if target is not None else {}
+    evaluation = Evaluation(
+        split=split,
+        names=predictor.labels.names,
+        scores=confusion.scores(),
+        matrix=confusion.matrix.tolist(),
+        per_image=per_image,
+        images=len(pairs),
+        seconds=time.perf_counter() - started,
+        precision=predictor.precision,
+        examples={key: per_image[index]["name"] for key, index in chosen.items()},
+    )
+    if target is not None:
+        _write(evaluation, target, predictor, folder, {key: pairs[index] for key, index in chosen.items()})
+    return evaluation
+
+
+def write_evaluation(evaluation: Evaluation, path: str | Path) -> None:
+    """Write all results as JSON.
+
+    Raises:
+        PixelwiseError: the file cannot be written.
+    """
+    try:
+        write_json(path, evaluation.to_dict())
+    except OSError as error:
+        raise PixelwiseError(f"{path}: cannot be written ({error.strerror or error}). Choose another place.") from error
+
+
+def open_for(
+    predictor: Predictor,
+    root: str | Path,
+    *,
+    classes: str | Path | None = None,
+    ignore: Sequence[int] = (),
+    group_by: str | None = None,
+) -> DataFolder:
+    """Open a data folder to score `predictor` on it.
+
+    The meaning of mask values is the data's own if it says so (`classes`, or a classes.yaml in `root`), and else the
+    one that the network was trained with. A split that has to be made is made as for the training: unless `group_by`
+    is given, with the card's `data["group_by"]`, or training images would be scored as unseen ones.
+
+    Raises:
+        DataError: the folder cannot be used.
+        UsageError: an option does not fit.
+    """
+    root = Path(root)
+    beside = (root if root.is_dir() else root.parent) / CLASSES_NAME
+    known = None if classes is not None or beside.is_file() else predictor.labels
+    trained = predictor.card.data.get("group_by")
+    if group_by is None and isinstance(trained, str):
+        group_by = trained
+    return open_data(root, classes=classes, ignore=tuple(ignore), group_by=group_by, labels=known)
+
+
+def check_labels(labels: LabelSpec, folder: DataFolder) -> None:
+    """The data's classes are those of the network: the same names in the same order.
+
+    Raises:
+        DataError: they are not; the message says where they differ.
+    """
+    given, wanted = folder.labels.names, labels.names
+    if given == wanted:
+        return
+    if len(given) != len(wanted):
+        what = f"{len(given)} classes, but the network knows {len(wanted)}"
+    else:
+        index = next(index for index, pair in enumerate(zip(given, wanted, strict=True)) if pair[0] != pair[1])
+        what = f"class {index} is {given[index]!r}, but the network's is {wanted[index]!r}"
+    raise DataError(
+        f"{folder.root}: {what}. The data has: {_listed(given)}. The network has: {_listed(wanted)}. Write a "
+        f"{CLASSES_NAME} with the network's names in its order and this data's mask values, and pass it with --classes."
+    )
+
+
+def choose_examples(per_image: Sequence[ImageScore], count: int = EXAMPLES) -> dict[str, int]:
+    """The indices of the best, worst and median images by mIoU, none twice; images without labels are left out.
+
+    Example:
+        >>> scores = [{"name": str(i), "miou": i / 10, "global_accuracy": 1.0, "pixels": 9} for i in range(7)]
+        >>> choose_examples(scores)
+        {'best-1': 6, 'best-2': 5, 'worst-1': 0, 'worst-2': 1, 'median-1': 3, 'median-2': 2}
+    """
+    scored = [index for index, entry in enumerate(per_image) if not math.isnan(entry["miou"])]
+    ranked = sorted(scored, key=lambda index: (-per_image[index]["miou"], per_image[index]["name"]))
+    best, rest = ranked[:count], ranked[count:]
+    worst, middle = rest[::-1][:count], rest[:-count]
+    start = max(0, (len(middle) - count + 1) // 2)
+    median = middle[start : start + count]
+    groups = {"best": best, "worst": worst, "median": median}
+    return {f"{kind}-{rank}": index for kind, group in groups.items() for rank, index in enumerate(group, 1)}
+
+
+def _pairs(folder: DataFolder, split: str) -> tuple[Pair, ...]:
+    known = ", ".join(f"{name} ({len(folder.split(name)):,})" for name in folder.splits)
+    if split not in folder.splits or not folder.split(split):
+        raise DataError(f"{folder.root}: split {split!r} holds no images; the splits are {known or 'none'}.")
+    pairs = folder.split(split)
+    if unlabelled := [pair.name for pair in pairs if pair.mask is None]:
+        raise DataError(
+            f"{folder.root}: {len(unlabelled):,} of {len(pairs):,} images of split {split!r} have no mask "
+            f"({_listed(unlabelled)}), so they cannot be scored. Add the masks, or take the images out."
+        )
+    return pairs
+
+
+def _score(
+    predictor: Predictor, folder: DataFolder, pairs: Sequence[Pair], on_progress: Callable[[int, int], None] | None
+) -> tuple[ConfusionMatrix, list[ImageScore]]:
+    """The matrix of all pixels together, and the scores of each image."""
+    confusion = ConfusionMatrix(predictor.labels.num_classes)
+    per_image: list[ImageScore] = []
+    for sample, labels in _predictions(predictor, folder, pairs):
+        one = ConfusionMatrix(predictor.labels.num_classes)
+        one.update(labels, _mask(sample))
+        confusion += one
+        per_image.append(_image_score(sample.name, one.scores()))
+        if on_progress is not None:
+            on_progress(len(per_image), len(pairs))
+    return confusion, per_image
+
+
+def _predictions(
+    predictor: Predictor, folder: DataFolder, pairs: Sequence[Pair]
+) -> Iterator[tuple[Sample, NDArray[np.uint8]]]:
+    """Each pair's sample, with a mask, and the predicted labels (H, W)."""
+
+    def read(pair: Pair) -> Sample:
+        return load_sample(pair, folder.labels, predictor.card.in_channels)
+
+    for pair, future in prefetch(read, pairs):
+        sample = future.result()
+        yield sample, predictor.label(sample.image, name=str(pair.image), probabilities=False).labels
+
+
+def _mask(sample: Sample) -> NDArray[np.uint8]:
+    return np.asarray(sample.mask, dtype=np.uint8)
+
+
+def _image_score(name: str, scores: Scores) -> ImageScore:
+    return {
+        "name": name,
+        "miou": scores.miou if scores.pixels else math.nan,
+        "global_accuracy": scores.global_accuracy,
+        "pixels": scores.pixels,
+    }
+
+
+def _write(
+    evaluation: Evaluation, target: Path, predictor: Predictor, folder: DataFolder, examples: dict[str, Pair]
+) -> None:
+    pictures = target / f"evaluation-{evaluation.split}"
+    for old in (old for kind in ("best", "median", "worst") for old in pictures.glob(f"{kind}-*")):
+        shutil.rmtree(old, ignore_errors=True)
+    results = _predictions(predictor, folder, tuple(examples.values()))
+    for key, (sample, labels) in zip(examples, results, strict=True):
+        _write_example(pictures / key, sample, labels, predictor.labels)
+    write_evaluation(evaluation, target / f"evaluation-{evaluation.split}.json")
+
+
+def _write_example(folder: Path, sample: Sample, labels: NDArray[np.uint8], spec: LabelSpec) -> None:
+    truth = _mask(sample)
+    write_png(folder / "image.png", _shrunk(Image.fromarray(displayable(sample.image)), Image.Resampling.BOX))
+    write_png(folder / "truth.png", _shrunk(label_image(truth, spec), Image.Resampling.NEAREST))
+    write_png(folder / "prediction.png", _shrunk(label_image(labels, spec), Image.Resampling.NEAREST))
+
+
+def _shrunk(picture: Image.Image, how: Image.Resampling) -> Image.Image:
+    scale = EXAMPLE_PX / max(picture.size)
+    if scale >= 1:
+        return picture
+    return picture.resize((max(1, round(picture.width * scale)), max(1, round(picture.height * scale))), how)
+
+
+def _listed(names: Sequence[str], most: int = 20) -> str:
+    more = f", … ({len(names) - most:,} more)" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -1,0 +1,246 @@
+"""Load a trained network once, then label images of any size.
+
+One image is one forward pass over all of it, at its own size: nothing is resized, tiled or padded here, so a prediction
+is exactly what the network says.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor, nn
+
+from pixelwise.data.labels import LabelSpec
+from pixelwise.data.readers import read_image, to_tensor
+from pixelwise.errors import DataError, PixelwiseError, UsageError
+from pixelwise.infer.bundle import ModelCard, load_bundle
+from pixelwise.infer.devices import resolve_device, resolve_precision
+from pixelwise.infer.writers import blend, displayable, label_image, write_png
+
+# How torch reports that memory ran out where it does not raise torch.OutOfMemoryError.
+_OUT_OF_MEMORY = ("not enough memory", "can't allocate memory", "out of memory", "alloc_failed")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Prediction:
+    """A class for every pixel of one image.
+
+    Attributes:
+        labels: Class ids 0..K-1, uint8 (H, W).
+        spec: Names and colours of the K classes.
+        source: The image as it was read, (C, H, W).
+        logits: Class scores, float32 (K, H, W) on the CPU; None if they were not asked for.
+        weights_sha256: Which network said so.
+
+    Example:
+        >>> spec = LabelSpec(names=("sky", "road"), colors=((0, 0, 255), (90, 90, 90)), values=((0,), (1,)))
+        >>> image, logits = torch.zeros(3, 1, 2, dtype=torch.uint8), torch.tensor([[[2.0, 0.0]], [[0.0, 2.0]]])
+        >>> labels = logits.argmax(0).to(torch.uint8).numpy()
+        >>> prediction = Prediction(labels=labels, spec=spec, source=image, logits=logits)
+        >>> prediction.labels.tolist(), prediction.probabilities[0].round(2).tolist()
+        ([[0, 1]], [[0.8799999952316284, 0.11999999731779099]])
+        >>> prediction.overlay(alpha=1.0).getpixel((0, 0))
+        (0, 0, 255)
+    """
+
+    labels: NDArray[np.uint8]
+    spec: LabelSpec
+    source: Tensor
+    logits: Tensor | None = None
+    weights_sha256: str = ""
+
+    @cached_property
+    def probabilities(self) -> NDArray[np.float32]:
+        """How sure the network is of each class, float32 (K, H, W), summing to one over the classes.
+
+        Raises:
+            UsageError: the image was predicted with `probabilities=False`.
+        """
+        if self.logits is None:
+            raise UsageError("this prediction holds no probabilities; call predict(image, probabilities=True).")
+        return self.logits.softmax(dim=0).numpy()
+
+    @property
+    def image(self) -> NDArray[np.uint8]:
+        """The image as an 8-bit RGB picture, (H, W, 3)."""
+        return displayable(self.source)
+
+    def overlay(self, alpha: float = 0.5) -> Image.Image:
+        """The class colours over the image; `alpha` 0 shows the image alone, 1 the colours alone."""
+        return blend(self.image, self.labels, self.spec, alpha)
+
+    def save(self, path: str | Path) -> None:
+        """Write the labels as an indexed PNG with the class palette, atomically."""
+        write_png(path, label_image(self.labels, self.spec), {"model": self.weights_sha256})
+
+
+class Predictor:
+    """A trained network, ready to label images. Make one with `load`.
+
+    Args:
+        model: The network; the predictor takes it over (eval mode, moved to `device`, channels_last).
+        card: What is known about it.
+        device: "auto" (a GPU if there is one), or a torch device such as "cpu" or "cuda:1".
+        precision: "bf16" (autocast), "float32", or "auto": bf16 where the device computes in it.
+        folder: The run folder it came from, if any.
+
+    Raises:
+        UsageError: the device or the precision does not exist here.
+
+    Example:
+        >>> from pixelwise.models import create_model
+        >>> spec = LabelSpec(names=("sky", "road"), colors=((0, 0, 255), (90, 90, 90)), values=((0,), (1,)))
+        >>> config = {"tiny": True, "num_classes": 2, "in_channels": 3}
+        >>> card = ModelCard(model="unet", config=config, labels=spec, mean=(0.5,) * 3, std=(0.2,) * 3)
+        >>> predictor = Predictor(create_model("unet", **config), card, device="cpu")
+        >>> prediction = predictor.predict(np.zeros((37, 50, 3), dtype=np.uint8))
+        >>> prediction.labels.shape, prediction.probabilities.shape
+        ((37, 50), (2, 37, 50))
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        card: ModelCard,
+        *,
+        device: str | torch.device = "auto",
+        precision: str = "auto",
+        folder: Path | None = None,
+    ) -> None:
+        self.device = resolve_device(device)
+        self.precision = resolve_precision(precision, self.device)
+        self.card = card
+        self.folder = folder
+        self.model = model.to(self.device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+        shape = (1, -1, 1, 1)
+        self._mean = torch.tensor(card.mean, device=self.device).reshape(shape)
+        self._std = torch.tensor(card.std, device=self.device).reshape(shape)
+
+    @property
+    def labels(self) -> LabelSpec:
+        """Names and colours of the classes."""
+        return self.card.labels
+
+    def predict(self, image: str | Path | NDArray[np.generic] | Tensor, *, probabilities: bool = True) -> Prediction:
+        """Label every pixel of one image, at its own size.
+
+        Args:
+            image: A file, an array (H, W) or (H, W, C), or a tensor (C, H, W). Integers are divided by the maximum of
+                their type, floats are taken as they are (0..1). One channel is repeated where the network wants three.
+            probabilities: False keeps only the labels, which takes K times less memory.
+
+        Raises:
+            DataError: the file cannot be read, or the image does not suit the network.
+            PixelwiseError: the image does not fit into memory, or the result is not finite.
+        """
+        name = str(image) if isinstance(image, str | Path) else "the image"
+        return self.label(self.read(image), name=name, probabilities=probabilities)
+
+    def label(self, source: Tensor, *, name: str = "the image", probabilities: bool = True) -> Prediction:
+        """As `predict`, for an image (C, H, W) that `read` gave; errors call it `name`."""
+        with _out_of_memory_named(name, source):
+            logits = self.logits(source.unsqueeze(0))[0]  # (K, H, W)
+            best, labels = logits.max(dim=0)  # (H, W)
+            if not bool(torch.isfinite(best).all()):
+                raise PixelwiseError(
+                    f"{name}: the network's scores overflow ({self.precision}). Check the values of the image, or use "
+                    "precision float32."
+                )
+            return Prediction(
+                labels=labels.to("cpu", torch.uint8).numpy(),
+                spec=self.labels,
+                source=source,
+                logits=logits.cpu() if probabilities else None,
+                weights_sha256=self.card.weights_sha256,
+            )
+
+    def read(self, image: str | Path | NDArray[np.generic] | Tensor) -> Tensor:
+        """The image as the network's tensor (C, H, W), uint8 or float32 in unit scale, on the CPU.
+
+        Raises:
+            DataError: it cannot be read, is empty, or has channels that the network cannot use.
+        """
+        name, array = "the image", image
+        if isinstance(image, str | Path):
+            name, array = str(image), read_image(image)
+        elif isinstance(image, Tensor):
+            if image.ndim != 3:
+                raise DataError(f"the image tensor must have shape (C, H, W), got {tuple(image.shape)}.")
+            array = image.detach().cpu().permute(1, 2, 0).numpy()
+        if not isinstance(array, np.ndarray):
+            raise DataError(f"the image must be a path, an array or a tensor, got {type(image).__name__}.")
+        array = array[:, :, None] if array.ndim == 2 else array
+        if array.ndim != 3 or 0 in array.shape:
+            raise DataError(f"{name}: must have shape (H, W) or (H, W, C) with no side empty, got {array.shape}.")
+        if array.dtype.kind not in "buif":
+            raise DataError(f"{name}: must hold whole numbers or floats, got {array.dtype}.")
+        try:
+            with np.errstate(over="ignore"):  # numbers beyond float32 become infinite, which `label` refuses
+                return to_tensor(array, self.card.in_channels)
+        except DataError as error:
+            raise DataError(f"{name}: {error}") from error
+
+    @torch.inference_mode()
+    def logits(self, image: Tensor) -> Tensor:
+        """Class scores of a batch: (N, C, H, W), uint8 or float in unit scale -> (N, K, H, W) float32 on the device.
+
+        Raises:
+            DataError: the shape or the type does not suit the network.
+        """
+        channels = self.card.in_channels
+        if image.ndim != 4 or image.shape[1] != channels or 0 in image.shape:
+            raise DataError(f"the network takes (N, {channels}, H, W), got {tuple(image.shape)}.")
+        if image.dtype != torch.uint8 and not image.is_floating_point():
+            raise DataError(f"a batch must be uint8 or float in unit scale (0..1), got {image.dtype}.")
+        unit = image.to(self.device).float()
+        unit = unit / 255 if image.dtype == torch.uint8 else unit
+        x = ((unit - self._mean) / self._std).contiguous(memory_format=torch.channels_last)
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
+            return self.model(x).float()  # (N, K, H, W)
+
+
+def load(run: str | Path, *, device: str = "auto", precision: str = "auto") -> Predictor:
+    """The trained network of a run folder, ready to predict.
+
+    Args:
+        run: A folder with `model.safetensors` and `model.json`; nothing else is needed.
+        device: "auto" (a GPU if there is one), or a torch device such as "cpu" or "cuda:1".
+        precision: "auto", "bf16" or "float32".
+
+    Raises:
+        DataError: the folder holds no usable network.
+        UsageError: the device or the precision does not exist here.
+
+    Example:
+        >>> load("no/such/run")
+        Traceback (most recent call last):
+            ...
+        pixelwise.errors.DataError: no/such/run: is not a folder. Give the run folder that `pixelwise train` wrote.
+    """
+    target = resolve_device(device)
+    resolve_precision(precision, target)  # a misspelt option should not wait for the weights
+    model, card = load_bundle(run, target)
+    return Predictor(model, card, device=target, precision=precision, folder=Path(run))
+
+
+@contextmanager
+def _out_of_memory_named(name: str, image: Tensor) -> Iterator[None]:
+    """Turn running out of memory into an error that names the image and its size."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        text = str(error).lower()
+        known = isinstance(error, MemoryError | torch.OutOfMemoryError) or any(part in text for part in _OUT_OF_MEMORY)
+        if not known:
+            raise
+        channels, height, width = image.shape
+        raise PixelwiseError(
+            f"{name}: {width} x {height} px with {channels} channels does not fit into memory. Use a machine or device "
+            "with more memory, or cut the image into parts."
+        ) from error

@@ -1,0 +1,156 @@
+"""Predictions as files and pictures: indexed PNG labels with the class palette, overlays, arrays.
+
+Everything is written atomically. PNGs carry a mark (a text chunk) that says which network made them from which input,
+so a later run knows what is finished without any file beside them.
+"""
+
+import json
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+
+from pixelwise.data.labels import LabelSpec
+from pixelwise.errors import PixelwiseError, UsageError
+from pixelwise.files import atomic_path
+
+MARK = "pixelwise"  # keyword of the text chunk
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_MAX_MARK_BYTES = 1 << 16
+
+
+def displayable(image: Tensor) -> NDArray[np.uint8]:
+    """An 8-bit RGB picture (H, W, 3) of any image (C, H, W).
+
+    8-bit images keep their values; others (16 bit, float) are stretched between their 1st and 99th percentile, because
+    their values need not fill the range. One or two channels are shown as grey, of more than three the first three.
+
+    Example:
+        >>> displayable(torch.tensor([[[0, 255]]], dtype=torch.uint8)).tolist()
+        [[[0, 0, 0], [255, 255, 255]]]
+    """
+    channels = image[:3] if image.shape[0] >= 3 else image[:1].expand(3, -1, -1)
+    if image.dtype == torch.uint8:
+        return np.ascontiguousarray(channels.permute(1, 2, 0).cpu().numpy())
+    values = channels.permute(1, 2, 0).float().cpu().numpy()
+    low, high = np.percentile(values, (1, 99)).tolist()
+    scaled = (values - low) / max(high - low, 1e-12)
+    return np.rint(np.clip(scaled, 0, 1) * 255).astype(np.uint8)
+
+
+def blend(image: NDArray[np.uint8], labels: NDArray[np.uint8], spec: LabelSpec, alpha: float = 0.5) -> Image.Image:
+    """The class colours laid over a picture (H, W, 3); `alpha` 0 shows the picture alone, 1 the colours alone.
+
+    Raises:
+        UsageError: `alpha` is not in 0..1.
+
+    Example:
+        >>> spec = LabelSpec(names=("a",), colors=((200, 0, 0),), values=((0,),))
+        >>> image, labels = np.full((1, 1, 3), 100, dtype=np.uint8), np.zeros((1, 1), dtype=np.uint8)
+        >>> blend(image, labels, spec, alpha=0.5).getpixel((0, 0))
+        (150, 50, 50)
+    """
+    if not 0 <= alpha <= 1:
+        raise UsageError(f"alpha must be between 0 (only the image) and 1 (only the classes), got {alpha}.")
+    mixed = image * np.float32(1 - alpha) + spec.colorize(labels) * np.float32(alpha)
+    return Image.fromarray(np.rint(mixed).astype(np.uint8))
+
+
+def label_image(labels: NDArray[np.uint8], spec: LabelSpec) -> Image.Image:
+    """Labels (H, W) as a palette image: its indices are the class ids, its colours those of the classes.
+
+    Example:
+        >>> spec = LabelSpec(names=("a",), colors=((200, 0, 0),), values=((0,),))
+        >>> label_image(np.zeros((2, 3), dtype=np.uint8), spec).convert("RGB").getpixel((0, 0))
+        (200, 0, 0)
+    """
+    picture = Image.fromarray(labels)
+    picture.putpalette(spec.palette_bytes())
+    return picture
+
+
+def write_png(path: str | Path, picture: Image.Image, mark: Mapping[str, Any] | None = None) -> None:
+    """Write a PNG atomically, with `mark` (JSON-able values) as its text chunk.
+
+    Raises:
+        UsageError: the name does not end in .png.
+        PixelwiseError: the file cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "a.png"
+        >>> write_png(path, Image.new("L", (4, 3)), {"model": "abc"})
+        >>> read_mark(path)
+        {'model': 'abc'}
+    """
+    path = Path(path)
+    if path.suffix.lower() != ".png":
+        raise UsageError(f"{path}: labels and pictures are written as PNG; give a name that ends in .png.")
+    text = PngInfo()
+    if mark is not None:
+        text.add_text(MARK, json.dumps(dict(mark), sort_keys=True))
+    level = 6 if picture.mode == "P" else 1  # photographs hardly shrink further, but would take far longer
+    try:
+        with atomic_path(path) as part:
+            picture.save(part, format="PNG", pnginfo=text, compress_level=level)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+
+
+def write_array(path: str | Path, values: NDArray[Any]) -> None:
+    """Write an array as .npy (no pickle) atomically; `numpy.load(path)` reads it.
+
+    Raises:
+        PixelwiseError: the file cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "a.npy"
+        >>> write_array(path, np.ones(2, dtype=np.float32))
+        >>> np.load(path).tolist()
+        [1.0, 1.0]
+    """
+    try:
+        with atomic_path(path) as part, part.open("wb") as file:
+            np.save(file, values, allow_pickle=False)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+
+
+def read_mark(path: str | Path) -> dict[str, Any] | None:
+    """The mark of a PNG that `write_png` wrote; None for every other file, however damaged.
+
+    Only the chunks before the pixels are read, so asking costs nothing and no picture is too large to ask.
+
+    Example:
+        >>> read_mark("no/such.png") is None
+        True
+    """
+    try:
+        with Path(path).open("rb") as file:
+            if file.read(8) != _PNG_SIGNATURE:
+                return None
+            while len(header := file.read(8)) == 8:
+                length, kind = struct.unpack(">I4s", header)
+                if kind == b"IDAT" or length > _MAX_MARK_BYTES:
+                    return None
+                keyword, _, text = file.read(length + 4)[:-4].partition(b"\0")
+                if kind == b"tEXt" and keyword == MARK.encode():
+                    mark = json.loads(text)
+                    return mark if isinstance(mark, dict) else None
+    except (OSError, ValueError, RecursionError):
+        return None
+    return None
+
+
+def _cannot_write(path: str | Path, error: OSError) -> PixelwiseError:
+    return PixelwiseError(
+        f"{path}: cannot be written ({error.strerror or error}). Free some space or choose another folder."
+    )

@@ -1,0 +1,173 @@
+"""The pictures of the report: image, truth, prediction and errors of single images, as data URIs."""
+
+import base64
+import io
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from pixelwise.data.labels import IGNORE_INDEX
+from pixelwise.data.readers import read_image, read_mask
+from pixelwise.errors import DataError
+from pixelwise.report.reading import Classes, EvaluationFile, ImageScore
+
+SIDES_PX = (
+    720,
+    480,
+    320,
+    200,
+)  # the long side of each picture; the first at which the page stays small
+MAX_BYTES = 3_500_000
+ERROR_RGB = (207, 54, 36)
+VOID_RGB = ((214, 214, 214), (184, 184, 184))
+KINDS = ("best", "median", "worst")
+
+Rgb = NDArray[np.uint8]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Panel:
+    """One picture: what it is, and its content as a data URI."""
+
+    caption: str
+    uri: str
+    is_small: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """One image of the evaluation: how it ranks, what it is called where that is known, and its pictures or a note."""
+
+    kind: str
+    name: str
+    score: ImageScore | None
+    panels: tuple[Panel, ...]
+    note: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Source:
+    kind: str
+    name: str
+    score: ImageScore | None
+    image: Rgb
+    truth: NDArray[np.int64]
+    prediction: NDArray[np.int64]
+    note: str
+
+
+def read_examples(run: Path, evaluation: EvaluationFile, classes: Classes) -> list[Example]:
+    """The best, median and worst images that the evaluation kept, in this order.
+
+    Raises:
+        DataError: the evaluation kept no images.
+    """
+    folder = run / f"evaluation-{evaluation.split}"
+    found = [match for path in folder.glob("*-*") if (match := re.fullmatch(r"(best|median|worst)-(\d+)", path.name))]
+    if not found:
+        raise DataError(f"The folder {folder.name} with the pictures is not in the run folder.")
+    found.sort(key=lambda match: (KINDS.index(match[1]), int(match[2])))
+    scores = {score.name: score for score in evaluation.per_image}
+    sources = [_read(folder / match[0], match[1], evaluation.examples, scores) for match in found]
+    for side in SIDES_PX:
+        examples = [_draw(source, classes, side) for source in sources]
+        if sum(len(panel.uri) for example in examples for panel in example.panels) <= MAX_BYTES:
+            break
+    return examples
+
+
+def _read(folder: Path, kind: str, names: Mapping[str, str], scores: Mapping[str, ImageScore]) -> _Source:
+    name = names.get(folder.name, "")
+    empty = np.zeros((0, 0), np.int64)
+    image, truth, prediction, note = np.zeros((0, 0, 3), np.uint8), empty, empty, ""
+    try:
+        image = _to_rgb(read_image(folder / "image.png"))
+        truth, prediction = (read_mask(folder / file).astype(np.int64) for file in ("truth.png", "prediction.png"))
+        if not image.shape[:2] == truth.shape == prediction.shape:
+            note = f"The pictures in {folder.name} have different sizes and cannot be compared."
+    except DataError:
+        note = f"The pictures in {folder.name} are missing or unreadable."
+    return _Source(
+        kind=kind, name=name, score=scores.get(name), image=image, truth=truth, prediction=prediction, note=note
+    )
+
+
+def _draw(source: _Source, classes: Classes, side: int) -> Example:
+    panels: tuple[Panel, ...] = ()
+    if not source.note:
+        height, width = source.truth.shape
+        scale = min(1.0, side / max(height, width))
+        size = max(1, round(width * scale)), max(1, round(height * scale))
+        image = np.asarray(Image.fromarray(source.image).resize(size, Image.Resampling.LANCZOS))
+        truth, prediction = _nearest(source.truth, size), _nearest(source.prediction, size)
+        pictures = {
+            "image": _jpeg(image),
+            "truth": _png(_paint(truth, classes)),
+            "prediction": _png(_paint(prediction, classes)),
+            "errors": _jpeg(error_map(image, truth, prediction)),
+        }
+        panels = tuple(Panel(caption=key, uri=uri, is_small=max(size) < 300) for key, uri in pictures.items())
+    return Example(kind=source.kind, name=source.name, score=source.score, panels=panels, note=source.note)
+
+
+def error_map(image: Rgb, truth: NDArray[np.int64], prediction: NDArray[np.int64]) -> Rgb:
+    """The image in pale grey, wrong pixels red, void striped.
+
+    Args:
+        image: (H, W, 3).
+        truth: class ids (H, W), 255 for void.
+        prediction: class ids (H, W).
+
+    Example:
+        >>> image = np.zeros((1, 2, 3), np.uint8)
+        >>> error_map(image, np.array([[0, 1]]), np.array([[0, 0]])).tolist()
+        [[[143, 143, 143], [207, 54, 36]]]
+    """
+    grey = image.mean(axis=2) * 0.44 + 143
+    drawn = np.repeat(grey[..., None], 3, axis=2)
+    drawn[truth != prediction] = ERROR_RGB
+    stripes = np.add.outer(np.arange(truth.shape[0]), np.arange(truth.shape[1])) // 4 % 2
+    void = truth == IGNORE_INDEX
+    drawn[void] = np.array(VOID_RGB)[stripes[void]]
+    return drawn.astype(np.uint8)
+
+
+def _paint(labels: NDArray[np.int64], classes: Classes) -> Image.Image:
+    """Class ids in their colours; void and unknown ids black."""
+    palette = np.zeros((256, 3), np.uint8)
+    palette[: len(classes.colors)] = classes.colors
+    picture = Image.fromarray(np.clip(labels, 0, 255).astype(np.uint8))
+    picture.putpalette(palette.tobytes())
+    return picture
+
+
+def _nearest(labels: NDArray[np.int64], size: tuple[int, int]) -> NDArray[np.int64]:
+    """Labels of another (width, height), each pixel taken from where its centre falls."""
+    height, width = labels.shape
+    rows = ((np.arange(size[1]) + 0.5) * height / size[1]).astype(np.int64)
+    columns = ((np.arange(size[0]) + 0.5) * width / size[0]).astype(np.int64)
+    return labels[rows][:, columns]
+
+
+def _to_rgb(image: NDArray[np.generic]) -> Rgb:
+    """Any 8-bit image (H, W, C) as RGB; the evaluation writes no others."""
+    if image.dtype != np.uint8 or image.shape[2] not in (1, 3):
+        raise DataError(f"a picture of type {image.dtype} with {image.shape[2]} channels.")
+    return np.ascontiguousarray(np.broadcast_to(image, (*image.shape[:2], 3)))
+
+
+def _jpeg(image: Rgb) -> str:
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "JPEG", quality=84, subsampling=0)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _png(picture: Image.Image) -> str:
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,0 +1,92 @@
+"""`pixelwise inspect` as a user types it."""
+
+import json
+
+import numpy as np
+import pytest
+import typer
+from PIL import Image
+from typer.testing import CliRunner
+
+from pixelwise.cli.inspect import inspect
+from pixelwise.errors import DataError, UsageError
+
+APP = typer.Typer()
+APP.command()(inspect)
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Eight pairs with the mask values 0 and 1; a [bracketed] name must not become markup."""
+    rng = np.random.default_rng(0)
+    for kind in ("images", "masks"):
+        (tmp_path / kind).mkdir()
+    for name in "abcdefgh":
+        Image.fromarray(rng.integers(0, 256, (6, 8), dtype=np.uint8)).save(tmp_path / f"images/{name}.png")
+        Image.fromarray(np.arange(48, dtype=np.uint8).reshape(6, 8) % 2).save(tmp_path / f"masks/{name}.png")
+    (tmp_path / "classes.yaml").write_text("classes: [ground, '[bold]tree']\n")
+    return tmp_path
+
+
+def run(*arguments):
+    return CliRunner().invoke(APP, [str(argument) for argument in arguments], env={"COLUMNS": "100"})
+
+
+def test_what_is_there_is_shown_and_nothing_written(data):
+    before = sorted(data.rglob("*"))
+    result = run(data)
+    assert result.exit_code == 0, result.output
+    for part in ("images/ + masks/", "8x6 (8)", "uint8 (8)", "ground", "[bold]tree", "192", "50.00%", "No problems"):
+        assert part in result.stdout
+    assert sorted(data.rglob("*")) == before
+
+
+def test_json_is_json_alone(data):
+    result = run(data, "--json")
+    content = json.loads(result.stdout)
+    assert content["sizes"] == {"8x6": 8}
+    assert content["labels"]["names"] == ["ground", "[bold]tree"]
+    assert content["class_weights"]["median_frequency"] == [1.0, 1.0]
+    assert sum(split["images"] for split in content["splits"].values()) == 8
+
+
+def test_fatal_problems_are_shown_and_exit_2(data):
+    Image.new("L", (8, 6), 255).save(data / "masks/c.png")
+    (data / "images/d.png").write_bytes(b"")
+    result = run(data)
+    assert result.exit_code == 2
+    text = " ".join(result.stdout.split())
+    assert "mask c.png holds value 255 (48 px), but there are 2 classes (0..1). Pass --ignore 255" in text
+    assert "image d.png cannot be used: the file is empty" in text
+    assert "2 problems must be mended before training." in text
+    assert "void" in run(data, "--ignore", "255", "--ignore", "254").stdout
+
+
+def test_a_class_without_pixels_has_no_weight(data):
+    (data / "classes.yaml").write_text("classes: [ground, tree, ghost]\n")
+    content = json.loads(run(data, "--json").stdout)
+    assert content["class_weights"]["median_frequency"][2] is None
+    assert any("ghost" in problem["message"] for problem in content["problems"])
+
+
+def test_groups_and_classes_are_options(data, tmp_path_factory):
+    other = tmp_path_factory.mktemp("other") / "mine.yaml"
+    other.write_text("classes: [x, y]")
+    result = run(data, "--classes", other, "--group-by", "(.)")
+    assert result.exit_code == 0
+    assert "0 x" in result.stdout
+
+
+@pytest.mark.parametrize("options", [["--group-by", "("], ["--group-by", "zz"], ["--ignore", "1"]])
+def test_wrong_options_are_usage_errors(data, options):
+    assert isinstance(run(data, *options).exception, UsageError)
+
+
+def test_a_folder_that_is_not_there(tmp_path):
+    result = run(tmp_path / "absent")
+    assert isinstance(result.exception, DataError)
+    assert "no such folder" in str(result.exception)
+
+
+def test_help_shows_an_example():
+    assert "pixelwise inspect data/camvid" in run("--help").stdout

@@ -1,0 +1,163 @@
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pixelwise.cli import main
+from pixelwise.data.labels import LabelSpec
+from pixelwise.data.readers import read_mask
+from pixelwise.infer.bundle import ModelCard, save_bundle
+from pixelwise.infer.predictor import load
+from pixelwise.models import create_model
+
+SPEC = LabelSpec(
+    names=("sky", "road", "car"), colors=((9, 9, 250), (90, 80, 70), (250, 0, 0)), values=((0,), (1,), (2,))
+)
+CONFIG = {"tiny": True, "num_classes": 3, "in_channels": 3}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    torch.manual_seed(0)
+    card = ModelCard(model="unet", config=CONFIG, labels=SPEC, mean=(0.5,) * 3, std=(0.25,) * 3)
+    save_bundle(folder, create_model("unet", **CONFIG), card)
+    return folder
+
+
+@pytest.fixture
+def images(tmp_path):
+    rng = np.random.default_rng(0)
+    for name, size in (("a.png", (20, 31)), ("b.jpg", (17, 16)), ("night/c.webp", (40, 9)), ("night/d.tif", (1, 1))):
+        path = tmp_path / "images" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(path)
+    return tmp_path / "images"
+
+
+@pytest.fixture
+def pixelwise(monkeypatch, capsys):
+    """Run the command line as a user does; gives the exit code, what was printed and what was complained about."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["pixelwise", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "1000")
+        try:
+            main()
+            code = 0
+        except SystemExit as exit_:
+            code = exit_.code or 0
+        printed = capsys.readouterr()
+        assert "Traceback" not in printed.err + printed.out
+        return code, printed.out, printed.err
+
+    return call
+
+
+def test_a_folder_is_labelled_at_the_size_of_each_image(run, images, tmp_path, pixelwise):
+    code, out, _ = pixelwise("predict", run, images, "--out", tmp_path / "out")
+    assert (code, out) == (0, f"4 labelled: {tmp_path / 'out'}\n")
+    names = sorted(path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.*"))
+    assert names == ["a.png", "b.png", "night/c.png", "night/d.png"]
+    predictor = load(run)
+    for source in images.rglob("*.*"):
+        path = (tmp_path / "out" / source.relative_to(images)).with_suffix(".png")
+        assert np.array_equal(read_mask(path), predictor.predict(source).labels)
+        with Image.open(path) as picture:
+            assert picture.mode == "P"
+            assert tuple(picture.getpalette()[:9]) == (9, 9, 250, 90, 80, 70, 250, 0, 0)
+
+
+def test_a_second_call_skips_what_is_finished(run, images, tmp_path, pixelwise):
+    arguments = ("predict", run, images, "--out", tmp_path / "out")
+    pixelwise(*arguments)
+    (tmp_path / "out" / "a.png").unlink()
+    assert pixelwise(*arguments)[:2] == (0, f"1 labelled, 3 finished before: {tmp_path / 'out'}\n")
+    assert pixelwise(*arguments, "--overwrite")[:2] == (0, f"4 labelled: {tmp_path / 'out'}\n")
+
+
+def test_overlays_and_probabilities(run, images, tmp_path, pixelwise):
+    out = tmp_path / "out"
+    code, _, _ = pixelwise(
+        "predict", run, f"{images}/*.*g", "--out", out, "--overlay", "--probabilities", "--device", "cpu"
+    )
+    assert code == 0
+    assert len(list(out.iterdir())) == 6
+    probabilities = np.load(out / "a_probabilities.npy", allow_pickle=False)
+    assert (probabilities.shape, probabilities.dtype) == ((3, 20, 31), np.float32)
+    assert np.array_equal(probabilities.argmax(axis=0), read_mask(out / "a.png"))
+    with Image.open(out / "a_overlay.png") as overlay:
+        assert (overlay.mode, overlay.size) == ("RGB", (31, 20))
+
+
+def test_a_broken_image_is_reported_and_the_others_are_labelled(run, images, tmp_path, pixelwise):
+    (images / "aa.png").write_bytes((images / "a.png").read_bytes()[:60])
+    code, out, err = pixelwise("predict", run, images, tmp_path / "no.png", "--out", tmp_path / "out")
+    assert (code, out) == (1, f"4 labelled, 2 failed: {tmp_path / 'out'}\n")
+    reports = [line for line in err.splitlines() if line.startswith("failed: ")]
+    assert len(reports) == 2
+    assert str(tmp_path / "no.png") in reports[0]
+    assert str(images / "aa.png") in reports[1]
+
+
+def test_names_that_are_no_text_are_printed_and_used(run, tmp_path, pixelwise):
+    name = b"caf\xe9\n[red]".decode("utf-8", "surrogateescape")
+    (tmp_path / "in").mkdir()
+    try:
+        Image.new("RGB", (4, 4)).save(tmp_path / "in" / f"{name}.png")
+    except (OSError, ValueError):
+        pytest.skip("this file system holds no such names")
+    (tmp_path / "in" / f"{name}2.png").write_bytes(b"")
+    code, _, err = pixelwise("predict", run, tmp_path / "in", "--out", tmp_path / "out")
+    assert code == 1
+    assert len(err.strip().splitlines()) == 1
+    assert "[red]2.png" in err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [f"{name}.png"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{run}", "{images}/none.png", "--out", "{out}"], "there is no such file"),
+        (["{run}", "{images}", "--out", "{images}"], "is also an input"),
+        (["{out}/run", "{images}", "--out", "{out}"], "is not a folder"),
+        (["{images}", "{images}", "--out", "{out}"], "holds no model.json"),
+        (["{run}", "{images}", "--out", "{out}", "--device", "abacus"], "device 'abacus'"),
+        (["{run}", "{images}", "--out", "{out}", "--precision", "int8"], "precision 'int8'"),
+        (["{run}", "{images}"], "--out"),
+        (["{run}"], "INPUTS"),
+    ],
+)
+def test_wrong_usage_says_what_is_wrong_and_writes_nothing(run, images, tmp_path, pixelwise, arguments, message):
+    out = tmp_path / "out"
+    code, _, err = pixelwise("predict", *(text.format(run=run, images=images, out=out) for text in arguments))
+    assert code == 2
+    assert message in " ".join(err.replace("│", " ").split())
+    assert not out.exists()
+
+
+def test_two_images_of_one_name_are_refused_before_the_start(run, images, tmp_path, pixelwise):
+    Image.new("RGB", (4, 4)).save(images / "a.bmp")
+    code, _, err = pixelwise("predict", run, images, "--out", tmp_path / "out")
+    assert code == 2
+    assert "would both become" in " ".join(err.replace("│", " ").split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_hostile_card_is_an_error_of_one_paragraph(run, images, tmp_path, pixelwise):
+    card = json.loads((run / "model.json").read_text())
+    card["mean"] = ["0.5"]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "model.json").write_text(json.dumps(card))
+    code, _, err = pixelwise("predict", tmp_path / "run", images, "--out", tmp_path / "out")
+    assert code == 2
+    assert "'mean'" in err
+
+
+def test_help_shows_an_example(pixelwise):
+    code, out, _ = pixelwise("predict", "--help")
+    assert code == 0
+    assert "Example: pixelwise predict" in " ".join(out.split())

@@ -1,0 +1,270 @@
+import json
+import math
+from dataclasses import replace
+from hashlib import sha256
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+from pixelwise.data.labels import LabelSpec
+from pixelwise.errors import DataError
+from pixelwise.infer.bundle import ModelCard, load_bundle, load_card, save_bundle
+from pixelwise.models import create_model
+
+SPEC = LabelSpec(names=("sky", "road"), colors=((10, 20, 250), (90, 80, 70)), values=((3,), (4, 7)), ignore_values=(9,))
+CONFIG = {"tiny": True, "num_classes": 2, "in_channels": 3}
+CARD = ModelCard(
+    model="unet",
+    config=CONFIG,
+    labels=SPEC,
+    mean=(0.4, 0.5, 0.1 + 0.2),
+    std=(0.2, 0.3, 0.25),
+    data={"fingerprint": "ab" * 32, "name": "streets", "images": {"train": 3}},
+    versions={"pixelwise": "0.1.0"},
+    scores={"val": {"miou": 0.5}},
+)
+
+
+@pytest.fixture
+def run(tmp_path):
+    torch.manual_seed(0)
+    save_bundle(tmp_path, create_model("unet", **CONFIG), CARD)
+    return tmp_path
+
+
+def rewrite_card(run, change):
+    content = json.loads((run / "model.json").read_text())
+    change(content)
+    (run / "model.json").write_text(json.dumps(content))
+
+
+def rewrite_weights(run, change):
+    """Change the tensors and keep the hash of the card right, as somebody hostile would."""
+    state = safetensors.torch.load_file(run / "model.safetensors")
+    change(state)
+    safetensors.torch.save_file(state, run / "model.safetensors")
+    digest = sha256((run / "model.safetensors").read_bytes()).hexdigest()
+    rewrite_card(run, lambda content: content.update(weights_sha256=digest))
+
+
+def test_what_is_saved_is_loaded(tmp_path):
+    torch.manual_seed(1)
+    model = create_model("unet", **CONFIG).to(memory_format=torch.channels_last)
+    saved = save_bundle(tmp_path, model, CARD)
+    loaded, card = load_bundle(tmp_path)
+    assert card == saved == replace(CARD, weights_sha256=saved.weights_sha256)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.json", "model.safetensors"]
+    wanted = model.state_dict()
+    assert loaded.state_dict().keys() == wanted.keys()
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in loaded.state_dict().items())
+    assert not loaded.training
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+
+
+def test_a_resolved_config_rebuilds_the_network(tmp_path):
+    from dataclasses import asdict
+
+    model = create_model("unet", **CONFIG)
+    save_bundle(tmp_path, model, replace(CARD, config=asdict(model.config)))
+    loaded, card = load_bundle(tmp_path)
+    assert loaded.config == model.config
+    assert card.config == asdict(model.config)
+
+
+def test_saving_and_loading_leave_the_random_state_alone(run):
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    model, card = load_bundle(run)
+    save_bundle(run, model, card)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_saving_leaves_the_model_alone(tmp_path):
+    model = create_model("unet", **CONFIG).train()
+    save_bundle(tmp_path, model, CARD)
+    assert model.training
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_card_survives_json_exactly():
+    assert ModelCard.from_dict(json.loads(json.dumps(CARD.to_dict()))) == CARD
+
+
+@pytest.mark.parametrize("make", [lambda path: None, lambda path: path.mkdir(), lambda path: path.write_text("x")])
+def test_what_is_no_run_folder_is_refused(tmp_path, make):
+    make(tmp_path / "run")
+    with pytest.raises(DataError, match=r"run: (is not a folder|holds no model\.json)"):
+        load_bundle(tmp_path / "run")
+
+
+HUGE = 10**4000
+BAD_VALUES = {
+    "model": [None, 3, "", "../x", "unet\n", "nosuchmodel", "a" * 1000, ["unet"], {}],
+    "config": [None, [], "x", {}, {**CONFIG, "num_classes": 3}, {**CONFIG, "in_channels": "3"}, {**CONFIG, "nope": 1}]
+    + [
+        {**CONFIG, "tiny": value}
+        for value in (HUGE, 1e300, math.nan, "hf-hub:somebody/model", "/etc/passwd", "../x", {"a": 1})
+    ]
+    + [{**CONFIG, "tiny": [[[[[1]]]]]}, {**CONFIG, "tiny": [1] * 5000}, {**CONFIG, "x" * 1000: HUGE}],
+    "labels": [None, [], {}, {"names": 3}, "sky", 1.5],
+    "mean": [
+        None,
+        [],
+        "0.5",
+        [0.5],
+        [0.5, 0.5, None],
+        [0.5, 0.5, HUGE],
+        [math.nan] * 3,
+        [math.inf] * 3,
+        [True] * 3,
+        {},
+    ],
+    "std": [None, [], [0.0] * 3, [-1.0] * 3, [math.nan] * 3, [0.5] * 4, [[0.5]] * 3, [0.5] * 100_000],
+    "data": [None, [], 3],
+    "versions": [None, "1.0"],
+    "scores": [None, [0.5]],
+    "weights_sha256": [None, "", 3, "0" * 63, "0" * 64, "../../etc", "Z" * 64, HUGE],
+    "format": [None, 0, 2, True, "1", HUGE, [], math.nan],
+}
+
+
+@pytest.mark.parametrize("key", BAD_VALUES)
+def test_hostile_values_in_the_card_are_refused(run, key):
+    good = (run / "model.json").read_text()
+    for value in BAD_VALUES[key]:
+        (run / "model.json").write_text(good)
+        rewrite_card(run, lambda content, value=value: content.update({key: value}))
+        with pytest.raises(DataError) as caught:
+            load_bundle(run)
+        assert str(run) in str(caught.value), value
+        assert len(str(caught.value)) < 1500, value
+
+
+@pytest.mark.parametrize("key", CARD.to_dict())
+def test_missing_and_unknown_keys_are_refused(run, key):
+    rewrite_card(run, lambda content: content.pop(key))
+    with pytest.raises(DataError, match=key):
+        load_card(run)
+    rewrite_card(run, lambda content: content.update({key: CARD.to_dict()[key], "extra": 1}))
+    with pytest.raises(DataError):
+        load_card(run)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"null", b"[]", b"3", b'"x"', b"\xff\xfe", b"[" * 100_000, b'{"a":' * 100_000], ids=range(9)
+)
+def test_cards_that_are_no_mapping_are_refused(run, content):
+    (run / "model.json").write_bytes(content)
+    with pytest.raises(DataError, match=r"model\.json"):
+        load_bundle(run)
+
+
+def test_damaged_or_foreign_weights_are_noticed_by_their_hash(run):
+    path = run / "model.safetensors"
+    whole = path.read_bytes()
+    for content in (whole[:-1], b"", whole[:-4] + b"\0\0\1\0", whole + b"\0"):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=r"sha256.*resume the training"):
+            load_bundle(run)
+    path.unlink()
+    with pytest.raises(DataError, match=r"model\.safetensors: there is no such file"):
+        load_bundle(run)
+
+
+def test_a_new_network_beside_an_old_card_is_noticed(run, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pixelwise.infer.bundle.write_json", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save_bundle(run, create_model("unet", **CONFIG), CARD)
+    with pytest.raises(DataError, match="different moments of a run"):
+        load_bundle(run)
+
+
+def first_float(state):
+    return next(name for name, tensor in state.items() if tensor.is_floating_point() and tensor.ndim == 4)
+
+
+def poison(state):
+    state[first_float(state)].view(-1)[0] = math.nan
+
+
+def lengthen(state):
+    name = first_float(state)
+    state[name] = torch.cat([state[name], state[name]])
+
+
+def to_integers(state):
+    name = first_float(state)
+    state[name] = state[name].to(torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state.pop(first_float(state)), "lacks 1 tensors"),
+        (lambda state: state.update({"evil\n" * 100: torch.zeros(1)}), "unknown 1 tensors"),
+        (lambda state: state.clear(), "lacks"),
+        (lengthen, "but the network"),
+        (to_integers, "int64"),
+        (poison, "NaN"),
+    ],
+)
+def test_tensors_that_are_not_the_networks_are_refused(run, change, message):
+    rewrite_weights(run, change)
+    with pytest.raises(DataError, match=message) as caught:
+        load_bundle(run)
+    assert str(caught.value).startswith(str(run / "model.safetensors"))
+
+
+def test_weights_that_are_no_safetensors_are_refused(run):
+    for content in (b"", b"x" * 100, b"\xff" * 100, (2**40).to_bytes(8, "little") + b"{}", b"\x80\x04pickle"):
+        (run / "model.safetensors").write_bytes(content)
+        digest = sha256(content).hexdigest()
+        rewrite_card(run, lambda card, digest=digest: card.update(weights_sha256=digest))
+        with pytest.raises(DataError, match="not a safetensors file"):
+            load_bundle(run)
+
+
+def test_half_precision_weights_are_accepted(run):
+    def halve(state):
+        state.update({name: value.half() for name, value in state.items() if value.is_floating_point()})
+
+    rewrite_weights(run, halve)
+    model, _ = load_bundle(run)
+    assert next(model.parameters()).dtype == torch.float32
+
+
+def test_damaged_bundles_end_in_one_error_or_in_the_same_network(run):
+    """Seeded damage to either file, with the hash repaired so that the checks behind it are reached."""
+    rng = np.random.default_rng(7)
+    files = {name: (run / name).read_bytes() for name in ("model.json", "model.safetensors")}
+    refused = 0
+    for _ in range(120):
+        name = str(rng.choice(list(files)))
+        content = bytearray(files[name])
+        header = len(content) if name == "model.json" else min(len(content), 3000)
+        for place in rng.integers(0, header, rng.integers(1, 4)):
+            content[place] = int(rng.integers(0, 256))
+        if rng.random() < 0.2:
+            del content[int(rng.integers(0, len(content))) :]
+        for other, whole in files.items():
+            (run / other).write_bytes(content if other == name else whole)
+        if name == "model.safetensors":
+            digest = sha256(content).hexdigest()
+            rewrite_card(run, lambda card, digest=digest: card.update(weights_sha256=digest))
+        try:
+            load_bundle(run)
+        except DataError as error:
+            refused += 1
+            assert str(run) in str(error)
+    assert refused > 60
+
+
+def test_a_huge_network_is_refused_before_memory_is_taken(run):
+    rewrite_card(run, lambda card: card["config"].update(widths=[1_000_000] * 5))
+    with pytest.raises(DataError):
+        load_bundle(run)

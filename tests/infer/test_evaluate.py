@@ -1,0 +1,258 @@
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from pixelwise.data.labels import LabelSpec, save_labels
+from pixelwise.data.layouts import open_data
+from pixelwise.data.readers import read_mask
+from pixelwise.errors import DataError, PixelwiseError
+from pixelwise.infer.bundle import ModelCard, save_bundle
+from pixelwise.infer.evaluate import choose_examples, evaluate, open_for
+from pixelwise.infer.predictor import Predictor, load
+from pixelwise.metrics.confusion import ConfusionMatrix, Scores
+from pixelwise.models import create_model
+
+# Mask values differ from class ids, one is merged, one is void: what is scored must be class ids.
+SPEC = LabelSpec(
+    names=("red", "green", "blue"),
+    colors=((250, 0, 0), (0, 250, 0), (0, 0, 250)),
+    values=((10,), (20, 21), (30,)),
+    ignore_values=(99,),
+)
+CARD = ModelCard(model="m", config={}, labels=SPEC, mean=(0.0,) * 3, std=(1.0,) * 3)
+FILE_VALUES = np.array([10, 21, 30], dtype=np.uint8)
+
+
+class Strongest(nn.Module):
+    """The class of a pixel is its strongest colour."""
+
+    def forward(self, image):
+        return image
+
+
+def strongest(card=CARD, **options):
+    return Predictor(Strongest(), card, device="cpu", precision="float32", **options)
+
+
+def write_pair(root, split, name, rng, *, void=0.1, size=None):
+    """An image and a mask that is right for about 70 % of the pixels; returns truth and prediction as class ids."""
+    height, width = size or rng.integers(5, 30, 2)
+    image = rng.permuted(np.arange(height * width * 3, dtype=np.uint32) * 2654435761 % 251).astype(np.uint8)
+    image = image.reshape(height, width, 3)
+    truth = np.where(rng.random((height, width)) < 0.7, image.argmax(axis=2), rng.integers(0, 2, (height, width)))
+    values = FILE_VALUES[truth]
+    hidden = rng.random((height, width)) < void
+    values[hidden] = 99
+    for kind, content in (("images", image), ("masks", values)):
+        path = root / split / kind / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(content).save(path)
+    return np.where(hidden, 255, truth).astype(np.uint8), image.argmax(axis=2)
+
+
+@pytest.fixture
+def root(tmp_path):
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 2), ("val", 1), ("test", 9)):
+        for index in range(count):
+            write_pair(tmp_path / "data", split, f"{split}{index}", rng)
+    save_labels(tmp_path / "data" / "classes.yaml", SPEC)
+    return tmp_path / "data"
+
+
+def test_one_matrix_over_all_pixels_with_void_dropped(tmp_path):
+    rng = np.random.default_rng(1)
+    root, wanted = tmp_path / "data", np.zeros((3, 3), dtype=np.int64)
+    per_image = {}
+    for index in range(6):
+        truth, prediction = write_pair(root, "test", f"t{index}", rng, void=0.2)
+        keep = truth != 255
+        np.add.at(wanted, (truth[keep], prediction[keep]), 1)
+        per_image[f"t{index}"] = (truth[keep] == prediction[keep]).mean(), int(keep.sum())
+    save_labels(root / "classes.yaml", SPEC)
+    evaluation = evaluate(strongest(), root)
+    assert evaluation.matrix == wanted.tolist()
+    iou = np.diag(wanted) / (wanted.sum(0) + wanted.sum(1) - np.diag(wanted))
+    assert evaluation.scores.iou == tuple(iou.tolist())
+    assert evaluation.scores.miou == iou.mean()
+    assert (evaluation.images, evaluation.names, evaluation.split) == (6, SPEC.names, "test")
+    assert {entry["name"]: (entry["global_accuracy"], entry["pixels"]) for entry in evaluation.per_image} == per_image
+
+
+def test_the_parts_of_a_split_add_up(root):
+    evaluation = evaluate(strongest(), root)
+    assert sum(map(sum, evaluation.matrix)) == sum(entry["pixels"] for entry in evaluation.per_image)
+    accuracies = sum(entry["global_accuracy"] * entry["pixels"] for entry in evaluation.per_image)
+    assert math.isclose(accuracies, sum(evaluation.matrix[index][index] for index in range(3)))
+
+
+def test_results_are_written_and_read_back(root, tmp_path):
+    evaluation = evaluate(strongest(), root, out=tmp_path / "out")
+    content = json.loads((tmp_path / "out" / "evaluation-test.json").read_text())
+    assert content == json.loads(json.dumps(evaluation.to_dict()))
+    assert Scores.from_dict(content["scores"]).iou == evaluation.scores.iou
+    assert content["images"] == len(content["per_image"]) == 9
+    folders = sorted(path.name for path in (tmp_path / "out" / "evaluation-test").iterdir())
+    assert (
+        folders
+        == sorted(content["examples"])
+        == sorted(f"{k}-{i}" for k in ("best", "median", "worst") for i in (1, 2))
+    )
+
+
+def test_examples_show_what_was_scored(root, tmp_path):
+    evaluation = evaluate(strongest(), root, out=tmp_path / "out")
+    scores = {entry["name"]: entry["miou"] for entry in evaluation.per_image}
+    assert scores[evaluation.examples["best-1"]] == max(scores.values())
+    assert scores[evaluation.examples["worst-1"]] == min(scores.values())
+    for key, name in evaluation.examples.items():
+        folder = tmp_path / "out" / "evaluation-test" / key
+        confusion = ConfusionMatrix(3)
+        confusion.update(read_mask(folder / "prediction.png"), read_mask(folder / "truth.png"))
+        assert confusion.scores().miou == scores[name]
+        with Image.open(folder / "image.png") as shown:
+            assert np.array_equal(np.asarray(shown).argmax(axis=2), read_mask(folder / "prediction.png"))
+
+
+def test_a_second_evaluation_replaces_the_examples(root, tmp_path):
+    evaluate(strongest(), root, out=tmp_path / "out")
+    for path in list((root / "test" / "images").iterdir())[3:]:
+        path.unlink()
+        (root / "test" / "masks" / path.name).unlink()
+    evaluation = evaluate(strongest(), root, out=tmp_path / "out")
+    folders = {path.name for path in (tmp_path / "out" / "evaluation-test").iterdir()}
+    assert folders == set(evaluation.examples) == {"best-1", "best-2", "worst-1"}
+
+
+def test_large_examples_are_shown_small_but_scored_whole(tmp_path):
+    rng = np.random.default_rng(2)
+    write_pair(tmp_path / "data", "test", "wide", rng, size=(3, 2100))
+    save_labels(tmp_path / "data" / "classes.yaml", SPEC)
+    evaluation = evaluate(strongest(), tmp_path / "data", out=tmp_path / "out")
+    for name in ("image", "truth", "prediction"):
+        with Image.open(tmp_path / "out" / "evaluation-test" / "best-1" / f"{name}.png") as picture:
+            assert picture.size == (1024, 1)
+    assert set(np.unique(read_mask(tmp_path / "out" / "evaluation-test" / "best-1" / "truth.png"))) <= {0, 1, 2, 255}
+    assert evaluation.scores.pixels > 5000
+
+
+def test_the_run_folder_is_where_results_go_by_default(root, tmp_path):
+    torch.manual_seed(0)
+    config = {"tiny": True, "num_classes": 3, "in_channels": 3}
+    card = ModelCard(model="unet", config=config, labels=SPEC, mean=(0.5,) * 3, std=(0.2,) * 3)
+    save_bundle(tmp_path / "run", create_model("unet", **config), card)
+    first = evaluate(tmp_path / "run", root, split="val")
+    assert (tmp_path / "run" / "evaluation-val.json").is_file()
+    again = evaluate(load(tmp_path / "run"), open_data(root), split="val")
+    assert first.matrix == again.matrix
+    assert not (tmp_path / "data" / "evaluation-val.json").exists()
+    assert evaluate(strongest(), root, split="val").examples == {}
+
+
+def test_masks_without_classes_mean_what_they_meant_in_training(root):
+    wanted = evaluate(strongest(), root).matrix
+    (root / "classes.yaml").unlink()
+    assert evaluate(strongest(), root).matrix == wanted
+
+
+def test_ignored_values_count_as_void(root):
+    (root / "classes.yaml").unlink()
+    wanted = evaluate(strongest(), root)
+    card = ModelCard(model="m", config={}, labels=LabelSpec(names=SPEC.names, colors=SPEC.colors, values=SPEC.values),
+                     mean=CARD.mean, std=CARD.std)  # fmt: skip
+    predictor = strongest(card)
+    with pytest.raises(DataError, match="99"):
+        evaluate(predictor, root)
+    assert evaluate(predictor, open_for(predictor, root, ignore=[99])).matrix == wanted.matrix
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("red", "blue", "green"), "class 1 is 'blue', but the network's is 'green'"),
+        (("red", "green"), "2 classes, but the network knows 3"),
+    ],
+)
+def test_other_classes_than_the_networks_are_refused(root, tmp_path, names, message):
+    other = LabelSpec(names=names, colors=SPEC.colors[: len(names)], values=SPEC.values[: len(names)])
+    save_labels(root / "classes.yaml", other)
+    with pytest.raises(DataError, match=message):
+        evaluate(strongest(), root)
+    save_labels(tmp_path / "good.yaml", SPEC)
+    predictor = strongest()
+    assert evaluate(predictor, open_for(predictor, root, classes=tmp_path / "good.yaml")).images == 9
+
+
+def test_a_split_that_must_be_made_is_the_one_of_the_training(tmp_path):
+    rng = np.random.default_rng(3)
+    for index in range(60):
+        write_pair(tmp_path / "data", "x", f"p{index // 3}_{index % 3}", rng, size=(4, 4))
+    shutil.move(tmp_path / "data" / "x" / "images", tmp_path / "data" / "images")
+    shutil.move(tmp_path / "data" / "x" / "masks", tmp_path / "data" / "masks")
+    card = ModelCard(model="m", config={}, labels=SPEC, mean=CARD.mean, std=CARD.std, data={"group_by": r"^p\d+"})
+    trained = open_data(tmp_path / "data", group_by=r"^p\d+", labels=SPEC)
+    wanted = [pair.name for pair in trained.split("test")]
+    assert [entry["name"] for entry in evaluate(strongest(card), tmp_path / "data").per_image] == wanted
+    assert len(wanted) % 3 == 0
+
+
+def test_an_empty_split_names_the_others(root):
+    with pytest.raises(
+        DataError, match=r"'holdout' holds no images; the splits are train \(2\), val \(1\), test \(9\)"
+    ):
+        evaluate(strongest(), root, split="holdout")
+
+
+def test_images_without_masks_cannot_be_scored(root):
+    (root / "test" / "masks" / "test4.png").unlink()
+    with pytest.raises(DataError, match=r"1 of 9 images of split 'test' have no mask \(.*test4"):
+        evaluate(strongest(), root)
+
+
+def test_a_broken_mask_stops_the_evaluation(root):
+    (root / "test" / "masks" / "test4.png").write_bytes(b"x")
+    with pytest.raises(DataError, match=r"test4\.png"):
+        evaluate(strongest(), root)
+
+
+def test_images_without_labelled_pixels_have_no_score(tmp_path):
+    rng = np.random.default_rng(4)
+    write_pair(tmp_path / "data", "test", "void", rng, void=1.1)
+    write_pair(tmp_path / "data", "test", "seen", rng)
+    save_labels(tmp_path / "data" / "classes.yaml", SPEC)
+    evaluation = evaluate(strongest(), tmp_path / "data", out=tmp_path / "out")
+    entry = next(entry for entry in evaluation.per_image if entry["name"] == "void")
+    assert entry["pixels"] == 0
+    assert math.isnan(entry["miou"])
+    assert evaluation.examples == {"best-1": "seen"}
+    assert json.loads((tmp_path / "out" / "evaluation-test.json").read_text())["per_image"][1]["miou"] is None
+
+
+def test_an_unwritable_place_is_an_error_of_one_sentence(root, tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(PixelwiseError, match="file"):
+        evaluate(strongest(), root, out=tmp_path / "file")
+
+
+def test_progress_counts_every_image(root):
+    seen = []
+    evaluate(strongest(), root, on_progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(index, 9) for index in range(1, 10)]
+
+
+@pytest.mark.parametrize("count", range(10))
+def test_examples_are_never_the_same_image_twice(count):
+    scores = [{"name": str(i), "miou": (i * 7 % 10) / 10, "global_accuracy": 0.5, "pixels": 1} for i in range(count)]
+    chosen = choose_examples(scores)
+    assert len(chosen) == len(set(chosen.values())) == min(count, 6)
+    if count > 3:
+        mious = {
+            kind: [scores[i]["miou"] for key, i in chosen.items() if key.startswith(kind)] for kind in ("best", "worst")
+        }
+        assert min(mious["best"]) > max(mious["worst"])
