@@ -10,8 +10,6 @@ The names below are the public API; nothing else is promised.
 """
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -104,18 +102,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return [*__all__, "__version__"]
-
-
-class _Package(ModuleType):
-    """`pixelwise.train` is the function, although importing the sub-package of that name would bind the name to it."""
-
-    @property
-    def train(self) -> Any:
-        return __getattr__("train")
-
-    @train.setter
-    def train(self, _module: Any) -> None:
-        pass
-
-
-sys.modules[__name__].__class__ = _Package

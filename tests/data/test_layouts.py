@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -217,7 +218,7 @@ def test_groups_stay_together(tmp_path):
     assert {pair.group for pair in folder.pairs} == {f"patient{patient}" for patient in range(9)}
     for patient in range(9):
         assert len({pair.split for pair in folder.pairs if pair.group == f"patient{patient}"}) == 1
-    assert folder.is_grouped
+    assert folder.group_by is not None
     assert {pair.group for pair in open_data(tmp_path, group_by=r"patient\d").pairs} == {
         pair.group for pair in folder.pairs
     }
@@ -229,6 +230,7 @@ def test_a_given_test_split_never_moves_and_val_is_carved_by_group(tmp_path):
     write_pairs(tmp_path, "test/images", "test/masks", ["q1-IM-0", "q2-IM-0"])
     folder = open_data(tmp_path, group_by="(.*)-IM-")
     assert [pair.name for pair in folder.split("test")] == ["q1-IM-0", "q2-IM-0"]
+    assert folder.layout.endswith(", 15% of train is val by hash")
     assert 2 <= len(folder.split("val")) <= 12
     assert not {pair.group for pair in folder.split("val")} & {pair.group for pair in folder.split("train")}
 
@@ -308,8 +310,7 @@ def test_masks_that_cannot_be_read_at_all(tmp_path):
 
 def test_names_that_are_no_text_can_be_printed(tmp_path):
     write_pairs(tmp_path, "images", "masks", ["a", "b", "c"])
-    with open(os.fsencode(tmp_path) + b"/images/\xff.png", "wb"):
-        pass
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/images/\xff.png")).write_bytes(b"")
     folder = open_data(tmp_path)
     problems = [*folder.problems, *inspect_data(folder).problems]
     assert any("\\udcff.png" in problem.message for problem in problems)

@@ -220,7 +220,7 @@ def test_a_time_budget_ends_with_the_learning_rate_at_zero(toy_data: Path, tmp_p
 
 
 def test_early_stopping_waits_for_patience(toy_data: Path, tmp_path: Path) -> None:
-    run = train(toy_data, tiny(epochs=50, lr=1e-12, ema=0, patience=2), out=tmp_path / "run")
+    run = train(toy_data, tiny(epochs=50, lr=1e-12, ema=0, patience=2, options={"widths": [4, 6]}), out=tmp_path / "run")
     assert run.steps == 9  # three validations: the first is the best, two are stale
 
 

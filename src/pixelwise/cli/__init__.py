@@ -56,12 +56,12 @@ def main(arguments: Sequence[str] | None = None) -> Any:
     arguments = with_flag_value(list(sys.argv[1:] if arguments is None else arguments))
     try:
         app(arguments)
-    except PixelwiseError as error:
+    except BrokenPipeError:  # the reader of a pipe (`| head`) has seen enough
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123  (python flushes it once more at its end)
+        sys.exit(0)
+    except (PixelwiseError, OSError) as error:  # OSError: the disk is full, a folder may not be written
         if "--debug" in arguments:
             raise
         # No markup and no wrapping at the terminal's width: paths must stay whole to be copied.
         Console(stderr=True, soft_wrap=True).print(f"pixelwise: {error}", markup=False, highlight=False)
         sys.exit(2)
-    except BrokenPipeError:  # the reader of a pipe (`| head`) has seen enough
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123  (python flushes it once more at its end)
-        sys.exit(0)

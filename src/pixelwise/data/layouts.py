@@ -73,11 +73,11 @@ def open_data(
         raise DataError(_nothing_matches(root, layout))
     return DataFolder(
         root=root,
-        layout=layout.words,
+        layout=layout.words + _split_words(layout.matches),
         pairs=tuple(sorted(pairs, key=lambda pair: (SPLITS.index(pair.split), pair.name))),
         labels=labels.with_ignored(ignore) if labels else _find_labels(root, classes, pairs, ignore, layout.is_segnet),
         problems=tuple(layout.problems),
-        is_grouped=group_by is not None,
+        group_by=group_by,
     )
 
 
@@ -202,6 +202,14 @@ def _with_splits(pairs: list[Pair], fractions: Sequence[float]) -> list[Pair]:
         splits = assign_splits([pair.group for pair in pairs if pair.split == "train"], VAL_OF_TRAIN)
         return [replace(pair, split=splits[pair.group]) if pair.split == "train" else pair for pair in pairs]
     return pairs
+
+
+def _split_words(matches: list[Match]) -> str:
+    """What was decided here about the splits, and not by the folder."""
+    given = {match.split for match in matches}
+    if given <= {None, "train"}:
+        return ", split by hash"
+    return f", {VAL_OF_TRAIN[1]:.0%} of train is val by hash" if "train" in given and "val" not in given else ""
 
 
 def _find_labels(

@@ -47,7 +47,7 @@ class DataFolder:
         pairs: by split, then by name.
         labels: from `classes.yaml`, or proposed from the masks.
         problems: what matching the names showed; `inspect_data` looks into the files.
-        is_grouped: whether groups were asked for, and must not be divided.
+        group_by: the regular expression of the groups that must not be divided, or None.
     """
 
     root: Path
@@ -55,7 +55,7 @@ class DataFolder:
     pairs: tuple[Pair, ...]
     labels: LabelSpec
     problems: tuple[Problem, ...] = ()
-    is_grouped: bool = False
+    group_by: str | None = None
 
     @property
     def splits(self) -> tuple[str, ...]:

@@ -172,7 +172,7 @@ def _shared_images(folder: DataFolder, looks: Sequence[PairLook]) -> list[Proble
 def _divided_groups(folder: DataFolder) -> list[Problem]:
     """Only where groups were asked for: elsewhere a group is a name, and equal names in two splits mean nothing."""
     splits: dict[str, set[str]] = defaultdict(set)
-    for pair in folder.pairs if folder.is_grouped else ():
+    for pair in folder.pairs if folder.group_by is not None else ():
         splits[pair.group].add(pair.split)
     divided = [group for group, there in splits.items() if len(there) > 1]
     if not divided:

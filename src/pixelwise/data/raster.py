@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import tifffile
 
 Palette = tuple[tuple[int, int, int], ...]
 
@@ -14,7 +15,8 @@ MAX_DECODED_BYTES = 4 * 2**30
 
 DECODE_ERRORS = (
     OSError,  # missing, unreadable, truncated; Pillow's UnidentifiedImageError
-    ValueError,  # tifffile.TiffFileError, numpy shapes, text that is no text
+    tifffile.TiffFileError,  # no ValueError in older versions
+    ValueError,  # numpy shapes, text that is no text
     TypeError,  # tags of another type than the format says
     LookupError,  # tables in the file that point outside it, unknown codecs
     AttributeError,  # tags that should be there

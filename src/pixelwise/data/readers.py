@@ -4,6 +4,7 @@ Whatever is wrong with a file ends in one `DataError` that names it; nothing els
 a file is, its content decides, not its name.
 """
 
+import os
 import stat
 import threading
 import warnings
@@ -38,6 +39,10 @@ _WIDE_COLOR = ("RGB;16B", "RGBA;16B", "LA;16B")  # Pillow keeps the upper half o
 # `warnings.catch_warnings` swaps state of the whole process, so only one thread may be inside it. Only headers are read
 # there; decoding runs beside it in any number of threads.
 _header_lock = threading.Lock()
+if hasattr(os, "register_at_fork"):  # a worker must not be forked while another thread holds the lock
+    os.register_at_fork(
+        before=_header_lock.acquire, after_in_parent=_header_lock.release, after_in_child=_header_lock.release
+    )
 
 
 def read_image(path: str | Path) -> np.ndarray:

@@ -60,8 +60,8 @@ def load_sample(pair: Pair, labels: LabelSpec, channels: int | None = None) -> S
     raw = read_mask(pair.mask)
     if raw.shape[:2] != array.shape[:2]:
         raise DataError(
-            f"{printable(pair.mask)}: the mask is {raw.shape[1]} x {raw.shape[0]} px, but its image {printable(pair.image)} is "
-            f"{array.shape[1]} x {array.shape[0]} px. Both must have the same size."
+            f"{printable(pair.mask)}: the mask is {raw.shape[1]} x {raw.shape[0]} px, but its image "
+            f"{printable(pair.image)} is {array.shape[1]} x {array.shape[0]} px. Both must have the same size."
         )
     try:
         return Sample(image, from_numpy(labels.encode(raw)), pair.name)

@@ -87,7 +87,7 @@ def _opened(path: Path) -> Iterator[Any]:
     not followed (their descriptions may name other files); their pages are read as those of any TIFF.
     """
     pages = _count_pages(path)
-    flags: dict[str, Any] = {f"is_{dialect}": False for dialect in _DIALECTS}
+    flags: dict[str, Any] = {f"is_{name}": False for name in _DIALECTS if name in tifffile.TIFF.FILE_FLAGS}
     _quiet.active = True
     try:
         with tifffile.TiffFile(path, **flags) as tiff:

@@ -1,5 +1,6 @@
-"""Where to compute and in what numbers: the devices and precisions a user may ask for."""
+"""Where to compute and in what numbers: the devices and precisions a user may ask for, and the memory they take."""
 
+import sys
 from typing import Literal
 
 import torch
@@ -7,6 +8,10 @@ import torch
 from pixelwise.errors import UsageError
 
 PRECISIONS = ("auto", "bf16", "float32")
+
+# How torch reports that memory ran out where it does not raise torch.OutOfMemoryError.
+_OUT_OF_MEMORY = ("not enough memory", "can't allocate memory", "out of memory", "alloc_failed")
+
 
 
 def resolve_device(name: str | torch.device) -> torch.device:
@@ -63,3 +68,27 @@ def computes_in_bf16(device: torch.device) -> bool:
     # torch has no public question for this; where a version lacks these, float32 is always right.
     questions = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
     return any(question() for question in questions if question is not None)
+
+
+def peak_memory_bytes(device: torch.device) -> int | None:
+    """The largest memory so far: of the GPU's allocator, else of this process; None where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that memory ran out.
+
+    Example:
+        >>> is_out_of_memory(RuntimeError("DefaultCPUAllocator: not enough memory"))
+        True
+    """
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in _OUT_OF_MEMORY)

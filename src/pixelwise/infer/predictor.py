@@ -20,11 +20,8 @@ from pixelwise.data.labels import LabelSpec
 from pixelwise.data.readers import read_image, to_tensor
 from pixelwise.errors import DataError, PixelwiseError, UsageError
 from pixelwise.infer.bundle import ModelCard, load_bundle
-from pixelwise.infer.devices import resolve_device, resolve_precision
+from pixelwise.infer.devices import is_out_of_memory, resolve_device, resolve_precision
 from pixelwise.infer.writers import blend, displayable, label_image, write_png
-
-# How torch reports that memory ran out where it does not raise torch.OutOfMemoryError.
-_OUT_OF_MEMORY = ("not enough memory", "can't allocate memory", "out of memory", "alloc_failed")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -235,9 +232,7 @@ def _out_of_memory_named(name: str, image: Tensor) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        text = str(error).lower()
-        known = isinstance(error, MemoryError | torch.OutOfMemoryError) or any(part in text for part in _OUT_OF_MEMORY)
-        if not known:
+        if not is_out_of_memory(error):
             raise
         channels, height, width = image.shape
         raise PixelwiseError(

@@ -107,7 +107,7 @@ class EncoderDecoder(nn.Module):
         super().__init__()
         self.encoder = create_backbone(config.backbone, in_channels=config.in_channels)
         self.stride = max(self.encoder.strides)
-        self.smallest_px = _smallest_px(self.encoder, config.in_channels)
+        self.smallest_px = _smallest_px(self.encoder, config)
         pools = _remember_pools(self.encoder, config.in_channels) if config.up == "unpool" else {}
         levels = list(zip(self.encoder.channels, self.encoder.strides, strict=True))
         # The coarsest map is the start; every finer one down to `finest` is a step.
@@ -133,22 +133,26 @@ class EncoderDecoder(nn.Module):
         return crop_like(upsample_to(scores, padded.shape[-2:]), image)  # (N, K, H, W)
 
 
-def _probe(encoder: Backbone, in_channels: int, size_px: int) -> None:
-    """One pass over an empty square, leaving the running statistics as they are."""
+def _probe(encoder: Backbone, in_channels: int, height: int, width: int) -> None:
+    """One pass over an empty image, leaving the running statistics as they are."""
     was_training = encoder.training
     with torch.no_grad():
-        encoder.eval()(torch.zeros(1, in_channels, size_px, size_px, device=next(encoder.parameters()).device))
+        encoder.eval()(torch.zeros(1, in_channels, height, width, device=next(encoder.parameters()).device))
     encoder.train(was_training)
 
 
-def _smallest_px(encoder: Backbone, in_channels: int) -> int:
+def _smallest_px(encoder: Backbone, config: EncoderDecoderConfig) -> int:
     """The least multiple of the stride that the encoder takes; unpadded ones (AlexNet) need more than one."""
     stride = max(encoder.strides)
     for size_px in range(stride, PROBE_PX, stride):
-        with contextlib.suppress(RuntimeError):  # torch: "Output size is too small"
-            _probe(encoder, in_channels, size_px)
+        # torch: "Output size is too small"; timm asserts the size of networks that are made for one only.
+        with contextlib.suppress(RuntimeError, AssertionError):
+            _probe(encoder, config.in_channels, size_px, size_px)
+            _probe(encoder, config.in_channels, size_px, size_px + stride)
             return size_px
-    return -(-PROBE_PX // stride) * stride
+    raise UsageError(
+        f"encoder_decoder: backbone {config.backbone!r} takes images of one size, or of few, only. Choose another."
+    )
 
 
 def _remember_pools(encoder: Backbone, in_channels: int) -> dict[int, MaxPoolKeepingIndices]:
@@ -161,7 +165,7 @@ def _remember_pools(encoder: Backbone, in_channels: int) -> dict[int, MaxPoolKee
         for name, module in encoder.named_modules()
         if isinstance(module, nn.MaxPool2d) and module.kernel_size == module.stride == 2
     ]
-    _probe(encoder, in_channels, PROBE_PX)
+    _probe(encoder, in_channels, PROBE_PX, PROBE_PX)
     for handle in handles:
         handle.remove()
     if not found:

@@ -1,5 +1,7 @@
 """Weights from elsewhere: from the library that owns them, or from a file; what fitted is said tensor by tensor."""
 
+import struct
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,11 @@ from pixelwise.errors import UsageError
 from pixelwise.models.backbones import adapt_first_conv, classifier_state, resolve_backbone
 
 PREFIXES = ("module.", "model.", "state_dict.", "body.", "backbone.", "encoder.", "network.")
+# What the readers of weight files raise for a damaged one (torch's restricted reader has no error of its own for all).
+DAMAGED = (
+    OSError, RuntimeError, ValueError, LookupError, EOFError, TypeError, AttributeError, AssertionError, OverflowError,
+    struct.error, SafetensorError, UnpicklingError,
+)  # fmt: skip
 COUNTER = "num_batches_tracked"  # batch norm counts its steps; older files lack it and prediction ignores it
 
 
@@ -81,7 +88,10 @@ def load_pretrained(model: nn.Module, source: str | Path) -> Loaded:
     else:
         given, label = read_state(source), Path(source).name
     loaded, state = match_state(target, given, reference=classifier_state(backbone) if backbone else None, source=label)
-    if len(loaded.fitted) + len(loaded.adapted) < 0.5 * len(_parameters(target)):
+    names = _parameters(target)
+    filled = sum(name in state for name in names)
+    # A sibling (ResNet-50 for ResNet-18) shares most names and many shapes: a mixture of both would be neither.
+    if filled < 0.5 * len(names) or len(loaded.mismatched) > 0.1 * len(names):
         raise UsageError(f"{label} does not belong to {backbone or 'this network'}: {loaded.summary()}.")
     target.load_state_dict(state, strict=False)
     return loaded
@@ -101,11 +111,12 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise UsageError(f"--pretrained {path}: there is no such file.")
     try:
-        if path.suffix == ".safetensors":
-            content: Any = load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, KeyError, EOFError, SafetensorError, UnpicklingError) as error:
+        with warnings.catch_warnings(action="ignore"):  # torch wonders at the format before it refuses the file
+            if path.suffix == ".safetensors":
+                content: Any = load_file(path)
+            else:
+                content = torch.load(path, map_location="cpu", weights_only=True)
+    except DAMAGED as error:
         raise UsageError(
             f"--pretrained {path}: cannot be read as weights ({_reason(error)}). It must hold plain tensors."
         ) from error
@@ -130,7 +141,7 @@ def library_weights(backbone: str) -> tuple[dict[str, Tensor], str]:
     library, name = resolve_backbone(backbone)
     try:
         return _timm_weights(name) if library == "timm" else _torchvision_weights(name)
-    except (OSError, RuntimeError, ValueError, LookupError) as error:
+    except DAMAGED as error:
         raise UsageError(
             f"--pretrained: the weights of {name} are in no cache and {library} could not fetch them ({_reason(error)}). Connect "
             "to a network once, pass --pretrained FILE, or leave --pretrained out to start from random weights."
@@ -153,7 +164,7 @@ def _torchvision_weights(name: str) -> tuple[dict[str, Tensor], str]:
     default = tv.get_model_weights(name).DEFAULT
     cached = [entry for entry in (default, *choices) if (cache / Path(entry.url).name).is_file()]
     entry = cached[0] if cached else default
-    state = entry.get_state_dict(progress=False, check_hash=True)
+    state = entry.get_state_dict(progress=False, check_hash=True, weights_only=True)
     return dict(state), f"torchvision {entry} (licence BSD-3-Clause)"
 
 

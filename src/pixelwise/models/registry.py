@@ -4,7 +4,7 @@ import difflib
 import fnmatch
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
 from torch import nn
@@ -80,11 +80,25 @@ def model_config(name: str, *, num_classes: int, in_channels: int = 3, tiny: boo
                 f"{name} has no option {key!r}.{suggestion(key, known)} Its options: {', '.join(known)}."
             )
     for key, value in (("num_classes", num_classes), ("in_channels", in_channels)):
-        if not isinstance(value, int) or value < 1:
+        if not _fits(value, int) or value < 1:
             raise UsageError(f"{key} must be a whole number of at least 1, not {value!r}.")
     config = {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}
+    hints = get_type_hints(type(info.config))
+    for key, value in config.items():
+        if not _fits(value, hints[key]):
+            wanted = getattr(hints[key], "__name__", "") if get_origin(hints[key]) is None else str(hints[key])
+            raise UsageError(f"{name}: {key} must be of type {wanted}, not {value!r}; for example {getattr(info.config, key)!r}.")
     merged = {**(info.tiny if tiny else {}), **config, "num_classes": num_classes, "in_channels": in_channels}
     return replace(info.config, **merged)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether `value` is of the plain type that a field asks for; of literals, the network itself checks the value."""
+    if get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(_fits(item, get_args(hint)[0]) for item in value)
+    if hint in (int, float):
+        return isinstance(value, int if hint is int else int | float) and not isinstance(value, bool)
+    return isinstance(value, hint) if isinstance(hint, type) else True
 
 
 def create_model(

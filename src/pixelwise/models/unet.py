@@ -31,6 +31,8 @@ class UNetConfig:
     def __post_init__(self) -> None:
         if len(self.widths) < 2 or min(self.widths) < 1:
             raise UsageError(f"unet: widths must be at least two positive numbers, not {self.widths}.")
+        if not 0 <= self.dropout < 1:
+            raise UsageError(f"unet: dropout is a share of at least 0 and less than 1, not {self.dropout}.")
 
 
 def double_conv(channels_in: int, width: int, batch_norm: bool) -> nn.Sequential:

@@ -69,7 +69,7 @@ def _pack(value: Any, tensors: dict[str, Tensor]) -> Any:
         return {"tensor": key}
     if isinstance(value, dict):
         return {"dict": [[_pack(key, tensors), _pack(item, tensors)] for key, item in value.items()]}
-    if isinstance(value, list | tuple):
+    if type(value) in (list, tuple):  # a named tuple would come back as another type
         return {type(value).__name__: [_pack(item, tensors) for item in value]}
     if value is None or isinstance(value, bool | int | float | str):
         return value

@@ -65,8 +65,10 @@ class Conductor(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, _batch: Any, _index: int
     ) -> None:
         task, step = _task(pl_module), trainer.global_step
+        loss = outputs["loss"].detach()
+        task.after_step(loss)
         task.progress.elapsed_s = self._elapsed()
-        self._losses.append(outputs["loss"].detach())
+        self._losses.append(loss)
         self._log(trainer, task)
         if self.interrupted:
             trainer.should_stop = True

@@ -24,7 +24,7 @@ class RunConfig(BaseModel):
         ('minutes', 5.0)
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     model: str = Field("encoder_decoder", description="network, one of `pixelwise models`")
     options: dict[str, Any] = Field(default_factory=dict, description="the network's own fields: backbone, skip, widths, …")
@@ -49,7 +49,7 @@ class RunConfig(BaseModel):
     encoder_lr: float = Field(1.0, ge=0, description="the encoder's learning rate, as a factor of lr")
     weight_decay: float = Field(1e-2, ge=0)
     schedule: Literal["poly", "onecycle"] = "poly"
-    warmup: Share = Field(0.05, description="share of the budget in which the learning rate rises")
+    warmup: Annotated[float, Field(ge=0, lt=1)] = Field(0.05, description="share of the budget in which the learning rate rises")
     poly_power: float = Field(0.9, gt=0)
     clip: float = Field(1.0, ge=0, description="largest gradient norm; 0 switches clipping off")
     ema: Annotated[float, Field(ge=0, lt=1)] = Field(0.99, description="decay of the averaged weights; 0 switches them off")
@@ -109,7 +109,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
     """
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: a date such as 2001-99-99
         raise UsageError(f"--config {path}: cannot be read as YAML ({' '.join(str(error).split())[:200]}).") from error
     if not isinstance(values, dict):
         raise UsageError(f"--config {path}: must hold 'option: value' lines, not a {type(values).__name__}.")
@@ -133,25 +133,31 @@ def parse_settings(settings: list[str]) -> dict[str, Any]:
             raise UsageError(f"--set {setting!r}: write it as key=value, for example --set lr=0.001.")
         try:
             value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+        except (ValueError, RecursionError, yaml.YAMLError) as error:
             raise UsageError(f"--set {setting!r}: the value cannot be read ({error}).") from error
         if isinstance(value, str):  # YAML takes 1e-3 for a text
             try:
                 value = float(value)
             except ValueError:
                 pass
-        if key.startswith("options."):
-            values.setdefault("options", {})[key.removeprefix("options.")] = value
-        else:
-            values[key.strip()] = value
+        key = key.strip()
+        layer = {"options": {key.removeprefix("options."): value}} if key.startswith("options.") else {key: value}
+        values = merge_options(values, layer)
     return values
 
 
 def merge_options(*layers: dict[str, Any]) -> dict[str, Any]:
-    """Later layers win; the network's own `options` are merged key by key."""
+    """Later layers win; the network's own `options` are merged key by key.
+
+    Raises:
+        UsageError: `options` is no mapping.
+    """
     merged: dict[str, Any] = {}
     for layer in layers:
-        options = {**merged.get("options", {}), **(layer.get("options") or {})}
+        given = layer.get("options") or {}
+        if not isinstance(given, dict):
+            raise UsageError(f"options are the network's own fields, such as options.skip=add, not {given!r}.")
+        options = {**merged.get("options", {}), **given}
         merged |= layer
         if options:
             merged["options"] = options

@@ -44,6 +44,7 @@ def read_history(path: Path) -> list[dict[str, str]]:
     """The rows of a `metrics.csv`; a last line cut off by a kill is left out."""
     if not path.is_file():
         return []
-    with path.open(newline="", encoding="utf-8", errors="replace") as file:
-        rows = [row for row in csv.DictReader(file) if None not in row and None not in row.values()]
+    text = path.read_text(encoding="utf-8", errors="replace")
+    whole = text[: text.rfind("\n") + 1]  # a number that was cut off would pass for a shorter one
+    rows = [row for row in csv.DictReader(io.StringIO(whole)) if None not in row and None not in row.values()]
     return [row for row in rows if str(row.get("step", "")).isdigit()]

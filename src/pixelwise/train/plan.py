@@ -12,13 +12,12 @@ from torch import nn
 
 from pixelwise.data.check import Inspection
 from pixelwise.errors import UsageError
-from pixelwise.infer.predictor import resolve_device, resolve_precision
+from pixelwise.infer.devices import peak_memory_bytes, resolve_device, resolve_precision
 from pixelwise.losses import cross_entropy
 from pixelwise.models.backbones import backbone_normalisation
 from pixelwise.models.registry import count_parameters, model_config
 from pixelwise.ops.depthwise import speed_up_depthwise
 from pixelwise.train.config import RunConfig
-from pixelwise.train.memory import peak_memory_bytes
 from pixelwise.train.stream import default_workers
 
 CROP_STEP_PX = 32  # the stride of nearly every encoder: crops of its multiples need no padding

@@ -26,6 +26,7 @@ from pixelwise.data.transforms import training_transform
 from pixelwise.errors import DataError, PixelwiseError, UsageError
 from pixelwise.files import read_json, write_json, write_text
 from pixelwise.infer.bundle import CARD_NAME, ModelCard
+from pixelwise.infer.devices import is_out_of_memory
 from pixelwise.losses import class_weights
 from pixelwise.models import create_model
 from pixelwise.models.pretrained import load_pretrained
@@ -33,7 +34,6 @@ from pixelwise.train.checkpoints import LAST_NAME, SafeCheckpointIO, checkpoint_
 from pixelwise.train.conductor import Conductor, Report
 from pixelwise.train.config import RunConfig, make_config
 from pixelwise.train.history import History
-from pixelwise.train.memory import is_out_of_memory
 from pixelwise.train.plan import Plan, make_plan, network_config
 from pixelwise.train.schedule import Budget
 from pixelwise.train.stream import BatchStream, CropSet, fits_in_cache, make_loader
@@ -250,7 +250,7 @@ def _make_task(
         labels=folder.labels,
         mean=plan.mean,
         std=plan.std,
-        data={**plan.data, "root": Path(plan.data["root"]).name},
+        data={**plan.data, "root": Path(plan.data["root"]).name, "group_by": folder.group_by},
         versions={"pixelwise": metadata.version("pixelwise"), "torch": torch.__version__, "python": platform.python_version()},
     )
     history = History(out / "metrics.csv", first_step=first_step)
@@ -258,10 +258,11 @@ def _make_task(
 
 
 def _make_trainer(config: RunConfig, plan: Plan, conductor: Conductor, out: Path) -> pl.Trainer:
+    index = torch.device(plan.device).index
     with _quiet():
         return pl.Trainer(
             accelerator="cpu" if plan.device == "cpu" else "auto",
-            devices=config.devices,
+            devices=config.devices if index is None else [index],
             strategy="ddp" if config.devices > 1 else "auto",
             precision="bf16-mixed" if plan.precision == "bf16" else "32-true",
             max_epochs=-1,

@@ -99,11 +99,16 @@ class SegmentationTask(pl.LightningModule):
         config = self.config
         return lr_factor(spent, schedule=config.schedule, warmup=config.warmup, power=config.poly_power)
 
-    def on_train_batch_end(self, outputs: Any, _batch: Any, _index: int) -> None:
+    def after_step(self, loss: Tensor) -> None:
+        """What belongs to a step after the optimiser's part; not a hook, since Lightning runs callbacks before those.
+
+        Raises:
+            PixelwiseError: the loss is not finite any more.
+        """
         if self.average is not None:
             self.average.update_parameters(self.model)
-        loss = outputs["loss"]
-        if self.global_step % 10 == 0 and not bool(torch.isfinite(loss)):
+        # On a GPU looking at the loss waits for the step, so there only every tenth is looked at.
+        if (self.global_step % 10 == 0 or loss.device.type == "cpu") and not bool(torch.isfinite(loss)):
             raise PixelwiseError(
                 f"the loss is {loss.item()} at step {self.global_step}: training has diverged. Lower the learning rate "
                 "(--set lr=3e-4), clip gradients (--set clip=1), or use --set precision=float32. The best weights so far are kept."

@@ -1,0 +1,103 @@
+"""`pixelwise train` and `demo` as a user types them."""
+
+import importlib
+import shutil
+from pathlib import Path
+
+import pytest
+
+from pixelwise.cli import main
+
+SMALL = ("--model", "unet", "--set", "options.widths=[4,6,8]", "--set", "crop_px=32", "--set", "batch_size=4")
+
+
+def run(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as done:
+        main([str(argument) for argument in arguments])
+    return int(done.value.code or 0)
+
+
+def test_training_prints_its_plan_and_its_scores_and_writes_the_report(
+    toy_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    out = tmp_path / "run"
+    assert run("train", toy_data, "--out", out, *SMALL, "--steps", "6") == 0
+    text = capsys.readouterr().out
+    for word in ("data", "classes", "2: background, foreground", "unet", "parameters", "random", "32 x 32 px", "a step", "expected"):
+        assert word in text
+    assert "val: mIoU" in text and "test: mIoU" in text
+    assert (out / "report.html").stat().st_size > 10_000
+    assert "Traceback" not in text
+    assert run("train", toy_data, "--out", out, *SMALL) == 2
+    assert "holds a run already. Continue it with --resume" in capsys.readouterr().err
+    assert run("train", toy_data, "--out", out, "--resume") == 0
+
+
+def test_options_come_from_a_file_and_what_is_typed_wins(
+    toy_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "options.yaml").write_text("model: unet\noptions: {widths: [4, 6]}\ncrop_px: 48\nbatch_size: 2\nsteps: 1\n")
+    out = tmp_path / "run"
+    assert run("train", toy_data, "--out", out, "--config", tmp_path / "options.yaml", "--set", "crop_px=32") == 0
+    text = (out / "config.yaml").read_text()
+    assert "crop_px: 32" in text and "batch_size: 2" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--set", "bacth_size=3"), "Did you mean batch_size"),
+        (("--model", "unett"), "Did you mean unet"),
+        (("--backbone", "resnet81"), "Did you mean"),
+        (("--minutes", "1", "--steps", "2"), "minutes and steps are budgets"),
+        (("--pretrained", "nowhere.pth"), "there is no such file"),
+        (("--model", "unet", "--pretrained"), "this network has none of its own"),
+        (("--config", "nowhere.yaml"), "cannot be read as YAML"),
+        (("--set", "lr"), "write it as key=value"),
+        (("--set", "precision=bf17"), "precision"),
+        (("--set", "device=tpu"), "cannot be used here"),
+        (("--resume",), "no run to continue"),
+    ],
+)
+def test_mistakes_are_told_in_one_paragraph(
+    arguments: tuple[str, ...], message: str, toy_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("train", toy_data, "--out", tmp_path / "run", *arguments) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_pretrained_without_network_or_cache_is_told_before_anything_starts(
+    toy_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "empty"))
+    assert run("train", toy_data, "--out", tmp_path / "run", "--backbone", "resnet10t", "--pretrained") == 2
+    assert "could not fetch them" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_fatal_data_problems_are_listed_at_once_and_nothing_is_written(
+    toy_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from PIL import Image
+
+    data = tmp_path / "data"
+    shutil.copytree(toy_data, data)
+    (data / "train" / "images" / "train_1.png").write_bytes(b"not an image")
+    Image.new("L", (5, 5)).save(data / "train" / "masks" / "train_2.png")
+    assert run("train", data, "--out", tmp_path / "run", *SMALL, "--steps", "1") == 2
+    err = capsys.readouterr().err
+    assert "train_1.png" in err and "train_2.png" in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_demo_goes_the_whole_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.import_module("pixelwise.cli.demo"), "SCENES", {"train": 4, "val": 2, "test": 2})
+    out = tmp_path / "demo"
+    assert run("demo", "--out", out, "--minutes", "0.05") == 0
+    assert (out / "report.html").exists()
+    assert len(list((out / "labels").glob("*.png"))) == 12  # six scenes, each with its overlay
+    assert run("demo", "--out", out) == 0  # goes on where it was: everything is there already

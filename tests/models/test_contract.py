@@ -1,0 +1,133 @@
+"""What every registered network must do, from the moment it is registered."""
+
+import copy
+import functools
+import json
+import random
+from dataclasses import asdict, fields
+
+import pytest
+import torch
+from safetensors.torch import load, save
+from torch import nn
+
+from pixelwise.models import create_model, describe_model, list_models
+
+DRAWS = random.Random(0)
+SIZES = [(1, 1), (33, 31), (65, 97), (1, 129), *((DRAWS.randint(1, 129), DRAWS.randint(1, 129)) for _ in range(4))]
+K = 3
+
+pytestmark = pytest.mark.parametrize("name", list_models())
+
+
+@functools.cache
+def evaluated(name: str, in_channels: int = 3) -> nn.Module:
+    """Shared by the tests, which must not change it."""
+    torch.manual_seed(0)
+    model = create_model(name, tiny=True, num_classes=K, in_channels=in_channels)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):  # so that no branch is off, as it is where a last norm starts at zero
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.uniform_(module.running_mean, -0.1, 0.1)
+    return model.eval().requires_grad_(False)
+
+
+def noise(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_logits_have_the_size_of_the_image(name, size):
+    logits = evaluated(name)(noise(2, 3, *size))
+    assert logits.shape == (2, K, *size) and logits.dtype == torch.float32
+    assert torch.isfinite(logits).all()
+
+
+@pytest.mark.parametrize("in_channels", [1, 3, 5])
+def test_any_number_of_channels(name, in_channels):
+    model = evaluated(name, in_channels)
+    image = noise(1, in_channels, 33, 31)
+    logits = model(image)
+    assert logits.shape == (1, K, 33, 31)
+    for channel in range(in_channels):  # each of them counts
+        changed = image.clone()
+        changed[:, channel] += 1
+        assert not torch.allclose(model(changed), logits)
+    with pytest.raises(RuntimeError):
+        model(noise(1, in_channels + 1, 33, 31))
+
+
+def test_every_parameter_learns(name):
+    model = copy.deepcopy(evaluated(name)).requires_grad_(True).train()
+    logits = model(noise(2, 3, 96, 64))
+    (logits * noise(2, K, 96, 64)).sum().backward()
+    for parameter, tensor in model.named_parameters():
+        assert tensor.grad is not None, parameter
+        assert torch.isfinite(tensor.grad).all(), parameter
+        assert tensor.grad.abs().max() > 0, parameter
+
+
+def test_a_model_is_its_config_and_its_state(name):
+    model = evaluated(name)
+    config = json.loads(json.dumps(asdict(model.config)))
+    other = create_model(name, **config)
+    assert other.config == model.config
+    other.load_state_dict(load(save({key: value.contiguous() for key, value in model.state_dict().items()})))
+    image = noise(1, 3, 37, 50)
+    assert torch.equal(other.eval()(image), model(image))
+
+
+def test_the_config_is_frozen_and_plain(name):
+    config = evaluated(name).config
+    with pytest.raises(AttributeError):
+        config.num_classes = 7
+    assert {"num_classes", "in_channels"} <= {item.name for item in fields(config)}
+    assert (config.num_classes, config.in_channels) == (K, 3)
+    hash(config)
+
+
+def test_an_exported_model_gives_the_same_logits(name):
+    model, image = evaluated(name), noise(1, 3, 45, 70)
+    exported = torch.export.export(model, (image,)).module()
+    assert torch.allclose(exported(image), model(image), atol=1e-5)
+
+
+def test_a_prediction_does_not_depend_on_the_rest_of_the_batch(name):
+    model, images = evaluated(name), noise(3, 3, 40, 33)
+    together = model(images)
+    for index in range(3):
+        alone = model(images[index : index + 1])
+        assert torch.allclose(alone[0], together[index], atol=1e-5)
+        assert torch.equal(alone[0].argmax(0), together[index].argmax(0))
+
+
+def test_memory_format_precision_and_copies_change_nothing(name):
+    model, image = evaluated(name), noise(1, 3, 64, 48)
+    logits = model(image)
+    other = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    assert torch.allclose(other(image.contiguous(memory_format=torch.channels_last)), logits, atol=1e-4)
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = model(image)
+    assert torch.isfinite(rough).all() and (rough.float() - logits).abs().mean() < 0.1 * logits.abs().mean() + 0.02
+
+
+def test_evaluating_leaves_the_state_alone(name):
+    model = evaluated(name)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    model(noise(1, 3, 20, 20))
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_random_weights_come_from_the_seed(name):
+    states = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        states.append(create_model(name, tiny=True, num_classes=K).state_dict())
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+    assert any(not torch.equal(states[0][key], states[2][key]) for key in states[0])
+
+
+def test_a_description_allocates_nothing_and_knows_the_paper(name):
+    row = describe_model(name)
+    assert row["name"] == name and row["paper"] and row["parameters"] > 0
+    assert row["stride"] & (row["stride"] - 1) == 0

@@ -1,0 +1,150 @@
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pixelwise.data.layouts import open_data
+from pixelwise.data.transforms import training_transform
+from pixelwise.train.stream import BatchStream, CropSet, default_workers, fits_in_cache, make_loader, seed_of
+
+
+def take(stream, count):
+    return list(itertools.islice(iter(stream), count))
+
+
+def test_seeds_are_the_same_on_every_machine_and_differ_by_every_part():
+    seeds = {
+        seed_of(*parts) for parts in [(0, "crop", 7), (1, "crop", 7), (0, "epoch", 7), (0, "crop", 8), (0, "crop"), ()]
+    }
+    assert len(seeds) == 6 and all(0 <= seed < 2**63 for seed in seeds)
+    for seed in seeds:
+        torch.Generator().manual_seed(seed)
+
+
+# -- the order --
+
+sizes = st.tuples(st.integers(1, 12), st.integers(1, 9))
+
+
+@settings(deadline=None, max_examples=40)
+@given(size=sizes, first_step=st.integers(0, 20), seed=st.integers(0, 5))
+def test_the_stream_can_be_entered_at_any_step(size, first_step, seed):
+    images, batch_size = size
+    whole = take(BatchStream(images, batch_size=batch_size, seed=seed), first_step + 5)
+    later = take(BatchStream(images, batch_size=batch_size, seed=seed, first_step=first_step), 5)
+    assert whole[first_step:] == later
+
+
+@settings(deadline=None, max_examples=40)
+@given(size=sizes, seed=st.integers(0, 5))
+def test_every_epoch_shows_every_image_once(size, seed):
+    images, batch_size = size
+    rows = [row for batch in take(BatchStream(images, batch_size=batch_size, seed=seed), 3 * images) for row in batch]
+    assert [position for _, position in rows] == list(range(len(rows)))
+    for epoch in range(len(rows) // images):
+        assert sorted(index for index, _ in rows[epoch * images : (epoch + 1) * images]) == list(range(images))
+
+
+@settings(deadline=None, max_examples=40)
+@given(size=sizes, world=st.integers(1, 4), first_step=st.integers(0, 5))
+def test_ranks_share_the_stream_without_overlap(size, world, first_step):
+    images, batch_size = size
+    options = {"batch_size": batch_size, "seed": 3, "first_step": first_step}
+    ranks = [take(BatchStream(images, rank=rank, world=world, **options), 4) for rank in range(world)]
+    together = [row for step in zip(*ranks, strict=True) for batch in step for row in batch]
+    start = first_step * world
+    batches_alone = take(BatchStream(images, batch_size=batch_size, seed=3), start + 4 * world)[start:]
+    alone = [row for batch in batches_alone for row in batch]
+    assert together == alone
+
+
+def test_epochs_and_seeds_are_shuffled_differently():
+    epochs = [tuple(index for index, _ in batch) for batch in take(BatchStream(30, batch_size=30, seed=0), 3)]
+    assert len(set(epochs)) == 3
+    assert take(BatchStream(30, batch_size=30, seed=1), 1) != take(BatchStream(30, batch_size=30, seed=0), 1)
+
+
+def test_a_batch_larger_than_the_data_runs_over_several_epochs():
+    (batch,) = take(BatchStream(2, batch_size=5, seed=0), 1)
+    assert [position for _, position in batch] == [0, 1, 2, 3, 4]
+    assert {index for index, _ in batch} == {0, 1}
+
+
+# -- the crops --
+
+
+@pytest.fixture(scope="module")
+def crops(toy_data):
+    folder = open_data(toy_data)
+    transform = training_transform(
+        crop_px=24, scale=(0.5, 2.0), focus=0.5, flips="dihedral", photometric=0.3, fill=(0.4, 0.4, 0.4), is_uint8=True
+    )
+
+    def make(*, seed=0, cache=True):
+        return CropSet(folder.split("train"), folder.labels, 3, transform, seed, cache)
+
+    return make
+
+
+def batches(dataset, *, workers=0, first_step=0, count=3):
+    stream = BatchStream(len(dataset), batch_size=4, seed=0, first_step=first_step)
+    iterator = iter(make_loader(dataset, stream, workers=workers, pin_memory=False))
+    return [next(iterator) for _ in range(count)]
+
+
+def assert_same(ours, theirs):
+    for (image, mask), (other_image, other_mask) in zip(ours, theirs, strict=True):
+        assert torch.equal(image, other_image) and torch.equal(mask, other_mask)
+
+
+def test_batches_are_float_images_in_unit_scale_and_uint8_masks(crops):
+    for image, mask in batches(crops()):
+        assert image.shape == (4, 3, 24, 24) and image.dtype == torch.float32
+        assert mask.shape == (4, 24, 24) and mask.dtype == torch.uint8
+        assert type(image) is type(mask) is torch.Tensor
+        assert image.min() > -0.5 and image.max() < 2
+        assert set(mask.unique().tolist()) <= {0, 1, 255}
+
+
+def test_neither_workers_nor_cache_nor_the_first_step_change_a_batch(crops):
+    whole = batches(crops())
+    assert_same(batches(crops(cache=False)), whole)
+    assert_same(batches(crops(), workers=2), whole)
+    assert_same(batches(crops(), first_step=2, count=1), whole[2:])
+
+
+def test_the_same_image_is_cut_anew_at_every_position(crops):
+    dataset = crops()
+    first, again, later = dataset[(0, 5)], dataset[(0, 5)], dataset[(0, 6)]
+    assert torch.equal(first[0], again[0]) and not torch.equal(first[0], later[0])
+    assert not torch.equal(first[0], crops(seed=1)[(0, 5)][0])
+
+
+def test_drawing_a_crop_leaves_the_caller_s_random_state(crops):
+    dataset = crops()
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    dataset[(0, 5)]
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_number_of_workers_suits_the_machine(monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _pid: set(range(2)), raising=False)
+    assert (default_workers("cpu"), default_workers("cuda")) == (1, 1)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _pid: {0}, raising=False)
+    assert (default_workers("cpu"), default_workers("cuda")) == (0, 1)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _pid: set(range(64)), raising=False)
+    assert (default_workers("cpu"), default_workers("cuda")) == (1, 8)
+
+
+def test_the_cache_takes_a_share_of_the_memory(monkeypatch):
+    monkeypatch.setattr("os.sysconf", lambda name: {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 1000}[name], raising=False)
+    assert fits_in_cache(1_200_000) and not fits_in_cache(1_300_000)
+
+    def unknown(_name):
+        raise ValueError("unrecognized configuration name")
+
+    monkeypatch.setattr("os.sysconf", unknown, raising=False)
+    assert fits_in_cache(1_000_000_000) and not fits_in_cache(2_000_000_000)
