@@ -42,7 +42,9 @@ def normalised(image: Tensor) -> Tensor:
     return ((image.float() - 0.5) / 0.5).contiguous(memory_format=torch.channels_last)
 
 
-def fit(model: nn.Module, samples: list, *, minutes: float, crop_px: int, flips: str, scale: tuple[float, float]) -> int:
+def fit(
+    model: nn.Module, samples: list, *, minutes: float, crop_px: int, flips: str, scale: tuple[float, float]
+) -> int:
     transform = training_transform(
         crop_px=crop_px, scale=scale, focus=0, flips=flips, photometric=0.3, fill=(0.5,) * 3, is_uint8=True
     )
@@ -95,7 +97,11 @@ def main() -> None:
     samples = [(tv_tensors.Image(sample.image), tv_tensors.Mask(sample.mask)) for sample in loaded]
     model = build(folder.labels.num_classes, args.weights)
     steps = fit(model, samples, minutes=args.minutes, crop_px=args.crop_px, flips=args.flips, scale=tuple(args.scale))
-    result = {"steps": steps, "minutes": args.minutes, "scores": {split: score(model, folder, split) for split in ("val", "test")}}
+    result = {
+        "steps": steps,
+        "minutes": args.minutes,
+        "scores": {split: score(model, folder, split) for split in ("val", "test")},
+    }
     write_json(args.out, result)
     print(steps, {split: round(100 * values["miou"], 2) for split, values in result["scores"].items()})
 

@@ -83,7 +83,9 @@ def main() -> None:
         per_second = {name: batch / statistics.median(values) for name, values in seconds.items()}
         ratio = statistics.median(b / a for a, b in zip(seconds["pixelwise"], seconds["smp"], strict=True))
         rows[what] = {"batch": batch, "size": size, "images_per_s": per_second, "ratio": ratio, "seconds": seconds}
-        print(f"{what}: pixelwise {per_second['pixelwise']:.2f}, smp {per_second['smp']:.2f} images/s, ratio {ratio:.2f}")
+        print(
+            f"{what}: pixelwise {per_second['pixelwise']:.2f}, smp {per_second['smp']:.2f} images/s, ratio {ratio:.2f}"
+        )
     versions = {"torch": torch.__version__, "smp": smp.__version__, "python": platform.python_version()}
     machine = {"cores": torch.get_num_threads(), "platform": platform.platform()}
     date = datetime.now(UTC).date().isoformat()

@@ -46,7 +46,9 @@ def test_the_python_of_the_pages_runs(desk: Path) -> None:
 
 
 def test_the_commands_of_the_pages_run(desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    commands = [line.removeprefix("$ ") for _, text in blocks("console") for line in text.splitlines() if line[:2] == "$ "]
+    commands = [
+        line.removeprefix("$ ") for _, text in blocks("console") for line in text.splitlines() if line[:2] == "$ "
+    ]
     ours = [shlex.split(command) for command in commands if command.startswith("pixelwise ")]
     assert len(ours) >= 8
     for _, *arguments in ours:

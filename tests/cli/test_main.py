@@ -70,7 +70,7 @@ def test_the_version(run):
         (("models", "--colour"), "No such option: --colour"),
         (("train",), "Missing argument 'DATA'"),
         (("train", "data"), "Missing option '--out'"),
-        (("train", "data", "--out", "x", "--steps", "many"), "'many' is not a valid int"),
+        (("train", "data", "--out", "x", "--steps", "many"), "Invalid value for '--steps'"),
         (("models", "a", "b"), "unexpected extra argument"),
     ],
 )

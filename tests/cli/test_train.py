@@ -24,7 +24,17 @@ def test_training_prints_its_plan_and_its_scores_and_writes_the_report(
     out = tmp_path / "run"
     assert run("train", toy_data, "--out", out, *SMALL, "--steps", "6") == 0
     text = capsys.readouterr().out
-    for word in ("data", "classes", "2: background, foreground", "unet", "parameters", "random", "32 x 32 px", "a step", "expected"):
+    for word in (
+        "data",
+        "classes",
+        "2: background, foreground",
+        "unet",
+        "parameters",
+        "random",
+        "32 x 32 px",
+        "a step",
+        "expected",
+    ):
         assert word in text
     assert "val: mIoU" in text and "test: mIoU" in text
     assert (out / "report.html").stat().st_size > 10_000
@@ -37,7 +47,9 @@ def test_training_prints_its_plan_and_its_scores_and_writes_the_report(
 def test_options_come_from_a_file_and_what_is_typed_wins(
     toy_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "options.yaml").write_text("model: unet\noptions: {widths: [4, 6]}\ncrop_px: 48\nbatch_size: 2\nsteps: 1\n")
+    (tmp_path / "options.yaml").write_text(
+        "model: unet\noptions: {widths: [4, 6]}\ncrop_px: 48\nbatch_size: 2\nsteps: 1\n"
+    )
     out = tmp_path / "run"
     assert run("train", toy_data, "--out", out, "--config", tmp_path / "options.yaml", "--set", "crop_px=32") == 0
     text = (out / "config.yaml").read_text()

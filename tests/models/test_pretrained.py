@@ -15,17 +15,18 @@ from pixelwise.models.pretrained import library_weights, load_pretrained, match_
 
 DATA = Path(os.environ.get("PIXELWISE_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
 MOBILENET = DATA.parent / "weights" / "mobilenet_v2-b0353104.pth"
-FIRST = "conv1.0.weight"  # of ResNet-10-t
+BACKBONE = "test_resnet"
+FIRST = "conv1.0.weight"
 
 
 @pytest.fixture(scope="module")
 def classifier():
     """The state of a whole classifier, as its owner would publish it."""
     torch.manual_seed(1)
-    return timm.create_model("resnet10t").state_dict()
+    return timm.create_model(BACKBONE).state_dict()
 
 
-def network(in_channels=3, backbone="resnet10t"):
+def network(in_channels=3, backbone=BACKBONE):
     torch.manual_seed(0)
     return create_model("encoder_decoder", num_classes=2, in_channels=in_channels, backbone=backbone, widths=(8, 8))
 
@@ -64,7 +65,9 @@ def test_a_file_with_the_library_s_names_fits(classifier, tmp_path, suffix):
     assert not loaded.missing and not loaded.mismatched and not loaded.adapted and not loaded.by_order
     assert set(loaded.unused) == {"fc.weight", "fc.bias"}
     assert len(loaded.fitted) == len(trunk(classifier))
-    assert loaded.summary() == f"weights{suffix}: {len(loaded.fitted)} tensors fit; 2 not used: fc.weight, fc.bias"
+    assert (
+        loaded.summary() == f"weights{suffix}: {len(loaded.fitted)} tensors fit; 2 not used: {', '.join(loaded.unused)}"
+    )
     assert_unchanged(model.steps, decoder)
 
 
@@ -105,7 +108,7 @@ def test_other_names_in_another_order_are_refused(classifier, tmp_path, change):
         rows[0] = rows[0].flatten()
     model = network()
     before = copy_of(model)
-    with pytest.raises(UsageError, match=r"other.pth does not belong to resnet10t"):
+    with pytest.raises(UsageError, match=r"other.pth does not belong to test_resnet"):
         load_pretrained(model, saved(tmp_path / "other.pth", {f"w{index}": row for index, row in enumerate(rows)}))
     assert_unchanged(model, before)
 
@@ -154,15 +157,23 @@ def test_weights_of_a_whole_network_of_our_own_fit(tmp_path):
     "foreign",
     [
         lambda: {"a": torch.zeros(3), "b": torch.zeros(4, 4)},
-        lambda: timm.create_model("resnet14t").state_dict(),  # a sibling: most names and many shapes agree
+        lambda: timm.create_model("test_efficientnet").state_dict(),
         lambda: create_model("unet", num_classes=2, tiny=True).state_dict(),
     ],
 )
 def test_a_file_of_another_network_is_refused_and_nothing_changes(tmp_path, foreign):
     model = network()
     before = copy_of(model)
-    with pytest.raises(UsageError, match=r"foreign.pth does not belong to resnet10t: foreign.pth: .* tensors fit"):
+    with pytest.raises(UsageError, match=r"foreign.pth does not belong to test_resnet: foreign.pth: .* tensors fit"):
         load_pretrained(model, saved(tmp_path / "foreign.pth", foreign()))
+    assert_unchanged(model, before)
+
+
+def test_a_sibling_is_refused_although_most_names_and_many_shapes_agree(tmp_path):
+    model = network(backbone="resnet10t")
+    before = copy_of(model)
+    with pytest.raises(UsageError, match=r"does not belong to resnet10t: .* tensors fit; .* of another shape: "):
+        load_pretrained(model, saved(tmp_path / "sibling.pth", timm.create_model("resnet14t").state_dict()))
     assert_unchanged(model, before)
 
 
@@ -251,7 +262,7 @@ def empty_caches(monkeypatch, tmp_path):
     return tmp_path / "torch" / "hub" / "checkpoints"
 
 
-@pytest.mark.parametrize("backbone", ["resnet10t", "torchvision/mnasnet0_5"])
+@pytest.mark.parametrize("backbone", ["test_resnet", "torchvision/mnasnet0_5"])
 def test_without_network_and_cache_the_library_s_weights_are_a_clear_error(empty_caches, backbone):
     model = network(backbone=backbone)
     before = copy_of(model)

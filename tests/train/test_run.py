@@ -220,13 +220,15 @@ def test_a_time_budget_ends_with_the_learning_rate_at_zero(toy_data: Path, tmp_p
 
 
 def test_early_stopping_waits_for_patience(toy_data: Path, tmp_path: Path) -> None:
-    run = train(toy_data, tiny(epochs=50, lr=1e-12, ema=0, patience=2, options={"widths": [4, 6]}), out=tmp_path / "run")
+    run = train(
+        toy_data, tiny(epochs=50, lr=1e-12, ema=0, patience=2, options={"widths": [4, 6]}), out=tmp_path / "run"
+    )
     assert run.steps == 9  # three validations: the first is the best, two are stale
 
 
 def test_nothing_is_written_when_the_data_or_the_options_do_not_fit(toy_data: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    with pytest.raises(UsageError, match="no option 'widhts'.*widths"):
+    with pytest.raises(UsageError, match=r"no option 'widhts'.*widths"):
         train(toy_data, tiny(steps=1, options={"widhts": [2, 3]}), out=out)
     with pytest.raises(UsageError, match="disagrees with the data"):
         train(toy_data, tiny(steps=1, options={"num_classes": 5}), out=out)
@@ -249,6 +251,8 @@ def test_other_channel_counts_and_depths_train(channels: int, tmp_path: Path) ->
             path = tmp_path / "data" / kind / f"{index}.tif"
             path.parent.mkdir(parents=True, exist_ok=True)
             tifffile.imwrite(path, array.squeeze())
-    run = train(tmp_path / "data", tiny(steps=2, class_weights="enet", dice=1.0, label_smoothing=0.1), out=tmp_path / "run")
+    run = train(
+        tmp_path / "data", tiny(steps=2, class_weights="enet", dice=1.0, label_smoothing=0.1), out=tmp_path / "run"
+    )
     assert run.plan.config["in_channels"] == channels
     assert pixelwise.load(run.folder).predict(tmp_path / "data" / "images" / "0.tif").labels.shape == (40, 50)

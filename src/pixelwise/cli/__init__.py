@@ -32,7 +32,9 @@ for verb in (inspect, train, evaluate, predict, models, report, demo):
 @app.callback()
 def _options(
     debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error."),
-    version: bool = typer.Option(False, "--version", help="Show the version.", is_eager=True, callback=lambda on: _version(on)),
+    version: bool = typer.Option(
+        False, "--version", help="Show the version.", is_eager=True, callback=lambda on: _version(on)
+    ),
 ) -> None:
     pass
 
@@ -55,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> Any:
     os.environ.setdefault("DO_NOT_TRACK", "1")
     arguments = with_flag_value(list(sys.argv[1:] if arguments is None else arguments))
     try:
-        app(arguments)
+        app(arguments, prog_name="pixelwise")
     except BrokenPipeError:  # the reader of a pipe (`| head`) has seen enough
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123  (python flushes it once more at its end)
         sys.exit(0)

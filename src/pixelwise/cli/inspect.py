@@ -21,7 +21,9 @@ _SIZES_SHOWN = 4
 
 
 def inspect(
-    data: Annotated[Path, typer.Argument(help="A folder of images and masks, or a CSV file that lists them.")],
+    data: Annotated[
+        Path, typer.Argument(metavar="DATA", help="A folder of images and masks, or a CSV file that lists them.")
+    ],
     classes: Annotated[Path | None, typer.Option(help="A classes.yaml, in place of the one in DATA.")] = None,
     ignore: Annotated[list[int] | None, typer.Option(help="A mask value that is void; may be repeated.")] = None,
     group_by: Annotated[

@@ -30,16 +30,17 @@ class TrainingProgress:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._bar.stop()
 
     def update(self, event: dict[str, Any]) -> None:
         """Take what is new."""
         self.values |= event
         if "validated" in event:
-            self.console.print(
-                f"step {event['validated']:,}: validation mIoU {100 * event['miou']:.2f}, best {100 * event['best_miou']:.2f}"
-            )
+            now, best = 100 * event["miou"], 100 * event["best_miou"]
+            self.console.print(f"step {event['validated']:,}: validation mIoU {now:.2f}, best {best:.2f}")
         if "step" not in event:
             return
         if self._task is None:  # the bar starts with training, below the plan

@@ -16,13 +16,19 @@ _WEIGHT_SUFFIXES = (".pth", ".pt", ".bin", ".tar", ".safetensors", ".ckpt")
 
 
 def train(
-    data: Annotated[Path, typer.Argument(help="A folder of images and masks, or a CSV file that lists them.")],
+    data: Annotated[
+        Path, typer.Argument(metavar="DATA", help="A folder of images and masks, or a CSV file that lists them.")
+    ],
     out: Annotated[Path, typer.Option("--out", help="The run folder to write.")],
     model: Annotated[str | None, typer.Option(help="A network; `pixelwise models` lists them.")] = None,
-    backbone: Annotated[str | None, typer.Option(help="The encoder of encoder_decoder: any timm or torchvision name.")] = None,
+    backbone: Annotated[
+        str | None, typer.Option(help="The encoder of encoder_decoder: any timm or torchvision name.")
+    ] = None,
     pretrained: Annotated[
         str | None,
-        typer.Option(metavar="[FILE]", help="Start from trained weights: alone, from the library that owns them; or a file."),
+        typer.Option(
+            metavar="[FILE]", help="Start from trained weights: alone, from the library that owns them; or a file."
+        ),
     ] = None,
     minutes: Annotated[float | None, typer.Option(help="Budget in minutes; the schedule fits itself to it.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Budget in epochs.")] = None,
@@ -32,9 +38,12 @@ def train(
     group_by: Annotated[
         str | None, typer.Option(help="Regular expression: names that agree in its group 1 share a split.")
     ] = None,
-    config: Annotated[Path | None, typer.Option(help="A YAML file of options; what is typed here wins over it.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="A YAML file of options; what is typed here wins over it.")
+    ] = None,
     settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any option; options.KEY=VALUE sets the network's.")
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Any option; options.KEY=VALUE sets the network's."),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
 ) -> None:
@@ -53,7 +62,13 @@ def train(
     from pixelwise.train import command_line, make_config, merge_options, parse_settings, read_config
     from pixelwise.train import train as train_network
 
-    typed: dict[str, Any] = {"model": model, "pretrained": pretrained, "minutes": minutes, "epochs": epochs, "steps": steps}
+    typed: dict[str, Any] = {
+        "model": model,
+        "pretrained": pretrained,
+        "minutes": minutes,
+        "epochs": epochs,
+        "steps": steps,
+    }
     typed = {key: value for key, value in typed.items() if value is not None}
     if backbone is not None:
         typed["options"] = {"backbone": backbone}
@@ -72,7 +87,9 @@ def train(
             report=progress.update,
         )
     if run.interrupted:
-        console.print(f"Stopped by {run.interrupted} at step {run.steps:,}; the checkpoint is written. Continue with --resume.")
+        console.print(
+            f"Stopped by {run.interrupted} at step {run.steps:,}; the checkpoint is written. Continue with --resume."
+        )
         raise typer.Exit(130)
     for split in ("val", "test"):
         if folder.split(split):
@@ -105,9 +122,13 @@ def _page(plan: "Plan", inspection: "Inspection") -> Table:
     options = ", ".join(f"{key}={value}" for key, value in plan.config.items())
     table.add_row("network", f"{plan.model} ({options}); {plan.parameters:,} parameters")
     table.add_row("weights", plan.pretrained or "random")
-    table.add_row("crops", f"{plan.crop_px} x {plan.crop_px} px, {plan.batch_size} a batch, {plan.workers} worker processes")
+    table.add_row(
+        "crops", f"{plan.crop_px} x {plan.crop_px} px, {plan.batch_size} a batch, {plan.workers} worker processes"
+    )
     table.add_row("computes", f"{plan.precision} on {plan.device}, {plan.step_s:.2f} s a step")
-    validation = f"validation every {plan.validate_every_steps:,} steps" if plan.validate_every_steps else "no validation images"
+    validation = (
+        f"validation every {plan.validate_every_steps:,} steps" if plan.validate_every_steps else "no validation images"
+    )
     table.add_row("steps", f"about {plan.steps:,}, {plan.steps_per_epoch:,} an epoch; {validation}")
     memory = f", {plan.memory_bytes / 2**30:.1f} GiB of memory" if plan.memory_bytes else ""
     table.add_row("expected", f"{plan.expected_s / 60:.1f} min{memory}")

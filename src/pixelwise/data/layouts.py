@@ -64,6 +64,18 @@ def open_data(
     Raises:
         DataError: no layout is recognised, nothing can be paired, or no classes can be found.
         UsageError: an option does not fit.
+
+    Example:
+        >>> import tempfile
+        >>> from PIL import Image
+        >>> root = Path(tempfile.mkdtemp())
+        >>> for kind, value in (("images", 200), ("masks", 1)):
+        ...     (root / kind).mkdir()
+        ...     for i in range(9):
+        ...         Image.new("L", (8, 6), value).save(root / kind / f"{i}.png")
+        >>> folder = open_data(root)
+        >>> len(folder.pairs), folder.splits
+        (9, ('train', 'val', 'test'))
     """
     root = Path(root)
     pattern = compile_group_by(group_by)

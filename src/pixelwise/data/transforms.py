@@ -44,7 +44,12 @@ class RandomScaleCrop(v2.Transform):
     """
 
     def __init__(
-        self, crop_px: int, *, scale: tuple[float, float] = (1.0, 1.0), focus: float = 0.0, fill: tuple[float, ...] = (0,)
+        self,
+        crop_px: int,
+        *,
+        scale: tuple[float, float] = (1.0, 1.0),
+        focus: float = 0.0,
+        fill: tuple[float, ...] = (0,),
     ) -> None:
         super().__init__()
         self.crop_px, self.scale, self.focus, self.fill = crop_px, scale, focus, fill

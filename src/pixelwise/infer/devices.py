@@ -13,7 +13,6 @@ PRECISIONS = ("auto", "bf16", "float32")
 _OUT_OF_MEMORY = ("not enough memory", "can't allocate memory", "out of memory", "alloc_failed")
 
 
-
 def resolve_device(name: str | torch.device) -> torch.device:
     """The device meant by `name`; "auto" is the first GPU, else the CPU.
 

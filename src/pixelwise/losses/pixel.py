@@ -20,9 +20,9 @@ def cross_entropy(
 ) -> Tensor:
     """Pixel-wise cross-entropy, summed over pixels and images and divided by the number of labelled pixels.
 
-    With `weight`, each pixel's term is multiplied by its class's weight, and the divisor stays the number of labelled pixels,
-    as SegNet's code does it (arXiv:1511.00561); torch's own weighted mean divides by the sum of the weights instead, so that
-    a batch without rare classes would count for more.
+    With `weight`, each pixel's term is multiplied by its class's weight, and the divisor stays the number of labelled
+    pixels, as SegNet's code does it (arXiv:1511.00561); torch's own weighted mean divides by the sum of the weights instead,
+    so that a batch without rare classes would count for more.
 
     Args:
         logits_NKHW: scores of any float type; the loss is computed in float32.

@@ -77,7 +77,8 @@ def resolve_backbone(name: str) -> tuple[str, str]:
 
 def _timm_backbone(name: str, in_channels: int) -> Backbone:
     body = None
-    for options in ({"dynamic_img_size": True}, {"strict_img_size": False}, {}):
+    attempts: tuple[dict[str, Any], ...] = ({"dynamic_img_size": True}, {"strict_img_size": False}, {})
+    for options in attempts:
         with contextlib.suppress(TypeError):  # families that do not know an option say so with a TypeError
             body = timm.create_model(name, features_only=True, pretrained=False, in_chans=in_channels, **options)
             break
@@ -150,7 +151,8 @@ def _node_sizes(name: str, image_px: int) -> dict[str, int]:
             outputs = extractor(torch.zeros(1, 3, image_px, image_px))
         except (AssertionError, RuntimeError) as error:
             raise UsageError(
-                f"backbone {name!r} does not take images of {image_px} px ({error}); it is made for one size. Choose another."
+                f"backbone {name!r} does not take images of {image_px} px ({error}); it is made for one size. "
+                "Choose another."
             ) from error
     return {node: out.shape[-1] for node, out in outputs.items() if isinstance(out, Tensor) and out.ndim == 4}
 

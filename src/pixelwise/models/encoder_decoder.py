@@ -1,10 +1,10 @@
 """Any classification network as the encoder, under a light decoder that climbs back one stride at a time.
 
 Paper:  no single one. The choices are those of the field: adding skips (FCN, arXiv:1411.4038; LinkNet, arXiv:1707.03718;
-        the lateral 1x1 of FPN, arXiv:1612.03144), concatenating them (U-Net, arXiv:1505.04597), concatenating and reducing by
-        1x1; resolution by bilinear interpolation, by transposed convolution that starts bilinear (FCN) or by unpooling with
-        remembered indices (SegNet, arXiv:1511.00561).
-The default (skips added, bilinear, up to a grid of 4 px) learnt most per minute of CPU: see docs/training.md.
+        the lateral 1x1 of FPN, arXiv:1612.03144), concatenating them (U-Net, arXiv:1505.04597), concatenating and reducing
+        by 1x1; resolution by bilinear interpolation, by transposed convolution that starts bilinear (FCN) or by unpooling
+        with remembered indices (SegNet, arXiv:1511.00561).
+The default (skips added, bilinear, up to a grid of 4 px) computes little on fine grids, where a decoder's time goes.
 Shapes: N batch, C channels, K classes, H W image size.
 """
 
@@ -116,9 +116,7 @@ class EncoderDecoder(nn.Module):
         channels, coarse = levels[-1]
         for index, (skip_channels, stride) in enumerate(skips):
             width = config.widths[min(index, len(config.widths) - 1)]
-            step = UpStep(
-                channels, skip_channels, width, skip=config.skip, up=config.up, pool=pools.get(coarse)
-            )
+            step = UpStep(channels, skip_channels, width, skip=config.skip, up=config.up, pool=pools.get(coarse))
             self.steps.append(step)
             channels, coarse = width, stride
         self.score = nn.Conv2d(channels, config.num_classes, 1)
@@ -187,5 +185,5 @@ register_model(
     EncoderDecoder,
     EncoderDecoderConfig(),
     paper="any timm or torchvision classifier as the encoder; decoder after LinkNet, FPN, U-Net, SegNet",
-    tiny={"backbone": "resnet10t", "widths": (8, 8)},
+    tiny={"backbone": "test_resnet", "widths": (8, 8)},
 )

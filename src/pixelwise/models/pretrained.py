@@ -76,8 +76,8 @@ def load_pretrained(model: nn.Module, source: str | Path) -> Loaded:
     Raises:
         UsageError: no such file, nothing in it fits, or the library has no weights or no network; nothing was changed.
     """
-    backbone = getattr(model.config, "backbone", None)
-    target = model.encoder if backbone else model
+    backbone: str | None = getattr(model.config, "backbone", None)
+    target: nn.Module = model.get_submodule("encoder") if backbone else model
     if source == "auto":
         if backbone is None:
             raise UsageError(
@@ -124,7 +124,9 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
     if not isinstance(content, dict) or not any(isinstance(item, Tensor) for item in content.values()):
-        raise UsageError(f"--pretrained {path}: holds no state dict (names to tensors), but a {type(content).__name__}.")
+        raise UsageError(
+            f"--pretrained {path}: holds no state dict (names to tensors), but a {type(content).__name__}."
+        )
     return {str(name): item for name, item in content.items() if isinstance(item, Tensor)}
 
 
@@ -143,8 +145,8 @@ def library_weights(backbone: str) -> tuple[dict[str, Tensor], str]:
         return _timm_weights(name) if library == "timm" else _torchvision_weights(name)
     except DAMAGED as error:
         raise UsageError(
-            f"--pretrained: the weights of {name} are in no cache and {library} could not fetch them ({_reason(error)}). Connect "
-            "to a network once, pass --pretrained FILE, or leave --pretrained out to start from random weights."
+            f"--pretrained: the weights of {name} are in no cache and {library} could not fetch them ({_reason(error)}). "
+            "Connect to a network once, pass --pretrained FILE, or leave --pretrained out to start from random weights."
         ) from error
 
 
@@ -191,7 +193,9 @@ def match_state(
         if renamed:
             offered, by_order = {_plain(name): pair for name, pair in renamed.items()}, True
     state: dict[str, Tensor] = {}
-    adapted, mismatched, used = [], [], set()
+    adapted: list[str] = []
+    mismatched: list[str] = []
+    used: set[str] = set()
     for name, plain in wanted.items():
         if plain not in offered:
             continue

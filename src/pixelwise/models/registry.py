@@ -37,7 +37,30 @@ _MODELS: dict[str, ModelInfo] = {}
 def register_model(
     name: str, build: Callable[[Any], nn.Module], config: Any, *, paper: str, tiny: Mapping[str, Any]
 ) -> None:
-    """Make `name` known to `create_model`; the name must be new."""
+    """Make `name` known to `create_model`.
+
+    Args:
+        name: a new one.
+        build: makes the network from its configuration.
+        config: the default configuration, a frozen dataclass with `num_classes` and `in_channels`.
+        paper: authors, title, venue, year.
+        tiny: the fields that make it small enough for a test.
+
+    Raises:
+        UsageError: the name is taken.
+
+    Example:
+        >>> @dataclass(frozen=True, kw_only=True)
+        ... class PixelConfig:
+        ...     num_classes: int = 2
+        ...     in_channels: int = 3
+        >>> def build(config):
+        ...     return nn.Conv2d(config.in_channels, config.num_classes, 1)
+        >>> register_model("example_pixel", build, PixelConfig(), paper="a classifier of single colours", tiny={})
+        >>> tuple(create_model("example_pixel", num_classes=4)(torch.zeros(1, 3, 5, 6)).shape)
+        (1, 4, 5, 6)
+        >>> del _MODELS["example_pixel"]  # so that this example can run twice
+    """
     if name in _MODELS:
         raise UsageError(f"a model called {name!r} is registered already ({_MODELS[name].paper}); choose another name.")
     _MODELS[name] = ModelInfo(name=name, paper=paper, build=build, config=config, tiny=dict(tiny))
@@ -76,9 +99,7 @@ def model_config(name: str, *, num_classes: int, in_channels: int = 3, tiny: boo
     known = [item.name for item in fields(info.config)]
     for key in config:
         if key not in known:
-            raise UsageError(
-                f"{name} has no option {key!r}.{suggestion(key, known)} Its options: {', '.join(known)}."
-            )
+            raise UsageError(f"{name} has no option {key!r}.{suggestion(key, known)} Its options: {', '.join(known)}.")
     for key, value in (("num_classes", num_classes), ("in_channels", in_channels)):
         if not _fits(value, int) or value < 1:
             raise UsageError(f"{key} must be a whole number of at least 1, not {value!r}.")
@@ -87,7 +108,9 @@ def model_config(name: str, *, num_classes: int, in_channels: int = 3, tiny: boo
     for key, value in config.items():
         if not _fits(value, hints[key]):
             wanted = getattr(hints[key], "__name__", "") if get_origin(hints[key]) is None else str(hints[key])
-            raise UsageError(f"{name}: {key} must be of type {wanted}, not {value!r}; for example {getattr(info.config, key)!r}.")
+            raise UsageError(
+                f"{name}: {key} must be of type {wanted}, not {value!r}; for example {getattr(info.config, key)!r}."
+            )
     merged = {**(info.tiny if tiny else {}), **config, "num_classes": num_classes, "in_channels": in_channels}
     return replace(info.config, **merged)
 
@@ -101,9 +124,7 @@ def _fits(value: Any, hint: Any) -> bool:
     return isinstance(value, hint) if isinstance(hint, type) else True
 
 
-def create_model(
-    name: str, *, num_classes: int, in_channels: int = 3, tiny: bool = False, **config: Any
-) -> nn.Module:
+def create_model(name: str, *, num_classes: int, in_channels: int = 3, tiny: bool = False, **config: Any) -> nn.Module:
     """A network with random weights; nothing is downloaded.
 
     Args:
@@ -127,7 +148,7 @@ def create_model(
     """
     made = model_config(name, num_classes=num_classes, in_channels=in_channels, tiny=tiny, **config)
     model = model_info(name).build(made)
-    model.config = made  # type: ignore[assignment]
+    model.config = made
     return model
 
 

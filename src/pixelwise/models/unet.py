@@ -60,8 +60,7 @@ class UNet(nn.Module):
         widths = config.widths
         self.stride = 2 ** (len(widths) - 1)
         self.down = nn.ModuleList(
-            double_conv(before, width, config.batch_norm)
-            for before, width in pairwise((config.in_channels, *widths))
+            double_conv(before, width, config.batch_norm) for before, width in pairwise((config.in_channels, *widths))
         )
         self.pool = nn.MaxPool2d(2)
         self.dropout = nn.Dropout(config.dropout)

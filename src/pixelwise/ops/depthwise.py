@@ -19,7 +19,12 @@ class _Depthwise(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, stride: tuple[int, ...], padding: tuple[int, ...], dilation: tuple[int, ...]
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        stride: tuple[int, ...],
+        padding: tuple[int, ...],
+        dilation: tuple[int, ...],
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.geometry = (stride, padding, dilation, False, (0, 0), weight.shape[0])
@@ -75,5 +80,5 @@ def speed_up_depthwise(model: nn.Module) -> int:
     """
     slow = [module for module in model.modules() if _is_slow(module)]
     for module in slow:
-        module.forward = _forward.__get__(module)  # type: ignore[method-assign]
+        module.forward = _forward.__get__(module)
     return len(slow)

@@ -23,7 +23,7 @@ class MaxPoolKeepingIndices(nn.Module):
     def __init__(self, pool: nn.MaxPool2d, *, channels: int) -> None:
         super().__init__()
         self.channels = channels
-        self.kernel, self.ceil_mode = pool.kernel_size, pool.ceil_mode
+        self.kernel, self.ceil_mode = _pair(pool.kernel_size), pool.ceil_mode
         self._last: tuple[Tensor, tuple[int, ...]] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -37,3 +37,7 @@ class MaxPoolKeepingIndices(nn.Module):
             raise RuntimeError("unpool follows a forward pass: each one remembers its places for one unpooling.")
         (indices, size), self._last = self._last, None
         return F.max_unpool2d(x, indices, self.kernel, output_size=size)
+
+
+def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else value

@@ -35,7 +35,9 @@ class SafeCheckpointIO(CheckpointIO):
                 "and continue with --resume."
             ) from error
 
-    def load_checkpoint(self, path: Any, map_location: Any | None = None, weights_only: bool | None = None) -> dict[str, Any]:
+    def load_checkpoint(
+        self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
         return read_checkpoint(path)
 
     def remove_checkpoint(self, path: Any) -> None:
@@ -51,14 +53,26 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         with safe_open(path, framework="pt") as file:
             structure = json.loads((file.metadata() or {})["checkpoint"])
-            return _unpack(structure, file.get_tensor)
+            state = _unpack(structure, file.get_tensor)
+        if not isinstance(state, dict):
+            raise TypeError(f"it holds a {type(state).__name__}")
+        return state
     except (OSError, SafetensorError, KeyError, ValueError, TypeError, RecursionError) as error:
         raise DataError(f"{path}: is not a checkpoint that can be read ({error}).") from error
 
 
 def checkpoint_step(path: Path) -> int:
-    """The optimiser steps done when the checkpoint was written; 0 where there is none."""
-    return int(read_checkpoint(path)["global_step"]) if path.is_file() else 0
+    """The optimiser steps done when the checkpoint was written; 0 where there is none.
+
+    Raises:
+        DataError: damaged, or not a checkpoint of pixelwise.
+    """
+    if not path.is_file():
+        return 0
+    step = read_checkpoint(path).get("global_step")
+    if not isinstance(step, int):
+        raise DataError(f"{path}: is not a checkpoint of a training run (it names no step).")
+    return step
 
 
 def _pack(value: Any, tensors: dict[str, Tensor]) -> Any:

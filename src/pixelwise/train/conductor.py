@@ -38,7 +38,14 @@ class Conductor(pl.Callback):
     def __init__(
         self, folder: DataFolder, plan: Plan, card: ModelCard, run: Path, history: History, report: Report
     ) -> None:
-        self.folder, self.plan, self.card, self.run, self.history, self.report = folder, plan, card, run, history, report
+        self.folder, self.plan, self.card, self.run, self.history, self.report = (
+            folder,
+            plan,
+            card,
+            run,
+            history,
+            report,
+        )
         self.interrupted: str | None = None
         self.last: Evaluation | None = None
         self._saved_at = self._resumed_at = time.monotonic()
@@ -58,7 +65,11 @@ class Conductor(pl.Callback):
                 self._handlers[number] = signal.signal(number, self._on_signal)
             except ValueError:  # not the main thread: its owner handles signals
                 break
-        if trainer.global_step and self._is_due(trainer.global_step) and task.progress.validated_step != trainer.global_step:
+        if (
+            trainer.global_step
+            and self._is_due(trainer.global_step)
+            and task.progress.validated_step != trainer.global_step
+        ):
             self._validate(trainer, task)  # the run was killed between a step and its validation
 
     def on_train_batch_end(
@@ -156,7 +167,9 @@ class Conductor(pl.Callback):
         if trainer.is_global_zero:
             self.history.add(**row)
             if trainer.logger is not None:
-                trainer.logger.log_metrics({"train/loss": loss, "train/lr": row["lr"], "train/images_per_s": row["images_per_s"]}, step)
+                trainer.logger.log_metrics(
+                    {"train/loss": loss, "train/lr": row["lr"], "train/images_per_s": row["images_per_s"]}, step
+                )
             self.report({"images_per_s": row["images_per_s"], "mean_loss": loss})
 
     def _row(self, trainer: pl.Trainer, task: SegmentationTask) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """What a run is trained with: every option, its range and its default, in one place."""
 
+import contextlib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -26,45 +27,61 @@ class RunConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    model: str = Field("encoder_decoder", description="network, one of `pixelwise models`")
-    options: dict[str, Any] = Field(default_factory=dict, description="the network's own fields: backbone, skip, widths, …")
-    pretrained: str | None = Field(None, description="'auto' for the library's weights, or a file")
+    model: str = Field(default="encoder_decoder", description="network, one of `pixelwise models`")
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="the network's own fields: backbone, skip, widths, …"
+    )
+    pretrained: str | None = Field(default=None, description="'auto' for the library's weights, or a file")
 
-    minutes: float | None = Field(None, gt=0, description="budget in minutes, validation included")
-    epochs: int | None = Field(None, gt=0, description="budget in passes over the training images")
-    steps: int | None = Field(None, gt=0, description="budget in optimiser steps")
+    minutes: float | None = Field(default=None, gt=0, description="budget in minutes, validation included")
+    epochs: int | None = Field(default=None, gt=0, description="budget in passes over the training images")
+    steps: int | None = Field(default=None, gt=0, description="budget in optimiser steps")
 
-    crop_px: int | None = Field(None, ge=16, description="side of the training crops; chosen from the image sizes if unset")
-    batch_size: int = Field(8, ge=1)
-    scale: tuple[float, float] = Field((0.6, 1.8), description="smallest and largest random magnification")
-    focus: Share = Field(0.5, description="share of crops placed on an evenly drawn class of the image")
-    flips: Flips = Field("horizontal", description="none, horizontal, both, or dihedral (also quarter turns)")
-    photometric: Annotated[float, Field(ge=0, lt=1)] = Field(0.3, description="strength of brightness, contrast, saturation")
+    crop_px: int | None = Field(
+        default=None, ge=16, description="side of the training crops; chosen from the image sizes if unset"
+    )
+    batch_size: int = Field(default=8, ge=1)
+    scale: tuple[float, float] = Field(default=(0.6, 1.8), description="smallest and largest random magnification")
+    focus: Share = Field(default=0.5, description="share of crops placed on an evenly drawn class of the image")
+    flips: Flips = Field(default="horizontal", description="none, horizontal, both, or dihedral (also quarter turns)")
+    photometric: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.3, description="strength of brightness, contrast, saturation"
+    )
 
-    class_weights: Scheme = Field("sqrt_median_frequency", description="none, median_frequency, its square root, or enet")
-    dice: float = Field(0.0, ge=0, description="weight of a Dice term beside the cross-entropy")
+    class_weights: Scheme = Field(
+        default="sqrt_median_frequency", description="none, median_frequency, its square root, or enet"
+    )
+    dice: float = Field(default=0.0, ge=0, description="weight of a Dice term beside the cross-entropy")
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
-    lr: float = Field(1e-3, gt=0, description="peak learning rate of AdamW")
-    encoder_lr: float = Field(1.0, ge=0, description="the encoder's learning rate, as a factor of lr")
-    weight_decay: float = Field(1e-2, ge=0)
+    lr: float = Field(default=1e-3, gt=0, description="peak learning rate of AdamW")
+    encoder_lr: float = Field(default=1.0, ge=0, description="the encoder's learning rate, as a factor of lr")
+    weight_decay: float = Field(default=1e-2, ge=0)
     schedule: Literal["poly", "onecycle"] = "poly"
-    warmup: Annotated[float, Field(ge=0, lt=1)] = Field(0.05, description="share of the budget in which the learning rate rises")
-    poly_power: float = Field(0.9, gt=0)
-    clip: float = Field(1.0, ge=0, description="largest gradient norm; 0 switches clipping off")
-    ema: Annotated[float, Field(ge=0, lt=1)] = Field(0.99, description="decay of the averaged weights; 0 switches them off")
+    warmup: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.05, description="share of the budget in which the learning rate rises"
+    )
+    poly_power: float = Field(default=0.9, gt=0)
+    clip: float = Field(default=1.0, ge=0, description="largest gradient norm; 0 switches clipping off")
+    ema: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.99, description="decay of the averaged weights; 0 switches them off"
+    )
 
     precision: Literal["auto", "bf16", "float32"] = "auto"
     channels_last: bool = True
-    device: str = Field("auto", description="auto, cpu, cuda, …")
-    devices: int = Field(1, ge=1, description="how many; more than one trains with DDP")
-    workers: int | None = Field(None, ge=0, description="processes that prepare crops; chosen from the machine if unset")
-    seed: int = Field(0, ge=0, lt=2**31)
+    device: str = Field(default="auto", description="auto, cpu, cuda, …")
+    devices: int = Field(default=1, ge=1, description="how many; more than one trains with DDP")
+    workers: int | None = Field(
+        default=None, ge=0, description="processes that prepare crops; chosen from the machine if unset"
+    )
+    seed: int = Field(default=0, ge=0, lt=2**31)
 
-    validate_every: float | None = Field(None, gt=0, description="epochs between validations; 1, or rarer under `minutes`")
-    patience: int | None = Field(None, ge=1, description="stop after so many validations without a better mIoU")
-    checkpoint_minutes: float = Field(2.0, ge=0, description="largest time between checkpoints")
-    max_val_images: int | None = Field(None, ge=1, description="validate on the first so many images only")
+    validate_every: float | None = Field(
+        default=None, gt=0, description="epochs between validations; 1, or rarer under `minutes`"
+    )
+    patience: int | None = Field(default=None, ge=1, description="stop after so many validations without a better mIoU")
+    checkpoint_minutes: float = Field(default=2.0, ge=0, description="largest time between checkpoints")
+    max_val_images: int | None = Field(default=None, ge=1, description="validate on the first so many images only")
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -97,7 +114,10 @@ def make_config(values: dict[str, Any]) -> RunConfig:
     try:
         return RunConfig(**values)
     except ValidationError as error:
-        rows = [f"{'.'.join(map(str, item['loc'])) or 'options'}: {item['msg']} (given {item['input']!r})" for item in error.errors()]
+        rows = [
+            f"{'.'.join(map(str, item['loc'])) or 'options'}: {item['msg']} (given {item['input']!r})"
+            for item in error.errors()
+        ]
         raise UsageError("the training options are not valid. " + "; ".join(rows)[:800] + ".") from error
 
 
@@ -136,10 +156,8 @@ def parse_settings(settings: list[str]) -> dict[str, Any]:
         except (ValueError, RecursionError, yaml.YAMLError) as error:
             raise UsageError(f"--set {setting!r}: the value cannot be read ({error}).") from error
         if isinstance(value, str):  # YAML takes 1e-3 for a text
-            try:
+            with contextlib.suppress(ValueError):
                 value = float(value)
-            except ValueError:
-                pass
         key = key.strip()
         layer = {"options": {key.removeprefix("options."): value}} if key.startswith("options.") else {key: value}
         values = merge_options(values, layer)

@@ -1,4 +1,4 @@
-"""Everything a run will do, resolved before it starts: data, classes, network, crop, batch, device, steps, time and memory."""
+"""Everything a run will do, resolved before it starts: data, network, crop, batch, device, steps, time and memory."""
 
 import copy
 import math
@@ -85,10 +85,12 @@ def network_config(config: RunConfig, inspection: Inspection) -> dict[str, Any]:
         UsageError: the network does not know an option.
     """
     given = {key: value for key, value in config.options.items() if key not in ("num_classes", "in_channels")}
-    fixed = {"num_classes": inspection.folder.labels.num_classes, "in_channels": inspection.channels}
+    fixed: dict[str, Any] = {"num_classes": inspection.folder.labels.num_classes, "in_channels": inspection.channels}
     for key, value in fixed.items():
         if config.options.get(key, value) != value:
-            raise UsageError(f"options.{key}={config.options[key]} disagrees with the data, which have {value}. Leave it out.")
+            raise UsageError(
+                f"options.{key}={config.options[key]} disagrees with the data, which have {value}. Leave it out."
+            )
     made = model_config(config.model, **fixed, **given)
     return asdict(made)
 
@@ -163,7 +165,9 @@ def make_plan(
         validate_every_steps=every,
         step_s=step_s,
         validation_s=validation_s,
-        expected_s=amount * 60 if kind == "minutes" else steps * step_s + (steps // every if every else 0) * validation_s,
+        expected_s=amount * 60
+        if kind == "minutes"
+        else steps * step_s + (steps // every if every else 0) * validation_s,
         memory_bytes=peak_memory_bytes(device),
     )
 
@@ -183,7 +187,7 @@ def time_steps(
     with torch.random.fork_rng(devices=[]):
         trial = copy.deepcopy(model).to(device).train()
         if config.channels_last:
-            trial = trial.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            trial = trial.to(memory_format=torch.channels_last)
         speed_up_depthwise(trial)
         optimizer = torch.optim.AdamW(trial.parameters(), lr=0.0)
         image = torch.randn(config.batch_size, channels, crop_px, crop_px, device=device)

@@ -189,7 +189,10 @@ def _settle_plan(
             "with the same files, or start a new run."
         )
     try:
-        return Plan(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+        restored: dict[str, Any] = {
+            key: tuple(item) if isinstance(item, list) else item for key, item in values.items()
+        }
+        return Plan(**restored)
     except TypeError as error:
         raise DataError(f"{out / PLAN_NAME}: is not a plan of this version ({error}). Start a new run.") from error
 
@@ -251,7 +254,11 @@ def _make_task(
         mean=plan.mean,
         std=plan.std,
         data={**plan.data, "root": Path(plan.data["root"]).name, "group_by": folder.group_by},
-        versions={"pixelwise": metadata.version("pixelwise"), "torch": torch.__version__, "python": platform.python_version()},
+        versions={
+            "pixelwise": metadata.version("pixelwise"),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
     )
     history = History(out / "metrics.csv", first_step=first_step)
     return task, Conductor(folder, plan, card, out, history, report)
@@ -346,4 +353,3 @@ def _quiet() -> Iterator[None]:
 def command_line() -> list[str]:
     """What was typed, as a shell would take it."""
     return [shlex.quote(part) for part in (Path(sys.argv[0]).name, *sys.argv[1:])]
-

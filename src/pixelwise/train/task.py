@@ -47,6 +47,10 @@ class SegmentationTask(pl.LightningModule):
         weight: (K,) of the classes, or None.
     """
 
+    mean: Tensor
+    std: Tensor
+    weight: Tensor | None
+
     def __init__(
         self,
         model: nn.Module,
@@ -60,7 +64,7 @@ class SegmentationTask(pl.LightningModule):
         super().__init__()
         self.config, self.budget, self.progress = config, budget, Progress()
         if config.channels_last:
-            model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            model = model.to(memory_format=torch.channels_last)
         self.model = model
         self.average = AveragedModel(model, multi_avg_fn=self._average, use_buffers=True) if config.ema else None
         speed_up_depthwise(self.model)
@@ -80,7 +84,10 @@ class SegmentationTask(pl.LightningModule):
             x = x.contiguous(memory_format=torch.channels_last)
         logits = self.model(x)  # (N, K, H, W)
         loss = cross_entropy(
-            logits, labels, weight=self.weight, label_smoothing=self.config.label_smoothing  # type: ignore[arg-type]
+            logits,
+            labels,
+            weight=self.weight,
+            label_smoothing=self.config.label_smoothing,
         )
         if self.config.dice:
             loss = loss + self.config.dice * dice_loss(logits, labels)
@@ -111,7 +118,8 @@ class SegmentationTask(pl.LightningModule):
         if (self.global_step % 10 == 0 or loss.device.type == "cpu") and not bool(torch.isfinite(loss)):
             raise PixelwiseError(
                 f"the loss is {loss.item()} at step {self.global_step}: training has diverged. Lower the learning rate "
-                "(--set lr=3e-4), clip gradients (--set clip=1), or use --set precision=float32. The best weights so far are kept."
+                "(--set lr=3e-4), clip gradients (--set clip=1), or use --set precision=float32. The best weights so far "
+                "are kept."
             )
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
