@@ -34,7 +34,7 @@ from pixelwise.train.checkpoints import LAST_NAME, SafeCheckpointIO, checkpoint_
 from pixelwise.train.conductor import Conductor, Report
 from pixelwise.train.config import RunConfig, make_config
 from pixelwise.train.history import History
-from pixelwise.train.plan import Plan, make_plan, network_config
+from pixelwise.train.plan import Plan, image_area, make_plan, network_config
 from pixelwise.train.schedule import Budget
 from pixelwise.train.stream import BatchStream, CropSet, fits_in_cache, make_loader
 from pixelwise.train.task import SegmentationTask
@@ -300,7 +300,7 @@ def _make_loader(config: RunConfig, plan: Plan, inspection: Inspection, first_st
         fill=plan.mean,
         is_uint8=is_uint8,
     )
-    pixels = sum(count * _area(size) for size, count in inspection.sizes.items())
+    pixels = sum(count * image_area(size) for size, count in inspection.sizes.items())
     share = len(pairs) / max(1, sum(inspection.sizes.values()))
     size = int(pixels * share * (inspection.channels * (1 if is_uint8 else 4) + 1))
     dataset = CropSet(pairs, folder.labels, inspection.channels, transform, config.seed, cache=fits_in_cache(size))
@@ -314,11 +314,6 @@ def _make_loader(config: RunConfig, plan: Plan, inspection: Inspection, first_st
         world=config.devices,
     )
     return make_loader(dataset, stream, workers=plan.workers, pin_memory=plan.device.startswith("cuda"))
-
-
-def _area(size: str) -> int:
-    width, height = map(int, size.split("x"))
-    return width * height
 
 
 @contextmanager
