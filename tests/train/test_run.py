@@ -256,3 +256,38 @@ def test_other_channel_counts_and_depths_train(channels: int, tmp_path: Path) ->
     )
     assert run.plan.config["in_channels"] == channels
     assert pixelwise.load(run.folder).predict(tmp_path / "data" / "images" / "0.tif").labels.shape == (40, 50)
+
+
+def test_pretrained_weights_bring_their_own_normalisation_also_to_the_default_backbone(toy_data: Path) -> None:
+    from pixelwise.data.check import inspect_data
+    from pixelwise.data.layouts import open_data
+    from pixelwise.train.plan import network_config, normalisation
+
+    inspection = inspect_data(open_data(toy_data))
+    config = make_config({"pretrained": "auto"})
+    backbone = network_config(config, inspection)["backbone"]
+    assert normalisation(config, inspection, backbone)[0] == (0.485, 0.456, 0.406)
+    assert normalisation(make_config({}), inspection, backbone)[0] == inspection.mean
+
+
+def test_a_batch_too_small_for_batch_norm_is_told(toy_data: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="one value per channel"):
+        train(
+            toy_data,
+            tiny(steps=1, batch_size=1, crop_px=16, options={"widths": [2] * 5, "batch_norm": True}),
+            out=tmp_path / "run",
+        )
+
+
+def test_resuming_from_a_damaged_folder_is_told(toy_data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    train(toy_data, tiny(steps=2), out=out)
+    plan = (out / "plan.json").read_text()
+    for damaged in ("[]", "{}", '{"data": 3}'):
+        (out / "plan.json").write_text(damaged)
+        with pytest.raises(DataError, match="fingerprint"):
+            train(toy_data, out=out, resume=True)
+    (out / "plan.json").write_text(plan)
+    (out / "config.yaml").write_text("model: [")
+    with pytest.raises(UsageError, match="cannot be read as YAML"):
+        train(toy_data, out=out, resume=True)

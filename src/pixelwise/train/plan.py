@@ -96,9 +96,10 @@ def network_config(config: RunConfig, inspection: Inspection) -> dict[str, Any]:
     return asdict(made)
 
 
-def normalisation(config: RunConfig, inspection: Inspection) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def normalisation(
+    config: RunConfig, inspection: Inspection, backbone: str | None
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation per channel: those of the pretrained weights for 8-bit images, else the data's own."""
-    backbone = config.options.get("backbone")
     if not (config.pretrained and backbone) or set(inspection.dtypes) != {"uint8"} or inspection.channels not in (1, 3):
         return inspection.mean, inspection.std
     mean, std = backbone_normalisation(backbone)
@@ -126,7 +127,7 @@ def make_plan(
     folder = inspection.folder
     device = resolve_device(config.device)
     precision = resolve_precision(config.precision, device)
-    mean, std = normalisation(config, inspection)
+    mean, std = normalisation(config, inspection, model_kwargs.get("backbone"))
     crop_px = config.crop_px or choose_crop_px(inspection.sizes)
     train, val = len(folder.split("train")), len(folder.split("val"))
     per_epoch = math.ceil(train / (config.batch_size * config.devices))

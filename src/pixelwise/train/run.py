@@ -32,7 +32,7 @@ from pixelwise.models import create_model
 from pixelwise.models.pretrained import load_pretrained
 from pixelwise.train.checkpoints import LAST_NAME, SafeCheckpointIO, checkpoint_step
 from pixelwise.train.conductor import Conductor, Report
-from pixelwise.train.config import RunConfig, make_config
+from pixelwise.train.config import RunConfig, make_config, read_config
 from pixelwise.train.history import History
 from pixelwise.train.plan import Plan, image_area, make_plan, network_config
 from pixelwise.train.schedule import Budget
@@ -145,7 +145,7 @@ def _settle_config(out: Path, config: RunConfig | None, resume: bool) -> RunConf
         return config or RunConfig()
     if not stored.is_file():
         raise UsageError(f"--resume: {out} holds no {CONFIG_NAME}, so there is no run to continue. Leave --resume out.")
-    previous = make_config(yaml.safe_load(stored.read_text(encoding="utf-8")))
+    previous = make_config(read_config(stored))
     if config is not None and config != previous:
         new, old = config.model_dump(), previous.model_dump()
         rows = ", ".join(f"{key}={new[key]!r} (the run: {old[key]!r})" for key in new if new[key] != old[key])
@@ -182,8 +182,15 @@ def _settle_plan(
                     "fit into memory. Use --set batch_size=2, or a smaller --set crop_px=256."
                 ) from error
             raise
+        except ValueError as error:  # torch's batch norm, and nothing of ours: a UsageError is not raised here
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise UsageError(
+                f"batch_size={config.batch_size} with crop_px={config.crop_px or 'auto'} leaves batch norm one value per "
+                "channel at the coarsest stride. Use a larger --set batch_size or --set crop_px."
+            ) from error
     values = read_json(out / PLAN_NAME)
-    if values["data"]["fingerprint"] != inspection.fingerprint:
+    if _fingerprint(values) != inspection.fingerprint:
         raise DataError(
             f"{inspection.folder.root}: the data are not those that {out} was trained on (another fingerprint). Continue "
             "with the same files, or start a new run."
@@ -195,6 +202,11 @@ def _settle_plan(
         return Plan(**restored)
     except TypeError as error:
         raise DataError(f"{out / PLAN_NAME}: is not a plan of this version ({error}). Start a new run.") from error
+
+
+def _fingerprint(plan: Any) -> str | None:
+    data = plan.get("data") if isinstance(plan, dict) else None
+    return data.get("fingerprint") if isinstance(data, dict) else None
 
 
 def _write_start(
