@@ -9,8 +9,9 @@ from types import ModuleType
 from typing import Any
 
 from pixelwise.train.config import RunConfig, make_config, merge_options, parse_settings, read_config
+from pixelwise.train.environment import command_line
 from pixelwise.train.plan import Plan
-from pixelwise.train.run import Run, command_line, train
+from pixelwise.train.run import Run, train
 
 __all__ = [
     "Plan",

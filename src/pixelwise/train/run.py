@@ -3,8 +3,6 @@
 import logging
 import os
 import platform
-import shlex
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -33,6 +31,7 @@ from pixelwise.models.pretrained import load_pretrained
 from pixelwise.train.checkpoints import LAST_NAME, SafeCheckpointIO, checkpoint_step
 from pixelwise.train.conductor import Conductor, Report
 from pixelwise.train.config import RunConfig, make_config, read_config
+from pixelwise.train.environment import cpu_name
 from pixelwise.train.history import History
 from pixelwise.train.plan import Plan, image_area, make_plan, network_config
 from pixelwise.train.schedule import Budget
@@ -221,7 +220,7 @@ def _write_start(
         "python": platform.python_version(),
         "torch": torch.__version__,
         "platform": platform.platform(),
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "device": plan.device,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -233,16 +232,6 @@ def _write_start(
     write_json(out / STATE_NAME, state)
     write_text(out / CONFIG_NAME, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     return state
-
-
-def _cpu_name() -> str:
-    """The processor's name as the system tells it."""
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text(errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _make_task(
@@ -355,8 +344,3 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
-
-
-def command_line() -> list[str]:
-    """What was typed, as a shell would take it."""
-    return [shlex.quote(part) for part in (Path(sys.argv[0]).name, *sys.argv[1:])]
