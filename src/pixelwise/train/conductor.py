@@ -38,14 +38,8 @@ class Conductor(pl.Callback):
     def __init__(
         self, folder: DataFolder, plan: Plan, card: ModelCard, run: Path, history: History, report: Report
     ) -> None:
-        self.folder, self.plan, self.card, self.run, self.history, self.report = (
-            folder,
-            plan,
-            card,
-            run,
-            history,
-            report,
-        )
+        self.folder, self.plan, self.card = folder, plan, card
+        self.run, self.history, self.report = run, history, report
         self.interrupted: str | None = None
         self.last: Evaluation | None = None
         self._saved_at = self._resumed_at = time.monotonic()
