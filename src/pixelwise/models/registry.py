@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from pixelwise.errors import UsageError
+from pixelwise.ops.cost import multiply_adds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,8 +163,17 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-def describe_model(name: str, *, num_classes: int = 11, in_channels: int = 3, **config: Any) -> dict[str, Any]:
-    """Name, paper, trainable parameters and coarsest stride in pixels, found without allocating the weights.
+def describe_model(
+    name: str, *, num_classes: int = 11, in_channels: int = 3, size: tuple[int, int] = (360, 480), **config: Any
+) -> dict[str, Any]:
+    """Name, paper, trainable parameters, multiply-adds and coarsest stride, found without allocating the weights.
+
+    Args:
+        name: one of `list_models()`.
+        num_classes: score maps out.
+        in_channels: image channels in.
+        size: height and width in pixels of the image that the multiply-adds are counted for (CamVid's by default).
+        **config: fields of the network's configuration.
 
     Example:
         >>> describe_model("unet")["parameters"]
@@ -175,5 +185,6 @@ def describe_model(name: str, *, num_classes: int = 11, in_channels: int = 3, **
         "name": name,
         "paper": model_info(name).paper,
         "parameters": count_parameters(model),
+        "multiply_adds": multiply_adds(model, (1, in_channels, *size)),
         "stride": model.stride,
     }

@@ -22,9 +22,21 @@ def pad_to_multiple(image: Tensor, multiple: int, *, at_least: int = 1) -> Tenso
         (1, 3, 64, 64)
     """
     height, width = image.shape[-2:]
-    below = max(-height % multiple, at_least - height)
-    right = max(-width % multiple, at_least - width)
+    below, right = (_missing(length, multiple, at_least) for length in (height, width))
+    # While a graph is captured for all sizes, none of them may decide about a branch.
+    if torch.compiler.is_exporting():
+        rows, columns = (
+            torch.arange(length + more, device=image.device).clamp(max=length - 1)
+            for length, more in ((height, below), (width, right))
+        )
+        return image.index_select(-2, rows).index_select(-1, columns)
     return F.pad(image, (0, right, 0, below), mode="replicate") if below or right else image
+
+
+def _missing(length: int, multiple: int, at_least: int) -> int:
+    """What `length` lacks to be a multiple of `multiple` that is not below `at_least`."""
+    whole = (length + multiple - 1) // multiple * multiple
+    return (torch.sym_max(whole, at_least) if at_least > multiple else whole) - length
 
 
 def crop_like(scores: Tensor, image: Tensor) -> Tensor:
@@ -34,7 +46,11 @@ def crop_like(scores: Tensor, image: Tensor) -> Tensor:
         >>> tuple(crop_like(torch.zeros(1, 5, 64, 64), torch.zeros(1, 3, 33, 64)).shape)
         (1, 5, 33, 64)
     """
-    return scores[..., : image.shape[-2], : image.shape[-1]]
+    height, width = image.shape[-2:]
+    if torch.compiler.is_exporting():  # a slice would ask of every size whether it cuts anything
+        rows, columns = (torch.arange(length, device=scores.device) for length in (height, width))
+        return scores.index_select(-2, rows).index_select(-1, columns)
+    return scores[..., :height, :width]
 
 
 def upsample_to(features: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
@@ -44,7 +60,7 @@ def upsample_to(features: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
         >>> tuple(upsample_to(torch.zeros(1, 2, 4, 4), (8, 12)).shape)
         (1, 2, 8, 12)
     """
-    if features.shape[-2:] == tuple(size):
+    if not torch.compiler.is_exporting() and features.shape[-2:] == tuple(size):
         return features
     return F.interpolate(features, size=tuple(size), mode="bilinear", align_corners=False)
 
