@@ -9,7 +9,7 @@ demo: $(VENV)/.installed
 	$(BIN)/pixelwise demo --out runs/demo
 
 test: $(VENV)/.tested
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 lint: $(VENV)/.tested
 	$(BIN)/ruff check src tests benchmarks

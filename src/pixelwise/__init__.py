@@ -19,11 +19,14 @@ if TYPE_CHECKING:
     from pixelwise.data.scenes import draw_scene, write_scenes
     from pixelwise.errors import DataError, PixelwiseError, UsageError
     from pixelwise.infer.evaluate import Evaluation, evaluate
+    from pixelwise.infer.heatmap import open_classifier
     from pixelwise.infer.predictor import Prediction, Predictor, load
     from pixelwise.losses import class_weights, cross_entropy, dice_loss
     from pixelwise.metrics import ConfusionMatrix, Scores
     from pixelwise.models import create_model, list_models
     from pixelwise.models.registry import register_model
+    from pixelwise.ops.convolutionalize import convolutionalize
+    from pixelwise.ops.receptive_field import receptive_field
     from pixelwise.report import write_report
     from pixelwise.train import Run, RunConfig, train
 
@@ -46,6 +49,7 @@ _HOMES = {
     "Scores": "metrics",
     "UsageError": "errors",
     "class_weights": "losses",
+    "convolutionalize": "ops.convolutionalize",
     "create_model": "models",
     "cross_entropy": "losses",
     "dice_loss": "losses",
@@ -55,7 +59,9 @@ _HOMES = {
     "list_models": "models",
     "load": "infer.predictor",
     "load_labels": "data.labels",
+    "open_classifier": "infer.heatmap",
     "open_data": "data.layouts",
+    "receptive_field": "ops.receptive_field",
     "register_model": "models.registry",
     "train": "train",
     "write_report": "report",
@@ -77,6 +83,7 @@ __all__ = [
     "Scores",
     "UsageError",
     "class_weights",
+    "convolutionalize",
     "create_model",
     "cross_entropy",
     "dice_loss",
@@ -86,7 +93,9 @@ __all__ = [
     "list_models",
     "load",
     "load_labels",
+    "open_classifier",
     "open_data",
+    "receptive_field",
     "register_model",
     "train",
     "write_report",

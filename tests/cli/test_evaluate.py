@@ -85,6 +85,24 @@ def test_json_alone_can_be_piped(run, data, pixelwise):
     assert json.loads(out)["matrix"] == evaluate(run, data, split="val").matrix
 
 
+def test_statistics_of_the_batch(run, data, tmp_path, pixelwise):
+    code, _, err = pixelwise("evaluate", run, data, "--batch-statistics")
+    assert code == 2 and "unet has no batch norm" in err
+    config = CONFIG | {"batch_norm": True}
+    card = ModelCard(model="unet", config=config, labels=SPEC, mean=(0.5,) * 3, std=(0.25,) * 3)
+    torch.manual_seed(0)
+    save_bundle(tmp_path / "normed", create_model("unet", **config), card)
+    code, out, _ = pixelwise("evaluate", tmp_path / "normed", data, "--batch-statistics")
+    assert code == 0 and "Batch norm by the statistics of each batch, of up to 10 images." in out
+    written = json.loads((tmp_path / "normed" / "evaluation-test.json").read_text())
+    assert (written["statistics"], written["batch"]) == ("batch", 10)
+    _, out, _ = pixelwise("evaluate", tmp_path / "normed", data, "--batch", "2", "--json", "-")
+    running = json.loads(out)
+    assert (running["statistics"], running["batch"]) == ("running", 2)
+    assert running["matrix"] != written["matrix"]
+    assert pixelwise("evaluate", run, data, "--batch", "0")[0] == 2
+
+
 def test_an_undefined_score_is_null_in_json(run, data, pixelwise):
     _, out, _ = pixelwise("evaluate", run, data, "--json", "-")
     assert "NaN" not in out

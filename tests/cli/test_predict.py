@@ -79,6 +79,23 @@ def test_a_second_call_skips_what_is_finished(run, images, tmp_path, pixelwise):
     assert pixelwise(*arguments, "--overwrite")[:2] == (0, f"4 labelled: {tmp_path / 'out'}\n")
 
 
+def test_labels_by_batch_statistics_are_not_taken_for_others(run, images, tmp_path, pixelwise):
+    config = CONFIG | {"batch_norm": True}
+    card = ModelCard(model="unet", config=config, labels=SPEC, mean=(0.5,) * 3, std=(0.25,) * 3)
+    torch.manual_seed(0)
+    save_bundle(tmp_path / "normed", create_model("unet", **config), card)
+    (images / "night" / "d.tif").unlink()  # of one pixel there are no statistics
+    arguments = ("predict", tmp_path / "normed", images, "--out", tmp_path / "out")
+    assert pixelwise(*arguments)[1].startswith("3 labelled:")
+    running = read_mask(tmp_path / "out" / "a.png")
+    assert pixelwise(*arguments, "--batch-statistics")[1].startswith("3 labelled:")
+    by_image = read_mask(tmp_path / "out" / "a.png")
+    assert not np.array_equal(by_image, running)
+    assert pixelwise(*arguments, "--batch-statistics")[1].startswith("0 labelled, 3 finished before:")
+    assert pixelwise(*arguments)[1].startswith("3 labelled:")
+    assert pixelwise("predict", run, images, "--out", tmp_path / "other", "--batch-statistics")[0] == 2
+
+
 def test_overlays_and_probabilities(run, images, tmp_path, pixelwise):
     out = tmp_path / "out"
     code, _, _ = pixelwise(

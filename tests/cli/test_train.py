@@ -56,6 +56,31 @@ def test_options_come_from_a_file_and_what_is_typed_wins(
     assert "crop_px: 32" in text and "batch_size: 2" in text
 
 
+def test_stages_and_a_start_from_another_run(
+    toy_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    assert run("train", toy_data, "--out", tmp_path / "a", *SMALL, "--steps", "2", "--stages", "unet") == 0
+    text = capsys.readouterr().out
+    assert "1 of 2: unet" in text and "2 of 2: unet" in text and "unet of " in text and "val: mIoU" in text
+    assert (tmp_path / "a" / "report.html").exists() and (tmp_path / "a" / "stages" / "1-unet" / "model.json").exists()
+    assert run("train", toy_data, "--out", tmp_path / "b", *SMALL, "--steps", "1", "--init", tmp_path / "a") == 0
+    assert f"unet of {tmp_path / 'a'}" in capsys.readouterr().out
+
+
+def test_windows_and_gaps_are_in_the_plan(
+    toy_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    small = ("--set", "options.widths=[4, 4]", "--set", "options.kernels=[4, 2]", "--set", "options.pools=[2, 2]")
+    arguments = ("--model", "patch_classifier", *small, "--set", "options.window=9", "--steps", "1")
+    assert run("train", toy_data, "--out", tmp_path / "a", *arguments) == 0
+    text = capsys.readouterr().out
+    assert "windows" in text and "9 x 9 px, 128 a batch" in text
+    assert run("train", toy_data, "--out", tmp_path / "b", *SMALL, "--steps", "1", "--set", "separation=10") == 0
+    assert "between the connected regions of the masks" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -70,6 +95,15 @@ def test_options_come_from_a_file_and_what_is_typed_wins(
         (("--set", "precision=bf17"), "precision"),
         (("--set", "device=tpu"), "cannot be used here"),
         (("--resume",), "no run to continue"),
+        (("--init", "nowhere"), "--init nowhere: is neither a run folder"),
+        (("--init", "vgg16", "--pretrained"), "init and pretrained both name the weights to start from"),
+        (("--model", "unet", "--init", "resnet18"), "this network starts from no classifier"),
+        (("--init", "resnet34"), "the encoder is resnet18"),
+        (("--model", "unet", "--stages", "unett"), "Did you mean unet"),
+        (("--model", "unet", "--stages", "segnet"), "unet cannot start from the stage before it"),
+        (("--model", "unet", "--set", "class_weights=[1, 2, 3]", "--set", "crop_px=32"), "there are 2 classes"),
+        (("--set", "momentum=0.99"), "momentum means nothing without optimizer=sgd"),
+        (("--model", "patch_classifier", "--set", "crop_px=32"), "is trained on windows of 65 px, not on crops"),
     ],
 )
 def test_mistakes_are_told_in_one_paragraph(

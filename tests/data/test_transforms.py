@@ -7,12 +7,14 @@ from torchvision import tv_tensors
 
 from pixelwise.data.labels import IGNORE_INDEX
 from pixelwise.data.transforms import (
+    PixelWeight,
     RandomDihedral,
     RandomPhotometric,
     RandomScaleCrop,
     ToUnit,
     to_unit,
     training_transform,
+    window_transform,
 )
 
 OUTSIDE = -1e6  # no image holds it, so that what was filled shows
@@ -30,8 +32,9 @@ def coordinates(height, width):
     return torch.stack([rows, columns]).float()
 
 
-def inner(mask, margin=2):
-    """Pixels of known class whose neighbourhood is known too, and that are not at the edge."""
+def inner(mask, margin=4):
+    """Pixels of known class whose neighbourhood is known too, and that are not at the edge; four pixels, since at the
+    magnification of 4 what lies outside is mixed into so many."""
     void = (mask == IGNORE_INDEX).float()[None, None]
     near = torch.nn.functional.max_pool2d(void, 2 * margin + 1, stride=1, padding=margin)[0, 0] > 0
     near[:margin] = near[-margin:] = True
@@ -262,3 +265,76 @@ def test_float_images_of_five_channels_go_the_whole_way():
     out, labels = apply(whole(is_uint8=False, fill=(0.0,) * 5, flips="dihedral"), image, mask)
     assert out.shape == (5, 24, 24) and labels.shape == (24, 24)
     assert torch.isfinite(out).all() and out.abs().max() > 10
+
+
+# -- pixel weights, elastic deformation, windows --
+
+
+@pytest.mark.parametrize("elastic", [0.0, 4.0])
+@pytest.mark.parametrize("flips", ["none", "both", "dihedral"])
+def test_pixel_weights_stay_with_their_labels(flips, elastic):
+    mask = torch.randint(7, (40, 50), generator=torch.Generator().manual_seed(0)).byte()
+    weights = 2.5 * mask.float() + 1
+    transform = whole(flips=flips, elastic=elastic)
+    sure = 0
+    for seed in range(12):
+        torch.manual_seed(seed)
+        given = tv_tensors.Image(torch.zeros(3, 40, 50).byte()), tv_tensors.Mask(mask), PixelWeight(weights)
+        _, labels, out = transform(*given)
+        known = labels.as_subclass(Tensor) != IGNORE_INDEX
+        assert out.shape == labels.shape == (24, 24) and out.dtype == torch.float32
+        assert torch.equal(out.as_subclass(Tensor)[known], 2.5 * labels.as_subclass(Tensor)[known].float() + 1)
+        sure += int(known.sum())
+    assert sure > 12 * 200
+
+
+def test_pixel_weights_do_not_change_what_is_drawn():
+    image, mask = torch.randint(256, (3, 40, 50)).byte(), torch.randint(4, (40, 50)).byte()
+    for flips in ("both", "dihedral"):
+        transform = whole(flips=flips, elastic=3.0)
+        plain = apply(transform, image, mask, 5)
+        torch.manual_seed(5)
+        weighed = transform(tv_tensors.Image(image), tv_tensors.Mask(mask), PixelWeight(torch.ones(40, 50)))
+        assert all(torch.equal(a, b) for a, b in zip(plain, weighed, strict=False))
+
+
+def test_weights_outside_the_image_are_zero():
+    torch.manual_seed(0)
+    given = tv_tensors.Mask(torch.ones(6, 6).byte()), PixelWeight(torch.full((6, 6), 3.0))
+    _, labels, out = RandomScaleCrop(16)(tv_tensors.Image(torch.zeros(1, 6, 6)), *given)
+    assert isinstance(out, PixelWeight) and (out[labels == IGNORE_INDEX] == 0).all() and (out[labels == 1] == 3).all()
+
+
+def test_elastic_deformation_bends_image_and_mask_alike():
+    position = coordinates(64, 64)
+    transform = whole(
+        flips="none", photometric=0, scale=(1.0, 1.0), is_uint8=False, fill=(OUTSIDE,), elastic=3.0, crop_px=64
+    )
+    for seed in range(5):
+        image, mask = apply(transform, position, position[0].to(torch.uint8), seed)
+        known = mask != IGNORE_INDEX
+        assert ((image[0] - mask).abs()[known] <= 0.51).all()
+        assert (image[0] - position[0]).abs().max() > 1
+
+
+@pytest.mark.parametrize("flips", ["none", "horizontal", "both", "dihedral"])
+def test_a_window_is_around_the_pixel_whose_label_it_has(flips):
+    position = coordinates(30, 40)
+    transform = window_transform(window_px=7, flips=flips, photometric=0)
+    for seed in range(20):
+        image, label = apply(transform, position, position[0].to(torch.uint8), seed)
+        assert image.shape == (2, 7, 7) and label.shape == (1, 1) and image.dtype == torch.float32
+        assert image[0, 3, 3] == label[0, 0]
+
+
+def test_windows_show_each_class_as_often_and_come_in_unit_scale():
+    mask = torch.zeros(30, 30).byte()
+    mask[3, 4] = 1
+    image = 255 * mask.expand(3, -1, -1)
+    transform = window_transform(window_px=5, flips="both", photometric=0)
+    labels = []
+    for seed in range(80):
+        window, label = apply(transform, image, mask, seed)
+        assert window.max() <= 1 and window[0, 2, 2] == label[0, 0]
+        labels.append(int(label))
+    assert 25 <= sum(labels) <= 55

@@ -11,7 +11,7 @@ from torch import nn
 from pixelwise.data.labels import LabelSpec, save_labels
 from pixelwise.data.layouts import open_data
 from pixelwise.data.readers import read_mask
-from pixelwise.errors import DataError, PixelwiseError
+from pixelwise.errors import DataError, PixelwiseError, UsageError
 from pixelwise.infer.bundle import ModelCard, save_bundle
 from pixelwise.infer.evaluate import choose_examples, evaluate, open_for
 from pixelwise.infer.predictor import Predictor, load
@@ -256,3 +256,76 @@ def test_examples_are_never_the_same_image_twice(count):
             kind: [scores[i]["miou"] for key, i in chosen.items() if key.startswith(kind)] for kind in ("best", "worst")
         }
         assert min(mious["best"]) > max(mious["worst"])
+
+
+# -- several at a time, and the statistics of the batch --
+
+
+@pytest.fixture
+def alike(tmp_path):
+    """11 test images: 6 of one size, 1 of another, 4 of the first again."""
+    rng = np.random.default_rng(7)
+    for index in range(11):
+        write_pair(tmp_path / "alike", "test", f"t{index:02}", rng, size=(12, 17) if index != 6 else (9, 17))
+    save_labels(tmp_path / "alike" / "classes.yaml", SPEC)
+    return tmp_path / "alike"
+
+
+class Counting(Strongest):
+    """As its base; notes how many images came together, and has batch norm to be asked for."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.seen = nn.BatchNorm2d(3, affine=False), []
+
+    def forward(self, image):
+        self.seen.append(len(image))
+        return self.norm(image)
+
+
+@pytest.mark.parametrize(
+    ("batch", "seen"), [(None, [1] * 11), (1, [1] * 11), (4, [4, 2, 1, 4]), (10, [6, 1, 4])], ids=str
+)
+def test_neighbours_of_equal_size_share_a_pass_and_change_nothing(alike, batch, seen):
+    model = Counting()
+    evaluation = evaluate(Predictor(model, CARD, device="cpu", precision="float32"), alike, batch=batch)
+    assert model.seen == seen
+    wanted = evaluate(strongest(), alike)
+    assert (evaluation.matrix, evaluation.per_image) == (wanted.matrix, wanted.per_image)
+    assert (evaluation.statistics, evaluation.batch) == ("running", batch or 1)
+
+
+def test_statistics_of_the_batch_are_used_and_said(alike, tmp_path):
+    model = Counting()
+    predictor = Predictor(model, CARD, device="cpu", precision="float32", batch_statistics=True)
+    evaluation = evaluate(predictor, alike, out=tmp_path / "out")
+    assert model.seen[:3] == [6, 1, 4]  # up to ten, as the authors of FC-DenseNet tested
+    content = json.loads((tmp_path / "out" / "evaluation-test.json").read_text())
+    assert (content["statistics"], content["batch"]) == ("batch", 10) == (evaluation.statistics, evaluation.batch)
+    folder = open_data(alike)
+    images = [np.asarray(Image.open(pair.image)) for pair in folder.split("test")]
+    group = torch.from_numpy(np.stack(images[:6])).movedim(-1, 1).float() / 255
+    centred = (group - group.mean((0, 2, 3), keepdim=True)) / group.std((0, 2, 3), keepdim=True)
+    truth = [read_mask(pair.mask) for pair in folder.split("test")[:6]]
+    right = [
+        (FILE_VALUES[labels][values != 99] == values[values != 99]).mean()
+        for labels, values in zip(centred.argmax(1).numpy(), [np.where(t == 20, 21, t) for t in truth], strict=True)
+    ]
+    assert [entry["global_accuracy"] for entry in evaluation.per_image[:6]] == pytest.approx(right, abs=0.01)
+
+
+def test_examples_of_a_batch_are_what_was_scored(alike, tmp_path):
+    predictor = Predictor(Counting(), CARD, device="cpu", precision="float32", batch_statistics=True)
+    evaluation = evaluate(predictor, alike, out=tmp_path / "out", batch=4)
+    scores = {entry["name"]: entry["miou"] for entry in evaluation.per_image}
+    assert len(evaluation.examples) == 6
+    for key, name in evaluation.examples.items():
+        confusion = ConfusionMatrix(3)
+        example = tmp_path / "out" / "evaluation-test" / key
+        confusion.update(read_mask(example / "prediction.png"), read_mask(example / "truth.png"))
+        assert confusion.scores().miou == scores[name]
+
+
+def test_a_batch_has_at_least_one_image(alike):
+    with pytest.raises(UsageError, match="batch must be at least 1, not 0"):
+        evaluate(strongest(), alike, batch=0)

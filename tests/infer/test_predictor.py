@@ -227,3 +227,62 @@ def test_the_gpu_agrees_with_the_cpu(run, image):
     on_cpu = load(run, device="cpu", precision="float32").predict(image)
     on_gpu = load(run, device="cuda", precision="float32").predict(image)
     assert np.allclose(on_gpu.probabilities, on_cpu.probabilities, atol=1e-3)
+
+
+# -- several at a time, and the statistics of the batch --
+
+
+@pytest.fixture(scope="module")
+def normed():
+    """A network with batch norm whose running averages are far from any batch's."""
+    torch.manual_seed(0)
+    model = create_model("unet", **CONFIG, batch_norm=True)
+    for name, buffer in model.named_buffers():
+        if name.endswith(("running_mean", "running_var")):
+            buffer.copy_(torch.rand_like(buffer) + 0.5)
+    return model
+
+
+def several(count=3, size=(16, 20)):
+    draws = torch.Generator().manual_seed(0)
+    return [torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=draws) for _ in range(count)]
+
+
+def test_images_of_one_size_are_labelled_together_as_alone(run):
+    predictor, images = load(run, device="cpu", precision="float32"), several()
+    together = predictor.label_batch(images, ["a", "b", "c"])
+    for image, prediction in zip(images, together, strict=True):
+        alone = predictor.label(image)
+        assert torch.allclose(alone.logits, prediction.logits, atol=1e-5)
+        assert np.array_equal(alone.labels, prediction.labels) and prediction.source is image
+    assert predictor.label_batch(images, ["a", "b", "c"], probabilities=False)[0].logits is None
+
+
+def test_what_is_wrong_in_a_batch_is_named():
+    images = [torch.zeros(3, 4, 4), torch.full((3, 4, 4), torch.inf)]
+    with pytest.raises(PixelwiseError, match=r"^b\.png: the network's scores overflow"):
+        exact().label_batch(images, ["a.png", "b.png"])
+    with pytest.raises(
+        PixelwiseError, match=r"^a and 1 more: 4 x 4 px .* does not fit into memory.* or a smaller batch"
+    ):
+        exact(Failing(MemoryError())).label_batch(images, ["a", "b"])
+
+
+def test_batch_statistics_are_those_of_training_without_a_trace(normed):
+    images, before = several(), {name: tensor.clone() for name, tensor in normed.state_dict().items()}
+    running = Predictor(normed, CARD, device="cpu", precision="float32")
+    by_batch = Predictor(normed, CARD, device="cpu", precision="float32", batch_statistics=True)
+    scores = by_batch.logits(torch.stack(images))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in normed.state_dict().items())
+    assert not torch.allclose(scores, running.logits(torch.stack(images)), atol=1e-3)
+    alone = by_batch.logits(images[0][None])
+    assert not torch.allclose(alone[0], scores[0], atol=1e-4)  # it depends on the rest of the batch
+    unit = (torch.stack(images).float() / 255 - running._mean) / running._std
+    with torch.no_grad():
+        assert torch.allclose(normed.train()(unit), scores, atol=1e-4)
+    normed.eval().load_state_dict(before)
+
+
+def test_batch_statistics_need_batch_norm():
+    with pytest.raises(UsageError, match="unet has no batch norm"):
+        exact(batch_statistics=True)

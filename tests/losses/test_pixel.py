@@ -74,6 +74,7 @@ def test_label_smoothing_by_hand():
         (cross_entropy, {}),
         (cross_entropy, {"label_smoothing": 0.2}),
         (cross_entropy, {"weight": torch.tensor([1.0, 5.0, 0.5, 2.0])}),
+        (cross_entropy, {"reduction": "sum"}),
         (dice_loss, {}),
     ],
 )
@@ -117,6 +118,44 @@ def test_all_pixels_of_a_batch_count_the_same_whatever_their_image():
     labels[0, 1:] = VOID
     parts = [cross_entropy(logits[i : i + 1], labels[i : i + 1]) * (labels[i] != VOID).sum() for i in range(2)]
     assert torch.allclose(cross_entropy(logits, labels), sum(parts) / (labels != VOID).sum())
+
+
+def test_the_sum_is_the_mean_times_the_labelled_pixels():
+    logits, labels = make(8)
+    weight = torch.tensor([0.1, 1.0, 3.0, 10.0])
+    valid = (labels != VOID).sum()
+    for options in ({}, {"weight": weight}, {"label_smoothing": 0.2}, {"pixel_weight": torch.rand(labels.shape)}):
+        mean = cross_entropy(logits, labels, **options)
+        assert torch.allclose(cross_entropy(logits, labels, reduction="sum", **options), mean * valid)
+    theirs = F.cross_entropy(logits, labels.long(), ignore_index=VOID, reduction="sum")
+    assert torch.equal(cross_entropy(logits, labels, reduction="sum"), theirs)
+
+
+def test_a_sum_counts_an_image_as_often_as_it_has_labelled_pixels():
+    logits, labels = make(9)
+    labels[0, 1:] = VOID
+    parts = [cross_entropy(logits[i : i + 1], labels[i : i + 1], reduction="sum") for i in range(2)]
+    assert torch.allclose(cross_entropy(logits, labels, reduction="sum"), sum(parts))
+
+
+def test_pixel_weights_by_hand():
+    logits, labels = make(10)
+    pixel_weight = 11 * torch.rand(labels.shape, generator=torch.Generator().manual_seed(0))
+    by_pixel = F.cross_entropy(logits, labels.long(), ignore_index=VOID, reduction="none")
+    wanted = (by_pixel * pixel_weight).sum() / (labels != VOID).sum()
+    assert torch.allclose(cross_entropy(logits, labels, pixel_weight=pixel_weight), wanted)
+    ones = torch.ones(labels.shape)
+    assert torch.allclose(cross_entropy(logits, labels, pixel_weight=ones), cross_entropy(logits, labels))
+    gradient = torch.autograd.grad(cross_entropy(logits, labels, pixel_weight=pixel_weight), logits)[0].abs().sum(1)
+    assert (gradient[labels == VOID] == 0).all() and (gradient[labels != VOID] > 0).all()
+
+
+def test_pixel_weights_multiply_those_of_the_classes():
+    logits, labels = make(11)
+    weight, pixel_weight = torch.tensor([0.1, 1.0, 3.0, 10.0]), torch.rand(labels.shape)
+    factor = weight[labels.long().clamp(max=3)] * pixel_weight
+    both = cross_entropy(logits, labels, weight=weight, pixel_weight=pixel_weight)
+    assert torch.allclose(both, cross_entropy(logits, labels, pixel_weight=factor))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -62,3 +62,26 @@ def test_without_any_pixel_all_weigh_the_same(scheme):
 def test_an_unknown_scheme_is_refused():
     with pytest.raises(UsageError, match="'segnet' is not one of none, median_frequency, sqrt_median_frequency, enet"):
         class_weights("segnet", PIXELS, IMAGE_PIXELS)
+
+
+# What SegNet's authors printed for CamVid; no scheme gives them from the pixels of the released labels.
+SEGNET = [0.2595, 0.1826, 4.5640, 0.1417, 0.9051, 0.3826, 9.6446, 1.8418, 0.6823, 6.2478, 7.3614]
+
+
+def test_printed_weights_are_taken_as_they_are():
+    weights = class_weights(SEGNET, PIXELS, IMAGE_PIXELS)
+    assert weights.dtype == torch.float32 and weights.tolist() == pytest.approx(SEGNET)
+    assert class_weights((1, 0), [5, 0], [9, 0]).tolist() == [1, 0]
+    assert class_weights((2, 3), [5, 0], [9, 0]).tolist() == [2, 3]
+
+
+@pytest.mark.parametrize("given", [SEGNET[:-1], [*SEGNET, 1.0], []])
+def test_as_many_weights_as_classes(given):
+    with pytest.raises(UsageError, match=f"{len(given)} numbers were given, but there are 11 classes"):
+        class_weights(given, PIXELS, IMAGE_PIXELS)
+
+
+@pytest.mark.parametrize("given", [[-1.0, 1.0], [float("nan"), 1.0], [float("inf"), 1.0], [0, 0]])
+def test_weights_are_finite_not_negative_and_not_all_zero(given):
+    with pytest.raises(UsageError, match="must be finite numbers of at least 0 and not all 0"):
+        class_weights(given, [1, 1], [2, 2])

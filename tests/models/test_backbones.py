@@ -93,6 +93,7 @@ def test_normalisation_is_that_of_the_weights():
     assert backbone_normalisation("torchvision/vgg11") == imagenet
     assert backbone_normalisation("resnet18") == imagenet
     assert backbone_normalisation("tf_efficientnet_lite0") == ((0.5,) * 3, (0.5,) * 3)
+    assert backbone_normalisation("torchvision/googlenet") == ((0.5,) * 3, (0.5,) * 3)
 
 
 def test_rgb_weights_for_other_channels():

@@ -1,6 +1,7 @@
 import os
 import pickle
 import urllib.error
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,9 @@ import torchvision.models as tv
 from safetensors.torch import save_file
 
 from pixelwise.errors import UsageError
-from pixelwise.models import create_model
-from pixelwise.models.pretrained import library_weights, load_pretrained, match_state, read_state
+from pixelwise.models import create_model, list_models, model_info
+from pixelwise.models.matching import match_state
+from pixelwise.models.pretrained import library_weights, load_classifier, load_network, load_pretrained, read_state
 
 DATA = Path(os.environ.get("PIXELWISE_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
 MOBILENET = DATA.parent / "weights" / "mobilenet_v2-b0353104.pth"
@@ -148,6 +150,107 @@ def test_weights_of_a_whole_network_of_our_own_fit(tmp_path):
     assert loaded.mismatched == ("score.weight (2, 4, 1, 1) for (5, 4, 1, 1)", "score.bias (2,) for (5,)")
     assert "2 of another shape: score.weight (2, 4, 1, 1) for (5, 4, 1, 1), score.bias" in loaded.summary()
     assert torch.equal(other.down[0][0].weight, trained.down[0][0].weight)
+
+
+# -- another network --
+
+
+def test_a_network_of_its_own_kind_gives_everything():
+    torch.manual_seed(3)
+    trained, fresh = (create_model("unet", num_classes=2, tiny=True) for _ in range(2))
+    loaded = load_network(fresh, trained, "a run")
+    assert_unchanged(fresh, trained.state_dict())
+    assert not loaded.missing and not loaded.mismatched and loaded.summary().startswith("a run: ")
+
+
+def test_heads_and_first_convolutions_of_other_counts_stay_random():
+    # Few enough tensors that its head and its first convolution are more than a tenth of them.
+    options = {"widths": (4, 6)}
+    torch.manual_seed(3)
+    trained, fresh = (create_model("unet", num_classes=n, in_channels=c, **options) for n, c in ((2, 5), (3, 4)))
+    loaded = load_network(fresh, trained, "a run")
+    assert [row.split(" ")[0] for row in loaded.mismatched] == ["down.0.0.weight", "score.weight", "score.bias"]
+    assert torch.equal(fresh.down[1][0].weight, trained.down[1][0].weight)
+    rgb = create_model("unet", num_classes=3, in_channels=3, **options)
+    assert load_network(fresh, rgb, "an RGB run").adapted == ("down.0.0.weight",)
+
+
+SIBLINGS = [
+    ("fcn32s", "fcn16s"),
+    ("fcn16s", "fcn8s"),
+    ("fcn32s", "fcn8s"),
+    ("fcn8s", "fcn8s_at_once"),
+    ("segnet", "bayesian_segnet"),
+    ("segnet_basic", "bayesian_segnet_basic"),
+    ("enet_encoder", "enet"),
+]
+
+
+@pytest.mark.parametrize("classes", [3, 5])
+@pytest.mark.parametrize(("first", "second"), SIBLINGS)
+def test_siblings_start_from_each_other(first, second, classes):
+    torch.manual_seed(3)
+    known = {item.name for item in fields(model_info(first).config)}
+    tiny = {key: value for key, value in model_info(second).tiny.items() if key in known}
+    trained = create_model(first, num_classes=3, **tiny)
+    fresh = create_model(second, num_classes=classes, tiny=True)
+    loaded = load_network(fresh, trained, first)
+    assert not loaded.adapted and (classes != 3 or not loaded.mismatched)
+    given, own = trained.state_dict(), fresh.state_dict()
+    assert all(torch.equal(own[name], given[name]) for name in loaded.fitted)
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_every_network_starts_from_its_like_for_other_classes(name):
+    # On the meta device: what fits is a matter of names and shapes.
+    with torch.device("meta"):
+        trained, fresh = (create_model(name, num_classes=classes, tiny=True) for classes in (4, 9))
+    assert not load_network(fresh, trained, "a run").missing
+
+
+def test_a_network_of_other_widths_or_names_is_refused():
+    fresh = create_model("unet", num_classes=2, tiny=True)
+    before = copy_of(fresh)
+    with pytest.raises(UsageError, match=r"a run does not belong to this network: .* of another shape"):
+        load_network(fresh, create_model("unet", num_classes=2, widths=(5, 7, 9)), "a run")
+    with pytest.raises(UsageError, match=r"a run does not belong to this network: .* 1 tensors fit"):
+        load_network(fresh, network(), "a run")
+    assert_unchanged(fresh, before)
+
+
+def test_a_name_that_is_the_same_wins_over_one_that_is_alike():
+    target = torch.nn.ModuleDict(
+        {"a": torch.nn.Linear(2, 2), "encoder": torch.nn.ModuleDict({"a": torch.nn.Linear(2, 2)})}
+    )
+    given = {name: torch.full_like(tensor, index) for index, (name, tensor) in enumerate(target.state_dict().items())}
+    loaded, state = match_state(target, given, reference=None, source="a file")
+    assert all(torch.equal(state[name], tensor) for name, tensor in given.items()) and not loaded.unused
+
+
+def test_a_network_that_starts_from_no_classifier_says_so():
+    with pytest.raises(UsageError, match="--init vgg16: this network starts from no classifier"):
+        load_classifier(create_model("unet", num_classes=2, tiny=True), "vgg16")
+
+
+def test_vgg16_starts_a_segnet(monkeypatch):
+    """Real widths: the encoder's 13 convolutions are those of the classifier, bit for bit."""
+    draws = torch.Generator().manual_seed(0)
+    whole = {
+        name: torch.rand(shape, generator=draws) if name.startswith("features.") else torch.zeros(1).expand(shape)
+        for name, shape in VGG16.items()
+    }
+    monkeypatch.setattr("pixelwise.models.pretrained.library_weights", lambda name: (whole, f"library's {name}"))
+    with torch.device("meta"):
+        model = create_model("segnet", num_classes=3)
+    model.to_empty(device="cpu")
+    loaded = load_classifier(model, "vgg16")
+    assert (loaded.classifier, loaded.source) == ("torchvision/vgg16", "library's torchvision/vgg16")
+    assert len(loaded.fitted) == 26
+    assert torch.equal(model.encoder[4].conv5_3.weight, whole["features.28.weight"])
+
+
+with torch.device("meta"):
+    VGG16 = {name: tensor.shape for name, tensor in tv.vgg16().state_dict().items()}
 
 
 # -- refused --

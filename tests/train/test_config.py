@@ -46,18 +46,71 @@ def test_unknown_options_fail_in_python_too():
     [
         ("minutes", 0), ("minutes", float("nan")), ("epochs", -1), ("epochs", 1.5), ("steps", 0), ("crop_px", 8),
         ("batch_size", 0), ("batch_size", "many"), ("scale", (2.0, 1.0)), ("scale", (0.0, 1.0)), ("scale", 1.0),
-        ("scale", (1.0, float("inf"))), ("lr", float("inf")), 
-        ("focus", 1.1), ("flips", "diagonal"), ("photometric", 1.0), ("class_weights", "segnet"),
-        ("dice", -1), ("label_smoothing", 1.0), ("lr", 0), ("lr", "fast"), ("encoder_lr", -0.1), ("weight_decay", -1),
-        ("schedule", "step"), ("warmup", 1.0), ("warmup", -0.1), ("poly_power", 0), ("clip", -1), ("ema", 1.0),
-        ("precision", "fp16"), ("devices", 0), ("workers", -1), ("seed", -1), ("seed", 2**31), ("validate_every", 0),
-        ("patience", 0), ("checkpoint_minutes", -1), ("max_val_images", 0), ("model", 3), ("options", [1]), ("options", 3),
+        ("scale", (1.0, float("inf"))), ("lr", float("inf")), ("focus", 1.1), ("flips", "diagonal"), ("photometric", 1.0),
+        ("class_weights", "segnet"), ("dice", -1), ("label_smoothing", 1.0), ("lr", 0), ("lr", "fast"),
+        ("encoder_lr", -0.1), ("weight_decay", -1), ("schedule", "step"), ("init", 3), ("warmup", 1.0),
+        ("warmup", -0.1), ("poly_power", 0), ("clip", -1), ("ema", 1.0), ("precision", "fp16"), ("devices", 0),
+        ("workers", -1), ("seed", -1), ("seed", 2**31), ("validate_every", 0), ("optimizer", "lamb"), ("bias_lr", -1),
+        ("reduction", "none"), ("separation", -1), ("elastic", -0.1), ("stage_lr", 0), ("class_weights", [1, -1]),
+        ("class_weights", [1, "x"]), ("momentum", 1.0), ("decay", 0), ("decay_epochs", 0), ("separation_sigma_px", 0),
+        ("stages", 3), ("patience", 0), ("checkpoint_minutes", -1), ("max_val_images", 0), ("model", 3),
+        ("options", [1]), ("options", 3),
     ],
 )  # fmt: skip
 def test_values_out_of_range_are_refused_by_name(key, value):
     with pytest.raises(UsageError, match="the training options are not valid") as caught:
         make_config({key: value})
     assert key in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "needed"),
+    [
+        ("momentum", 0.99, "optimizer=sgd"),
+        ("decay", 0.5, "schedule=exponential"),
+        ("decay_epochs", 3, "schedule=exponential"),
+        ("separation_sigma_px", 3, "separation"),
+        ("stage_lr", 0.01, "stages"),
+    ],
+)
+def test_an_option_that_would_be_ignored_is_refused(key, value, needed):
+    with pytest.raises(UsageError, match=f"{key} means nothing without {needed}"):
+        make_config({key: value})
+    other, _, wanted = needed.partition("=")
+    make_config({key: value, other: wanted or {"separation": 10, "stages": ["unet"]}[other]})
+
+
+def test_the_recipes_of_the_papers_can_be_written():
+    fcn = make_config(
+        {
+            "optimizer": "sgd",
+            "lr": "1e-10",
+            "momentum": 0.99,
+            "weight_decay": 5e-4,
+            "bias_lr": 2,
+            "schedule": "constant",
+            "warmup": 0,
+            "reduction": "sum",
+            "class_weights": "none",
+            "stages": "fcn32s,fcn16s",
+            "stage_lr": 0.01,
+            "batch_size": 1,
+            "ema": 0,
+        }
+    )
+    assert (fcn.lr, fcn.stages, fcn.clip_norm) == (1e-10, ("fcn32s", "fcn16s"), 0)
+    tiramisu = make_config({"optimizer": "rmsprop", "schedule": "exponential", "decay": 0.995, "weight_decay": 1e-4})
+    assert (tiramisu.decay, tiramisu.decay_epochs, tiramisu.clip_norm) == (0.995, 1, 1)
+    segnet = make_config({"class_weights": [0.2595, 0.1826, 4.564]})
+    assert segnet.class_weights == (0.2595, 0.1826, 4.564)
+    for config in (fcn, tiramisu, segnet):
+        assert make_config(yaml.safe_load(yaml.safe_dump(config.model_dump(mode="json")))) == config
+
+
+def test_a_summed_loss_is_not_clipped_unless_asked_for():
+    assert make_config({}).clip_norm == 1 and make_config({"clip": 0}).clip_norm == 0
+    assert make_config({"reduction": "sum"}).clip_norm == 0
+    assert make_config({"reduction": "sum", "clip": 5}).clip_norm == 5
 
 
 def test_all_that_is_wrong_is_said_at_once():

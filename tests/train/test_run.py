@@ -64,6 +64,38 @@ def test_a_run_learns_and_its_folder_is_enough_to_predict_with(toy_data: Path, t
     assert prediction.probabilities.shape == (2, 17, 23)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"optimizer": "sgd", "lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4, "bias_lr": 2, "schedule": "constant"},
+        {"optimizer": "rmsprop", "schedule": "exponential", "decay": 0.9, "weight_decay": 1e-4, "warmup": 0},
+        {"optimizer": "adam", "lr": 0.02},
+        # A sum over the 4096 pixels of a batch: as a mean with a rate 4096 times as high, and not clipped.
+        {"optimizer": "sgd", "lr": 0.1 / 4096, "reduction": "sum", "class_weights": [1.0, 3.0]},
+    ],
+    ids=["sgd", "rmsprop", "adam", "sum"],
+)
+def test_every_optimiser_learns(toy_data: Path, tmp_path: Path, options: dict[str, object]) -> None:
+    run = train(
+        toy_data, tiny(epochs=10, options={"widths": [4, 6, 8], "batch_norm": True}, **options), out=tmp_path / "run"
+    )
+    assert run.best_miou is not None and run.best_miou > 0.7
+
+
+def test_the_learning_rates_of_fcn_are_taken_and_recorded(toy_data: Path, tmp_path: Path) -> None:
+    options = {
+        "lr": 1e-10,
+        "optimizer": "sgd",
+        "reduction": "sum",
+        "schedule": "exponential",
+        "decay": 0.5,
+        "warmup": 0,
+    }
+    run = train(toy_data, tiny(steps=12, **options), out=tmp_path / "run")
+    rows = {row["step"]: float(row["lr"]) for row in read_history(run.folder / "metrics.csv")}
+    assert rows["3"] == pytest.approx(0.5e-10) and rows["9"] == pytest.approx(0.125e-10)
+
+
 def test_the_run_folder_says_what_was_done(toy_data: Path, tmp_path: Path) -> None:
     run = train(toy_data, tiny(steps=12), out=tmp_path / "run", command=["pixelwise", "train"])
     card = load_card(run.folder)
@@ -232,6 +264,8 @@ def test_nothing_is_written_when_the_data_or_the_options_do_not_fit(toy_data: Pa
         train(toy_data, tiny(steps=1, options={"widhts": [2, 3]}), out=out)
     with pytest.raises(UsageError, match="disagrees with the data"):
         train(toy_data, tiny(steps=1, options={"num_classes": 5}), out=out)
+    with pytest.raises(UsageError, match="3 numbers were given, but there are 2 classes"):
+        train(toy_data, tiny(steps=1, class_weights=[1, 2, 3]), out=out)
     with pytest.raises(UsageError, match="no such file"):
         train(toy_data, tiny(steps=1, pretrained="nowhere.pth"), out=out)
     assert not out.exists()
@@ -256,18 +290,6 @@ def test_other_channel_counts_and_depths_train(channels: int, tmp_path: Path) ->
     )
     assert run.plan.config["in_channels"] == channels
     assert pixelwise.load(run.folder).predict(tmp_path / "data" / "images" / "0.tif").labels.shape == (40, 50)
-
-
-def test_pretrained_weights_bring_their_own_normalisation_also_to_the_default_backbone(toy_data: Path) -> None:
-    from pixelwise.data.check import inspect_data
-    from pixelwise.data.layouts import open_data
-    from pixelwise.train.plan import network_config, normalisation
-
-    inspection = inspect_data(open_data(toy_data))
-    config = make_config({"pretrained": "auto"})
-    backbone = network_config(config, inspection)["backbone"]
-    assert normalisation(config, inspection, backbone)[0] == (0.485, 0.456, 0.406)
-    assert normalisation(make_config({}), inspection, backbone)[0] == inspection.mean
 
 
 def test_a_batch_too_small_for_batch_norm_is_told(toy_data: Path, tmp_path: Path) -> None:

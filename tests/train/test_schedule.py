@@ -62,3 +62,24 @@ def test_progress_in_steps_and_in_seconds():
     assert Budget(steps=8).progress(step=9, elapsed_s=0) == 1
     assert Budget(seconds=60).progress(step=10**9, elapsed_s=15) == 0.25
     assert Budget(seconds=60).progress(step=0, elapsed_s=61) == 1
+
+
+def test_a_constant_rate_stays():
+    for progress in (0.1, 0.5, 1.0):
+        assert lr_factor(progress, schedule="constant", warmup=0.1, power=1) == 1
+    assert lr_factor(0.05, schedule="constant", warmup=0.1, power=1) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("steps_per_epoch", [1, 3, 7, 46])
+def test_an_exponential_rate_falls_after_each_epoch(steps_per_epoch):
+    options = {"schedule": "exponential", "warmup": 0.0, "power": 1.0, "decay": 0.5}
+    for step in range(4 * steps_per_epoch):
+        factor = lr_factor(0.5, epoch=step / steps_per_epoch, **options)
+        assert factor == 0.5 ** (step // steps_per_epoch)
+        every_second = lr_factor(0.5, epoch=step / steps_per_epoch, decay_epochs=2, **options)
+        assert every_second == 0.5 ** (step // (2 * steps_per_epoch))
+
+
+def test_a_tenth_of_an_epoch_is_counted_exactly():
+    options = {"schedule": "exponential", "warmup": 0.0, "power": 1.0, "decay": 0.5, "decay_epochs": 0.1}
+    assert [lr_factor(0.5, epoch=tenths / 10, **options) for tenths in range(1, 11)] == [0.5**n for n in range(1, 11)]

@@ -35,6 +35,13 @@ def evaluate(
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     precision: Annotated[str, typer.Option(help="auto, bf16 or float32.")] = "auto",
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Images in a pass, of equal size; 1, or 10 with --batch-statistics.")
+    ] = None,
+    batch_statistics: Annotated[
+        bool,
+        typer.Option("--batch-statistics", help="Batch norm by the batch at hand, not by the training's averages."),
+    ] = False,
 ) -> None:
     """Score a trained network: one exact confusion matrix over all pixels of a split, at full resolution.
 
@@ -45,7 +52,7 @@ def evaluate(
     from pixelwise import infer
     from pixelwise.infer.evaluate import open_for, write_evaluation
 
-    predictor = infer.load(run, device=device, precision=precision)
+    predictor = infer.load(run, device=device, precision=precision, batch_statistics=batch_statistics)
     folder = open_for(predictor, data, classes=classes, ignore=ignore or (), group_by=group_by)
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(f"scoring {split}", total=None)
@@ -54,6 +61,7 @@ def evaluate(
             folder,
             split=split,
             on_progress=lambda done, total: progress.update(task, completed=done, total=total),
+            batch=batch,
         )
     if str(json_file) == "-":
         typer.echo(json.dumps(evaluation.to_dict(), indent=2))
@@ -86,6 +94,10 @@ def _print(evaluation: "Evaluation") -> None:
     console.print(
         ", ".join(f"{name} {_percent(value)}" for name, value in totals.items()), highlight=False, soft_wrap=True
     )
+    if evaluation.statistics == "batch":
+        console.print(
+            f"Batch norm by the statistics of each batch, of up to {evaluation.batch} images.", highlight=False
+        )
     if scores.absent:
         absent = ", ".join(evaluation.names[index] for index in scores.absent)
         text = f"In neither truth nor prediction, so left out of the means: {absent}."

@@ -31,6 +31,9 @@ def predict(
     ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     precision: Annotated[str, typer.Option(help="auto, bf16 or float32.")] = "auto",
+    batch_statistics: Annotated[
+        bool, typer.Option("--batch-statistics", help="Batch norm by each image, not by the training's averages.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Do finished images again; replace any file.")] = False,
 ) -> None:
     """Label every pixel of images, each at its own size, as indexed PNG with the class palette.
@@ -44,7 +47,7 @@ def predict(
     from pixelwise.infer.predictor import load
 
     batch = plan_batch(inputs, out, overlay=overlay, probabilities=probabilities)
-    predictor = load(run, device=device, precision=precision)
+    predictor = load(run, device=device, precision=precision, batch_statistics=batch_statistics)
     outcomes = []
     with _progress() as progress:
         task = progress.add_task("labelling", total=len(batch.jobs) + len(batch.missing))

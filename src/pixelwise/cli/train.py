@@ -30,6 +30,15 @@ def train(
             metavar="[FILE]", help="Start from trained weights: alone, from the library that owns them; or a file."
         ),
     ] = None,
+    init: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RUN|CLASSIFIER", help="Start from another run's weights, or from a classifier such as vgg16."
+        ),
+    ] = None,
+    stages: Annotated[
+        str | None, typer.Option(metavar="MODEL,…", help="Networks to train first, each from the one before.")
+    ] = None,
     minutes: Annotated[float | None, typer.Option(help="Budget in minutes; the schedule fits itself to it.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Budget in epochs.")] = None,
     steps: Annotated[int | None, typer.Option(help="Budget in steps.")] = None,
@@ -53,6 +62,8 @@ def train(
 
     Example: pixelwise train data/camvid --out runs/camvid --backbone resnet18 --pretrained --minutes 30
 
+    Example: pixelwise train data/camvid --out runs/fcn8s --model fcn8s --init vgg16 --stages fcn32s,fcn16s
+
     Example: pixelwise train data/cells --model unet --out runs/cells --epochs 100 --set crop_px=256 --set flips=dihedral
     """
     from pixelwise.cli.progress import TrainingProgress
@@ -65,6 +76,8 @@ def train(
     typed: dict[str, Any] = {
         "model": model,
         "pretrained": pretrained,
+        "init": init,
+        "stages": stages,
         "minutes": minutes,
         "epochs": epochs,
         "steps": steps,
@@ -88,7 +101,9 @@ def train(
         )
     if run.interrupted:
         console.print(
-            f"Stopped by {run.interrupted} at step {run.steps:,}; the checkpoint is written. Continue with --resume."
+            f"Stopped by {run.interrupted} at step {run.steps:,}{_of_stage(run.plan)}; the checkpoint is written. Continue "
+            "with --resume.",
+            soft_wrap=True,
         )
         raise typer.Exit(130)
     for split in ("val", "test"):
@@ -115,6 +130,8 @@ def _page(plan: "Plan", inspection: "Inspection") -> Table:
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     images = ", ".join(f"{count:,} {name}" for name, count in plan.data["images"].items())
+    if plan.stage:
+        table.add_row("stage", plan.stage)
     table.add_row("data", f"{plan.data['root']}: {plan.data['layout']}; {images}")
     for problem in inspection.problems:
         table.add_row("  warning", problem.message)
@@ -123,8 +140,10 @@ def _page(plan: "Plan", inspection: "Inspection") -> Table:
     table.add_row("network", f"{plan.model} ({options}); {plan.parameters:,} parameters")
     table.add_row("weights", plan.pretrained or "random")
     table.add_row(
-        "crops", f"{plan.crop_px} x {plan.crop_px} px, {plan.batch_size} a batch, {plan.workers} worker processes"
+        plan.inputs, f"{plan.crop_px} x {plan.crop_px} px, {plan.batch_size} a batch, {plan.workers} worker processes"
     )
+    if plan.separation:
+        table.add_row("gaps", plan.separation)
     table.add_row("computes", f"{plan.precision} on {plan.device}, {plan.step_s:.2f} s a step")
     validation = (
         f"validation every {plan.validate_every_steps:,} steps" if plan.validate_every_steps else "no validation images"
@@ -133,3 +152,7 @@ def _page(plan: "Plan", inspection: "Inspection") -> Table:
     memory = f", {plan.memory_bytes / 2**30:.1f} GiB of memory" if plan.memory_bytes else ""
     table.add_row("expected", f"{plan.expected_s / 60:.1f} min{memory}")
     return table
+
+
+def _of_stage(plan: "Plan") -> str:
+    return f" of stage {plan.stage.partition(',')[0]}" if plan.stage else ""

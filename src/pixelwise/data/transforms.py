@@ -13,9 +13,15 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
+from pixelwise.data.elastic import RandomElastic
 from pixelwise.data.labels import IGNORE_INDEX
+from pixelwise.data.windows import RandomWindow
 
 Flips = Literal["none", "horizontal", "both", "dihedral"]
+
+
+class PixelWeight(tv_tensors.Mask):
+    """A float32 weight per pixel that goes through the same geometry as the mask; nearest neighbour, 0 outside the image."""
 
 
 def _uniform(low: float, high: float) -> float:
@@ -55,7 +61,7 @@ class RandomScaleCrop(v2.Transform):
         self.crop_px, self.scale, self.focus, self.fill = crop_px, scale, focus, fill
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        mask = next(item for item in flat_inputs if isinstance(item, tv_tensors.Mask))
+        mask = next(item for item in flat_inputs if type(item) is tv_tensors.Mask)
         height, width = mask.shape[-2:]
         window = max(1, round(self.crop_px / math.exp(_uniform(*map(math.log, self.scale)))))
         row, column = self._centre(mask) if _uniform(0, 1) < self.focus else (None, None)
@@ -80,9 +86,9 @@ class RandomScaleCrop(v2.Transform):
         padding = (max(-left, 0), max(-top, 0), right, below)
         out = inside.as_subclass(torch.Tensor)
         if is_mask:
-            out = _pad(out[None], padding, (IGNORE_INDEX,))
+            out = _pad(out[None], padding, (0,) if isinstance(inpt, PixelWeight) else (IGNORE_INDEX,))
             out = F.resize(out, [self.crop_px] * 2, interpolation=v2.InterpolationMode.NEAREST_EXACT)
-            return tv_tensors.Mask(out[0])
+            return tv_tensors.wrap(out[0], like=inpt)
         return tv_tensors.Image(F.resize(_pad(out, padding, self.fill), [self.crop_px] * 2, antialias=True))
 
 
@@ -162,12 +168,16 @@ def training_transform(
     photometric: float,
     fill: tuple[float, ...],
     is_uint8: bool,
+    elastic: float = 0.0,
 ) -> v2.Transform:
-    """The augmentation of training: scale and crop, flips, photometric; the result is float32 in unit scale.
+    """The augmentation of training: scale and crop, elastic deformation, flips, photometric; float32 in unit scale.
+
+    The deformation comes after the crop: the same in effect, and only what is trained on is deformed.
 
     Args:
         fill: what lies outside the image, per channel in unit scale (the training mean, so that it is 0 to the network).
         is_uint8: whether the images come as uint8; `fill` is then scaled to 0..255.
+        elastic: standard deviation in crop pixels of the 3x3 random vectors of the deformation; 0 leaves it out.
 
     Example:
         >>> transform = training_transform(crop_px=16, scale=(0.5, 2), focus=0.5, flips="horizontal",
@@ -179,6 +189,27 @@ def training_transform(
     """
     fill = tuple(value * 255 if is_uint8 else value for value in fill)
     steps: list[v2.Transform] = [RandomScaleCrop(crop_px, scale=scale, focus=focus, fill=fill)]
+    if elastic:
+        steps.append(RandomElastic(elastic))
+    return v2.Compose([*steps, *_in_place(flips, photometric)])
+
+
+def window_transform(*, window_px: int, flips: Flips, photometric: float) -> v2.Transform:
+    """The augmentation of training on windows: one around a pixel of an evenly drawn class, flips, photometric.
+
+    Example:
+        >>> transform = window_transform(window_px=9, flips="dihedral", photometric=0.2)
+        >>> image = tv_tensors.Image(torch.zeros(1, 9, 30, dtype=torch.uint8))
+        >>> mask = tv_tensors.Mask(torch.zeros(9, 30, dtype=torch.uint8))
+        >>> [tuple(item.shape) for item in transform(image, mask)]
+        [(1, 9, 9), (1, 1)]
+    """
+    return v2.Compose([RandomWindow(window_px), *_in_place(flips, photometric)])
+
+
+def _in_place(flips: Flips, photometric: float) -> list[v2.Transform]:
+    """What changes no size: flips, then colours, on the way to unit scale."""
+    steps: list[v2.Transform] = []
     if flips in ("horizontal", "both"):
         steps.append(v2.RandomHorizontalFlip())
     if flips == "both":
@@ -188,4 +219,4 @@ def training_transform(
     steps.append(ToUnit())
     if photometric:
         steps.append(RandomPhotometric(photometric))
-    return v2.Compose(steps)
+    return steps

@@ -126,7 +126,7 @@ def run_batch(predictor: Predictor, batch: Batch, *, overwrite: bool = False) ->
 
     def prepare(job: Job) -> tuple[str, Tensor | None]:
         digest = _content_sha256(job.path)
-        if not overwrite and _is_finished(job, predictor.card.weights_sha256, digest):
+        if not overwrite and _is_finished(job, _mark(job, predictor, digest)):
             return digest, None
         return digest, predictor.read(job.path)
 
@@ -140,7 +140,7 @@ def run_batch(predictor: Predictor, batch: Batch, *, overwrite: bool = False) ->
         except PixelwiseError as error:
             yield Outcome(job.path, "failed", str(error))
             continue
-        _write(job, prediction, digest)
+        _write(job, prediction, _mark(job, predictor, digest))
         yield Outcome(job.path, "done")
 
 
@@ -244,8 +244,14 @@ def _refuse_clashes(jobs: Sequence[Job]) -> None:
             raise UsageError(f"the result of {path} would replace the input {output}. Choose another --out folder.")
 
 
-def _is_finished(job: Job, model: str, digest: str) -> bool:
-    """Whether all outputs of the job are there, made by this network from this input.
+def _mark(job: Job, predictor: Predictor, digest: str) -> dict[str, object]:
+    """What a label file says of its origin: the network, the input and what was written with it."""
+    mark: dict[str, object] = {"model": predictor.card.weights_sha256, "input": digest, "with": sorted(job.outputs)}
+    return mark | ({"statistics": "batch"} if predictor.batch_statistics else {})
+
+
+def _is_finished(job: Job, wanted: dict[str, object]) -> bool:
+    """Whether all outputs of the job are there, made by this network in this way from this input.
 
     The label file is written last and names what was written with it, so it vouches for the other files.
     """
@@ -258,15 +264,14 @@ def _is_finished(job: Job, model: str, digest: str) -> bool:
     mark = read_mark(job.outputs["labels"]) or {}
     made = mark.get("with")
     return (
-        (mark.get("model"), mark.get("input")) == (model, digest)
+        all(mark.get(key) == wanted.get(key) for key in ("model", "input", "statistics"))
         and isinstance(made, list)
         and all(kind in made for kind in job.outputs)
         and all(output.is_file() for output in job.outputs.values())
     )
 
 
-def _write(job: Job, prediction: Prediction, digest: str) -> None:
-    mark = {"model": prediction.weights_sha256, "input": digest, "with": sorted(job.outputs)}
+def _write(job: Job, prediction: Prediction, mark: dict[str, object]) -> None:
     if "probabilities" in job.outputs:
         write_array(job.outputs["probabilities"], prediction.probabilities)
     pictures: dict[str, Callable[[], Image.Image]] = {

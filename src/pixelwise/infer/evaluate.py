@@ -11,11 +11,12 @@ from typing import Any, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
 
 from pixelwise.data.labels import LabelSpec
 from pixelwise.data.layouts import DataFolder, Pair, open_data
 from pixelwise.data.samples import Sample, load_sample
-from pixelwise.errors import DataError, PixelwiseError
+from pixelwise.errors import DataError, PixelwiseError, UsageError
 from pixelwise.files import write_json
 from pixelwise.infer.batch import prefetch
 from pixelwise.infer.predictor import Predictor, load
@@ -23,6 +24,7 @@ from pixelwise.infer.writers import displayable, label_image, write_png
 from pixelwise.metrics.confusion import ConfusionMatrix, Scores
 
 EXAMPLES = 2  # of each of best, median and worst
+BATCH = 10  # images in a pass with statistics of the batch, as the authors of FC-DenseNet tested
 EXAMPLE_PX = 1024  # the long side of an example picture, at most
 CLASSES_NAME = "classes.yaml"
 
@@ -50,6 +52,8 @@ class Evaluation:
         images: How many images.
         seconds: How long it took, reading included.
         precision: What the network computed in, "bf16" or "float32".
+        statistics: What batch norm used: "running" averages of the training, or those of the "batch" at hand.
+        batch: The most images in one pass; with statistics of the batch the scores depend on it.
     """
 
     split: str
@@ -61,10 +65,13 @@ class Evaluation:
     seconds: float
     precision: str
     examples: dict[str, str] = field(default_factory=dict)
+    statistics: str = "running"
+    batch: int = 1
 
     def to_dict(self) -> dict[str, Any]:
         """The evaluation as values that JSON can hold (undefined scores are None)."""
-        plain = {key: getattr(self, key) for key in ("split", "matrix", "images", "seconds", "precision", "examples")}
+        keys = ("split", "matrix", "images", "seconds", "precision", "statistics", "batch", "examples")
+        plain = {key: getattr(self, key) for key in keys}
         per_image = [
             {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in entry.items()}
             for entry in self.per_image
@@ -79,6 +86,7 @@ def evaluate(
     split: str = "test",
     out: str | Path | None = None,
     on_progress: Callable[[int, int], None] | None = None,
+    batch: int | None = None,
 ) -> Evaluation:
     """Score a trained network on a split of a data folder.
 
@@ -91,8 +99,11 @@ def evaluate(
         split: Which split to score.
         out: Where to write; by default the run folder (nothing is written for a predictor that came from none).
         on_progress: Called after each image with the number done and the number in all.
+        batch: The most images in one pass; only neighbours of equal size share one. By default 1, or 10 for a predictor
+            with batch statistics.
 
     Raises:
+        UsageError: the batch is less than 1.
         DataError: the data's classes are not the network's, the split is empty, or a file cannot be read.
         PixelwiseError: an image does not fit into memory, or a result cannot be written.
 
@@ -117,7 +128,11 @@ def evaluate(
     folder = data if isinstance(data, DataFolder) else open_for(predictor, data)
     check_labels(predictor.labels, folder)
     pairs = _pairs(folder, split)
-    confusion, per_image = _score(predictor, folder, pairs, on_progress)
+    if batch is None:
+        batch = BATCH if predictor.batch_statistics else 1
+    if batch < 1:
+        raise UsageError(f"batch must be at least 1, not {batch}.")
+    confusion, per_image, groups = _score(predictor, folder, pairs, batch, on_progress)
     target = predictor.folder if out is None else Path(out)
     chosen = choose_examples(per_image) if target is not None else {}
     evaluation = Evaluation(
@@ -130,9 +145,11 @@ def evaluate(
         seconds=time.perf_counter() - started,
         precision=predictor.precision,
         examples={key: per_image[index]["name"] for key, index in chosen.items()},
+        statistics="batch" if predictor.batch_statistics else "running",
+        batch=batch,
     )
     if target is not None:
-        _write(evaluation, target, predictor, folder, {key: pairs[index] for key, index in chosen.items()})
+        _write(evaluation, target, predictor, folder, pairs, chosen, groups)
     return evaluation
 
 
@@ -227,32 +244,57 @@ def _pairs(folder: DataFolder, split: str) -> tuple[Pair, ...]:
 
 
 def _score(
-    predictor: Predictor, folder: DataFolder, pairs: Sequence[Pair], on_progress: Callable[[int, int], None] | None
-) -> tuple[ConfusionMatrix, list[ImageScore]]:
-    """The matrix of all pixels together, and the scores of each image."""
+    predictor: Predictor,
+    folder: DataFolder,
+    pairs: Sequence[Pair],
+    batch: int,
+    on_progress: Callable[[int, int], None] | None,
+) -> tuple[ConfusionMatrix, list[ImageScore], list[range]]:
+    """The matrix of all pixels together, the scores of each image, and which images shared a pass."""
     confusion = ConfusionMatrix(predictor.labels.num_classes)
     per_image: list[ImageScore] = []
-    for sample, labels in _predictions(predictor, folder, pairs):
-        one = ConfusionMatrix(predictor.labels.num_classes)
-        one.update(labels, _mask(sample))
-        confusion += one
-        per_image.append(_image_score(sample.name, one.scores()))
-        if on_progress is not None:
-            on_progress(len(per_image), len(pairs))
-    return confusion, per_image
+    groups: list[range] = []
+    for group in _predictions(predictor, folder, pairs, batch):
+        groups.append(range(len(per_image), len(per_image) + len(group)))
+        for sample, labels in group:
+            one = ConfusionMatrix(predictor.labels.num_classes)
+            one.update(labels, _mask(sample))
+            confusion += one
+            per_image.append(_image_score(sample.name, one.scores()))
+            if on_progress is not None:
+                on_progress(len(per_image), len(pairs))
+    return confusion, per_image, groups
 
 
 def _predictions(
-    predictor: Predictor, folder: DataFolder, pairs: Sequence[Pair]
-) -> Iterator[tuple[Sample, NDArray[np.uint8]]]:
-    """Each pair's sample, with a mask, and the predicted labels (H, W)."""
+    predictor: Predictor, folder: DataFolder, pairs: Sequence[Pair], batch: int
+) -> Iterator[list[tuple[Sample, NDArray[np.uint8]]]]:
+    """The pairs' samples, with masks, and predicted labels (H, W): those that share a pass together."""
 
     def read(pair: Pair) -> Sample:
         return load_sample(pair, folder.labels, predictor.card.in_channels)
 
+    def label(group: list[tuple[Pair, Sample]]) -> list[tuple[Sample, NDArray[np.uint8]]]:
+        samples, names = [sample for _, sample in group], [str(pair.image) for pair, _ in group]
+        made = predictor.label_batch([sample.image for sample in samples], names, probabilities=False)
+        return [(sample, prediction.labels) for sample, prediction in zip(samples, made, strict=True)]
+
+    group: list[tuple[Pair, Sample]] = []
     for pair, future in prefetch(read, pairs):
         sample = future.result()
-        yield sample, predictor.label(sample.image, name=str(pair.image), probabilities=False).labels
+        if group and not _are_alike(group[0][1].image, sample.image):
+            yield label(group)
+            group = []
+        group.append((pair, sample))
+        if len(group) == batch:
+            yield label(group)
+            group = []
+    if group:
+        yield label(group)
+
+
+def _are_alike(image: Tensor, other: Tensor) -> bool:
+    return (image.shape, image.dtype) == (other.shape, other.dtype)
 
 
 def _mask(sample: Sample) -> NDArray[np.uint8]:
@@ -269,14 +311,22 @@ def _image_score(name: str, scores: Scores) -> ImageScore:
 
 
 def _write(
-    evaluation: Evaluation, target: Path, predictor: Predictor, folder: DataFolder, examples: dict[str, Pair]
+    evaluation: Evaluation,
+    target: Path,
+    predictor: Predictor,
+    folder: DataFolder,
+    pairs: Sequence[Pair],
+    chosen: dict[str, int],
+    groups: Sequence[range],
 ) -> None:
     pictures = target / f"evaluation-{evaluation.split}"
     for old in (old for kind in ("best", "median", "worst") for old in pictures.glob(f"{kind}-*")):
         shutil.rmtree(old, ignore_errors=True)
-    results = _predictions(predictor, folder, tuple(examples.values()))
-    for key, (sample, labels) in zip(examples, results, strict=True):
-        _write_example(pictures / key, sample, labels, predictor.labels)
+    for group in groups:  # together again, since statistics of the batch depend on all of it
+        if keys := [key for key, index in chosen.items() if index in group]:
+            (made,) = _predictions(predictor, folder, [pairs[index] for index in group], len(group))
+            for key in keys:
+                _write_example(pictures / key, *made[chosen[key] - group.start], predictor.labels)
     write_evaluation(evaluation, target / f"evaluation-{evaluation.split}.json")
 
 

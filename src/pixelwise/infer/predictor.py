@@ -4,8 +4,8 @@ One image is one forward pass over all of it, at its own size: nothing is resize
 is exactly what the network says.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from pixelwise.data.labels import LabelSpec
 from pixelwise.data.readers import read_image, to_tensor
@@ -22,6 +23,7 @@ from pixelwise.errors import DataError, PixelwiseError, UsageError
 from pixelwise.infer.bundle import ModelCard, load_bundle
 from pixelwise.infer.devices import is_out_of_memory, resolve_device, resolve_precision
 from pixelwise.infer.writers import blend, displayable, label_image, write_png
+from pixelwise.ops.batch_statistics import batch_statistics as statistics_of_the_batch
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -86,9 +88,12 @@ class Predictor:
         device: "auto" (a GPU if there is one), or a torch device such as "cpu" or "cuda:1".
         precision: "bf16" (autocast), "float32", or "auto": bf16 where the device computes in it.
         folder: The run folder it came from, if any.
+        batch_statistics: Whether batch norm uses the mean and variance of the batch at hand in place of the averages of
+            the training; a prediction then depends on the whole batch.
 
     Raises:
-        UsageError: the device or the precision does not exist here.
+        UsageError: the device or the precision does not exist here, or a network without batch norm is asked for its
+            statistics.
 
     Example:
         >>> from pixelwise.models import create_model
@@ -109,7 +114,13 @@ class Predictor:
         device: str | torch.device = "auto",
         precision: str = "auto",
         folder: Path | None = None,
+        batch_statistics: bool = False,
     ) -> None:
+        if batch_statistics and not any(isinstance(module, _BatchNorm) for module in model.modules()):
+            raise UsageError(
+                f"batch statistics: {card.model} has no batch norm, so they change nothing. Leave them out."
+            )
+        self.batch_statistics = batch_statistics
         self.device = resolve_device(device)
         self.precision = resolve_precision(precision, self.device)
         self.card = card
@@ -141,21 +152,31 @@ class Predictor:
 
     def label(self, source: Tensor, *, name: str = "the image", probabilities: bool = True) -> Prediction:
         """As `predict`, for an image (C, H, W) that `read` gave; errors call it `name`."""
-        with _out_of_memory_named(name, source):
-            logits = self.logits(source.unsqueeze(0))[0]  # (K, H, W)
-            best, labels = logits.max(dim=0)  # (H, W)
-            if not bool(torch.isfinite(best).all()):
-                raise PixelwiseError(
-                    f"{name}: the network's scores overflow ({self.precision}). Check the values of the image, or use "
-                    "precision float32."
+        return self.label_batch([source], [name], probabilities=probabilities)[0]
+
+    def label_batch(
+        self, sources: Sequence[Tensor], names: Sequence[str], *, probabilities: bool = True
+    ) -> list[Prediction]:
+        """As `label`, for images of one size and type in a single pass."""
+        with _out_of_memory_named(names, sources[0]):
+            logits = self.logits(torch.stack(list(sources)))  # (N, K, H, W)
+            best, labels = logits.max(dim=1)  # (N, H, W)
+            for name, values in zip(names, best, strict=True):
+                if not bool(torch.isfinite(values).all()):
+                    raise PixelwiseError(
+                        f"{name}: the network's scores overflow ({self.precision}). Check the values of the image, or use "
+                        "precision float32."
+                    )
+            return [
+                Prediction(
+                    labels=labels[index].to("cpu", torch.uint8).numpy(),
+                    spec=self.labels,
+                    source=source,
+                    logits=logits[index].cpu() if probabilities else None,
+                    weights_sha256=self.card.weights_sha256,
                 )
-            return Prediction(
-                labels=labels.to("cpu", torch.uint8).numpy(),
-                spec=self.labels,
-                source=source,
-                logits=logits.cpu() if probabilities else None,
-                weights_sha256=self.card.weights_sha256,
-            )
+                for index, source in enumerate(sources)
+            ]
 
     def read(self, image: str | Path | NDArray[np.generic] | Tensor) -> Tensor:
         """The image as the network's tensor (C, H, W), uint8 or float32 in unit scale, on the CPU.
@@ -198,21 +219,25 @@ class Predictor:
         unit = image.to(self.device).float()
         unit = unit / 255 if image.dtype == torch.uint8 else unit
         x = ((unit - self._mean) / self._std).contiguous(memory_format=torch.channels_last)
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
+        norms = statistics_of_the_batch(self.model) if self.batch_statistics else nullcontext()
+        with norms, torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
             return self.model(x).float()  # (N, K, H, W)
 
 
-def load(run: str | Path, *, device: str = "auto", precision: str = "auto") -> Predictor:
+def load(
+    run: str | Path, *, device: str = "auto", precision: str = "auto", batch_statistics: bool = False
+) -> Predictor:
     """The trained network of a run folder, ready to predict.
 
     Args:
         run: A folder with `model.safetensors` and `model.json`; nothing else is needed.
         device: "auto" (a GPU if there is one), or a torch device such as "cpu" or "cuda:1".
         precision: "auto", "bf16" or "float32".
+        batch_statistics: As for `Predictor`.
 
     Raises:
         DataError: the folder holds no usable network.
-        UsageError: the device or the precision does not exist here.
+        UsageError: the device or the precision does not exist here, or there is no batch norm.
 
     Example:
         >>> load("no/such/run")
@@ -223,11 +248,13 @@ def load(run: str | Path, *, device: str = "auto", precision: str = "auto") -> P
     target = resolve_device(device)
     resolve_precision(precision, target)  # a misspelt option should not wait for the weights
     model, card = load_bundle(run, target)
-    return Predictor(model, card, device=target, precision=precision, folder=Path(run))
+    return Predictor(
+        model, card, device=target, precision=precision, folder=Path(run), batch_statistics=batch_statistics
+    )
 
 
 @contextmanager
-def _out_of_memory_named(name: str, image: Tensor) -> Iterator[None]:
+def _out_of_memory_named(names: Sequence[str], image: Tensor) -> Iterator[None]:
     """Turn running out of memory into an error that names the image and its size."""
     try:
         yield
@@ -235,7 +262,8 @@ def _out_of_memory_named(name: str, image: Tensor) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         channels, height, width = image.shape
+        more, instead = (f" and {len(names) - 1} more", "a smaller batch") if len(names) > 1 else ("", "")
         raise PixelwiseError(
-            f"{name}: {width} x {height} px with {channels} channels does not fit into memory. Use a machine or device "
-            "with more memory, or cut the image into parts."
+            f"{names[0]}{more}: {width} x {height} px with {channels} channels does not fit into memory. Use a machine or "
+            f"device with more memory, or {instead or 'cut the image into parts'}."
         ) from error

@@ -3,11 +3,14 @@
 Shapes: N batch, K classes, H W image size.
 """
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE = 255
+Reduction = Literal["mean", "sum"]
 
 
 def cross_entropy(
@@ -16,20 +19,25 @@ def cross_entropy(
     *,
     ignore_index: int = IGNORE,
     weight: Tensor | None = None,
+    pixel_weight: Tensor | None = None,
     label_smoothing: float = 0.0,
+    reduction: Reduction = "mean",
 ) -> Tensor:
     """Pixel-wise cross-entropy, summed over pixels and images and divided by the number of labelled pixels.
 
-    With `weight`, each pixel's term is multiplied by its class's weight, and the divisor stays the number of labelled
-    pixels, as SegNet's code does it (arXiv:1511.00561); torch's own weighted mean divides by the sum of the weights instead,
-    so that a batch without rare classes would count for more.
+    With weights, each pixel's term is multiplied by them, and the divisor stays the number of labelled pixels, as SegNet's
+    code does it (arXiv:1511.00561); torch's own weighted mean divides by the sum of the weights instead, so that a batch
+    without rare classes would count for more.
 
     Args:
         logits_NKHW: scores of any float type; the loss is computed in float32.
         labels_NHW: integer classes 0..K-1, or `ignore_index`.
         ignore_index: pixels that give neither loss nor gradient.
         weight: (K,), one factor per class.
+        pixel_weight: (N, H, W), one factor per pixel, such as U-Net's map (arXiv:1505.04597, equation 1).
         label_smoothing: share in [0, 1) of the target that is spread evenly over the classes.
+        reduction: "sum" leaves out the division, as the authors of FCN train (arXiv:1411.4038): an image counts as often as
+            it has labelled pixels, and learning rates are smaller by that number.
 
     Returns:
         A scalar; 0 (with zero gradient) if no pixel is labelled.
@@ -41,15 +49,16 @@ def cross_entropy(
         1.3863
     """
     labels = labels_NHW.long()
-    total = F.cross_entropy(
+    loss = F.cross_entropy(
         logits_NKHW.float(),
         labels,
         weight=weight,
         ignore_index=ignore_index,
-        reduction="sum",
+        reduction="sum" if pixel_weight is None else "none",
         label_smoothing=label_smoothing,
     )
-    return total / (labels != ignore_index).sum().clamp(min=1)
+    total = loss if pixel_weight is None else (loss * pixel_weight).sum()
+    return total if reduction == "sum" else total / (labels != ignore_index).sum().clamp(min=1)
 
 
 def dice_loss(logits_NKHW: Tensor, labels_NHW: Tensor, *, ignore_index: int = IGNORE) -> Tensor:

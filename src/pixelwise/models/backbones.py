@@ -9,6 +9,7 @@ import torch
 import torchvision.models as tv
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
+from torch.fx import Graph
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 from pixelwise.errors import UsageError
@@ -75,6 +76,22 @@ def resolve_backbone(name: str) -> tuple[str, str]:
     raise UsageError(f"there is no backbone called {name!r} in timm or torchvision.{suggestion(bare, known)}")
 
 
+def create_trunk(name: str, *, in_channels: int = 3) -> nn.Module:
+    """A network with fresh random weights whose modules stand where those of `create_backbone(name).body` do.
+
+    The body of a torchvision backbone is a graph without the library's own blocks; here, they are there, head included.
+
+    Raises:
+        UsageError: as `create_backbone`.
+
+    Example:
+        >>> type(create_trunk("torchvision/resnet18").get_submodule("layer2.0")).__name__
+        'BasicBlock'
+    """
+    library, name = resolve_backbone(name)
+    return _timm_backbone(name, in_channels).body if library == "timm" else torchvision_classifier(name, in_channels)
+
+
 def _timm_backbone(name: str, in_channels: int) -> Backbone:
     body = None
     attempts: tuple[dict[str, Any], ...] = ({"dynamic_img_size": True}, {"strict_img_size": False}, {})
@@ -127,8 +144,11 @@ def _torchvision_backbone(name: str, in_channels: int) -> Backbone:
 
 
 def _stage_ends(name: str) -> dict[int, str]:
-    """For each stride the last node of the graph that has it, before the maps are pooled to a vector."""
-    small, large = _node_sizes(name, PROBE_PX), _node_sizes(name, 2 * PROBE_PX)
+    """For each stride the last node of the graph that has it, before the maps are pooled to a vector.
+
+    The last one through which all goes, if there is such a node: the end of a stage, not the middle of the next block.
+    """
+    (small, narrow), (large, _) = _node_sizes(name, PROBE_PX), _node_sizes(name, 2 * PROBE_PX)
     ends: dict[int, str] = {}
     for node, size in small.items():
         # Adaptive pooling keeps its size when the image doubles, and a head's maps are scores, not features.
@@ -136,13 +156,13 @@ def _stage_ends(name: str) -> dict[int, str]:
             continue
         # AlexNet's maps of 55, 27, 13 stand for strides 4, 8, 16: the nearest power of two.
         stride = 2 ** round(math.log2(PROBE_PX / size))
-        if stride >= max(ends, default=1):
+        if stride >= max(ends, default=1) and (node in narrow or ends.get(stride) not in narrow):
             ends[stride] = node
     return ends
 
 
-def _node_sizes(name: str, image_px: int) -> dict[str, int]:
-    """The width of every 4-d tensor in the classifier's graph, in order."""
+def _node_sizes(name: str, image_px: int) -> tuple[dict[str, int], set[str]]:
+    """The width of every 4-d tensor in the classifier's graph, in order; and the nodes through which all goes."""
     with torch.device("meta"):
         model = torchvision_classifier(name).eval()
         names = get_graph_node_names(model)[1][1:]  # without the image itself
@@ -154,7 +174,22 @@ def _node_sizes(name: str, image_px: int) -> dict[str, int]:
                 f"backbone {name!r} does not take images of {image_px} px ({error}); it is made for one size. "
                 "Choose another."
             ) from error
-    return {node: out.shape[-1] for node, out in outputs.items() if isinstance(out, Tensor) and out.ndim == 4}
+    sizes = {node: out.shape[-1] for node, out in outputs.items() if isinstance(out, Tensor) and out.ndim == 4}
+    return sizes, _narrow_nodes(extractor.graph)
+
+
+def _narrow_nodes(graph: Graph) -> set[str]:
+    """Names of the nodes behind which nothing needs an earlier one."""
+    *nodes, end = graph.nodes
+    place = {node: index for index, node in enumerate(nodes)}
+    needed = 0  # up to this place, somebody needs a node seen so far
+    narrow = set()
+    for index, node in enumerate(nodes):
+        if needed <= index:
+            narrow.add(node)
+        if node.op != "get_attr":  # a parameter is no map
+            needed = max([needed, *(place[user] for user in node.users if user is not end)])
+    return {name for name, node in end.args[0].items() if node in narrow}
 
 
 def classifier_state(name: str) -> dict[str, Tensor]:
@@ -172,6 +207,8 @@ def backbone_normalisation(name: str) -> tuple[tuple[float, ...], tuple[float, .
         config = timm.get_pretrained_cfg(name, allow_unregistered=True)
         if config is not None:
             return tuple(config.mean), tuple(config.std)
+    if name in ("googlenet", "inception_v3"):  # their weights come from TensorFlow; torchvision converts images inside
+        return (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
     return (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 

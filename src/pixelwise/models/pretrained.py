@@ -1,9 +1,9 @@
-"""Weights from elsewhere: from the library that owns them, or from a file; what fitted is said tensor by tensor."""
+"""Weights from elsewhere: from the library that owns them, from a file, or from another network of one's own."""
 
 import struct
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from pickle import UnpicklingError  # what torch's restricted reader raises; nothing is unpickled here
 from typing import Any
@@ -16,89 +16,169 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pixelwise.errors import UsageError
-from pixelwise.models.backbones import adapt_first_conv, classifier_state, resolve_backbone
+from pixelwise.models.backbones import classifier_state, resolve_backbone, torchvision_classifier
+from pixelwise.models.matching import Loaded, belongs, match_state, parameter_names
 
-PREFIXES = ("module.", "model.", "state_dict.", "body.", "backbone.", "encoder.", "network.")
 # What the readers of weight files raise for a damaged one (torch's restricted reader has no error of its own for all).
 DAMAGED = (
     OSError, RuntimeError, ValueError, LookupError, EOFError, TypeError, AttributeError, AssertionError, OverflowError,
     struct.error, SafetensorError, UnpicklingError,
 )  # fmt: skip
-COUNTER = "num_batches_tracked"  # batch norm counts its steps; older files lack it and prediction ignores it
-
-
-@dataclass(frozen=True, kw_only=True)
-class Loaded:
-    """What became of the tensors of a file.
-
-    Attributes:
-        source: where they came from, with the licence where it is known.
-        fitted: names in the network that were filled.
-        adapted: the first convolution, if it was converted to another number of channels.
-        missing: names in the network that nothing filled; they keep their random values.
-        unused: names in the file that the network has no place for (a classifier's last layer, say).
-        mismatched: names whose shapes differ, with both shapes.
-        by_order: the names differed, and tensors were paired by order because every shape agreed.
-    """
-
-    source: str
-    fitted: tuple[str, ...]
-    adapted: tuple[str, ...]
-    missing: tuple[str, ...]
-    unused: tuple[str, ...]
-    mismatched: tuple[str, ...]
-    by_order: bool
-
-    def summary(self) -> str:
-        """One line to print."""
-        parts = [f"{len(self.fitted)} tensors fit"]
-        if self.by_order:
-            parts[0] += " (other names; paired by order, all shapes agree)"
-        parts += [f"{name} adapted to the image's channels" for name in self.adapted]
-        parts += [f"{len(self.missing)} missing: {_some(self.missing)}"] if self.missing else []
-        parts += [f"{len(self.mismatched)} of another shape: {_some(self.mismatched)}"] if self.mismatched else []
-        parts += [f"{len(self.unused)} not used: {_some(self.unused)}"] if self.unused else []
-        return f"{self.source}: " + "; ".join(parts)
-
-
-def _some(names: tuple[str, ...]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def load_pretrained(model: nn.Module, source: str | Path) -> Loaded:
-    """Fill a network, or its encoder, with trained weights.
+    """Fill a network, its encoder, or the part of it that comes from a classifier, with trained weights.
 
     Args:
-        model: from `create_model`; one with an `encoder` takes a classifier's weights there.
-        source: "auto" asks the library that owns the backbone (its cache first, else its download); else a file:
-            `.safetensors`, or a torch file that holds a plain state dict.
+        model: from `create_model`; one with an `encoder` takes a classifier's weights there, one with `classifiers` what
+            its `weights_from_classifier` makes of them.
+        source: "auto" asks the library that owns the classifier (its cache first, else its download); else a file:
+            `.safetensors`, or a torch file that holds a plain state dict of the classifier or of the network itself.
 
     Raises:
         UsageError: no such file, nothing in it fits, or the library has no weights or no network; nothing was changed.
     """
     backbone: str | None = getattr(model.config, "backbone", None)
-    target: nn.Module = model.get_submodule("encoder") if backbone else model
-    if source == "auto":
-        if backbone is None:
-            raise UsageError(
-                "--pretrained alone asks the library that owns a backbone, and this network has none of its own: pass "
-                "--pretrained FILE, or choose --model encoder_decoder --backbone NAME."
-            )
-        given, label = library_weights(backbone)
-    else:
-        given, label = read_state(source), Path(source).name
+    classifiers = _classifiers(model)
+    if source == "auto" and backbone is None and classifiers:
+        return load_classifier(model, classifiers[0])
+    if source == "auto" and backbone is None:
+        raise UsageError(
+            "--pretrained alone asks the library that owns a backbone, and this network has none of its own: pass "
+            "--pretrained FILE, or choose --model encoder_decoder --backbone NAME."
+        )
+    given, label = library_weights(str(backbone)) if source == "auto" else (read_state(source), Path(source).name)
+    target = model.get_submodule("encoder") if backbone else model
     loaded, state = match_state(target, given, reference=classifier_state(backbone) if backbone else None, source=label)
-    names = _parameters(target)
-    filled = sum(name in state for name in names)
-    # A sibling (ResNet-50 for ResNet-18) shares most names and many shapes: a mixture of both would be neither.
-    if filled < 0.5 * len(names) or len(loaded.mismatched) > 0.1 * len(names):
-        raise UsageError(f"{label} does not belong to {backbone or 'this network'}: {loaded.summary()}.")
+    if not belongs(target, state, loaded.mismatched):
+        for name in classifiers:
+            if (filled := _filled_classifier(name, given)) is not None:
+                return _load_from_classifier(model, filled, name, label)
+        owners = " nor to ".join([backbone or "this network", *classifiers])
+        raise UsageError(f"{label} does not belong to {owners}: {loaded.summary()}.")
     target.load_state_dict(state, strict=False)
+    return replace(loaded, classifier=backbone)
+
+
+def load_network(model: nn.Module, trained: nn.Module, source: str) -> Loaded:
+    """Fill a network with the tensors of a trained one that have its names and shapes: of its own kind, or of a sibling.
+
+    Heads for another number of classes, and a first convolution for other channels, stay random without being held against
+    it.
+
+    Args:
+        model: from `create_model`.
+        trained: likewise.
+        source: what to call the trained one.
+
+    Raises:
+        UsageError: less than half of `model` would be filled, or shapes differ; nothing was changed.
+    """
+    loaded, state = match_state(model, trained.state_dict(), reference=None, source=source)
+    own, theirs = model.state_dict(), trained.state_dict()
+    counts = [(getattr(trained.config, key), getattr(model.config, key)) for key in ("num_classes", "in_channels")]
+    foreign = [row for row in loaded.mismatched if not _differ_by(theirs, own, row.split(" ")[0], counts)]
+    if not belongs(model, state, foreign):
+        raise UsageError(f"{source} does not belong to this network: {loaded.summary()}.")
+    model.load_state_dict(state, strict=False)
     return loaded
 
 
-def _parameters(module: nn.Module) -> list[str]:
-    return [name for name in module.state_dict() if not name.endswith(COUNTER)]
+def load_classifier(model: nn.Module, name: str) -> Loaded:
+    """Fill a network with the library's weights of a classifier, from its cache or by download.
+
+    Args:
+        model: from `create_model`: one with `classifiers`, or one whose backbone is this classifier.
+        name: as timm or torchvision write it; the network's own `classifiers` are looked through first.
+
+    Raises:
+        UsageError: the network does not start from this classifier, or there are no weights; nothing was changed.
+    """
+    backbone, classifiers = getattr(model.config, "backbone", None), _classifiers(model)
+    if backbone is not None:
+        if resolve_backbone(name) != resolve_backbone(backbone):
+            raise UsageError(
+                f"--init {name}: the encoder is {backbone}. Choose --backbone {name}, or --init {backbone}."
+            )
+        return load_pretrained(model, "auto")
+    if not classifiers:
+        raise UsageError(
+            f"--init {name}: this network starts from no classifier. Give a run folder, or leave --init out."
+        )
+    name = next((entry for entry in classifiers if name in (entry, entry.rpartition("/")[2])), name)
+    given, label = library_weights(name)
+    filled = _filled_classifier(name, given)
+    if filled is None:
+        raise UsageError(
+            f"--init {name}: the weights of {label} do not fit the library's own network. Update the library."
+        )
+    return _load_from_classifier(model, filled, name, label)
+
+
+def is_classifier(name: str) -> bool:
+    """Whether timm or torchvision has a classifier of this name.
+
+    Example:
+        >>> is_classifier("vgg16"), is_classifier("runs/street")
+        (True, False)
+    """
+    try:
+        resolve_backbone(name)
+    except UsageError:
+        return False
+    return True
+
+
+def _classifiers(model: nn.Module) -> tuple[str, ...]:
+    return tuple(getattr(model, "classifiers", ())) if hasattr(model, "weights_from_classifier") else ()
+
+
+def _filled_classifier(name: str, given: Mapping[str, Tensor]) -> nn.Module | None:
+    """The classifier with these tensors, or None if they are another's; its last layer may have other classes."""
+    with torch.device("meta"):
+        hollow = _classifier(name)
+    own = hollow.state_dict()
+    last = next((key.rpartition(".")[0] for key in reversed(own) if own[key].ndim > 1), "")
+    loaded, state = match_state(hollow, given, reference=own, source=name)
+    lacking = [*loaded.missing, *(row.split(" ")[0] for row in loaded.mismatched)]
+    if any(key.rpartition(".")[0] != last for key in lacking):
+        return None
+    with torch.random.fork_rng(devices=[]):
+        model = _classifier(name)
+    model.load_state_dict(state, strict=False)
+    return model
+
+
+def _classifier(name: str) -> nn.Module:
+    """With random weights."""
+    library, bare = resolve_backbone(name)
+    return timm.create_model(bare) if library == "timm" else torchvision_classifier(bare)
+
+
+def _load_from_classifier(model: nn.Module, classifier: nn.Module, name: str, label: str) -> Loaded:
+    starter: Any = model  # known to have the method, which nn.Module does not declare
+    state: dict[str, Tensor] = starter.weights_from_classifier(classifier)
+    model.load_state_dict(state, strict=False)
+    return Loaded(
+        source=label,
+        fitted=tuple(state),
+        adapted=(),
+        missing=tuple(key for key in parameter_names(model) if key not in state),
+        unused=(),
+        mismatched=(),
+        by_order=False,
+        classifier=name,
+    )
+
+
+def _differ_by(
+    theirs: Mapping[str, Tensor], own: Mapping[str, Tensor], name: str, counts: list[tuple[int, int]]
+) -> bool:
+    """Whether a tensor's shapes differ in nothing but the numbers of classes or channels."""
+    if name not in theirs or theirs[name].ndim != own[name].ndim:
+        return False
+    pairs = zip(theirs[name].shape, own[name].shape, strict=True)
+    return all(one == other or (one, other) in counts for one, other in pairs)
 
 
 def read_state(path: str | Path) -> dict[str, Tensor]:
@@ -145,8 +225,8 @@ def library_weights(backbone: str) -> tuple[dict[str, Tensor], str]:
         return _timm_weights(name) if library == "timm" else _torchvision_weights(name)
     except DAMAGED as error:
         raise UsageError(
-            f"--pretrained: the weights of {name} are in no cache and {library} could not fetch them ({_reason(error)}). "
-            "Connect to a network once, pass --pretrained FILE, or leave --pretrained out to start from random weights."
+            f"the weights of {name} are in no cache and {library} could not fetch them ({_reason(error)}). Connect to a "
+            "network once, pass --pretrained FILE, or leave --pretrained and --init out to start from random weights."
         ) from error
 
 
@@ -168,90 +248,3 @@ def _torchvision_weights(name: str) -> tuple[dict[str, Tensor], str]:
     entry = cached[0] if cached else default
     state = entry.get_state_dict(progress=False, check_hash=True, weights_only=True)
     return dict(state), f"torchvision {entry} (licence BSD-3-Clause)"
-
-
-def match_state(
-    target: nn.Module, given: Mapping[str, Tensor], *, reference: Mapping[str, Tensor] | None, source: str
-) -> tuple[Loaded, dict[str, Tensor]]:
-    """Pair the tensors of a file with those of a network; changes nothing.
-
-    Args:
-        target: the network or trunk to fill.
-        given: the file's tensors.
-        reference: the whole classifier's tensors in their own order; lets a file with other names be paired by order.
-        source: what to call the file.
-
-    Returns:
-        What fits and what does not, and the state dict of what does.
-    """
-    own = target.state_dict()
-    offered = {_plain(name): (name, tensor) for name, tensor in given.items()}
-    wanted = {name: _plain(name) for name in own}
-    by_order = False
-    if reference is not None and sum(plain in offered for plain in wanted.values()) < 0.5 * len(own):
-        renamed = _rename_by_order(given, reference)
-        if renamed:
-            offered, by_order = {_plain(name): pair for name, pair in renamed.items()}, True
-    state: dict[str, Tensor] = {}
-    adapted: list[str] = []
-    mismatched: list[str] = []
-    used: set[str] = set()
-    for name, plain in wanted.items():
-        if plain not in offered:
-            continue
-        origin, tensor = offered[plain]
-        used.add(origin)
-        if tensor.shape != own[name].shape and _differs_in_channels_only(tensor, own[name]) and not adapted:
-            tensor = adapt_first_conv(tensor, own[name].shape[1])
-            adapted.append(name)
-        if tensor.shape == own[name].shape:
-            state[name] = tensor
-        else:
-            mismatched.append(f"{name} {tuple(tensor.shape)} for {tuple(own[name].shape)}")
-    missing = [name for name in _parameters(target) if name not in state and not _named(name, mismatched)]
-    loaded = Loaded(
-        source=source,
-        fitted=tuple(name for name in state if name not in adapted),
-        adapted=tuple(adapted),
-        missing=tuple(missing),
-        unused=tuple(name for name in given if name not in used and not name.endswith(COUNTER)),
-        mismatched=tuple(mismatched),
-        by_order=by_order,
-    )
-    return loaded, state
-
-
-def _named(name: str, rows: list[str]) -> bool:
-    return any(row.startswith(name + " ") for row in rows)
-
-
-def _plain(name: str) -> str:
-    """One spelling for a tensor's name: no wrapper's prefix, and timm's flattened `stages_0` as `stages.0`."""
-    stripped = True
-    while stripped:
-        stripped = False
-        for prefix in PREFIXES:
-            if name.startswith(prefix):
-                name, stripped = name.removeprefix(prefix), True
-    return name.replace("_", ".")
-
-
-def _rename_by_order(
-    given: Mapping[str, Tensor], reference: Mapping[str, Tensor]
-) -> dict[str, tuple[str, Tensor]] | None:
-    """The file's tensors under the classifier's names, if both have the same shapes in the same order."""
-    theirs = [(name, tensor) for name, tensor in given.items() if not name.endswith(COUNTER)]
-    ours = [(name, tensor) for name, tensor in reference.items() if not name.endswith(COUNTER)]
-    if [tensor.shape for _, tensor in theirs] != [tensor.shape for _, tensor in ours]:
-        return None
-    return {name: pair for (name, _), pair in zip(ours, theirs, strict=True)}
-
-
-def _differs_in_channels_only(tensor: Tensor, own: Tensor) -> bool:
-    """An RGB convolution offered for another number of input channels."""
-    return (
-        tensor.ndim == own.ndim == 4
-        and tensor.shape[1] == 3
-        and tensor.shape[0] == own.shape[0]
-        and tensor.shape[2:] == own.shape[2:]
-    )

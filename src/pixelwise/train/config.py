@@ -5,14 +5,31 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
 from pixelwise.data.transforms import Flips
 from pixelwise.errors import UsageError
+from pixelwise.losses.pixel import Reduction
 from pixelwise.losses.weights import Scheme
 from pixelwise.models.registry import suggestion
+from pixelwise.train.schedule import Schedule
 
 Share = Annotated[float, Field(ge=0, le=1)]
+Weight = Annotated[float, Field(ge=0)]
+ClassWeights = Annotated[  # told apart by the value, so that an error speaks of what was meant
+    Annotated[Scheme, Tag("scheme")] | Annotated[tuple[Weight, ...], Tag("list")],
+    Discriminator(lambda value: "scheme" if isinstance(value, str) else "list"),
+]
+
+
+# An option that would be ignored is a mistake: what another one must be (None: anything but its default) for it to count.
+NEEDS: dict[str, tuple[str, str | None]] = {
+    "momentum": ("optimizer", "sgd"),
+    "decay": ("schedule", "exponential"),
+    "decay_epochs": ("schedule", "exponential"),
+    "separation_sigma_px": ("separation", None),
+    "stage_lr": ("stages", None),
+}
 
 
 class RunConfig(BaseModel):
@@ -32,6 +49,9 @@ class RunConfig(BaseModel):
         default_factory=dict, description="the network's own fields: backbone, skip, widths, …"
     )
     pretrained: str | None = Field(default=None, description="'auto' for the library's weights, or a file")
+    init: str | None = Field(default=None, description="a run folder, or a classifier's name: weights to start from")
+    stages: tuple[str, ...] = Field(default=(), description="networks to train first, each from the one before")
+    stage_lr: float = Field(default=1.0, gt=0, description="factor on the learning rate from each stage to the next")
 
     minutes: float | None = Field(default=None, gt=0, description="budget in minutes, validation included")
     epochs: int | None = Field(default=None, gt=0, description="budget in passes over the training images")
@@ -40,29 +60,45 @@ class RunConfig(BaseModel):
     crop_px: int | None = Field(
         default=None, ge=16, description="side of the training crops; chosen from the image sizes if unset"
     )
-    batch_size: int = Field(default=8, ge=1)
+    batch_size: int | None = Field(
+        default=None, ge=1, description="crops in a step; 8, or 128 for a network that is trained on windows"
+    )
     scale: tuple[float, float] = Field(default=(0.6, 1.8), description="smallest and largest random magnification")
     focus: Share = Field(default=0.5, description="share of crops placed on an evenly drawn class of the image")
     flips: Flips = Field(default="horizontal", description="none, horizontal, both, or dihedral (also quarter turns)")
     photometric: Annotated[float, Field(ge=0, lt=1)] = Field(
         default=0.3, description="strength of brightness, contrast, saturation"
     )
+    elastic: float = Field(default=0.0, ge=0, description="elastic deformation: deviation of its 3x3 vectors in pixels")
 
-    class_weights: Scheme = Field(
-        default="sqrt_median_frequency", description="none, median_frequency, its square root, or enet"
+    class_weights: ClassWeights = Field(
+        default="sqrt_median_frequency",
+        description="none, median_frequency, its square root, or enet; or one number per class",
     )
+    reduction: Reduction = Field(default="mean", description="divide the loss by the labelled pixels, or only sum")
+    separation: float = Field(default=0.0, ge=0, description="U-Net's w0: weight of the gaps between touching objects")
+    separation_sigma_px: float = Field(default=5.0, gt=0, description="how far from two objects that weight reaches")
     dice: float = Field(default=0.0, ge=0, description="weight of a Dice term beside the cross-entropy")
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
-    lr: float = Field(default=1e-3, gt=0, description="peak learning rate of AdamW")
+    optimizer: Literal["adamw", "adam", "sgd", "rmsprop"] = "adamw"
+    lr: float = Field(default=1e-3, gt=0, description="peak learning rate")
     encoder_lr: float = Field(default=1.0, ge=0, description="the encoder's learning rate, as a factor of lr")
+    bias_lr: float = Field(default=1.0, ge=0, description="the learning rate of convolutions' biases, likewise")
+    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.9, description="of sgd")
     weight_decay: float = Field(default=1e-2, ge=0)
-    schedule: Literal["poly", "onecycle"] = "poly"
+    schedule: Schedule = "poly"
+    decay: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=0.995, description="factor of the exponential schedule, every decay_epochs"
+    )
+    decay_epochs: float = Field(default=1.0, gt=0)
     warmup: Annotated[float, Field(ge=0, lt=1)] = Field(
         default=0.05, description="share of the budget in which the learning rate rises"
     )
     poly_power: float = Field(default=0.9, gt=0)
-    clip: float = Field(default=1.0, ge=0, description="largest gradient norm; 0 switches clipping off")
+    clip: float | None = Field(
+        default=None, ge=0, description="largest gradient norm, 0 for none; 1, or none with reduction=sum"
+    )
     ema: Annotated[float, Field(ge=0, lt=1)] = Field(
         default=0.99, description="decay of the averaged weights; 0 switches them off"
     )
@@ -83,6 +119,12 @@ class RunConfig(BaseModel):
     checkpoint_minutes: float = Field(default=2.0, ge=0, description="largest time between checkpoints")
     max_val_images: int | None = Field(default=None, ge=1, description="validate on the first so many images only")
 
+    @field_validator("stages", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        """`fcn32s,fcn16s` as it is typed."""
+        return tuple(name.strip() for name in value.split(",") if name.strip()) if isinstance(value, str) else value
+
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         given = [key for key in ("minutes", "epochs", "steps") if getattr(self, key) is not None]
@@ -90,7 +132,21 @@ class RunConfig(BaseModel):
             raise ValueError(f"{' and '.join(given)} are budgets; give one of them")
         if not 0 < self.scale[0] <= self.scale[1]:
             raise ValueError(f"scale must be two positive numbers, the smaller first, not {self.scale}")
+        if self.init is not None and self.pretrained is not None:
+            raise ValueError("init and pretrained both name the weights to start from; give one of them")
+        for key, (other, wanted) in NEEDS.items():
+            given, unset = getattr(self, other), type(self).model_fields[other].default
+            counts = given == wanted if wanted else given != unset
+            if getattr(self, key) != type(self).model_fields[key].default and not counts:
+                raise ValueError(f"{key} means nothing without {other}{f'={wanted}' if wanted else ''}")
         return self
+
+    @property
+    def clip_norm(self) -> float:
+        """The largest gradient norm, 0 for none; a sum over pixels has a gradient thousands of times a mean's."""
+        if self.clip is not None:
+            return self.clip
+        return 1.0 if self.reduction == "mean" else 0.0
 
     @property
     def budget(self) -> tuple[str, float]:

@@ -11,13 +11,14 @@ import torch
 from torch import nn
 
 from pixelwise.data.check import Inspection
-from pixelwise.errors import UsageError
 from pixelwise.infer.devices import peak_memory_bytes, resolve_device, resolve_precision
 from pixelwise.losses import cross_entropy
-from pixelwise.models.backbones import backbone_normalisation
-from pixelwise.models.registry import count_parameters, model_config
+from pixelwise.models.registry import count_parameters
 from pixelwise.ops.depthwise import speed_up_depthwise
 from pixelwise.train.config import RunConfig
+from pixelwise.train.inputs import batch_size, draws_per_image, label_px, training_logits, window_px
+from pixelwise.train.separation import where_objects_come_from
+from pixelwise.train.start import Start
 from pixelwise.train.stream import default_workers
 
 CROP_STEP_PX = 32  # the stride of nearly every encoder: crops of its multiples need no padding
@@ -51,6 +52,9 @@ class Plan:
         validation_s: expected seconds of one validation.
         expected_s: of the whole run.
         memory_bytes: largest memory of the process so far, the trial steps included.
+        inputs: what a step draws: crops, or windows around single pixels.
+        separation: where the objects of the separation weights come from, if those are used.
+        stage: which of several, in words.
     """
 
     data: dict[str, Any]
@@ -73,39 +77,13 @@ class Plan:
     validation_s: float
     expected_s: float
     memory_bytes: int | None
+    inputs: str = "crops"
+    separation: str = ""
+    stage: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Values for JSON."""
         return asdict(self)
-
-
-def network_config(config: RunConfig, inspection: Inspection) -> dict[str, Any]:
-    """The keyword arguments for `create_model`: the user's, and what the data decide.
-
-    Raises:
-        UsageError: the network does not know an option.
-    """
-    given = {key: value for key, value in config.options.items() if key not in ("num_classes", "in_channels")}
-    fixed: dict[str, Any] = {"num_classes": inspection.folder.labels.num_classes, "in_channels": inspection.channels}
-    for key, value in fixed.items():
-        if config.options.get(key, value) != value:
-            raise UsageError(
-                f"options.{key}={config.options[key]} disagrees with the data, which have {value}. Leave it out."
-            )
-    made = model_config(config.model, **fixed, **given)
-    return asdict(made)
-
-
-def normalisation(
-    config: RunConfig, inspection: Inspection, backbone: str | None
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation per channel: those of the pretrained weights for 8-bit images, else the data's own."""
-    if not (config.pretrained and backbone) or set(inspection.dtypes) != {"uint8"} or inspection.channels not in (1, 3):
-        return inspection.mean, inspection.std
-    mean, std = backbone_normalisation(backbone)
-    if inspection.channels == 1:
-        return (statistics.fmean(mean),), (statistics.fmean(std),)
-    return mean, std
 
 
 def choose_crop_px(sizes: dict[str, int]) -> int:
@@ -120,18 +98,17 @@ def choose_crop_px(sizes: dict[str, int]) -> int:
     return max(CROP_STEP_PX, min(LARGEST_CROP_PX, fitting))
 
 
-def make_plan(
-    config: RunConfig, inspection: Inspection, model: nn.Module, model_kwargs: dict[str, Any], pretrained: str | None
-) -> Plan:
+def make_plan(config: RunConfig, inspection: Inspection, start: Start, *, stage: str = "") -> Plan:
     """Resolve what is open and time two trial steps on a copy of the network (random images; nothing is learnt)."""
-    folder = inspection.folder
+    folder, model = inspection.folder, start.model
     device = resolve_device(config.device)
     precision = resolve_precision(config.precision, device)
-    mean, std = normalisation(config, inspection, model_kwargs.get("backbone"))
-    crop_px = config.crop_px or choose_crop_px(inspection.sizes)
+    window = window_px(model)
+    crop_px, batch = window or config.crop_px or choose_crop_px(inspection.sizes), batch_size(config, model)
     train, val = len(folder.split("train")), len(folder.split("val"))
-    per_epoch = math.ceil(train / (config.batch_size * config.devices))
-    step_s = time_steps(config, model, crop_px, inspection.channels, device, precision)
+    draws = train * draws_per_image(model, _average_pixels(inspection))
+    per_epoch = math.ceil(draws / (batch * config.devices))
+    step_s = time_steps(config, model, (batch, inspection.channels, crop_px), device, precision)
     val_images = min(val, config.max_val_images or val)
     validation_s = val_images * _image_s(model, inspection, device, precision)
     kind, amount = config.budget
@@ -152,13 +129,13 @@ def make_plan(
         },
         classes=folder.labels.names,
         model=config.model,
-        config=model_kwargs,
+        config=start.kwargs,
         parameters=count_parameters(model),
-        pretrained=pretrained,
-        mean=mean,
-        std=std,
+        pretrained=start.loaded,
+        mean=start.mean,
+        std=start.std,
         crop_px=crop_px,
-        batch_size=config.batch_size,
+        batch_size=batch,
         precision=precision,
         device=str(device),
         workers=default_workers(device.type) if config.workers is None else config.workers,
@@ -171,6 +148,9 @@ def make_plan(
         if kind == "minutes"
         else steps * step_s + (steps // every if every else 0) * validation_s,
         memory_bytes=peak_memory_bytes(device),
+        inputs="crops" if window is None else "windows",
+        separation=where_objects_come_from(folder.split("train")) if config.separation else "",
+        stage=stage,
     )
 
 
@@ -183,22 +163,24 @@ def _validate_every(config: RunConfig, per_epoch: int, step_s: float, validation
 
 
 def time_steps(
-    config: RunConfig, model: nn.Module, crop_px: int, channels: int, device: torch.device, precision: str
+    config: RunConfig, model: nn.Module, shape: tuple[int, int, int], device: torch.device, precision: str
 ) -> float:
-    """Seconds of a training step: the second of two on a copy of `model`, which itself is left alone."""
+    """Seconds of a training step on (N, C, side): the second of two on a copy of `model`, which itself is left alone."""
+    (batch, channels, side), labels_px = shape, label_px(model, shape[2])
     with torch.random.fork_rng(devices=[]):
         trial = copy.deepcopy(model).to(device).train()
         if config.channels_last:
             trial = trial.to(memory_format=torch.channels_last)
         speed_up_depthwise(trial)
         optimizer = torch.optim.AdamW(trial.parameters(), lr=0.0)
-        image = torch.randn(config.batch_size, channels, crop_px, crop_px, device=device)
-        labels = torch.zeros(config.batch_size, crop_px, crop_px, dtype=torch.uint8, device=device)
+        image = torch.randn(batch, channels, side, side, device=device)
+        labels = torch.zeros(batch, labels_px, labels_px, dtype=torch.uint8, device=device)
         seconds = []
         for _ in range(2):
             started = time.perf_counter()
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
-                logits = trial(image.contiguous(memory_format=torch.channels_last) if config.channels_last else image)
+                x = image.contiguous(memory_format=torch.channels_last) if config.channels_last else image
+                logits = training_logits(trial, x)
             cross_entropy(logits, labels).backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -219,9 +201,13 @@ def _image_s(model: nn.Module, inspection: Inspection, device: torch.device, pre
         started = time.perf_counter()
         trial(image).argmax(1).cpu()
         seconds = time.perf_counter() - started
+    return READING * seconds * _average_pixels(inspection) / (width * height)
+
+
+def _average_pixels(inspection: Inspection) -> float:
+    """Of an image."""
     pixels = sum(count * image_area(size) for size, count in inspection.sizes.items())
-    average = pixels / sum(inspection.sizes.values())
-    return READING * seconds * average / (width * height)
+    return pixels / sum(inspection.sizes.values())
 
 
 def image_area(size: str) -> int:

@@ -4,10 +4,17 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+Schedule = Literal["poly", "onecycle", "constant", "exponential"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
     """A number of steps, or a number of seconds; exactly one is set.
+
+    Attributes:
+        steps: of the optimiser.
+        seconds: of training.
+        steps_per_epoch: how many steps are a pass over the data.
 
     Example:
         >>> Budget(steps=10).progress(step=5, elapsed_s=99.0)
@@ -16,6 +23,7 @@ class Budget:
 
     steps: int | None = None
     seconds: float | None = None
+    steps_per_epoch: int = 1
 
     def progress(self, *, step: int, elapsed_s: float) -> float:
         """The share in [0, 1] that is spent after `step` steps and `elapsed_s` seconds."""
@@ -24,23 +32,43 @@ class Budget:
         return min(1.0, elapsed_s / (self.seconds or 1.0))
 
 
-def lr_factor(progress: float, *, schedule: Literal["poly", "onecycle"], warmup: float, power: float) -> float:
-    """The learning rate over its peak: a rise over `warmup`, then a fall that reaches zero with the budget.
+def lr_factor(
+    progress: float,
+    *,
+    schedule: Schedule,
+    warmup: float,
+    power: float,
+    epoch: float = 0.0,
+    decay: float = 1.0,
+    decay_epochs: float = 1.0,
+) -> float:
+    """The learning rate over its peak: a rise over `warmup`, then what the schedule says.
 
     Args:
         progress: share of the budget spent, in [0, 1].
         schedule: `poly` rises linearly, then falls as (1 - p) ** power (DeepLab, arXiv:1606.00915); `onecycle` rises and
-            falls as a half cosine (Smith and Topin, arXiv:1708.07120).
+            falls as a half cosine (Smith and Topin, arXiv:1708.07120); both reach zero with the budget. `constant` stays
+            (FCN, SegNet). `exponential` is multiplied by `decay` after every `decay_epochs` (FC-DenseNet: 0.995 an epoch;
+            DeconvNet: 0.1 at steps many epochs apart).
         warmup: share of the budget of the rise.
         power: of `poly`.
+        epoch: passes over the data so far, a fraction included.
+        decay: factor of `exponential`.
+        decay_epochs: how often it is applied.
 
     Example:
         >>> [round(lr_factor(p, schedule="poly", warmup=0.1, power=1), 2) for p in (0.05, 0.1, 0.55, 1)]
         [0.5, 1.0, 0.5, 0.0]
+        >>> [lr_factor(0.5, schedule="exponential", warmup=0, power=1, epoch=e, decay=0.5) for e in (0.9, 1, 3)]
+        [1.0, 0.5, 0.125]
     """
     if progress < warmup:
         rise = progress / warmup
         # A time budget starts at exactly 0 s: a first step without any learning rate would be wasted.
-        return max(0.01, rise if schedule == "poly" else (1 - math.cos(math.pi * rise)) / 2)
+        return max(0.01, (1 - math.cos(math.pi * rise)) / 2 if schedule == "onecycle" else rise)
+    if schedule == "constant":
+        return 1.0
+    if schedule == "exponential":
+        return decay ** math.floor(epoch / decay_epochs + 1e-9)  # 0.3 / 0.1 is a little less than 3
     fall = (progress - warmup) / max(1e-12, 1 - warmup)
     return (1 - fall) ** power if schedule == "poly" else (1 + math.cos(math.pi * fall)) / 2

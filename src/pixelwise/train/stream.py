@@ -7,7 +7,7 @@ draws of each crop are seeded by them. So a resumed run sees the very same batch
 import hashlib
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -20,6 +20,9 @@ from torchvision.transforms import v2
 from pixelwise.data.labels import LabelSpec
 from pixelwise.data.layouts import Pair
 from pixelwise.data.samples import Sample, load_sample
+from pixelwise.data.transforms import PixelWeight
+
+Weigh = Callable[[Pair, Sample], tuple[Sample, Tensor]]  # a sample as it is trained on, and its pixels' weights (H, W)
 
 CACHE_SHARE = 0.3  # of the machine's memory may hold decoded images
 
@@ -30,8 +33,8 @@ def seed_of(*parts: int | str) -> int:
     return int.from_bytes(digest[:8], "little") >> 1
 
 
-class CropSet(Dataset[tuple[Tensor, Tensor]]):
-    """Augmented crops by (index of the pair, position in the stream).
+class CropSet(Dataset[tuple[Tensor, ...]]):
+    """Augmented crops by (index of the pair, position in the stream): image, mask and, if asked for, pixel weights.
 
     Args:
         pairs: with masks.
@@ -39,32 +42,46 @@ class CropSet(Dataset[tuple[Tensor, Tensor]]):
         channels: of the network's images.
         transform: from `training_transform`.
         seed: of the run.
-        cache: keep the decoded images in memory (shared with the workers where processes fork).
+        cache: keep the decoded images in memory (shared with the workers where processes fork), and their weights too.
+        weigh: computes the weights of an image's pixels.
     """
 
     def __init__(
-        self, pairs: Sequence[Pair], labels: LabelSpec, channels: int, transform: v2.Transform, seed: int, cache: bool
+        self,
+        pairs: Sequence[Pair],
+        labels: LabelSpec,
+        channels: int,
+        transform: v2.Transform,
+        seed: int,
+        cache: bool,
+        weigh: Weigh | None = None,
     ) -> None:
         self.pairs, self.labels, self.channels = pairs, labels, channels
-        self.transform, self.seed = transform, seed
-        self._samples: list[Sample] | None = None
+        self.transform, self.seed, self.weigh = transform, seed, weigh
+        self._samples: list[tuple[Tensor, ...]] | None = None
         if cache:
             with ThreadPoolExecutor(os.cpu_count()) as pool:
                 self._samples = list(pool.map(self._load, range(len(pairs))))
 
-    def _load(self, index: int) -> Sample:
-        return load_sample(self.pairs[index], self.labels, self.channels)
+    def _load(self, index: int) -> tuple[Tensor, ...]:
+        pair = self.pairs[index]
+        sample, weights = load_sample(pair, self.labels, self.channels), None
+        if self.weigh is not None:
+            sample, weights = self.weigh(pair, sample)
+        given = (tv_tensors.Image(sample.image), tv_tensors.Mask(sample.mask))
+        return given if weights is None else (*given, PixelWeight(weights))
 
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, ...]:
         index, position = key
         sample = self._samples[index] if self._samples is not None else self._load(index)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed_of(self.seed, "crop", position))
-            image, mask = self.transform(tv_tensors.Image(sample.image), tv_tensors.Mask(sample.mask))
-        return image.as_subclass(Tensor), mask.as_subclass(Tensor)
+            # Not torch.manual_seed: that also prepares the seed of every GPU, which takes longer than cutting a window.
+            torch.default_generator.manual_seed(seed_of(self.seed, "crop", position))
+            drawn = self.transform(*sample)
+        return tuple(item.as_subclass(Tensor) for item in drawn)
 
 
 class BatchStream(Sampler[list[tuple[int, int]]]):
@@ -99,7 +116,10 @@ class BatchStream(Sampler[list[tuple[int, int]]]):
 
 
 def make_loader(dataset: CropSet, stream: BatchStream, *, workers: int, pin_memory: bool) -> DataLoader[Any]:
-    """Batches (images (B, C, s, s) float32 in unit scale, masks (B, s, s) uint8), prepared ahead by `workers` processes."""
+    """Batches (images (B, C, s, s) float32 in unit scale, masks (B, s, s) uint8, weights (B, s, s) if there are any).
+
+    They are prepared ahead by `workers` processes.
+    """
     ahead: dict[str, Any] = {"prefetch_factor": 4, "persistent_workers": True} if workers else {}
     return DataLoader(
         dataset,

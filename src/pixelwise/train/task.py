@@ -12,6 +12,8 @@ from pixelwise.errors import PixelwiseError
 from pixelwise.losses import cross_entropy, dice_loss
 from pixelwise.ops.depthwise import speed_up_depthwise
 from pixelwise.train.config import RunConfig
+from pixelwise.train.inputs import training_logits
+from pixelwise.train.optimizer import make_optimizer
 from pixelwise.train.schedule import Budget, lr_factor
 from pixelwise.train.stream import seed_of
 
@@ -36,7 +38,7 @@ class Progress:
 
 
 class SegmentationTask(pl.LightningModule):
-    """Trains `model` on batches (image (N, C, H, W) in unit scale, labels (N, H, W)).
+    """Trains `model` on batches (image (N, C, H, W) in unit scale, labels (N, H, W)[, pixel weights (N, H, W)]).
 
     Args:
         model: maps (N, C, H, W) to (N, K, H, W).
@@ -77,21 +79,30 @@ class SegmentationTask(pl.LightningModule):
         """The network that is validated and saved: the averaged one, if weights are averaged."""
         return self.model if self.average is None else self.average.module
 
-    def training_step(self, batch: tuple[Tensor, Tensor], _index: int) -> Tensor:
-        image, labels = batch
+    def training_step(self, batch: tuple[Tensor, ...], _index: int) -> Tensor:
+        image, labels, *maps = batch
         x = (image - self.mean) / self.std
         if self.config.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
-        logits = self.model(x)  # (N, K, H, W)
+        logits = training_logits(self.model, x)  # (N, K, H, W)
+        pixel_weight = self._class_weight(labels) + maps[0] if maps else None
         loss = cross_entropy(
             logits,
             labels,
-            weight=self.weight,
+            weight=None if maps else self.weight,
+            pixel_weight=pixel_weight,
             label_smoothing=self.config.label_smoothing,
+            reduction=self.config.reduction,
         )
         if self.config.dice:
             loss = loss + self.config.dice * dice_loss(logits, labels)
         return loss
+
+    def _class_weight(self, labels: Tensor) -> Tensor | float:
+        """w_c of each pixel (N, H, W); U-Net adds the weights of gaps to it (arXiv:1505.04597, equation 2)."""
+        if self.weight is None:
+            return 1.0
+        return self.weight[labels.long().clamp(max=len(self.weight) - 1)]  # void has no loss, whatever it weighs
 
     def on_train_batch_start(self, _batch: Any, _index: int) -> None:
         # The draws of a step (dropout, …) depend on the seed and the step alone, so that a resumed run repeats them.
@@ -104,7 +115,15 @@ class SegmentationTask(pl.LightningModule):
         """The learning rate of the coming step over its peak."""
         spent = self.budget.progress(step=self.global_step, elapsed_s=self.progress.elapsed_s)
         config = self.config
-        return lr_factor(spent, schedule=config.schedule, warmup=config.warmup, power=config.poly_power)
+        return lr_factor(
+            spent,
+            schedule=config.schedule,
+            warmup=config.warmup,
+            power=config.poly_power,
+            epoch=self.global_step / self.budget.steps_per_epoch,
+            decay=config.decay,
+            decay_epochs=config.decay_epochs,
+        )
 
     def after_step(self, loss: Tensor) -> None:
         """What belongs to a step after the optimiser's part; not a hook, since Lightning runs callbacks before those.
@@ -123,19 +142,7 @@ class SegmentationTask(pl.LightningModule):
             )
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad:
-                key = (name.startswith("encoder."), parameter.ndim > 1)
-                groups.setdefault(key, []).append(parameter)
-        config = self.config
-        rows = []
-        for (is_encoder, is_weight), parameters in groups.items():
-            peak = config.lr * (config.encoder_lr if is_encoder else 1.0)
-            # Norms and biases are not pulled towards zero: they scale, they do not select.
-            decay = config.weight_decay if is_weight else 0.0
-            rows.append({"params": parameters, "lr": peak, "peak_lr": peak, "weight_decay": decay})
-        return torch.optim.AdamW(rows)
+        return make_optimizer(self.model, self.config)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["progress"] = asdict(self.progress)

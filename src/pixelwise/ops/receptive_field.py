@@ -1,0 +1,214 @@
+"""The receptive field of any network, found by changing pixels and looking at what changes, not by a list of layers.
+
+A line of pixels of a long, thin canvas becomes NaN and the lines of logits that become NaN are noted, for each place that
+the line can have on the network's coarsest grid, once along the height and once along the width. NaN takes every path: it
+survives activations, maxima and weights of zero.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pixelwise.errors import UsageError
+
+FIRST_PX, THIN_PX = 256, 8  # the sides to begin with
+UNKNOWN_STRIDE, LARGEST_STRIDE = 32, 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReceptiveField:
+    """Which pixels the logits of a pixel depend on.
+
+    Attributes:
+        bounded: False where they depend on all of the image (global pooling, attention), or on more than was tried.
+        stride: the smallest shift in pixels, along height and width, that shifts the logits along; None if not bounded.
+        radius_px: how far above, below, left and right of a pixel the farthest of them is, for the pixels that see
+            farthest; None if not bounded.
+        size_px: rows and columns from the first to the last that a pixel depends on, for the pixels that see most;
+            likewise None. Where pixels see differently far in different directions, less than their radii together.
+    """
+
+    bounded: bool
+    stride: int | None = None
+    radius_px: tuple[int, int, int, int] | None = None
+    size_px: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class _Extent:
+    stride: int
+    before: int
+    after: int
+    size: int
+
+
+def receptive_field(
+    model: nn.Module, *, in_channels: int | None = None, stride: int | None = None, limit_px: int = 4096
+) -> ReceptiveField:
+    """The receptive field of a network in eval mode, and whether it has an end.
+
+    Pixels count that a logit can depend on as the network is wired, whatever its weights, so random weights will do, and a
+    network of the same layers with few channels gives the same answer sooner. The network is copied and runs in float64 on
+    the CPU (other kernels may spread NaN to neighbours), up to a pass for each pixel of its stride and each side.
+
+    Args:
+        model: maps images (N, C, H, W) to logits (N, K, H, W).
+        in_channels: C; from the model's `config` unless given, else 3.
+        stride: the coarsest stride in pixels; the model's `stride` unless given. Only where the search begins: the result
+            holds what was found.
+        limit_px: length of the longest canvas. A field that reaches from its middle to its ends counts as unbounded.
+
+    Raises:
+        UsageError: the logits have another size than the image, the weights are on `meta`, or no stride up to 256 px fits.
+
+    Example:
+        >>> stack = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 2, 5, padding=2))
+        >>> receptive_field(stack).size_px
+        (7, 7)
+        >>> class Squeeze(nn.Module):
+        ...     def forward(self, image):
+        ...         return image * image.mean((2, 3), keepdim=True).sigmoid()
+        >>> receptive_field(Squeeze()).bounded
+        False
+    """
+    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+        raise UsageError("receptive_field: the weights are on the meta device; build the model with real ones.")
+    if in_channels is None:
+        in_channels = getattr(getattr(model, "config", None), "in_channels", 3)
+    if stride is None:
+        stride = getattr(model, "stride", None)
+    first_stride = stride if isinstance(stride, int) and stride > 0 else UNKNOWN_STRIDE
+    probed = copy.deepcopy(model).to("cpu", torch.float64).eval()
+    extents = []
+    for axis in (-2, -1):
+        extent = _extent(probed, in_channels, axis, first_stride, limit_px)
+        if extent is None:
+            return ReceptiveField(bounded=False)
+        extents.append(extent)
+    rows, columns = extents
+    return ReceptiveField(
+        bounded=True,
+        stride=max(rows.stride, columns.stride),
+        radius_px=(rows.before, rows.after, columns.before, columns.after),
+        size_px=(rows.size, columns.size),
+    )
+
+
+def _extent(model: nn.Module, in_channels: int, axis: int, stride: int, limit_px: int) -> _Extent | None:
+    """The extent along one axis, or None where it has no end within the limit."""
+    while stride <= LARGEST_STRIDE:
+        canvas = _large_canvas(model, in_channels, axis, stride, limit_px)
+        if canvas is None:
+            return None
+        lines = canvas.reached_by_all(stride)
+        period = _period(lines)
+        if period is not None:
+            return _summary(lines[:period], period)
+        stride *= 2
+    raise UsageError(
+        f"receptive_field: no shift of up to {LARGEST_STRIDE} px shifts the logits along, so there is no field that holds "
+        "for all pixels."
+    )
+
+
+class _Canvas:
+    """A canvas, `length` along one axis and thin along the other, whose lines become NaN one at a time."""
+
+    def __init__(self, model: nn.Module, in_channels: int, axis: int, stride: int, length: int) -> None:
+        self.model, self.axis, self.length = model, axis, length
+        thin = -(-THIN_PX // stride) * stride
+        self.shape = (1, in_channels, *((length, thin) if axis == -2 else (thin, length)))
+        self.middle = length // 2 // stride * stride
+
+    @torch.no_grad()
+    def reached(self, shift: int) -> Tensor:
+        """(L',), ascending: the lines of logits, counted from the middle, that depend on the line at `shift` from there."""
+        image = torch.zeros(self.shape, dtype=torch.float64)
+        image.select(self.axis, self.middle + shift).fill_(torch.nan)
+        with _UnpoolAnywhere():
+            logits = self.model(image)
+        if logits.shape[-2:] != image.shape[-2:]:
+            raise UsageError(
+                f"receptive_field: the model makes {tuple(logits.shape[-2:])} of an image of {tuple(image.shape[-2:])} px; "
+                "it must give logits for every pixel. Upsample them to the image first."
+            )
+        other = -1 if self.axis == -2 else -2
+        return logits.isnan().any(dim=other).any(dim=(0, 1)).nonzero().flatten() - self.middle
+
+    def reached_by_all(self, last: int) -> list[Tensor]:
+        """`reached` for the shifts 0 ... `last`.
+
+        Layers keep the order of what they take, so where two lines reach the very same places, those between them do too
+        and need no passes of their own.
+        """
+        found = {shift: self.reached(shift) for shift in (0, last)}
+        spans = [(0, last)]
+        while spans:
+            low, high = spans.pop()
+            if torch.equal(found[low], found[high]):
+                found |= dict.fromkeys(range(low + 1, high), found[low])
+            elif high - low > 1:
+                between = (low + high) // 2
+                found[between] = self.reached(between)
+                spans += [(low, between), (between, high)]
+        return [found[shift] for shift in range(last + 1)]
+
+    def is_clear(self, lines: Tensor, margin: int) -> bool:
+        """Whether `lines` keep away from the ends of the canvas."""
+        return bool((lines >= margin - self.middle).all() and (lines < self.length - margin - self.middle).all())
+
+
+def _large_canvas(model: nn.Module, in_channels: int, axis: int, stride: int, limit_px: int) -> _Canvas | None:
+    """The first canvas of length 256, 512, ... on which the lines around the middle reach others, but not its ends."""
+    length = max(FIRST_PX, 8 * stride)
+    canvas, reached = None, torch.empty(0)
+    while length <= limit_px:
+        canvas = _Canvas(model, in_channels, axis, stride, length)
+        reached = torch.cat([canvas.reached(shift) for shift in (0, stride - 1)])
+        if len(reached) and canvas.is_clear(reached, stride):
+            return canvas
+        length *= 2
+    return None if len(reached) else canvas
+
+
+class _UnpoolAnywhere(TorchDispatchMode):
+    """Unpooling puts a value at one place of its window, which others would have got it; NaN goes to all of them."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[Any], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is not torch.ops.aten.max_unpool2d.default:
+            return out
+        windows = F.interpolate(args[0].isnan().to(out.dtype), size=out.shape[-2:], mode="nearest")
+        return out.masked_fill(windows > 0, torch.nan)
+
+
+def _period(lines: list[Tensor]) -> int | None:
+    """The smallest shift that shifts the lines reached along; a divisor of the largest shift tried."""
+    last = len(lines) - 1
+    for period in range(1, last + 1):
+        if last % period == 0 and all(
+            torch.equal(line + period, later) for line, later in zip(lines, lines[period:], strict=False)
+        ):
+            return period
+    return None
+
+
+def _summary(lines: list[Tensor], period: int) -> _Extent:
+    """Turn what each line of pixels reaches into what each line of logits, by its phase, depends on."""
+    if not any(map(len, lines)):
+        return _Extent(period, 0, 0, 0)  # nothing depends on the image
+    to = torch.cat(lines)
+    back = torch.cat([shift - line for shift, line in enumerate(lines)])  # how far below it the line of logits sees
+    first = torch.full((period,), torch.iinfo(back.dtype).max).scatter_reduce(0, to % period, back, "amin")
+    last = torch.full((period,), torch.iinfo(back.dtype).min).scatter_reduce(0, to % period, back, "amax")
+    depends = last >= first
+    size = int((last - first + 1)[depends].max())
+    return _Extent(period, max(0, -int(back.min())), max(0, int(back.max())), size)
