@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 
 def pad_to_multiple(image: Tensor, multiple: int, *, at_least: int = 1) -> Tensor:
@@ -36,7 +37,8 @@ def pad_to_multiple(image: Tensor, multiple: int, *, at_least: int = 1) -> Tenso
 def _missing(length: int, multiple: int, at_least: int) -> int:
     """What `length` lacks to be a multiple of `multiple` that is not below `at_least`."""
     whole = (length + multiple - 1) // multiple * multiple
-    return (torch.sym_max(whole, at_least) if at_least > multiple else whole) - length
+    # In a graph for sizes that are all large enough, no maximum is left for later steps to puzzle over.
+    return (whole if statically_known_true(whole >= at_least) else torch.sym_max(whole, at_least)) - length
 
 
 def crop_like(scores: Tensor, image: Tensor) -> Tensor:

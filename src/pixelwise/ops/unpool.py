@@ -1,7 +1,57 @@
 """Max pooling that remembers where each maximum stood, and the unpooling that puts it back (SegNet, arXiv:1511.00561)."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+def max_pool_keeping_indices(x: Tensor, kernel: int | tuple[int, int] = 2) -> tuple[Tensor, Tensor]:
+    """The maximum of each window and its place; windows do not overlap, and those cut by the border count (ceil mode).
+
+    Of equal values in a window, the first in reading order is taken.
+
+    Args:
+        x: (N, C, H, W) with H, W >= 1.
+        kernel: height and width of a window in cells, also the step from one to the next.
+
+    Returns:
+        maxima (N, C, ceil(H / kernel), ceil(W / kernel)) and indices of that shape (int64): row * W + column in `x`.
+
+    Example:
+        >>> maxima, indices = max_pool_keeping_indices(torch.tensor([[[[1.0, 9.0, 2.0], [3.0, 4.0, 5.0]]]]))
+        >>> maxima.tolist(), indices.tolist()
+        ([[[[9.0, 5.0]]]], [[[[1, 5]]]])
+    """
+    kernel = _pair(kernel)
+    if not torch.compiler.is_exporting():
+        return F.max_pool2d(x, kernel, ceil_mode=True, return_indices=True)
+    # torch's ceil mode asks whether the size divides, which a graph for all sizes cannot. Cells of -inf are never taken.
+    height, width = x.shape[-2:]
+    rows, columns = ((length + step - 1) // step * step for length, step in zip((height, width), kernel, strict=True))
+    padded = F.pad(x, (0, columns - width, 0, rows - height), value=float("-inf"))
+    maxima, indices = F.max_pool2d(padded, kernel, return_indices=True)
+    return maxima, indices - indices // columns * (columns - width)
+
+
+def max_unpool(values: Tensor, indices: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
+    """Put each value where the maximum of its window stood, zeros elsewhere; the gradient takes the same way back.
+
+    Args:
+        values: (N, C, h, w), as many as the maxima were.
+        indices: of `max_pool_keeping_indices`, of the same shape.
+        size: (H, W) of the map that was pooled.
+
+    Returns:
+        (N, C, H, W)
+
+    Example:
+        >>> places = torch.tensor([[[[1, 5]]]])
+        >>> max_unpool(torch.tensor([[[[9.0, 5.0]]]]), places, (2, 3))
+        tensor([[[[0., 9., 0.],
+                  [0., 0., 5.]]]])
+    """
+    # The operator behind F.max_unpool2d, which compares sizes in Python and so cannot be exported for all of them.
+    return torch.ops.aten.max_unpool2d(values, indices, size)
 
 
 class MaxPoolKeepingIndices(nn.Module):
@@ -12,7 +62,6 @@ class MaxPoolKeepingIndices(nn.Module):
         channels: of the maps it pools.
 
     Example:
-        >>> import torch
         >>> pool = MaxPoolKeepingIndices(nn.MaxPool2d(2), channels=1)
         >>> maxima = pool(torch.tensor([[[[1., 9.], [3., 4.]]]]))
         >>> pool.unpool(maxima)
@@ -27,7 +76,10 @@ class MaxPoolKeepingIndices(nn.Module):
         self._last: tuple[Tensor, tuple[int, ...]] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        maxima, indices = F.max_pool2d(x, self.kernel, ceil_mode=self.ceil_mode, return_indices=True)
+        if self.ceil_mode:
+            maxima, indices = max_pool_keeping_indices(x, self.kernel)
+        else:
+            maxima, indices = F.max_pool2d(x, self.kernel, return_indices=True)
         self._last = (indices, tuple(x.shape[-2:]))
         return maxima
 
@@ -36,7 +88,7 @@ class MaxPoolKeepingIndices(nn.Module):
         if self._last is None:
             raise RuntimeError("unpool follows a forward pass: each one remembers its places for one unpooling.")
         (indices, size), self._last = self._last, None
-        return F.max_unpool2d(x, indices, self.kernel, output_size=size)
+        return max_unpool(x, indices, size)  # type: ignore[arg-type]
 
 
 def _pair(value: int | tuple[int, int]) -> tuple[int, int]:

@@ -1,0 +1,130 @@
+"""Bayesian SegNet and Bayesian SegNet-Basic: dropout in the deep layers, kept on to sample predictions.
+
+Paper:  Kendall, Badrinarayanan, Cipolla. Bayesian SegNet: Model Uncertainty in Deep Convolutional Encoder-Decoder
+        Architectures for Scene Understanding. BMVC 2017 (arXiv:1511.02680). The variant the paper settles on, dropout in
+        the central encoders and decoders; places as in the authors' bayesian_segnet_train.prototxt (after pool3, pool4,
+        pool5 and after the decoder's stages 5, 4, 3) and bayesian_segnet_basic_train.prototxt (pool3, pool4, stages 4, 3).
+Differs from the paper: as `segnet` and `segnet_basic` do. `forward` in evaluation mode is the single pass without dropout
+        that the paper calls weight averaging; `sample` is the paper's Monte-Carlo prediction.
+Shapes: N batch, C channels, K classes, H W image size.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from pixelwise.errors import UsageError
+from pixelwise.models.registry import register_model
+from pixelwise.models.segnet import SegNet, SegNetConfig
+from pixelwise.models.segnet_basic import SegNetBasic, SegNetBasicConfig
+from pixelwise.ops.sampling import sample_with_dropout
+from pixelwise.ops.unpool import max_pool_keeping_indices, max_unpool
+
+DEEP = 3  # the first stage of the encoder that has dropout, and the last one of the decoder
+
+
+@dataclass(frozen=True, kw_only=True)
+class BayesianSegNetConfig(SegNetConfig):
+    """The fields of a SegNet, and the share of values that dropout sets to zero."""
+
+    dropout: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_dropout("bayesian_segnet", self.dropout)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BayesianSegNetBasicConfig(SegNetBasicConfig):
+    """The fields of a SegNet-Basic, and the share of values that dropout sets to zero."""
+
+    dropout: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_dropout("bayesian_segnet_basic", self.dropout)
+
+
+def _check_dropout(network: str, dropout: float) -> None:
+    if not 0 <= dropout < 1:
+        raise UsageError(f"{network}: dropout must be a share of at least 0 and less than 1, not {dropout}.")
+
+
+class _Sampled(nn.Module):
+    """What both networks add to their plain ones besides the places of dropout."""
+
+    def sample(self, image: Tensor, *, samples: int = 50, seed: int | None = None) -> tuple[Tensor, Tensor]:
+        """Mean probabilities (N, K, H, W) and uncertainty (N, H, W) over `samples` passes with dropout.
+
+        Arguments, units and errors as in `pixelwise.ops.sampling.sample_with_dropout`.
+        """
+        return sample_with_dropout(self, image, samples=samples, seed=seed)
+
+
+class BayesianSegNet(_Sampled, SegNet):
+    """SegNet with dropout; its state is that of a SegNet, so that the weights of either serve the other.
+
+    Example:
+        >>> import torch
+        >>> model = BayesianSegNet(BayesianSegNetConfig(num_classes=5, widths=(4, 4, 4, 4, 4)))
+        >>> mean, uncertainty = model.sample(torch.zeros(1, 3, 37, 50), samples=4, seed=0)
+        >>> tuple(mean.shape), tuple(uncertainty.shape)
+        ((1, 5, 37, 50), (1, 37, 50))
+    """
+
+    def __init__(self, config: BayesianSegNetConfig) -> None:
+        super().__init__(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, image: Tensor) -> Tensor:
+        x, places = image, []
+        for level, stage in enumerate(self.encoder, start=1):
+            size = x.shape[-2:]
+            x, indices = max_pool_keeping_indices(stage(x))  # (N, 64, H/2, W/2) ... (N, 512, H/32, W/32)
+            x = self.dropout(x) if level >= DEEP else x
+            places.append((indices, size))
+        for level, stage in zip((5, 4, 3, 2, 1), self.decoder, strict=True):
+            x = stage(max_unpool(x, *places.pop()))  # (N, 512, H/16, W/16) ... (N, 64, H/2, W/2), (N, K, H, W)
+            x = self.dropout(x) if level >= DEEP else x
+        return x
+
+
+class BayesianSegNetBasic(_Sampled, SegNetBasic):
+    """SegNet-Basic with dropout; its state is that of a SegNet-Basic, so that the weights of either serve the other.
+
+    Example:
+        >>> import torch
+        >>> model = BayesianSegNetBasic(BayesianSegNetBasicConfig(num_classes=5, width=4))
+        >>> mean, uncertainty = model.sample(torch.zeros(1, 3, 37, 50), samples=4, seed=0)
+        >>> tuple(mean.shape), tuple(uncertainty.shape)
+        ((1, 5, 37, 50), (1, 37, 50))
+    """
+
+    def __init__(self, config: BayesianSegNetBasicConfig) -> None:
+        super().__init__(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, image: Tensor) -> Tensor:
+        x, places = self.norm(image), []
+        for level, stage in enumerate(self.encoder, start=1):
+            size = x.shape[-2:]
+            x, indices = max_pool_keeping_indices(stage(x))  # (N, 64, H/2, W/2) ... (N, 64, H/16, W/16)
+            x = self.dropout(x) if level >= DEEP else x
+            places.append((indices, size))
+        for level, stage in zip((4, 3, 2, 1), self.decoder, strict=True):
+            x = stage(max_unpool(x, *places.pop()))  # (N, 64, H/8, W/8) ... (N, 64, H, W)
+            x = self.dropout(x) if level >= DEEP else x
+        return self.conv_classifier(x)  # (N, K, H, W)
+
+
+PAPER = "Kendall, Badrinarayanan, Cipolla. Bayesian SegNet. BMVC 2017"
+register_model(
+    "bayesian_segnet",
+    BayesianSegNet,
+    BayesianSegNetConfig(),
+    paper=PAPER,
+    tiny={"widths": (8, 8, 12, 12, 12), "dropout": 0.2},
+)
+register_model(
+    "bayesian_segnet_basic", BayesianSegNetBasic, BayesianSegNetBasicConfig(), paper=PAPER, tiny={"width": 6}
+)
