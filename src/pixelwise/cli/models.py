@@ -31,4 +31,7 @@ def models(
         row = describe_model(name)
         cost = f"{row['multiply_adds'] / 1e9:.1f}"
         table.add_row(name, f"{row['parameters']:,}", cost, str(row["stride"]), row["paper"])
-    Console().print(table)
+    console = Console()
+    if not console.is_terminal:  # a pipe has no width: a line for each network
+        console = Console(width=200)
+    console.print(table)

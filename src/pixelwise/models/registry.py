@@ -71,8 +71,8 @@ def list_models(pattern: str = "*") -> list[str]:
     """The names that `create_model` takes, sorted; `pattern` may hold `*` and `?`.
 
     Example:
-        >>> list_models("une*")
-        ['unet']
+        >>> list_models("unet*")
+        ['unet', 'unet_valid']
     """
     return sorted(fnmatch.filter(_MODELS, pattern))
 

@@ -105,5 +105,5 @@ register_model(
     SegNet,
     SegNetConfig(),
     paper="Badrinarayanan, Kendall, Cipolla. SegNet. PAMI 2017",
-    tiny={"widths": (4, 6, 8, 8, 8)},
+    tiny={"widths": (8, 8, 12, 12, 12)},
 )
