@@ -1,6 +1,22 @@
 """Networks: one paper, one file; importing this package registers them all."""
 
-from pixelwise.models import encoder_decoder, unet  # noqa: F401  (they register themselves)
+from pixelwise.models import (  # noqa: F401  (they register themselves)
+    bayesian_segnet,
+    deconvnet,
+    encoder_decoder,
+    enet,
+    fcdensenet,
+    fcn,
+    fcn_alexnet,
+    fcn_googlenet,
+    fullres_cnn,
+    linknet,
+    mirror,
+    patch_classifier,
+    segnet,
+    segnet_basic,
+    unet,
+)
 from pixelwise.models.registry import (
     ModelInfo,
     count_parameters,

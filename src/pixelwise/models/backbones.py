@@ -114,7 +114,12 @@ def _timm_backbone(name: str, in_channels: int) -> Backbone:
 def torchvision_classifier(name: str, in_channels: int = 3) -> nn.Module:
     """A torchvision classifier with random weights whose first convolution takes `in_channels`."""
     extra = {"init_weights": True, "aux_logits": False} if name in ("googlenet", "inception_v3") else {}
-    model = tv.get_model(name, weights=None, **extra)
+    try:
+        model = tv.get_model(name, weights=None, **extra)
+    except NotImplementedError:  # RegNet computes its widths with tensors, which hold no numbers on the device "meta"
+        with torch.device("cpu"):
+            model = tv.get_model(name, weights=None, **extra)
+        model.to("meta")
     if in_channels != 3:
         path, first = next((path, item) for path, item in model.named_modules() if isinstance(item, nn.Conv2d))
         wider = nn.Conv2d(

@@ -1,0 +1,198 @@
+"""FCN-32s, FCN-16s and FCN-8s: a classifier made convolutional, its scores enlarged and joined by those of finer layers.
+
+Paper:  Long, Shelhamer, Darrell. Fully Convolutional Networks for Semantic Segmentation. CVPR 2015 (arXiv:1411.4038).
+        `FCN.forward` is figure 3; the geometry is that of the authors' release (shelhamer/fcn.berkeleyvision.org):
+        100 px of padding, poolings that round up, crops at 19 (32s), 5 and 27 (16s), 5, 9 and 31 (8s).
+Differs from the paper: nothing in the network. Where the two part, the default follows the release, from which the best
+        published scores come and whose enlargements are all fixed; `upsampling="learnt"` makes parameters of all of them,
+        while the paper learns the inner ones and fixes the last. Without a classifier's weights the convolutions start
+        from He et al.'s Gaussian (the paper deems training from scratch infeasible); scores start at zero, as there.
+Shapes: N batch, C channels, K classes, H W image size; h w the grid of the coarsest scores: for 500 px it is 16.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, cast, get_args
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pixelwise.errors import UsageError
+from pixelwise.models.backbones import adapt_first_conv
+from pixelwise.models.registry import register_model
+from pixelwise.ops.convolutionalize import convolutionalize
+from pixelwise.ops.pooling import CeilMaxPool2d
+from pixelwise.ops.upsampling import bilinear_upsampling, crop_at
+
+Finest = Literal[8, 16, 32]
+Upsampling = Literal["fixed", "learnt"]
+
+CONVS = (2, 2, 3, 3, 3)  # of VGG-16, before each of its five poolings
+PADDING_PX = 100  # of the first convolution: so that the 7x7 of fc6 finds room on an image of one pixel
+POOL4_CROP, POOL3_CROP = 5, 9
+# By finest grid: the name, kernel and crop offset of the enlargement to the image; its stride is the grid's.
+LAST = {32: ("upscore", 64, 19), 16: ("upscore16", 32, 27), 8: ("upscore8", 16, 31)}
+AT_ONCE = (0.01, 0.0001)  # what pool4 and pool3 are multiplied by where all three streams are trained at once
+
+
+@dataclass(frozen=True, kw_only=True)
+class FCNConfig:
+    """The fields of an FCN; `finest` is the finest grid in pixels on which classes are scored (32, 16 or 8)."""
+
+    num_classes: int = 21
+    in_channels: int = 3
+    finest: Finest = 8
+    at_once: bool = (
+        False  # FCN-8s trained in one stage: pool4 and pool3 are scaled by 0.01 and 0.0001 before their scores
+    )
+    upsampling: Upsampling = "fixed"
+    widths: tuple[int, ...] = (64, 128, 256, 512, 512)
+    head_width: int = 4096  # fc6 and fc7
+    dropout: float = 0.5  # of single values, after fc6 and fc7
+
+    def __post_init__(self) -> None:
+        for key, allowed in (("finest", get_args(Finest)), ("upsampling", get_args(Upsampling))):
+            if getattr(self, key) not in allowed:
+                raise UsageError(f"fcn: {key} must be one of {allowed}, not {getattr(self, key)!r}.")
+        if self.at_once and self.finest != 8:
+            raise UsageError(f"fcn: at_once must be False with finest={self.finest}: only FCN-8s is trained so.")
+        if len(self.widths) != len(CONVS) or min(self.widths) < 1:
+            raise UsageError(f"fcn: widths must be {len(CONVS)} positive numbers, not {self.widths}.")
+        if self.head_width < 1:
+            raise UsageError(f"fcn: head_width must be at least 1, not {self.head_width}.")
+        if not 0 <= self.dropout < 1:
+            raise UsageError(f"fcn: dropout must be at least 0 and less than 1, not {self.dropout}.")
+
+
+class FCN(nn.Module):
+    """A VGG-16 without its last layer, scores on grids of 32, 16 and 8 px, fused coarse to fine.
+
+    Layers bear the names of the authors' release, equal in all variants, so that the state of a coarser one starts a
+    finer one: what that lacks, the new scores, begins at zero.
+
+    Example:
+        >>> import torch
+        >>> model = FCN(FCNConfig(num_classes=5, widths=(4, 4, 4, 4, 4), head_width=8))
+        >>> tuple(model(torch.zeros(1, 3, 20, 33)).shape)
+        (1, 5, 20, 33)
+    """
+
+    stride = 32
+    classifiers = ("torchvision/vgg16",)
+
+    def __init__(self, config: FCNConfig) -> None:
+        super().__init__()
+        self.finest, self.widths, classes = config.finest, config.widths, config.num_classes
+        self.scales = AT_ONCE if config.at_once else (1.0, 1.0)
+        self.stages: list[list[str]] = []  # the names of the convolutions before each pooling
+        channels = config.in_channels
+        for stage, (count, width) in enumerate(zip(CONVS, config.widths, strict=True), start=1):
+            self.stages.append([f"conv{stage}_{index}" for index in range(1, count + 1)])
+            for name in self.stages[-1]:
+                padding = PADDING_PX if name == "conv1_1" else 1
+                self.add_module(name, nn.Conv2d(channels, width, 3, padding=padding))
+                channels = width
+        self.pool = CeilMaxPool2d(2, 2)
+        self.fc6 = nn.Conv2d(channels, config.head_width, 7)
+        self.fc7 = nn.Conv2d(config.head_width, config.head_width, 1)
+        self.dropout = nn.Dropout(config.dropout)
+        self.score_fr = nn.Conv2d(config.head_width, classes, 1)
+        learnt = config.upsampling == "learnt"
+        if config.finest <= 16:
+            self.upscore2 = bilinear_upsampling(classes, kernel=4, stride=2, learnt=learnt)
+            self.score_pool4 = nn.Conv2d(config.widths[3], classes, 1)
+        if config.finest == 8:
+            self.upscore_pool4 = bilinear_upsampling(classes, kernel=4, stride=2, learnt=learnt)
+            self.score_pool3 = nn.Conv2d(config.widths[2], classes, 1)
+        self.last, kernel, self.crop = LAST[config.finest]
+        self.add_module(self.last, bilinear_upsampling(classes, kernel=kernel, stride=config.finest, learnt=learnt))
+        init_weights(self)
+
+    def forward(self, image: Tensor) -> Tensor:
+        pools = self.trunk(image)
+        scores = self.score_fr(self.head(pools[4]))  # (N, K, h, w), a score every 32 px
+        if self.finest <= 16:
+            scores = self.upscore2(scores)  # (N, K, 2h + 2, 2w + 2), every 16 px
+            scores = scores + crop_at(self.score_pool4(self.scales[0] * pools[3]), scores, POOL4_CROP)
+        if self.finest == 8:
+            scores = self.upscore_pool4(scores)  # (N, K, 4h + 6, 4w + 6), every 8 px
+            scores = scores + crop_at(self.score_pool3(self.scales[1] * pools[2]), scores, POOL3_CROP)
+        return crop_at(self.get_submodule(self.last)(scores), image, self.crop)  # (N, K, H, W)
+
+    def trunk(self, image: Tensor) -> list[Tensor]:
+        """The maps after pool1 ... pool5; with H' = H + 198 they measure H'/2 ... H'/32, rounded up each time."""
+        x, pools = image, []
+        for names in self.stages:
+            for name in names:
+                x = F.relu(self.get_submodule(name)(x), inplace=True)  # conv1_1: (N, 64, H + 198, W + 198)
+            x = self.pool(x)  # (N, 64, H'/2, W'/2) ... (N, 512, H'/32, W'/32)
+            pools.append(x)
+        return pools
+
+    def head(self, pool5: Tensor) -> Tensor:
+        """fc7 of every 7x7 window of pool5 (N, 512, h + 6, w + 6) -> (N, 4096, h, w)."""
+        x = self.dropout(F.relu(self.fc6(pool5), inplace=True))  # (N, 4096, h, w)
+        return self.dropout(F.relu(self.fc7(x), inplace=True))
+
+    def weights_from_classifier(self, classifier: nn.Module) -> dict[str, Tensor]:
+        """Entries for this state from a VGG-16: its 13 convolutions, and its first two linear layers as fc6 and fc7.
+
+        Args:
+            classifier: of any library; its layers are told by their order and shapes. Its last layer is left out: the
+                scores start at zero.
+
+        Raises:
+            UsageError: it is no plain VGG-16, or its widths differ from this network's.
+        """
+        paths, dense = _vgg16_layers(classifier), convolutionalize(classifier)
+        names = [name for stage in self.stages for name in stage]
+        state: dict[str, Tensor] = {}
+        for name, path in zip([*names, "fc6", "fc7"], paths[:-1], strict=True):
+            own, given = (cast(nn.Conv2d, source) for source in (self.get_submodule(name), dense.get_submodule(path)))
+            weight = given.weight.detach()
+            if name == "conv1_1" and weight.shape[1] == 3 != own.in_channels:
+                weight = adapt_first_conv(weight, own.in_channels)
+            if weight.shape != own.weight.shape:
+                raise UsageError(
+                    f"fcn: {name} holds {tuple(own.weight.shape)} numbers, and the classifier's {path} "
+                    f"{tuple(weight.shape)}. Choose widths={tuple(self.widths)} and head_width as the classifier has them."
+                )
+            state |= {f"{name}.weight": weight, f"{name}.bias": cast(Tensor, given.bias).detach()}
+        return state
+
+
+def _vgg16_layers(classifier: nn.Module) -> list[str]:
+    """The paths of the 16 layers with weights of a VGG-16, in order."""
+    paths, order = [], ""
+    for path, module in classifier.named_modules():
+        if isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:
+            paths.append(path)
+            order += "c"
+        elif isinstance(module, nn.MaxPool2d):
+            order += "p"
+        elif any(True for _ in module.parameters(recurse=False)):
+            order += "?"
+    if order != "".join("c" * count + "p" for count in CONVS) + "ccc":
+        raise UsageError(
+            f"fcn: its trunk is a VGG-16 without batch norm (13 convolutions, 5 max poolings, 3 linear layers), and the "
+            f"{type(classifier).__name__} given is another network. Pass torchvision's vgg16."
+        )
+    return paths
+
+
+def init_weights(model: nn.Module) -> None:
+    """Scores at zero, as in the paper; other convolutions from a Gaussian of deviation sqrt(2 / fan in), biases zero."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d):
+            if name.startswith("score"):
+                nn.init.zeros_(module.weight)
+            else:
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+            nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+
+
+PAPER = "Long, Shelhamer, Darrell. Fully Convolutional Networks for Semantic Segmentation. CVPR 2015"
+TINY = {"widths": (4, 6, 8, 8, 8), "head_width": 16}
+register_model("fcn32s", FCN, FCNConfig(finest=32), paper=PAPER, tiny=TINY)
+register_model("fcn16s", FCN, FCNConfig(finest=16), paper=PAPER, tiny=TINY)
+register_model("fcn8s", FCN, FCNConfig(finest=8), paper=PAPER, tiny=TINY)
+register_model("fcn8s_at_once", FCN, FCNConfig(finest=8, at_once=True), paper=PAPER, tiny=TINY)
