@@ -10,6 +10,7 @@ from rich.console import Console
 
 from pixelwise.cli.demo import demo
 from pixelwise.cli.evaluate import evaluate
+from pixelwise.cli.heatmap import heatmap
 from pixelwise.cli.inspect import inspect
 from pixelwise.cli.models import models
 from pixelwise.cli.predict import predict
@@ -25,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for verb in (inspect, train, evaluate, predict, models, report, demo):
+for verb in (inspect, train, evaluate, predict, models, heatmap, report, demo):
     app.command()(verb)
 
 

@@ -1,5 +1,7 @@
 """Padding, cropping and bilinear upsampling, shared by every network."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -38,7 +40,8 @@ def _missing(length: int, multiple: int, at_least: int) -> int:
     """What `length` lacks to be a multiple of `multiple` that is not below `at_least`."""
     whole = (length + multiple - 1) // multiple * multiple
     # In a graph for sizes that are all large enough, no maximum is left for later steps to puzzle over.
-    return (whole if statically_known_true(whole >= at_least) else torch.sym_max(whole, at_least)) - length
+    least: Any = whole if statically_known_true(whole >= at_least) else torch.sym_max(whole, at_least)
+    return least - length
 
 
 def crop_like(scores: Tensor, image: Tensor) -> Tensor:

@@ -1,0 +1,263 @@
+"""The head of a classifier, from its last map to its scores, redone for every window of the map.
+
+What a head does to the one window of the classifier's own image size is followed on numbered values, so that any way to
+flatten, permute or slice it comes out right. A step over the whole window that is a mean or a maximum of each channel
+becomes a pooling of windows at stride 1; a linear layer becomes a convolution; any other step on vectors is done as it
+stands, with the cells of the map as its batch.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial, reduce
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from pixelwise.errors import UsageError
+from pixelwise.ops.convolutionalize.capture import OWN_BATCH, Capture, Grid
+from pixelwise.ops.convolutionalize.network import NewNetwork
+from pixelwise.ops.convolutionalize.steps import is_adaptive_average, is_elementwise, is_linear, is_rearranging
+from pixelwise.ops.convolutionalize.tracer import REFUSALS, run_node
+from pixelwise.ops.convolutionalize.windows import PooledConv2d, WindowPool, cells_of, map_of
+
+Size = tuple[int, int]
+Run = Callable[[Tensor], Any]
+REDUCTIONS = ("mean", "sum", "amax", torch.mean, torch.sum, torch.amax)  # these may come one axis at a time
+
+
+@dataclass(frozen=True)
+class Windows:
+    """What a value (N, ...) of the classifier's head is in the new graph.
+
+    Attributes:
+        map: the step that gives a map (N, C, H', W').
+        channels: C.
+        numbers: for each value of two images at the classifier's own size, which one of the window (C, h, w) it is;
+            those of the second image go on where those of the first end.
+        window: h, w in cells; (1, 1) where a cell of the map is all there is.
+        dilation: cells of the map between neighbours in a window.
+        bins: a, b where the window is to be averaged to (C, a, b) first, which `numbers` then number.
+        begun: steps that have reduced the window by one axis, waiting for the other: `x.mean(3).mean(2)`.
+    """
+
+    map: fx.Node
+    channels: int
+    numbers: Tensor
+    window: Size = (1, 1)
+    dilation: int = 1
+    bins: Size | None = None
+    begun: tuple[Run, ...] = ()
+
+    @property
+    def is_cell(self) -> bool:
+        return self.window == (1, 1) and self.bins is None and not self.begun
+
+    @property
+    def in_order(self) -> bool:
+        return torch.equal(self.numbers.flatten(), torch.arange(OWN_BATCH * self.count))
+
+    @property
+    def count(self) -> int:
+        rows, columns = self.bins or self.window
+        return self.channels * rows * columns
+
+
+def numbered(channels: int, size: Size = (1, 1)) -> Tensor:
+    """(2, C, h, w) with every value another number."""
+    return torch.arange(OWN_BATCH * channels * size[0] * size[1]).reshape(OWN_BATCH, channels, *size)
+
+
+def window_of(map_: fx.Node, value: Tensor, grid: Grid, dilation: int, graph: fx.Graph) -> Windows:
+    """The last map of the trunk; one with its channels last is turned round."""
+    others = [axis for axis in range(1, value.ndim) if axis not in grid.axes]
+    order = [0, *others, *grid.axes]
+    if order != list(range(value.ndim)):
+        map_ = graph.call_method("permute", (map_, *order))
+    channels = value.shape[others[0]]
+    numbers = numbered(channels, grid.size).permute([order.index(axis) for axis in range(value.ndim)])
+    return Windows(map_, channels, numbers, grid.size, dilation)
+
+
+class Head:
+    """Turns the steps of a classifier's head, one by one.
+
+    Args:
+        new: the network that is built.
+        per_cell: leave poolings out, so that each cell of the map gets its own scores.
+    """
+
+    def __init__(self, new: NewNetwork, per_cell: bool) -> None:
+        self.new, self.capture, self.graph, self.per_cell = new, new.capture, new.graph, per_cell
+
+    def convert(self, node: fx.Node, given: dict[fx.Node, Windows], others: Callable[[fx.Node], Any]) -> Windows:
+        """The next step.
+
+        Args:
+            node: of the classifier's graph.
+            given: what its inputs of the head are.
+            others: the new step or the constant in place of every other input.
+
+        Raises:
+            UsageError: it cannot be done for every window.
+        """
+        module = self.capture.module(node)
+        if len(given) == 1:
+            source, windows = next(iter(given.items()))
+            done = self._one_step(node, module, partial(try_step, self.capture, node, source), windows)
+            if done:
+                return done
+        if given and all(windows.is_cell for windows in given.values()):
+            return self._by_cells(node, given, others)
+        raise self._refusal(node, given)
+
+    def _one_step(self, node: fx.Node, module: nn.Module | None, run: Run, windows: Windows) -> Windows | None:
+        """A step on one value of the head, if it is of a kind that is done on maps."""
+        if not windows.is_cell and (pooled := self._pooled(node, run, windows)):
+            return pooled
+        if windows.begun:
+            return None
+        if is_rearranging(node, module) and (moved := self._rearranged(run, windows)):
+            return moved
+        if is_linear(module):
+            return self._convolved(node, windows)
+        keeps = isinstance(module, nn.Identity | nn.Dropout) or windows.bins is None
+        if is_elementwise(node, module) and keeps and len(node.all_input_nodes) == 1:
+            return replace(windows, map=self.graph.node_copy(node, lambda item: windows.map))
+        return None
+
+    def scores(self, node: fx.Node, windows: Windows) -> fx.Node:
+        """The map of scores, at the end of the head."""
+        if not windows.is_cell:
+            raise self._refusal(node, {node: windows})
+        if windows.in_order:
+            return windows.map
+        cells = self.graph.call_function(cells_of, self._cells_of(windows))
+        return self.graph.call_function(map_of, (cells, windows.map))
+
+    def _rearranged(self, run: Run, windows: Windows) -> Windows | None:
+        numbers = run(windows.numbers)
+        if not isinstance(numbers, Tensor) or numbers.ndim < 2 or numbers.shape[0] != OWN_BATCH:
+            return None
+        if not torch.equal(numbers[1], numbers[0] + windows.count):  # it mixes the images of a batch
+            return None
+        return replace(windows, numbers=numbers)
+
+    def _pooled(self, node: fx.Node, run: Run, windows: Windows) -> Windows | None:
+        """For a step that takes the mean, sum or maximum of each channel of the window, whatever it is called."""
+        if windows.bins is not None or self.capture.has_state(node):
+            return None
+        begun = (*windows.begun, run)
+        kind, numbers = recognise_pooling(lambda values: reduce(lambda x, step: step(x), begun, values), windows)
+        if kind is None and node.target in REDUCTIONS:
+            return replace(windows, begun=begun)
+        if kind is None:
+            return None if windows.begun else self._binned(node, windows)
+        if not self.per_cell:
+            path = self.new.place(node, WindowPool(kind, windows.window, windows.dilation))
+            pooled = self.graph.call_module(path, (windows.map,))
+        else:  # the scores of the classifier are then the mean of the cells' scores, where the head is linear
+            scale = windows.window[0] * windows.window[1] if kind == "sum" else 1
+            pooled = self.graph.call_method("mul", (windows.map, scale)) if scale > 1 else windows.map
+        return Windows(pooled, windows.channels, numbers)
+
+    def _binned(self, node: fx.Node, windows: Windows) -> Windows | None:
+        """Adaptive averaging to a few cells: what follows must be linear."""
+        averages = is_adaptive_average(node, self.capture.module(node))
+        if not averages or not windows.in_order or windows.numbers.ndim != 4:
+            return None
+        bins = tuple(node.meta["own"].shape[2:])
+        return replace(windows, numbers=numbered(windows.channels, bins), bins=bins)
+
+    def _convolved(self, node: fx.Node, windows: Windows) -> Windows | None:
+        """A linear layer over a whole window (or a cell) as a convolution with the same numbers."""
+        order = windows.numbers[0]
+        whole = order.ndim == 1 and torch.equal(order.sort().values, torch.arange(windows.count))
+        if not whole or (self.per_cell and not windows.is_cell):
+            return None
+        linear: Any = self.capture.classifier.get_submodule(str(node.target))
+        weight = linear.weight.detach()
+        if not windows.in_order:
+            weight = weight[:, order.argsort().to(weight.device)]
+        size = windows.bins or windows.window
+        kernel = nn.Parameter(weight.reshape(-1, windows.channels, *size), requires_grad=linear.weight.requires_grad)
+        conv: nn.Module
+        if windows.bins is not None:
+            conv = PooledConv2d(kernel, linear.bias, windows.window, windows.dilation)
+        else:
+            with torch.device("meta"):  # no memory for weights that are replaced at once
+                conv = nn.Conv2d(windows.channels, linear.out_features, size, dilation=windows.dilation, bias=False)
+            conv.weight, conv.bias = kernel, linear.bias
+        path = self.new.place(node, conv.train(linear.training))
+        scores = self.graph.call_module(path, (windows.map,))
+        return Windows(scores, linear.out_features, numbered(linear.out_features)[..., 0, 0])
+
+    def _by_cells(self, node: fx.Node, given: dict[fx.Node, Windows], others: Callable[[fx.Node], Any]) -> Windows:
+        """Any step on vectors, done as it stands with every cell of the map as a vector."""
+        after = node.meta["own"]
+        if not isinstance(after, Tensor) or after.ndim < 2 or after.shape[0] != OWN_BATCH:
+            raise self._refusal(node, given)
+        cells = {item: self.graph.call_function(cells_of, self._cells_of(windows)) for item, windows in given.items()}
+        step = self.graph.node_copy(node, lambda item: cells[item] if item in cells else others(item))
+        like = next(iter(given.values())).map
+        channels = after[0].numel()
+        result = self.graph.call_function(map_of, (step, like))
+        return Windows(result, channels, numbered(channels).reshape(after.shape))
+
+    def _cells_of(self, windows: Windows) -> tuple[Any, ...]:
+        shape = tuple(windows.numbers.shape[1:])
+        order = () if windows.in_order else (windows.numbers[0].flatten().tolist(),)
+        return (windows.map, shape, *order)
+
+    def _refusal(self, node: fx.Node, given: dict[fx.Node, Windows]) -> UsageError:
+        if self.per_cell and is_linear(self.capture.module(node)):
+            size = next(iter(given.values())).window
+            why = f"it takes the whole {size[0]} x {size[1]} map, so that a cell has no scores of its own; use head='window'"
+            return self.capture.refusal(node, why)
+        return self.capture.size_refusal(node, _why(node, given))
+
+
+def _why(node: fx.Node, given: dict[fx.Node, Windows]) -> str:
+    size = next((windows.window for windows in given.values() if not windows.is_cell), (1, 1))
+    step = "it" if node.op == "call_module" else f"its step {getattr(node.target, '__name__', str(node.target))!r}"
+    if size == (1, 1):
+        return f"{step} cannot be done for each cell of a map"
+    return f"{step} works on all cells of the {size[0]} x {size[1]} map at once, and is no pooling"
+
+
+def recognise_pooling(run: Run, windows: Windows) -> tuple[str | None, Tensor]:
+    """Whether a step is the mean, sum or maximum of each channel of a window, told by what it does to numbers.
+
+    Returns:
+        "mean", "sum", "max" or None, and which channel each value of the result is.
+    """
+    cells = windows.window[0] * windows.window[1]
+    random = torch.rand(OWN_BATCH * windows.channels, cells, generator=torch.Generator().manual_seed(0))
+    random = random.double() - 0.5
+    result = run(random.flatten()[windows.numbers])
+    channels = run((windows.numbers // cells).double())
+    if isinstance(result, Tensor) and isinstance(channels, Tensor) and result.shape == channels.shape:
+        for kind, pooled in (("mean", random.mean(1)), ("max", random.amax(1)), ("sum", random.sum(1))):
+            numbers = (channels / cells if kind == "sum" else channels).round().long()
+            known = int(numbers.min()) >= 0 and int(numbers.max()) < len(pooled)
+            if known and numbers.shape[0] == OWN_BATCH and torch.allclose(result, pooled[numbers]):
+                return kind, numbers
+    return None, windows.numbers
+
+
+def try_step(capture: Capture, node: fx.Node, source: fx.Node, given: Tensor) -> Any:
+    """What a step gives at the own size for `given` in place of its input `source`; None if it refuses."""
+    try:
+        return run_node(node, capture.twin, lambda item: given if item is source else item.meta["own"])
+    except REFUSALS:
+        return None
+
+
+def starts_head(capture: Capture, node: fx.Node, source: fx.Node, before: Grid) -> bool:
+    """Whether a step averages all cells of the map at the own size, by a fixed window that would move over a larger one."""
+    value, after = source.meta["own"], node.meta["own"]
+    is_one_cell = isinstance(after, Tensor) and after.ndim == 4 and after.shape[2:] == (1, 1) and before.size != (1, 1)
+    if not is_one_cell or value.ndim != 4 or before.axes != (2, 3) or capture.has_state(node):
+        return False
+    windows = Windows(source, value.shape[1], numbered(value.shape[1], before.size), before.size)
+    return recognise_pooling(partial(try_step, capture, node, source), windows)[0] == "mean"
