@@ -4,7 +4,7 @@ For each network: parameters, multiply-adds at 360 x 480 px and seconds of a tra
 version (the paper's depth, fewer maps: NARROW below) is trained from random weights for the same minutes, and scored on
 unseen scenes. Networks that are in the result file already are left out, so an interrupted run goes on.
 
-    python benchmarks/ladder.py --minutes 1.25 --out benchmarks/results/2026-11-23-ladder.json
+    python benchmarks/ladder.py --minutes 1 --out benchmarks/results/2026-11-23-ladder.json
     python benchmarks/ladder.py --page docs/ladder.md --out benchmarks/results/2026-11-23-ladder.json
 """
 
@@ -168,7 +168,7 @@ def write_page(page: Path, result: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=1.25)
+    parser.add_argument("--minutes", type=float, default=1.0)
     parser.add_argument("--only", nargs="*", default=list(NARROW))
     parser.add_argument("--runs", type=Path, default=None, help="where the runs stay; a temporary folder if unset")
     parser.add_argument("--page", type=Path, default=None, help="only write the table into this page")

@@ -2,6 +2,7 @@ import pytest
 import torch
 import torchvision.models as tv
 from torch import nn
+from torchvision.transforms import v2
 
 from pixelwise.errors import UsageError
 from pixelwise.models.backbones import (
@@ -10,6 +11,7 @@ from pixelwise.models.backbones import (
     classifier_state,
     create_backbone,
     resolve_backbone,
+    torchvision_classifier,
 )
 
 TRUNKS = {
@@ -93,7 +95,18 @@ def test_normalisation_is_that_of_the_weights():
     assert backbone_normalisation("torchvision/vgg11") == imagenet
     assert backbone_normalisation("resnet18") == imagenet
     assert backbone_normalisation("tf_efficientnet_lite0") == ((0.5,) * 3, (0.5,) * 3)
-    assert backbone_normalisation("torchvision/googlenet") == ((0.5,) * 3, (0.5,) * 3)
+
+
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
+def test_weights_from_tensorflow_see_what_torchvision_would_make_of_the_image(name):
+    with torch.device("meta"):
+        model = torchvision_classifier(name)
+    assert not model.transform_input  # so the normalisation has to be the weights' own
+    image = torch.rand(1, 3, 4, 5)
+    model.transform_input = True
+    imagenet = v2.functional.normalize(image, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    own = v2.functional.normalize(image, *backbone_normalisation(f"torchvision/{name}"))
+    assert torch.allclose(model._transform_input(imagenet), own, atol=1e-6)
 
 
 def test_rgb_weights_for_other_channels():

@@ -2,7 +2,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pixelwise.ops.upsampling import FixedBilinear, bilinear_upsampling, crop_at
+from pixelwise.ops.resize import crop_like
+from pixelwise.ops.upsampling import FixedBilinear, bilinear_upsampling
 
 SHAPES = [(4, 2), (16, 8), (32, 16), (63, 32), (64, 32)]  # all that the FCN papers use
 
@@ -46,7 +47,7 @@ def test_gradients_flow_through_the_fixed_kernel():
 
 def test_a_crop_starts_at_its_offset():
     x = torch.arange(2 * 7 * 9).view(1, 2, 7, 9)
-    assert torch.equal(crop_at(x, torch.zeros(1, 3, 4, 5), 2), x[:, :, 2:6, 2:7])
+    assert torch.equal(crop_like(x, torch.zeros(1, 3, 4, 5), 2), x[:, :, 2:6, 2:7])
 
 
 def test_bilinear_upsampling_agrees_with_torch_inside():

@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 from pixelwise.cli import main
 from pixelwise.cli.progress import TrainingProgress
 from pixelwise.errors import DataError, UsageError
-from pixelwise.models import list_models
 from pixelwise.train import RunConfig, checkpoints, make_config, train
 from pixelwise.train.folder import CONFIG_NAME
 from pixelwise.train.history import read_history
@@ -140,7 +139,6 @@ def test_a_finished_staged_run_is_known_and_other_data_are_refused(toy_data: Pat
         train(toy_data, out=out, resume=True)
 
 
-@pytest.mark.skipif("fcn32s" not in list_models(), reason="needs the FCN models")
 def test_fcn_in_three_stages(toy_data: Path, tmp_path: Path) -> None:
     config = tiny(model="fcn8s", stages="fcn32s,fcn16s", options=FCN, steps=2, batch_size=2, ema=0, stage_lr=0.1)
     run = train(toy_data, config, out=tmp_path / "run")

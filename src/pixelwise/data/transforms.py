@@ -15,7 +15,7 @@ from torchvision.transforms.v2 import functional as F
 
 from pixelwise.data.elastic import RandomElastic
 from pixelwise.data.labels import IGNORE_INDEX
-from pixelwise.data.windows import RandomWindow
+from pixelwise.data.windows import RandomWindow, draw_pixel
 
 Flips = Literal["none", "horizontal", "both", "dihedral"]
 
@@ -69,12 +69,7 @@ class RandomScaleCrop(v2.Transform):
 
     def _centre(self, mask: Tensor) -> tuple[int, int] | tuple[None, None]:
         """A pixel of a class drawn evenly from those present."""
-        classes = torch.bincount(mask.flatten(), minlength=IGNORE_INDEX + 1)[:IGNORE_INDEX].nonzero().flatten()
-        if not len(classes):
-            return None, None
-        wanted = classes[torch.randint(len(classes), ())]
-        cells = (mask.flatten() == wanted).nonzero().flatten()
-        return divmod(int(cells[torch.randint(len(cells), ())]), mask.shape[-1])
+        return draw_pixel(mask) if bool((mask != IGNORE_INDEX).any()) else (None, None)
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         is_mask = isinstance(inpt, tv_tensors.Mask)

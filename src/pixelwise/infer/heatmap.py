@@ -265,8 +265,6 @@ def open_classifier(
     classifier = timm.create_model(bare) if library == "timm" else torchvision_classifier(bare)
     if weights != "random":
         _fill(classifier, name, weights)
-        if library == "torchvision" and hasattr(classifier, "transform_input"):
-            classifier.transform_input = True  # type: ignore[assignment]  # the weights were trained by other means and spreads
     mean, std = backbone_normalisation(name)
     return WindowClassifier(
         classifier,

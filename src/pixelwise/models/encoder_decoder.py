@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from pixelwise.errors import UsageError
 from pixelwise.models.backbones import PROBE_PX, Backbone, create_backbone
 from pixelwise.models.registry import register_model
-from pixelwise.ops.resize import bilinear_kernel, crop_like, pad_to_multiple, upsample_to
+from pixelwise.ops.resize import crop_like, pad_to_multiple, upsample_to
 from pixelwise.ops.unpool import MaxPoolKeepingIndices
+from pixelwise.ops.upsampling import learnt_bilinear
 
 Skip = Literal["none", "add", "concat", "reduce"]
 Up = Literal["bilinear", "transposed", "unpool"]
@@ -63,7 +64,7 @@ class UpStep(nn.Module):
         self.pool = () if pool is None else (pool,)  # a tuple keeps the encoder's module out of this one's children
         inner = pool.channels if pool else width  # unpooling puts values back channel by channel
         self.narrow = conv_bn_relu(channels, inner, 1)
-        self.enlarge = _bilinear_deconv(inner) if up == "transposed" else None
+        self.enlarge = learnt_bilinear(inner, kernel=4, stride=2, padding=1) if up == "transposed" else None
         self.lateral = nn.Conv2d(skip_channels, inner, 1) if skip == "add" else None
         self.reduce = nn.Conv2d(inner + skip_channels, inner, 1) if skip == "reduce" else None
         self.mix = conv_bn_relu(inner + skip_channels if skip == "concat" else inner, width, 3)
@@ -82,16 +83,6 @@ class UpStep(nn.Module):
         elif self.skip == "concat":
             x = torch.cat([x, skip], dim=1)
         return self.mix(x)
-
-
-def _bilinear_deconv(width: int) -> nn.ConvTranspose2d:
-    """A learnt enlargement by 2 that starts as bilinear interpolation, channel by channel."""
-    deconv = nn.ConvTranspose2d(width, width, 4, stride=2, padding=1, bias=False)
-    with torch.no_grad():
-        deconv.weight.zero_()
-        index = torch.arange(width)
-        deconv.weight[index, index] = bilinear_kernel(4)
-    return deconv
 
 
 class EncoderDecoder(nn.Module):

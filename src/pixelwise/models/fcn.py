@@ -21,7 +21,8 @@ from pixelwise.models.backbones import adapt_first_conv
 from pixelwise.models.registry import register_model
 from pixelwise.ops.convolutionalize import convolutionalize
 from pixelwise.ops.pooling import CeilMaxPool2d
-from pixelwise.ops.upsampling import bilinear_upsampling, crop_at
+from pixelwise.ops.resize import crop_like
+from pixelwise.ops.upsampling import bilinear_upsampling
 
 Finest = Literal[8, 16, 32]
 Upsampling = Literal["fixed", "learnt"]
@@ -112,11 +113,11 @@ class FCN(nn.Module):
         scores = self.score_fr(self.head(pools[4]))  # (N, K, h, w), a score every 32 px
         if self.finest <= 16:
             scores = self.upscore2(scores)  # (N, K, 2h + 2, 2w + 2), every 16 px
-            scores = scores + crop_at(self.score_pool4(self.scales[0] * pools[3]), scores, POOL4_CROP)
+            scores = scores + crop_like(self.score_pool4(self.scales[0] * pools[3]), scores, POOL4_CROP)
         if self.finest == 8:
             scores = self.upscore_pool4(scores)  # (N, K, 4h + 6, 4w + 6), every 8 px
-            scores = scores + crop_at(self.score_pool3(self.scales[1] * pools[2]), scores, POOL3_CROP)
-        return crop_at(self.get_submodule(self.last)(scores), image, self.crop)  # (N, K, H, W)
+            scores = scores + crop_like(self.score_pool3(self.scales[1] * pools[2]), scores, POOL3_CROP)
+        return crop_like(self.get_submodule(self.last)(scores), image, self.crop)  # (N, K, H, W)
 
     def trunk(self, image: Tensor) -> list[Tensor]:
         """The maps after pool1 ... pool5; with H' = H + 198 they measure H'/2 ... H'/32, rounded up each time."""

@@ -19,7 +19,8 @@ from pixelwise.errors import UsageError
 from pixelwise.models.fcn import PADDING_PX, Upsampling, init_weights
 from pixelwise.models.registry import register_model
 from pixelwise.ops.pooling import CeilMaxPool2d
-from pixelwise.ops.upsampling import bilinear_upsampling, crop_at
+from pixelwise.ops.resize import crop_like
+from pixelwise.ops.upsampling import bilinear_upsampling
 
 CROP = 18  # the centre of the first score's 63x63 kernel, 31, less that of its receptive field in the image, 13
 
@@ -88,7 +89,7 @@ class FCNAlexNet(nn.Module):
         x = self.dropout(F.relu(self.fc6(x)))  # (N, 4096, h, w)
         x = self.dropout(F.relu(self.fc7(x)))
         scores = self.upscore(self.score_fr(x))  # (N, K, 32h + 31, 32w + 31)
-        return crop_at(scores, image, CROP)  # (N, K, H, W)
+        return crop_like(scores, image, CROP)  # (N, K, H, W)
 
 
 register_model(

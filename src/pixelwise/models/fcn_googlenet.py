@@ -23,7 +23,8 @@ from pixelwise.errors import UsageError
 from pixelwise.models.fcn import PADDING_PX, Upsampling, init_weights
 from pixelwise.models.registry import register_model
 from pixelwise.ops.pooling import CeilMaxPool2d
-from pixelwise.ops.upsampling import bilinear_upsampling, crop_at
+from pixelwise.ops.resize import crop_like
+from pixelwise.ops.upsampling import bilinear_upsampling
 
 CROP = 98
 # Channels of the 1x1, of the 3x3 and of the 5x5 with the 1x1 that narrows before each, and of the 1x1 after pooling.
@@ -126,7 +127,7 @@ class FCNGoogLeNet(nn.Module):
                 x = self.pool(x)  # (N, 480, H1/8, W1/8), then (N, 832, h, w)
             x = self.get_submodule(name)(x)  # (N, 256, H1/4, W1/4) ... (N, 1024, h, w)
         scores = self.upscore(self.score_fr(self.dropout(x)))  # (N, K, 32h + 31, 32w + 31)
-        return crop_at(scores, image, CROP)  # (N, K, H, W)
+        return crop_like(scores, image, CROP)  # (N, K, H, W)
 
 
 register_model(

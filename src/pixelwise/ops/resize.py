@@ -44,8 +44,8 @@ def _missing(length: int, multiple: int, at_least: int) -> int:
     return least - length
 
 
-def crop_like(scores: Tensor, image: Tensor) -> Tensor:
-    """The top-left part of `scores` (N, K, H', W') that has the height and width of `image`.
+def crop_like(scores: Tensor, image: Tensor, offset: int = 0) -> Tensor:
+    """The part of `scores` (N, K, H', W') from row and column `offset` on that has the height and width of `image`.
 
     Example:
         >>> tuple(crop_like(torch.zeros(1, 5, 64, 64), torch.zeros(1, 3, 33, 64)).shape)
@@ -53,9 +53,9 @@ def crop_like(scores: Tensor, image: Tensor) -> Tensor:
     """
     height, width = image.shape[-2:]
     if torch.compiler.is_exporting():  # a slice would ask of every size whether it cuts anything
-        rows, columns = (torch.arange(length, device=scores.device) for length in (height, width))
+        rows, columns = (torch.arange(offset, offset + length, device=scores.device) for length in (height, width))
         return scores.index_select(-2, rows).index_select(-1, columns)
-    return scores[..., :height, :width]
+    return scores[..., offset : offset + height, offset : offset + width]
 
 
 def upsample_to(features: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:

@@ -57,23 +57,19 @@ def bilinear_upsampling(channels: int, *, kernel: int, stride: int, learnt: bool
     """
     if not learnt:
         return FixedBilinear(channels, kernel=kernel, stride=stride)
-    deconv = nn.ConvTranspose2d(channels, channels, kernel, stride=stride, bias=False)
+    return learnt_bilinear(channels, kernel=kernel, stride=stride)
+
+
+def learnt_bilinear(channels: int, *, kernel: int, stride: int, padding: int = 0) -> nn.ConvTranspose2d:
+    """A transposed convolution that starts as bilinear interpolation, channel by channel; `padding` cells go at each border.
+
+    Example:
+        >>> tuple(learnt_bilinear(3, kernel=4, stride=2, padding=1)(torch.zeros(1, 3, 5, 6)).shape)
+        (1, 3, 10, 12)
+    """
+    deconv = nn.ConvTranspose2d(channels, channels, kernel, stride=stride, padding=padding, bias=False)
     diagonal = torch.arange(channels)
     with torch.no_grad():
         deconv.weight.zero_()
         deconv.weight[diagonal, diagonal] = bilinear_kernel(kernel)
     return deconv
-
-
-def crop_at(scores: Tensor, like: Tensor, offset: int) -> Tensor:
-    """The part of `scores` (N, K, H', W') from row and column `offset` on that has the height and width of `like`.
-
-    Example:
-        >>> crop_at(torch.arange(36.0).view(1, 1, 6, 6), torch.zeros(1, 3, 1, 2), 2)
-        tensor([[[[14., 15.]]]])
-    """
-    height, width = like.shape[-2:]
-    if torch.compiler.is_exporting():  # a slice would ask of every size whether it cuts anything
-        rows, columns = (torch.arange(offset, offset + length, device=scores.device) for length in (height, width))
-        return scores.index_select(-2, rows).index_select(-1, columns)
-    return scores[..., offset : offset + height, offset : offset + width]
