@@ -19,7 +19,7 @@ from pixelwise.errors import UsageError
 from pixelwise.models.registry import register_model
 from pixelwise.models.vgg_encoder import DEPTHS, WIDTHS, check_shape, check_widths, encoder_weights, vgg_encoder
 from pixelwise.ops.convolutionalize import convolutionalize
-from pixelwise.ops.resize import crop_like, pad_to_multiple
+from pixelwise.ops.resize import crop_like, has_known_size, pad_to_multiple
 from pixelwise.ops.unpool import max_pool_keeping_indices, max_unpool
 
 WINDOW = 7  # cells that fc6 sees at once
@@ -81,7 +81,7 @@ class DeconvNet(nn.Module):
 
     def head(self, pool5: Tensor) -> Tensor:
         """fc6, fc7 and fc6-deconv: (N, 512, h, w) -> (N, 512, h, w) for h, w >= 7."""
-        if not torch.compiler.is_exporting():
+        if has_known_size(pool5):
             x = self.fc7(self.fc6(pool5))  # (N, 4096, h - 6, w - 6)
             return self.fc6_deconv(x)  # (N, 512, h, w)
         # A graph for all sizes must not meet a side of 1, which h = 7 gives: one window more each way, emptied afterwards.

@@ -1,8 +1,21 @@
-"""What one forward pass costs, counted from the operations it really runs."""
+"""What one forward pass costs, in multiplications and in memory, counted from the operations it really runs."""
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
+
+Run = Callable[[Tensor], Tensor]
+"""A network ready to use: images (N, C, H, W) -> logits (N, K, H, W)."""
+
+FIT_PX = (512, 1024, 2048)  # sides of the images that a `PassMemory` is fitted to
 
 
 def multiply_adds(model: nn.Module, shape: tuple[int, int, int, int]) -> int:
@@ -27,3 +40,107 @@ def multiply_adds(model: nn.Module, shape: tuple[int, int, int, int]) -> int:
     finally:
         model.train(was_training)
     return counter.get_total_flops() // 2
+
+
+def peak_bytes(run: Run, shape: tuple[int, int, int, int], device: str | torch.device = "cpu") -> int:
+    """The most that the tensors of one pass take at any time: the image, the maps, the logits; not the weights.
+
+    Nothing is computed and none of it is allocated: the operations run on tensors that have a shape and a type only.
+
+    Args:
+        run: the network, on `device`.
+        shape: (N, C, H, W) of the image, however large.
+        device: where the image would be.
+
+    Raises:
+        RuntimeError: a step of the network asks for the values of a tensor.
+
+    Example:
+        >>> conv = nn.Conv2d(3, 8, 3, padding=1)
+        >>> peak_bytes(conv, (1, 3, 100, 100))  # 3 maps of 100 x 100 float32, then 8, and the weights in another order
+        440864
+    """
+    live = _LiveBytes()
+    with torch.inference_mode(), FakeTensorMode(allow_non_fake_inputs=True), live:
+        run(torch.empty(shape, device=device).contiguous(memory_format=torch.channels_last))
+    return live.peak
+
+
+def peak_bytes_per_px(run: Run, channels: int, device: str | torch.device = "cpu", *, side_px: int = 1024) -> float:
+    """`peak_bytes` for each pixel of a square image of `side_px`.
+
+    Example:
+        >>> round(peak_bytes_per_px(nn.Conv2d(3, 8, 3, padding=1), channels=3), 2)
+        44.0
+    """
+    return peak_bytes(run, (1, channels, side_px, side_px), device) / side_px**2
+
+
+@dataclass(frozen=True)
+class PassMemory:
+    """The memory of a pass over an image of any size: `per_px * H * W + per_side * (H + W) + fixed` bytes.
+
+    Example:
+        >>> PassMemory(per_px=44.0)(1, 100, 100)
+        440000
+    """
+
+    per_px: float
+    per_side: float = 0.0
+    fixed: float = 0.0
+
+    @classmethod
+    def of(cls, run: Run, channels: int, device: str | torch.device = "cpu") -> "PassMemory":
+        """Fitted to three sizes: networks that pad take more for the pixels of a small image than of a large one.
+
+        Raises:
+            RuntimeError: a step of the network asks for the values of a tensor.
+        """
+        sides = torch.tensor(FIT_PX, dtype=torch.float64)
+        peaks = torch.tensor([peak_bytes(run, (1, channels, px, px), device) for px in FIT_PX], dtype=torch.float64)
+        terms = torch.stack([sides**2, 2 * sides, torch.ones_like(sides)], dim=1)
+        per_px, per_side, fixed = torch.linalg.solve(terms, peaks).tolist()
+        if min(per_side, fixed) < 0:  # another layer is the largest in small images
+            per_px, per_side, fixed = float((peaks / sides**2).max()), 0.0, 0.0
+        return cls(per_px, per_side, fixed)
+
+    def __call__(self, count: int, height: int, width: int) -> int:
+        """Bytes of a pass over `count` images of `height` x `width` px."""
+        return int(count * (self.per_px * height * width + self.per_side * (height + width)) + self.fixed)
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Counts the memory behind the tensors that operations return, for as long as a tensor needs it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[Any], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        with self:  # operations made of others are looked into
+            out = func.decompose(*args, **(kwargs or {}))
+        if out is not NotImplemented:
+            return out
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self._see(leaf.untyped_storage())
+        scratch = 0
+        if func is torch.ops.aten.convolution.default and args[1].device.type == "cpu":
+            scratch = args[1].nbytes  # the CPU's convolutions bring the weights into another order, for each call
+        self.peak = max(self.peak, self.now + scratch)
+        return out
+
+    def _see(self, storage: torch.UntypedStorage) -> None:
+        if (key := storage._cdata) in self.known:
+            return
+        self.known.add(key)
+        self.now += (size := storage.nbytes())
+        weakref.finalize(storage, self._free, key, size)
+
+    def _free(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.now -= size

@@ -2,9 +2,10 @@
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from pixelwise.ops.resize import has_known_size
 
 
 class CeilMaxPool2d(nn.MaxPool2d):
@@ -28,7 +29,7 @@ class CeilMaxPool2d(nn.MaxPool2d):
 
     def forward(self, x: Tensor) -> Any:
         """(N, C, H, W) with H, W >= kernel -> (N, C, ceil((H - kernel) / stride) + 1, likewise)."""
-        if not torch.compiler.is_exporting():
+        if has_known_size(x):
             return super().forward(x)
         # torch's ceil mode asks whether the size divides, which a graph for all sizes cannot. One step less a cell of
         # -inf makes rounding down what rounding up was; no window lies in it alone, as none is shorter than the step.

@@ -8,6 +8,16 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 
+def has_known_size(*maps: Tensor) -> bool:
+    """Whether heights and widths are numbers; not so while a graph is captured for all sizes.
+
+    Example:
+        >>> has_known_size(torch.zeros(1, 3, 4, 5))
+        True
+    """
+    return all(isinstance(length, int) for item in maps for length in item.shape[-2:])
+
+
 def pad_to_multiple(image: Tensor, multiple: int, *, at_least: int = 1) -> Tensor:
     """Repeat the last row and column until height and width are multiples of `multiple`.
 
@@ -27,7 +37,7 @@ def pad_to_multiple(image: Tensor, multiple: int, *, at_least: int = 1) -> Tenso
     height, width = image.shape[-2:]
     below, right = (_missing(length, multiple, at_least) for length in (height, width))
     # While a graph is captured for all sizes, none of them may decide about a branch.
-    if torch.compiler.is_exporting():
+    if not has_known_size(image):
         rows, columns = (
             torch.arange(length + more, device=image.device).clamp(max=length - 1)
             for length, more in ((height, below), (width, right))
@@ -52,7 +62,7 @@ def crop_like(scores: Tensor, image: Tensor, offset: int = 0) -> Tensor:
         (1, 5, 33, 64)
     """
     height, width = image.shape[-2:]
-    if torch.compiler.is_exporting():  # a slice would ask of every size whether it cuts anything
+    if not has_known_size(scores, image):  # a slice would ask of every size whether it cuts anything
         rows, columns = (torch.arange(offset, offset + length, device=scores.device) for length in (height, width))
         return scores.index_select(-2, rows).index_select(-1, columns)
     return scores[..., offset : offset + height, offset : offset + width]
@@ -65,7 +75,7 @@ def upsample_to(features: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
         >>> tuple(upsample_to(torch.zeros(1, 2, 4, 4), (8, 12)).shape)
         (1, 2, 8, 12)
     """
-    if not torch.compiler.is_exporting() and features.shape[-2:] == tuple(size):
+    if has_known_size(features) and tuple(features.shape[-2:]) == tuple(size):
         return features
     return F.interpolate(features, size=tuple(size), mode="bilinear", align_corners=False)
 

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pixelwise.ops.resize import has_known_size
+
 
 def max_pool_keeping_indices(x: Tensor, kernel: int | tuple[int, int] = 2) -> tuple[Tensor, Tensor]:
     """The maximum of each window and its place; windows do not overlap, and those cut by the border count (ceil mode).
@@ -23,7 +25,7 @@ def max_pool_keeping_indices(x: Tensor, kernel: int | tuple[int, int] = 2) -> tu
         ([[[[9.0, 5.0]]]], [[[[1, 5]]]])
     """
     kernel = _pair(kernel)
-    if not torch.compiler.is_exporting():
+    if has_known_size(x):
         return F.max_pool2d(x, kernel, ceil_mode=True, return_indices=True)
     # torch's ceil mode asks whether the size divides, which a graph for all sizes cannot. Cells of -inf are never taken.
     height, width = x.shape[-2:]

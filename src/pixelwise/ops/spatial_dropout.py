@@ -1,0 +1,269 @@
+"""Dropout whose mask belongs to the place in the map: passes over tiles drop what one pass over the whole image drops.
+
+Torch draws the mask of a map in the order of its memory, so tiles, batches and devices see different ones. Here, whether a
+value is dropped is a hash of (seed, sample, layer, channel, row, column of the whole map) and of nothing else.
+"""
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pixelwise.errors import UsageError
+from pixelwise.ops.sampling import DROPOUTS
+
+_MASK_64 = (1 << 64) - 1
+_CALLS_BITS = 16  # a layer's number is that of its module, then that of the call within the pass
+_CHUNK = {"cpu": 1 << 16}  # values at a time: their int32 and float buffers stay in the cache
+_CHUNK_ELSEWHERE = 1 << 24
+
+
+@torch.library.custom_op("pixelwise::spatial_dropout", mutates_args=())
+def spatial_dropout(
+    x: Tensor, p: float, seed: Tensor, sample: Tensor, layer: int, top: int, left: int, channelwise: bool
+) -> Tensor:
+    """Set a share `p` of the values of `x` to zero and divide the others by 1 - p.
+
+    All images of a batch have the same mask, so what comes of one does not depend on the others. Only (N, C, H, W) has
+    rows and columns; in (N, L, F), the places L count as rows and the features F as columns, in (N, C) both are 0.
+
+    Args:
+        x: (N, C, H, W), or a window of it; floating point.
+        p: 0 to 1.
+        seed: whole number, int64 without dimensions.
+        sample: number of the pass, likewise.
+        layer: which layer of the network it is; layers of other numbers have unrelated masks.
+        top: row of the whole map at which the window begins.
+        left: column, likewise.
+        channelwise: drop whole channels (as `nn.Dropout2d`); rows and columns then play no part.
+
+    Returns:
+        As `x`; the mask is a pure function of (seed, sample, layer, channel, row, column).
+
+    Example:
+        >>> x, seed, sample = torch.ones(1, 2, 6, 7), torch.tensor(1), torch.tensor(0)
+        >>> whole = spatial_dropout(x, 0.5, seed, sample, 3, 0, 0, False)
+        >>> window = spatial_dropout(x[..., 2:5, 1:4], 0.5, seed, sample, 3, 2, 1, False)
+        >>> torch.equal(window, whole[..., 2:5, 1:4])
+        True
+    """
+    out = torch.empty_like(x)
+    if out.numel() == 0:
+        return out
+    maps, kept = _as_maps(x), _as_maps(out)
+    kept_share = 1 - p
+    scale = 1 / kept_share if kept_share > 0 else 0.0
+    # Kept where the hash, a signed number, is not below this. At p = 1 the threshold is out of range and nothing is kept.
+    threshold = round(p * 2**32) - 2**31
+    keys = _keys(int(seed.item()), int(sample.item()), layer)
+    channels = _mix(_count(0, maps.shape[1], x.device).add_(keys[0]))
+    if channelwise:
+        factor = _factor(channels, threshold, scale, x.dtype)
+        torch.mul(maps, factor.view(1, -1, 1, 1), out=kept)
+        return out
+    rows = _mix(_count(top, maps.shape[2], x.device).add_(keys[1]))
+    columns = _mix(_count(left, maps.shape[3], x.device).add_(keys[2]))
+    lines = _mix(channels[:, None] + rows)[:, :, None]  # (C, H, 1)
+    order = (1, 2, 0) if maps.is_contiguous(memory_format=torch.channels_last) and maps.shape[1] > 1 else (0, 1, 2)
+    lines, columns = lines.permute(order).contiguous(), columns.view(1, 1, -1).permute(order)
+    maps, kept = (item.permute(0, *(axis + 1 for axis in order)) for item in (maps, kept))
+    for first, second in _chunks(maps.shape[1:], _CHUNK.get(x.device.type, _CHUNK_ELSEWHERE)):
+        # An axis of length 1 is repeated, so it is not cut.
+        noise = _cut(lines, first, second) + _cut(columns, first, second)
+        factor = _factor(_mix(noise, last=False), threshold, scale, x.dtype)
+        for image, result in zip(maps, kept, strict=True):
+            torch.mul(image[first, second], factor, out=result[first, second])
+    return out
+
+
+@spatial_dropout.register_fake
+def _(x: Tensor, p: float, seed: Tensor, sample: Tensor, layer: int, top: int, left: int, channelwise: bool) -> Tensor:
+    return torch.empty_like(x)
+
+
+class SpatialDropout(nn.Module):
+    """Dropout that acts in every mode and by the place in the map; `with_spatial_dropout` puts it into networks.
+
+    Args:
+        p: share of the values that are dropped.
+        index: number of the module in its network.
+        seed: int64 without dimensions, shared by the modules of a network.
+        sample: likewise; `set_sample` changes it.
+        channelwise: whether whole channels are dropped.
+
+    Example:
+        >>> dropout = SpatialDropout(0.5, 0, torch.tensor(7), torch.tensor(0))
+        >>> tuple(dropout(torch.ones(2, 3, 4, 5)).shape)
+        (2, 3, 4, 5)
+    """
+
+    seed: Tensor
+    sample: Tensor
+
+    def __init__(self, p: float, index: int, seed: Tensor, sample: Tensor, *, channelwise: bool = False) -> None:
+        super().__init__()
+        self.p, self.index, self.channelwise = p, index, channelwise
+        self.register_buffer("seed", seed, persistent=False)  # not among the weights, which stay those of the network
+        self.register_buffer("sample", sample, persistent=False)
+        self.calls = [0]  # of this pass; a network may use one module at several places, and each has its own mask
+
+    def forward(self, x: Tensor) -> Tensor:
+        layer = self.index << _CALLS_BITS | self.calls[0]
+        self.calls[0] += 1
+        return spatial_dropout(x, self.p, self.seed, self.sample, layer, 0, 0, self.channelwise)
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}, channelwise={self.channelwise}"
+
+
+def with_spatial_dropout(model: nn.Module, seed: int = 0) -> nn.Module:
+    """A copy of `model`, in evaluation mode, whose dropout layers act by the place in the map; weights are shared.
+
+    Modules of `nn.Dropout` and `nn.Dropout2d` are replaced. Dropout that code calls as a function (`F.dropout` with
+    `training=self.training`) and stochastic depth stay off, as in `sample_with_dropout`. One copy serves one thread.
+
+    Raises:
+        UsageError: no dropout layer has a share above 0, or one is of a kind that has no counterpart here.
+
+    Example:
+        >>> model = nn.Sequential(nn.Dropout(0.5), nn.Conv2d(3, 2, 1))
+        >>> sampled = with_spatial_dropout(model, seed=3)
+        >>> image = torch.ones(1, 3, 4, 5)
+        >>> torch.equal(sampled(image), sampled(image))
+        True
+        >>> set_sample(sampled, 1)
+        >>> type(model[0]).__name__, type(sampled[0]).__name__
+        ('Dropout', 'SpatialDropout')
+    """
+    weights = [*model.parameters(), *model.buffers()]
+    result = copy.deepcopy(model, {id(item): item for item in weights}).eval()
+    _refuse_others(result)
+    device = weights[0].device if weights else torch.device("cpu")
+    number, sample = (torch.tensor(value, dtype=torch.int64, device=device) for value in (_signed(seed, 64), 0))
+    layers = [module for module in result.modules() if isinstance(module, DROPOUTS) and module.p > 0]
+    if not layers:
+        raise UsageError(
+            f"{type(model).__name__} has no dropout layers that drop anything, so that all its passes are equal. Choose "
+            "bayesian_segnet or another network with dropout."
+        )
+    replaced = {
+        id(layer): SpatialDropout(layer.p, index, number, sample, channelwise=isinstance(layer, nn.Dropout2d)).eval()
+        for index, layer in enumerate(layers)
+    }
+    if id(result) in replaced:
+        result = nn.Sequential(replaced[id(result)]).eval()
+    for module in list(result.modules()):
+        for name, child in module._modules.items():  # named_children would leave out the second name of a child
+            module._modules[name] = replaced.get(id(child), child)
+    result.register_forward_pre_hook(_start_pass)
+    return result
+
+
+def set_sample(model: nn.Module, sample: int) -> None:
+    """Let the next passes of a network from `with_spatial_dropout` be those of pass number `sample`."""
+    for layer in _layers(model):
+        layer.sample.fill_(sample)
+
+
+def set_seed(model: nn.Module, seed: int) -> None:
+    """Let the next passes of a network from `with_spatial_dropout` be those of this seed."""
+    for layer in _layers(model):
+        layer.seed.fill_(_signed(seed, 64))
+
+
+def _start_pass(model: nn.Module, args: tuple[Any, ...]) -> None:
+    for layer in _layers(model):
+        layer.calls[0] = 0
+
+
+def _layers(model: nn.Module) -> Iterator[SpatialDropout]:
+    return (module for module in model.modules() if isinstance(module, SpatialDropout))
+
+
+def _refuse_others(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, DROPOUTS) and not isinstance(module, nn.Dropout | nn.Dropout2d) and module.p > 0:
+            raise UsageError(
+                f"{type(model).__name__}: {name or 'it'} is a {type(module).__name__}, which cannot be sampled in tiles; "
+                "nn.Dropout and nn.Dropout2d can. Replace it, or predict without samples."
+            )
+
+
+def _as_maps(x: Tensor) -> Tensor:
+    """(N, C, H, W) as it is; (N, L, F) as (N, 1, L, F), (N, C) as (N, C, 1, 1), (C,) as (1, C, 1, 1)."""
+    if x.ndim == 4:
+        return x
+    if x.ndim == 3:
+        return x[:, None]
+    if x.ndim == 2:
+        return x[:, :, None, None]
+    if x.ndim == 1:
+        return x[None, :, None, None]
+    raise UsageError(
+        f"dropout in tiles acts on maps (N, C, H, W), not on {x.ndim} dimensions. Predict without samples."
+    )
+
+
+def _chunks(shape: torch.Size, values: int) -> Iterator[tuple[slice, slice]]:
+    """Slices of the first two axes that hold about `values` values each."""
+    planes = max(1, values // (shape[1] * shape[2]))
+    lines = shape[1] if planes > 1 else max(1, values // shape[2])
+    for plane in range(0, shape[0], planes):
+        for line in range(0, shape[1], lines):
+            yield slice(plane, plane + planes), slice(line, line + lines)
+
+
+def _cut(x: Tensor, first: slice, second: slice) -> Tensor:
+    return x[first if x.shape[0] > 1 else slice(None), second if x.shape[1] > 1 else slice(None)]
+
+
+def _factor(noise: Tensor, threshold: int, scale: float, dtype: torch.dtype) -> Tensor:
+    """`scale` where the noise (int32, overwritten) is not below the threshold, else 0."""
+    if threshold > 2**31 - 1:
+        return torch.zeros_like(noise, dtype=dtype)
+    return noise.ge_(threshold).to(dtype).mul_(scale)
+
+
+def _count(start: int, length: int, device: torch.device) -> Tensor:
+    return torch.arange(start, start + length, dtype=torch.int32, device=device)
+
+
+def _keys(seed: int, sample: int, layer: int) -> tuple[int, int, int]:
+    """Three unrelated numbers (signed, 32 bit) for channels, rows and columns."""
+    state = 0
+    for part in (seed, sample, layer):
+        state = _mix_64(state + part)
+    words = [_mix_64(state + place) for place in (1, 2, 3)]
+    return _signed(words[0], 32), _signed(words[1], 32), _signed(words[2], 32)
+
+
+def _mix_64(value: int) -> int:
+    """One step of SplitMix64 (Steele, Lea, Flood, 2014) from this state."""
+    value = (value + 0x9E3779B97F4A7C15) & _MASK_64
+    value = ((value ^ value >> 30) * 0xBF58476D1CE4E5B9) & _MASK_64
+    value = ((value ^ value >> 27) * 0x94D049BB133111EB) & _MASK_64
+    return value ^ value >> 31
+
+
+def _mix(x: Tensor, *, last: bool = True) -> Tensor:
+    """Scramble int32 numbers in place so that every bit depends on all (Wellons' lowbias32).
+
+    `last` is the step that only the low bits need; a comparison of the whole numbers can do without.
+    """
+    shifted = torch.empty_like(x)
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        x.bitwise_xor_(_shift_right(x, shift, shifted)).mul_(_signed(factor, 32))
+    return x.bitwise_xor_(_shift_right(x, 16, shifted)) if last else x
+
+
+def _shift_right(x: Tensor, bits: int, out: Tensor) -> Tensor:
+    """Torch repeats the sign in an int32 that is shifted; here zeros come in."""
+    return torch.bitwise_right_shift(x, bits, out=out).bitwise_and_((1 << 32 - bits) - 1)
+
+
+def _signed(value: int, bits: int) -> int:
+    """The number with the same lowest bits in two's complement."""
+    value &= (1 << bits) - 1
+    return value - (1 << bits) if value >> bits - 1 else value

@@ -1,0 +1,131 @@
+"""What a way of streaming costs, told beforehand: multiply-adds over those of one pass, and the most memory at any time.
+
+Nothing is computed: the stream is walked with tensors that have shapes only.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pixelwise.ops.streaming.graph import Graph
+from pixelwise.ops.streaming.kernels import Convolution, Slides, TransposedConvolution
+from pixelwise.ops.streaming.network import Stream, windows_of
+from pixelwise.ops.streaming.pointwise import LinearOfChannels, Part
+from pixelwise.ops.streaming.windows import Span, Window, whole
+
+STEADY = 6  # stripes without a new peak, once rows have been let go of everywhere, tell that none will come
+
+
+def multiply_adds(graph: Graph, windows: Sequence[Window]) -> int:
+    """Multiplications (each with its addition) to compute these windows of the graph's maps."""
+    total = 0
+    for step, rule in enumerate(graph.rules):
+        call = graph.calls[step]
+        if call is None:
+            continue
+        if isinstance(rule, Convolution | LinearOfChannels):
+            total += rule.macs * math.prod(windows[step].size)
+        elif isinstance(rule, TransposedConvolution):
+            (needed,) = rule.need(windows[step])
+            total += rule.macs_of_input * math.prod(needed.size)
+    return total
+
+
+def cost_of(graph: Graph, regions: Sequence[Window]) -> float:
+    """The multiply-adds for these windows of the logits, each by itself, over those of one pass over the whole image.
+
+    A network without convolutions costs nothing either way: 1.
+    """
+    _, _, height, width = graph.shape
+    once = multiply_adds(graph, windows_of(graph, whole(height, width)))
+    return sum(multiply_adds(graph, windows_of(graph, region)) for region in regions) / once if once else 1.0
+
+
+def item_sizes(graph: Graph, compute_bytes: int) -> list[int]:
+    """Bytes per number of each map, where convolutions and linear layers give numbers of `compute_bytes`."""
+    sizes: list[int] = []
+    for call, rule in zip(graph.calls, graph.rules, strict=True):
+        if call is None:
+            sizes.append(4)
+        elif isinstance(rule, Convolution | TransposedConvolution | LinearOfChannels):
+            sizes.append(compute_bytes)
+        elif isinstance(rule, Part) and rule.index == 1 and isinstance(rule.whole, Slides):
+            sizes.append(8)  # places of maxima
+        else:
+            floats = [sizes[source] for source in call.sources if sizes[source] <= 4]
+            sizes.append(max(floats, default=4))
+    return sizes
+
+
+class Ledger(Stream):
+    """A stream that keeps account of the bytes and computes nothing."""
+
+    def __init__(self, graph: Graph, region: Window, sizes: Sequence[int]) -> None:
+        super().__init__(graph, region)
+        self.sizes, self.peak, self.held = sizes, 0, [0] * len(graph.calls)
+
+    def walk(self, row: int) -> None:
+        """As `advance`."""
+        targets = self.targets(row)
+        for step in range(len(targets)):
+            if targets[step] > self.kept[step].stop:
+                self._count(step, targets[step])
+        last = self.graph.last
+        self.kept[last].drop_before(row)
+        self._weigh(last)
+
+    def _count(self, step: int, stop: int) -> None:
+        call, rule, kept = self.graph.calls[step], self.graph.rules[step], self.kept[step]
+        if isinstance(rule, Part):
+            return
+        new = Window(Span(kept.stop, stop), self.needed[step].columns)
+        copied = 0
+        for source, window in zip(call.sources, rule.need(new), strict=True) if call else ():
+            pads = rule.pads(new) if isinstance(rule, Slides) else ((0, 0), (0, 0))
+            uneven = any(before != after for before, after in pads)
+            bases = self.graph.bases[source]
+            for base in bases:
+                copies = uneven + (len(bases) > 1) + (not self.kept[base].is_whole(window))
+                if copies:
+                    copied += copies * self._rows(base, window).numel() * self.sizes[base]
+        steps = self.parts.get(step, [step])
+        for item in steps:
+            self.kept[item].append(self._rows(item, new))
+            self._weigh(item)
+        if step in self.parts:
+            kept.start = kept.stop = stop
+        self.peak = max(self.peak, sum(self.held) + copied)
+        for source in self.sources(call) if call else ():
+            self.release(source)
+            self._weigh(source)
+
+    def _rows(self, step: int, new: Window) -> Tensor:
+        full = self.graph.maps[step]
+        shape = list(full.shape)
+        shape[full.axes[0]], shape[full.axes[1]] = new.size
+        return torch.empty(shape, device="meta")
+
+    def _weigh(self, step: int) -> None:
+        self.held[step] = self.kept[step].numbers() * self.sizes[step]
+
+    def is_flowing(self) -> bool:
+        """Whether every map has let go of its first rows, so that no more than now waits anywhere."""
+        return all(
+            kept.start > needed.rows.start or not needed.rows.length
+            for step, (kept, needed) in enumerate(zip(self.kept, self.needed, strict=True))
+            if step not in self.parts and not self.graph.is_joined(step)
+        )
+
+
+def peak_bytes(graph: Graph, region: Window, stripe_px: int, sizes: Sequence[int]) -> int:
+    """The most bytes that the maps take at any time while `region` streams through in stripes of `stripe_px` rows."""
+    ledger, steady = Ledger(graph, region, sizes), 0
+    for first in range(region.rows.start, region.rows.stop, stripe_px):
+        before = ledger.peak
+        ledger.walk(min(first + stripe_px, region.rows.stop))
+        steady = steady + 1 if ledger.peak == before and ledger.is_flowing() else 0
+        if steady == STEADY:
+            break
+    return ledger.peak

@@ -1,0 +1,219 @@
+"""A network that computes any window of its logits from the windows of all maps before it, each row of them once.
+
+Rows are asked for from the last map backwards ("these logits need those rows of that map, which need ...") and computed
+forwards. A map keeps the rows that rows still to come will need, and no others: skips wait in it until the decoder has come
+as far. So the image streams through in stripes, nothing is computed twice, and the result is that of one pass.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pixelwise.ops.streaming.graph import Call, Graph
+from pixelwise.ops.streaming.pointwise import Part
+from pixelwise.ops.streaming.rules import RULES
+from pixelwise.ops.streaming.windows import Kept, Span, Window, whole
+
+ReadWindow = Callable[[int, int, int, int], Tensor]
+"""(top, left, height, width) -> that part of the image, (C, height, width), on the network's device."""
+
+
+class WindowedNetwork:
+    """A network, made ready to compute the logits of images of one size window by window.
+
+    Args:
+        model: in eval mode; maps (1, C, H, W) to (1, K, H, W). Its weights are shared, not copied.
+        height: H of the image.
+        width: W of the image.
+        in_channels: C of the image.
+        autocast: a context to run the operations in, such as `lambda: torch.autocast("cpu", torch.bfloat16)`.
+
+    Attributes:
+        num_classes: K.
+
+    Raises:
+        NotWindowed: the network has an operation that is not known, or that needs the whole image at once.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.MaxPool2d(2), nn.Upsample(scale_factor=2)).eval()
+        >>> network = WindowedNetwork(model, 40, 30, in_channels=3)
+        >>> image = torch.rand(3, 40, 30)
+        >>> read = lambda top, left, height, width: image[:, top : top + height, left : left + width]
+        >>> logits = network.window(read, top=10, left=3, height=7, width=20)
+        >>> torch.allclose(logits, model(image[None])[0, :, 10:17, 3:23], atol=1e-5)
+        True
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        height: int,
+        width: int,
+        *,
+        in_channels: int,
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
+        self.graph = Graph(model, (1, in_channels, height, width), RULES)
+        self.height, self.width, self.autocast = height, width, autocast
+        self.num_classes = self.graph.maps[self.graph.last].shape[1]
+
+    @torch.inference_mode()
+    def window(self, read: ReadWindow, *, top: int, left: int, height: int, width: int) -> Tensor:
+        """The logits of a window at once, (K, height, width), from the pixels that they depend on."""
+        parts = self.stripes(read, top=top, left=left, height=height, width=width, stripe_px=height)
+        return next(logits for _, logits in parts)
+
+    @torch.inference_mode()
+    def stripes(
+        self, read: ReadWindow, *, top: int, left: int, height: int, width: int, stripe_px: int
+    ) -> Iterator[tuple[int, Tensor]]:
+        """The logits of a window, `stripe_px` rows after the other: (first row, (K, rows, width))."""
+        region = Window(Span(top, top + height), Span(left, left + width))
+        stream = Stream(self.graph, region)
+        for first in range(top, top + height, stripe_px):
+            with self.autocast():
+                logits = stream.advance(min(first + stripe_px, top + height), read)
+            yield first, logits[0]
+
+    def windows(self, region: Window) -> list[Window]:
+        """The window of each map that a window of the logits depends on; the image's is the first."""
+        return windows_of(self.graph, region)
+
+
+def windows_of(graph: Graph, region: Window) -> list[Window]:
+    """The window of each map that a window of the logits depends on; the image's is the first."""
+    nothing = Window(Span(0, 0), Span(0, 0))
+    needed = [nothing] * len(graph.calls)
+    needed[graph.last] = region
+    for step in range(graph.last, 0, -1):
+        call, rule = graph.calls[step], graph.rules[step]
+        if call is None or 0 in needed[step].size:
+            continue
+        for source, window in zip(call.sources, rule.need(needed[step]), strict=True):
+            needed[source] = needed[source].union(window)
+    for step, rule in enumerate(graph.rules):  # what is computed together has one window
+        if isinstance(rule, Part):
+            needed[step] = needed[graph.calls[step].sources[0]]  # type: ignore[union-attr]
+    return needed
+
+
+class Stream:
+    """One way down a region of the logits.
+
+    Args:
+        graph: the network.
+        region: the window of the logits that is wanted.
+
+    Attributes:
+        kept: of each map, the rows that are still needed.
+    """
+
+    def __init__(self, graph: Graph, region: Window) -> None:
+        self.graph, self.region = graph, region
+        self.needed = windows_of(graph, region)
+        self.kept = [
+            Kept(item.axes, window.columns, window.rows.start, window.rows.start)
+            for item, window in zip(graph.maps, self.needed, strict=True)
+        ]
+        self.parts: dict[int, list[int]] = {}
+        for step, rule in enumerate(graph.rules):
+            if isinstance(rule, Part):
+                self.parts.setdefault(graph.calls[step].sources[0], []).append(step)  # type: ignore[union-attr]
+
+    def advance(self, row: int, read: ReadWindow) -> Tensor:
+        """The logits down to `row` (exclusive), from where the last call ended, (1, K, rows, width)."""
+        first = self.kept[self.graph.last].stop
+        targets = self.targets(row)
+        for step in range(len(targets)):
+            if targets[step] > self.kept[step].stop:
+                self._compute(step, targets[step], read)
+        last = self.kept[self.graph.last]
+        logits = last.take(Window(Span(first, row), self.region.columns))
+        last.drop_before(row)
+        return logits
+
+    def targets(self, row: int) -> list[int]:
+        """Down to which row each map has to be computed for the logits down to `row`."""
+        graph, kept = self.graph, self.kept
+        targets = [item.stop for item in kept]
+        targets[graph.last] = row
+        for step in range(graph.last, 0, -1):
+            for part in self.parts.get(step, ()):
+                targets[step] = max(targets[step], targets[part])
+            call = graph.calls[step]
+            if call is None or targets[step] <= kept[step].stop:
+                continue
+            new = Window(Span(kept[step].stop, targets[step]), self.needed[step].columns)
+            for source, window in zip(call.sources, graph.rules[step].need(new), strict=True):
+                for base in graph.bases[source] if window.rows.length else ():
+                    targets[base] = max(targets[base], window.rows.stop)
+        for step, parts in self.parts.items():
+            for part in parts:
+                targets[part] = targets[step]
+        return targets
+
+    def _compute(self, step: int, stop: int, read: ReadWindow) -> None:
+        """The next rows of a map."""
+        graph, kept = self.graph, self.kept[step]
+        call, rule = graph.calls[step], graph.rules[step]
+        if isinstance(rule, Part):
+            return
+        new = Window(Span(kept.stop, stop), self.needed[step].columns)
+        if call is None:
+            (top, _), (left, _) = new
+            kept.append(read(top, left, *new.size)[None])
+            return
+        windows = rule.need(new)
+        tensors = [self._take(source, window) for source, window in zip(call.sources, windows, strict=True)]
+        result = rule.run(new, tensors, windows, self._owned(step, tensors))
+        del tensors
+        if step in self.parts:
+            for part in self.parts[step]:
+                self.kept[part].append(result[graph.rules[part].index])
+            kept.start = kept.stop = stop
+        else:
+            kept.append(result)
+        for source in self.sources(call):
+            self.release(source)
+
+    def _take(self, source: int, window: Window) -> Tensor:
+        maps = [self.kept[base].take(window) for base in self.graph.bases[source]]
+        return maps[0] if len(maps) == 1 else torch.cat(maps, dim=1)
+
+    def sources(self, call: Call) -> set[int]:
+        """The steps whose kept rows an operation takes."""
+        return {base for source in call.sources for base in self.graph.bases[source]}
+
+    def _owned(self, step: int, tensors: list[Tensor]) -> bool:
+        """Whether the only input is of no use to anything else, so that it may be overwritten."""
+        call = self.graph.calls[step]
+        if call is None or len(call.sources) != 1 or self.graph.bases[call.sources[0]] != call.sources:
+            return False
+        source = call.sources[0]
+        if len(self.graph.users[source]) != 1:
+            return False
+        fresh = self.graph.rules[source] is not None and getattr(self.graph.rules[source], "gives_new", False)
+        return fresh and tensors[0]._base is None
+
+    def release(self, source: int) -> None:
+        """Let go of the rows of a map that nothing to come needs."""
+        self.kept[source].drop_before(self.first_needed(source))
+
+    def first_needed(self, source: int) -> int:
+        """The first row of a map that rows to come need."""
+        first = self.needed[source].rows.stop
+        for user in self.graph.users[source]:
+            rest = Window(Span(self.kept[user].stop, self.needed[user].rows.stop), self.needed[user].columns)
+            call = self.graph.calls[user]
+            if rest.rows.length == 0 or call is None:
+                continue
+            for item, window in zip(call.sources, self.graph.rules[user].need(rest), strict=True):
+                if source in self.graph.bases[item] and window.rows.length:
+                    first = min(first, window.rows.start)
+        return first
+
+
+__all__ = ["ReadWindow", "Stream", "WindowedNetwork", "whole", "windows_of"]
