@@ -70,7 +70,7 @@ def read_image(path: str | Path) -> np.ndarray:
     path = Path(path)
     with _readable(path):
         raster = _decode(path)
-        array = _meant(raster)
+        array = meant(raster)
         if array.dtype.kind not in "uif":
             raise DataError(f"its numbers are of type {array.dtype}; whole numbers and floats can be used.")
         if array.dtype.kind == "f" and not np.isfinite(array).all():
@@ -236,14 +236,15 @@ def _decode(path: Path) -> Raster:
 def _opened(path: Path) -> Iterator[Image.Image]:
     """An image of which only the header was read."""
     with path.open("rb") as file:
-        with _silence():
+        with silence():
             image = Image.open(file, formats=_FORMATS)
         with image:
             yield image
 
 
 @contextmanager
-def _silence() -> Iterator[None]:
+def silence() -> Iterator[None]:
+    """Keep warnings of libraries away from the terminal; only one thread at a time is inside, so be quick."""
     with _header_lock, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -255,7 +256,7 @@ def _decode_pillow(path: Path) -> Raster:
             raise DataError(f"its colours are stored as {image.mode}. Convert it to RGB or grey.")
         wide = _is_wide_color(image)
         image.load()
-        with _silence():
+        with silence():
             orientation = image.getexif().get(_ORIENTATION_TAG, 1)
         array = imagecodecs.png_decode(path.read_bytes()) if wide else _pixels(image)
         return Raster(
@@ -288,7 +289,7 @@ def _colors(image: Image.Image) -> Palette | None:
     return tuple((flat[i], flat[i + 1], flat[i + 2]) for i in range(0, len(flat) - 2, 3))
 
 
-def _meant(raster: Raster) -> np.ndarray:
+def meant(raster: Raster) -> np.ndarray:
     """The pixels (H, W, C) as they are meant to be seen: palette looked up, opacity dropped, black as 0."""
     array = _without_alpha(raster)
     if array.dtype == bool:
@@ -339,7 +340,7 @@ def _pillow_info(path: Path) -> ImageInfo:
         elif image.mode == "I" and image.format in ("PNG", "PPM"):
             dtype = "uint16"
         width, height, name = image.width, image.height, image.format or ""
-        with _silence():
+        with silence():
             turned = image.getexif().get(_ORIENTATION_TAG, 1) in (5, 6, 7, 8)
     return ImageInfo(
         width=height if turned else width,

@@ -39,6 +39,9 @@ _BOMB_RATIO = 4096  # deflate reaches 1032 at most, empty tiles with zstd about 
 
 _quiet = threading.local()
 
+PLAIN: dict[str, Any] = {f"is_{name}": False for name in _DIALECTS if name in tifffile.TIFF.FILE_FLAGS}
+"""Flags for `tifffile.TiffFile`: dialects of microscopes are not followed, for their descriptions may name other files."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TiffHeader:
@@ -83,20 +86,26 @@ def decode_tiff(path: Path) -> Raster:
 def _opened(path: Path) -> Iterator[Any]:
     """The first image, or stack of equal pages, of a file.
 
-    Messages that tifffile logs about this file are dropped, for the error tells it all. The dialects of microscopes are
-    not followed (their descriptions may name other files); their pages are read as those of any TIFF.
+    The dialects of microscopes are not followed; their pages are read as those of any TIFF.
     """
-    pages = _count_pages(path)
-    flags: dict[str, Any] = {f"is_{name}": False for name in _DIALECTS if name in tifffile.TIFF.FILE_FLAGS}
+    with path.open("rb") as file:
+        pages = count_pages(file)
+    with quiet(), tifffile.TiffFile(path, **PLAIN) as tiff:
+        first = tiff.pages.first
+        series = first if pages == 1 and not tiff.is_shaped and not tiff.is_imagej else tiff.series[0]
+        _check_size(series, first, path.stat().st_size)
+        yield series
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Drop what tifffile logs in this thread about the file at hand, for the error tells it all."""
+    before = getattr(_quiet, "active", False)
     _quiet.active = True
     try:
-        with tifffile.TiffFile(path, **flags) as tiff:
-            first = tiff.pages.first
-            series = first if pages == 1 and not tiff.is_shaped and not tiff.is_imagej else tiff.series[0]
-            _check_size(series, first, path.stat().st_size)
-            yield series
+        yield
     finally:
-        _quiet.active = False
+        _quiet.active = before
 
 
 class _OwnMessages(logging.Filter):
@@ -109,24 +118,32 @@ logging.getLogger("tifffile").addFilter(_OwnMessages())
 
 def _header(series: Any) -> tuple[TiffHeader, tuple[int, ...]]:
     """What the tags say, and the order of axes that makes (…, rows, columns, channels) of the stored samples."""
-    page = getattr(series, "keyframe", series)
     order, (height, width, channels) = _arrange(series.axes, series.shape)
+    page = getattr(series, "keyframe", series)
+    return page_header(page, np.dtype(series.dtype), height, width, channels), order
+
+
+def page_header(page: Any, dtype: np.dtype, height: int, width: int, channels: int) -> TiffHeader:
+    """What the tags of a page say about the meaning of its numbers, for an image of this size.
+
+    Raises:
+        DataError: its colours are neither grey, RGB nor a palette.
+    """
     photometric = int(page.photometric)
     if photometric not in _GRAY_OR_RGB and not (photometric == _YCBCR and int(page.compression) in _JPEG):
         name = tifffile.PHOTOMETRIC(photometric).name
         raise DataError(f"its colours are stored as {name}. Convert it to RGB or grey.")
     extra = [int(sample) for sample in page.extrasamples]
-    header = TiffHeader(
+    return TiffHeader(
         height=height,
         width=width,
         channels=channels,
-        dtype=np.dtype(series.dtype),
+        dtype=dtype,
         orientation=_orientation(page),
         palette=_palette(page.colormap) if photometric == _PALETTE and channels == 1 else None,
         has_alpha=channels in (2, 4) and len(extra) == 1 and extra[0] in _ALPHA,
         inverted=photometric == _WHITE_IS_ZERO,
     )
-    return header, order
 
 
 def _arrange(axes: str, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, int, int]]:
@@ -151,21 +168,20 @@ def _arrange(axes: str, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[
     return unit + order, (lengths[0], lengths[1], lengths[2])
 
 
-def _count_pages(path: Path) -> int:
+def count_pages(file: BinaryIO) -> int:
     """How many pages are chained to each other; damaged chains may run in circles, which tifffile follows for long."""
-    with path.open("rb") as file:
-        start = file.read(8)
-        order = "<" if start[:2] == b"II" else ">"
-        is_big = 43 in start[2:4]
-        count, entry, link = ("Q", 20, "Q") if is_big else ("H", 12, "I")
-        file.seek(8 if is_big else 4)
-        seen: set[int] = set()
-        while (offset := _read_number(file, order + link)) not in seen and len(seen) <= _MAX_PAGES:
-            if offset == 0:
-                return len(seen)
-            seen.add(offset)
-            file.seek(offset)
-            file.seek(_read_number(file, order + count) * entry, os.SEEK_CUR)
+    start = file.read(8)
+    order = "<" if start[:2] == b"II" else ">"
+    is_big = 43 in start[2:4]
+    count, entry, link = ("Q", 20, "Q") if is_big else ("H", 12, "I")
+    file.seek(8 if is_big else 4)
+    seen: set[int] = set()
+    while (offset := _read_number(file, order + link)) not in seen and len(seen) <= _MAX_PAGES:
+        if offset == 0:
+            return len(seen)
+        seen.add(offset)
+        file.seek(offset)
+        file.seek(_read_number(file, order + count) * entry, os.SEEK_CUR)
     raise DataError(f"its pages form a circle, or are more than {_MAX_PAGES:,}.")
 
 
