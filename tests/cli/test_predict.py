@@ -3,6 +3,7 @@ import sys
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from PIL import Image
 
@@ -61,10 +62,11 @@ def test_a_folder_is_labelled_at_the_size_of_each_image(run, images, tmp_path, p
     code, out, _ = pixelwise("predict", run, images, "--out", tmp_path / "out")
     assert (code, out) == (0, f"4 labelled: {tmp_path / 'out'}\n")
     names = sorted(path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.*"))
-    assert names == ["a.png", "b.png", "night/c.png", "night/d.png"]
+    assert names == [".pixelwise", ".pixelwise/night/d.tif.json", "a.png", "b.png", "night/c.png", "night/d.tif"]
     predictor = load(run)
     for source in images.rglob("*.*"):
-        path = (tmp_path / "out" / source.relative_to(images)).with_suffix(".png")
+        is_tiff = source.suffix == ".tif"
+        path = (tmp_path / "out" / source.relative_to(images)).with_suffix(".tif" if is_tiff else ".png")
         assert np.array_equal(read_mask(path), predictor.predict(source).labels)
         with Image.open(path) as picture:
             assert picture.mode == "P"
@@ -172,6 +174,88 @@ def test_a_hostile_card_is_an_error_of_one_paragraph(run, images, tmp_path, pixe
     code, _, err = pixelwise("predict", tmp_path / "run", images, "--out", tmp_path / "out")
     assert code == 2
     assert "'mean'" in err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--memory", "lots"], "--memory lots: write a size such as 2GiB"),
+        (["--tile", "0"], "tile must be at least 1 px"),
+        (["--blend", "linear"], "blend is one of gaussian, cosine, uniform"),
+        (["--overlap", "0.5"], "add --blend gaussian"),
+        (["--blend", "gaussian", "--overlap", "0.95"], "overlap must be a share from 0 to 0.9"),
+        (["--blend", "gaussian", "--tolerance", "0.1"], "choose one"),
+        (["--tta", "d8"], "tta is one of flips, d4, scales"),
+        (["--tta", "d4", "--samples", "3"], "tta and samples cannot be combined"),
+        (["--seed", "3"], "add --samples 20"),
+        (["--maps", "entropy,surprise"], "there is no map 'surprise'; there are entropy, mutual_information"),
+        (["--maps", "mutual-information"], "compares several passes"),
+        (["--threshold", "sky"], "write CLASS=P"),
+        (["--threshold", "sky=1.5"], "write CLASS=P"),
+        (["--threshold", "sea=0.5"], "there is no class 'sea'"),
+        (["--threshold", "sky=0.5", "--threshold", "sky=0.6"], "two thresholds"),
+        (["--min-area", "-1"], "the smallest area must be 0 px or more"),
+        (["--format", "bmp"], "there is no format 'bmp' for labels"),
+        (["--intensity", "bright"], "write auto, type, or LOW,HIGH"),
+        (["--engine", "cloud"], "there are local (this process) and ray"),
+        (["--address", "host:6379"], "add --engine ray"),
+        (["--workers", "0"], "--workers must be at least 1"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused_before_anything_is_written(
+    run, images, tmp_path, pixelwise, options, message
+):
+    code, _, err = pixelwise("predict", run, images, "--out", tmp_path / "out", *options)
+    assert code == 2
+    assert message in " ".join(err.split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_options_of_another_format_are_named(run, images, tmp_path, pixelwise):
+    code, out, err = pixelwise("predict", run, images / "a.png", "--out", tmp_path / "out", "--axis", 1)
+    assert (code, out) == (1, f"1 failed: {tmp_path / 'out'}\n".replace("1 failed", "0 labelled, 1 failed"))
+    assert "has no option axis" in err
+
+
+def test_a_large_image_with_everything(run, tmp_path, pixelwise):
+    rng = np.random.default_rng(0)
+    tifffile.imwrite(tmp_path / "scene.tif", rng.integers(0, 256, (1100, 1000, 3), dtype=np.uint8), tile=(256, 256))
+    arguments = (
+        "predict", run, tmp_path / "scene.tif", "--out", tmp_path / "out", "--tile", 512, "--memory", "2GiB",
+        "--maps", "entropy", "--threshold", "car=0.4", "--min-area", 4, "--coco", "--precision", "float32",
+    )  # fmt: skip
+    code, out, err = pixelwise(*arguments)
+    assert (code, out) == (0, f"1 labelled: {tmp_path / 'out'}\n"), err
+    assert "x the multiply-adds of one pass, at most" in err
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == [".pixelwise", "scene.tif", "scene_coco.json", "scene_entropy.tif"]
+    assert tifffile.imread(tmp_path / "out" / "scene.tif").shape == (1100, 1000)
+    assert pixelwise(*arguments)[1].startswith("0 labelled, 1 finished before")
+
+
+def test_a_large_image_has_the_labels_of_one_pass(run, tmp_path, pixelwise):
+    rng = np.random.default_rng(1)
+    tifffile.imwrite(tmp_path / "scene.tif", rng.integers(0, 256, (1040, 1030, 3), dtype=np.uint8))
+    for memory in ("1GiB", "64MiB"):
+        code, _, err = pixelwise(
+            "predict",
+            run,
+            tmp_path / "scene.tif",
+            "--out",
+            tmp_path / memory,
+            "--memory",
+            memory,
+            "--precision",
+            "float32",
+        )
+        assert code == 0, err
+    whole = load(run, precision="float32").predict(tmp_path / "scene.tif")
+    best, second = np.sort(whole.logits.numpy(), axis=0)[[-1, -2]]
+    clear = best - second > 1e-5
+    for memory in ("1GiB", "64MiB"):
+        labels = tifffile.imread(tmp_path / memory / "scene.tif")
+        assert np.array_equal(labels[clear], whole.labels[clear])
+    assert clear.mean() > 0.5  # the rest are ties of a hardly trained network
 
 
 def test_help_shows_an_example(pixelwise):

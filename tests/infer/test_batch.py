@@ -1,9 +1,12 @@
+import json
 import os
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from PIL import Image
 from torch import nn
@@ -13,7 +16,11 @@ from pixelwise.data.readers import read_mask
 from pixelwise.errors import PixelwiseError, UsageError
 from pixelwise.infer.batch import plan_batch, prefetch, run_batch
 from pixelwise.infer.bundle import ModelCard
+from pixelwise.infer.options import JobOptions
 from pixelwise.infer.predictor import Predictor
+from pixelwise.infer.tiling import Region, Scores
+from pixelwise.infer.tiling.options import Tiling
+from pixelwise.infer.tools import Tools
 
 SPEC = LabelSpec(names=("a", "b", "c"), colors=((250, 0, 0), (0, 250, 0), (0, 0, 250)), values=((0,), (1,), (2,)))
 
@@ -61,16 +68,16 @@ def images(tmp_path):
 
 def test_folders_are_read_recursively_and_keep_their_sub_folders(images, tmp_path):
     batch = plan_batch([images], tmp_path / "out")
-    assert label_names(batch, tmp_path / "out") == ["a.png", "b.png", "deep/er/c.png"]
+    assert label_names(batch, tmp_path / "out") == ["a.png", "b.png", "deep/er/c.tif"]
 
 
 def test_files_and_globs(images, tmp_path, monkeypatch):
     out = tmp_path / "out"
     batch = plan_batch([images / "notes.txt", images / "deep" / "er" / "c.TIF"], out)
-    assert label_names(batch, out) == ["notes.png", "c.png"]
+    assert label_names(batch, out) == ["notes.png", "c.tif"]
     assert label_names(plan_batch([f"{images}/*.*g"], out), out) == ["a.png", "b.png"]
-    assert label_names(plan_batch([f"{images}/**/*.TIF"], out), out) == ["deep/er/c.png"]
-    assert label_names(plan_batch([f"{images}/de*"], out), out) == ["deep/er/c.png"]
+    assert label_names(plan_batch([f"{images}/**/*.TIF"], out), out) == ["deep/er/c.tif"]
+    assert label_names(plan_batch([f"{images}/de*"], out), out) == ["deep/er/c.tif"]
     monkeypatch.chdir(images)
     assert label_names(plan_batch(["[ab].*"], out), out) == ["a.png", "b.png"]
 
@@ -85,7 +92,7 @@ def test_a_name_with_wildcards_that_exists_is_a_file(tmp_path):
 def test_an_image_given_twice_is_labelled_once(images, tmp_path, monkeypatch):
     monkeypatch.chdir(images)
     batch = plan_batch([images, images / "b.png", "b.png", "./b.png", "*.png"], tmp_path / "out")
-    assert label_names(batch, tmp_path / "out") == ["a.png", "b.png", "deep/er/c.png"]
+    assert label_names(batch, tmp_path / "out") == ["a.png", "b.png", "deep/er/c.tif"]
 
 
 def test_results_inside_the_input_folder_are_not_labelled_again(images):
@@ -280,3 +287,204 @@ def test_labels_do_not_depend_on_what_else_is_in_the_batch(images, tmp_path):
     for given, out in (([images], "all"), ([images / "b.png"], "one")):
         list(run_batch(make_predictor(), plan_batch(given, tmp_path / out)))
     assert Path(tmp_path / "all" / "b.png").read_bytes() == Path(tmp_path / "one" / "b.png").read_bytes()
+
+
+def write_tiff(path, seed=0, size=(6, 5)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    values = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
+    tifffile.imwrite(path, values)
+    return values
+
+
+def names_in(folder):
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def test_the_format_of_the_image_is_that_of_the_labels(tmp_path):
+    values = write_tiff(tmp_path / "in" / "deep" / "a.tif")
+    np.save(tmp_path / "in" / "b.npy", values)
+    write_tiff(tmp_path / "in" / "really.tif").tofile(tmp_path / "none")
+    Image.fromarray(values).save(tmp_path / "in" / "really.tif", format="PNG")  # the content decides
+    out = tmp_path / "out"
+    assert statuses(run_batch(make_predictor(), plan_batch([tmp_path / "in"], out))) == ["done"] * 3
+    made = ["b.npy", "deep/a.tif", "really.png"]
+    records = [f".pixelwise/{name}.json" for name in made if name != "really.png"]
+    assert names_in(out) == sorted([*records, *made])
+    assert np.array_equal(tifffile.imread(out / "deep" / "a.tif"), values.argmax(axis=2))
+    assert np.array_equal(np.load(out / "b.npy"), values.argmax(axis=2))
+    assert statuses(run_batch(make_predictor(), plan_batch([tmp_path / "in"], out))) == ["skipped"] * 3
+
+
+def test_another_format_can_be_wanted(tmp_path):
+    write_image(tmp_path / "a.png")
+    for name, ending in (("tiff", ".tif"), ("npy", ".npy"), ("ome-tiff", ".ome.tif")):
+        batch = plan_batch([tmp_path / "a.png"], tmp_path / name, options=JobOptions(format=name))
+        assert label_names(batch, tmp_path / name) == [f"a{ending}"]
+        assert statuses(run_batch(make_predictor(), batch)) == ["done"]
+        assert (tmp_path / name / f"a{ending}").is_file()
+    with pytest.raises(UsageError, match="there is no format 'jpeg' for labels; there are png, tiff"):
+        plan_batch([tmp_path / "a.png"], tmp_path / "out", options=JobOptions(format="jpeg"))
+    batch = plan_batch([tmp_path / "a.png"], tmp_path / "out", options=JobOptions(format="nifti"))
+    (outcome,) = run_batch(make_predictor(), batch)
+    assert "a.png: labels cannot be written as nifti" in outcome.message
+
+
+def test_records_know_what_is_ours(tmp_path):
+    image = tmp_path / "a.tif"
+    values = write_tiff(image)
+    out, batch = tmp_path / "out", plan_batch([image], tmp_path / "out")
+    assert statuses(run_batch(make_predictor(), batch)) == ["done"]
+    assert statuses(run_batch(make_predictor("2" * 64), batch)) == ["done"]  # ours, by another network: made again
+    write_tiff(out / "a.tif", seed=9)  # somebody edits it
+    (outcome,) = run_batch(make_predictor(), batch)
+    assert "was changed since, so it is kept" in outcome.message
+    assert statuses(run_batch(make_predictor(), batch, overwrite=True)) == ["done"]
+    assert np.array_equal(tifffile.imread(out / "a.tif"), values.argmax(axis=2))
+    record = out / ".pixelwise" / "a.tif.json"
+    for damaged in (b"", b"[]", b"{", b'{"outputs": 3, "mark": {}}', b'{"outputs": {}, "mark": {}}'):
+        record.write_bytes(damaged)
+        (outcome,) = run_batch(make_predictor(), batch)
+        assert "was not written by pixelwise" in outcome.message
+    record.unlink()
+    (out / "a.tif").unlink()
+    assert statuses(run_batch(make_predictor(), batch)) == ["done"]
+
+
+def test_a_kill_before_the_record_is_finished_leaves_our_own_files_ours(tmp_path, monkeypatch):
+    write_tiff(tmp_path / "a.tif")
+    batch = plan_batch([tmp_path / "a.tif"], tmp_path / "out")
+
+    class Killed(BaseException):
+        pass
+
+    def killed(*_):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pixelwise.infer.outfolder.OutFolder.end", killed)
+        with pytest.raises(Killed):
+            list(run_batch(make_predictor(), batch))
+    assert (tmp_path / "out" / "a.tif").is_file()
+    assert statuses(run_batch(make_predictor(), batch)) == ["done"]
+    assert statuses(run_batch(make_predictor(), batch)) == ["skipped"]
+
+
+class Bands:
+    """Bands of four rows, for networks that look at single pixels."""
+
+    way, cost, memory_bytes = "stripes", 1.0, 1 << 20
+
+    def __init__(self, predictor):
+        self.predictor = predictor
+
+    def score(self, read, region):
+        for top in range(region.top, region.bottom, 4):
+            height = min(4, region.bottom - top)
+            scores = self.predictor.network(read(top, region.left, height, region.width)[None])[0]
+            yield Scores(Region(top, region.left, height, region.width), scores)
+
+
+BANDS = replace(Tools.standard(), choose_scorer=lambda predictor, *_: Bands(predictor))
+
+
+def test_large_images_and_all_extra_outputs(tmp_path, monkeypatch):
+    monkeypatch.setattr("pixelwise.infer.engines.base.ONE_PASS_PX", 100)
+    values = write_image(tmp_path / "a.png", size=(23, 17))
+    options = JobOptions(maps=("entropy",), overlay=True, probabilities=True, geojson=True, coco=True)
+    out, notes, seen = tmp_path / "out", [], []
+    batch = plan_batch([tmp_path / "a.png"], out, options=options)
+    hooks = {"note": notes.append, "progress": lambda *at: seen.append(at), "tools": BANDS}
+    assert [outcome.message for outcome in run_batch(make_predictor(), batch, **hooks)] == [""]
+    endings = (".geojson", ".png", "_coco.json", "_entropy.tif", "_overlay.png", "_probabilities.npy")
+    assert names_in(out) == [".pixelwise/a.png.json", *(f"a{ending}" for ending in endings)]
+    prediction = make_predictor().predict(values)
+    assert np.array_equal(read_mask(out / "a.png"), prediction.labels)
+    assert np.allclose(np.load(out / "a_probabilities.npy"), prediction.probabilities, atol=1e-6)
+    entropy = -(prediction.probabilities * np.log(prediction.probabilities)).sum(axis=0)
+    assert np.allclose(tifffile.imread(out / "a_entropy.tif"), entropy, atol=1e-5)
+    with Image.open(out / "a_overlay.png") as overlay:
+        assert np.array_equal(np.asarray(overlay), np.asarray(prediction.overlay()))
+    assert len(json.loads((out / "a.geojson").read_text())["features"]) > 3
+    assert len(notes) == 1
+    assert seen[-1] == (23 * 17, 23 * 17)
+    assert statuses(run_batch(make_predictor(), batch, tools=BANDS)) == ["skipped"]
+    (out / "a.geojson").write_text("{}")
+    (outcome,) = run_batch(make_predictor(), batch, tools=BANDS)
+    assert "a.geojson: exists and" in outcome.message
+
+
+def test_other_options_make_other_labels(tmp_path):
+    values = write_image(tmp_path / "a.png", size=(40, 30))
+    for options, wanted in (
+        (JobOptions(), "done"),
+        (JobOptions(min_area_px=9), "done"),
+        (JobOptions(min_area_px=9), "skipped"),
+        (JobOptions(min_area_px=9, tiling=Tiling(tile_px=64, memory_bytes=1 << 30)), "skipped"),
+        (JobOptions(thresholds=(("a", 0.3),)), "done"),
+        (JobOptions(), "done"),
+    ):
+        batch = plan_batch([tmp_path / "a.png"], tmp_path / "out", options=options)
+        assert statuses(run_batch(make_predictor(), batch, tools=BANDS)) == [wanted]
+        labels = read_mask(tmp_path / "out" / "a.png")
+        assert np.array_equal(labels, values.argmax(axis=2)) == (options == JobOptions())
+    with pytest.raises(UsageError, match="no class 'z'"):
+        list(run_batch(make_predictor(), plan_batch([tmp_path / "a.png"], tmp_path / "out", options=JobOptions(
+            thresholds=(("z", 0.5),)
+        ))))  # fmt: skip
+
+
+def test_folders_that_are_one_image(tmp_path):
+    for name in (
+        "in/cells.zarr/zarr.json",
+        "in/old/.zgroup",
+        "in/ct/1.dcm",
+        "in/ct/2.dcm",
+        "in/xray/1.dcm",
+        "in/m/x.DCM",
+    ):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"-")
+    write_image(tmp_path / "in" / "m" / "a.png")
+    for name in ("brain.nii.gz", "slide.svs", "notes.txt"):
+        (tmp_path / "in" / name).write_bytes(b"-")
+    out = tmp_path / "out"
+    wanted = {
+        "brain.nii.gz", "slide.ome.tif", "cells.zarr", "ct.png", "old.png", "m/a.png", "m/x.nii.gz", "xray/1.nii.gz",
+    }  # fmt: skip
+    assert set(label_names(plan_batch([tmp_path / "in"], out), out)) == wanted
+    assert label_names(plan_batch([tmp_path / "in" / "ct"], out), out) == ["ct.png"]
+    assert label_names(plan_batch([tmp_path / "in" / "cells.zarr"], out), out) == ["cells.zarr"]
+    assert set(label_names(plan_batch([f"{tmp_path}/in/*"], out), out)) == wanted | {"notes.png"}
+
+
+def test_images_and_labels_behind_urls(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    fsspec = pytest.importorskip("fsspec")
+    memory = fsspec.filesystem("memory")
+    memory.store.clear()
+    values = write_tiff(tmp_path / "a.tif")
+    write_image(tmp_path / "b.png")
+    for name in ("a.tif", "b.png"):
+        memory.pipe(f"/scans/day/{name}", (tmp_path / name).read_bytes())
+    for given, wanted in (("memory://scans/", ["day/a.tif", "day/b.png"]), ("memory://scans/day/*.tif", ["a.tif"])):
+        batch = plan_batch([given], "memory://labels")
+        assert [job.outputs["labels"].removeprefix("memory://labels/") for job in batch.jobs] == wanted
+    batch = plan_batch(["memory://scans/day/"], "memory://labels/")
+    assert [outcome.message for outcome in run_batch(make_predictor(), batch)] == ["", ""]
+    memory.get_file("/labels/a.tif", str(tmp_path / "got.tif"))
+    assert np.array_equal(tifffile.imread(tmp_path / "got.tif"), values.argmax(axis=2))
+    assert names_in(tmp_path / "cache") == []
+    assert statuses(run_batch(make_predictor(), batch)) == ["skipped", "skipped"]
+    memory.pipe("/labels/a.tif", b"mine")
+    outcomes = list(run_batch(make_predictor(), batch))
+    assert statuses(outcomes) == ["failed", "skipped"]
+    assert "memory://labels/a.tif: exists and" in outcomes[0].message
+    outcomes = list(
+        run_batch(make_predictor(), plan_batch(["memory://scans/none.tif", tmp_path / "b.png"], tmp_path / "o"))
+    )
+    assert statuses(outcomes) == ["failed", "done"]
+    with pytest.raises(UsageError, match="results cannot be written there"):
+        plan_batch([tmp_path / "a.tif"], "https://host/labels")
+    with pytest.raises(UsageError, match="would replace the input"):
+        plan_batch(["memory://scans/day/a.tif"], "memory://scans/day")

@@ -52,5 +52,5 @@ def demo(
         train(data, out=out, model="unet", minutes=minutes, settings=list(SETTINGS))
     console.rule("3. Label new scenes of other sizes")
     new = write_scenes(out / "new", {"test": 6}, seed=1, sizes=NEW_SIZES)
-    predict(out, [str(new / "test" / "images")], out=out / "labels", overlay=True)
+    predict(out, [str(new / "test" / "images")], out=str(out / "labels"), overlay=True)
     console.print(f"Open {out / 'report.html'} in a browser, and look at {out / 'labels'}.")

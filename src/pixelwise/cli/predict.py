@@ -1,14 +1,25 @@
 """`pixelwise predict`: a label for every pixel of new images."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from pixelwise.cli.predict_options import check_engine, job_options, parse_intensity
+
 if TYPE_CHECKING:
     from pixelwise.infer.batch import Outcome
+
+_OUTPUTS, _LARGE, _AVERAGED, _INPUTS, _WHERE = (
+    "What is written",
+    "Large images",
+    "Several passes, and how sure the network is",
+    "How images are read",
+    "Where it is computed",
+)
+_MAPS = "entropy, mutual_information, max_probability, with commas between: also write NAME_MAP."
 
 
 def predict(
@@ -18,46 +29,175 @@ def predict(
     inputs: Annotated[
         list[str],
         typer.Argument(
-            metavar="INPUTS...", help="Images: files, folders (read recursively) or quoted globs.", show_default=False
+            metavar="INPUTS...",
+            help="Images: files, folders (read recursively), quoted globs, URLs (s3://, gs://, hf://, https://).",
+            show_default=False,
         ),
     ],
-    out: Annotated[Path, typer.Option("--out", help="The folder for the labels.", show_default=False)],
+    out: Annotated[
+        str, typer.Option("--out", help="The folder for the labels, or its URL (s3://).", show_default=False)
+    ],
     overlay: Annotated[
-        bool, typer.Option("--overlay", help="Also write NAME_overlay.png, colours over image.")
+        bool,
+        typer.Option("--overlay", help="Also write NAME_overlay.png, colours over image.", rich_help_panel=_OUTPUTS),
     ] = False,
     probabilities: Annotated[
         bool,
-        typer.Option("--probabilities", help="Also write NAME_probabilities.npy, float32 (classes, height, width)."),
+        typer.Option(
+            "--probabilities",
+            help="Also write NAME_probabilities.npy, float32 (classes, height, width).",
+            rich_help_panel=_OUTPUTS,
+        ),
     ] = False,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    precision: Annotated[str, typer.Option(help="auto, bf16 or float32.")] = "auto",
+    format: Annotated[
+        str | None,
+        typer.Option(
+            help="png, tiff, ome-tiff, geotiff, cog, nifti, dicom-seg, zarr, ome-zarr or npy; by default that of the image.",
+            rich_help_panel=_OUTPUTS,
+        ),
+    ] = None,
+    geojson: Annotated[
+        bool, typer.Option("--geojson", help="Also write NAME.geojson, polygons.", rich_help_panel=_OUTPUTS)
+    ] = False,
+    coco: Annotated[
+        bool, typer.Option("--coco", help="Also write NAME_coco.json, run lengths.", rich_help_panel=_OUTPUTS)
+    ] = False,
+    min_area: Annotated[
+        int,
+        typer.Option(
+            metavar="PX", help="Smaller connected areas take the label around them.", rich_help_panel=_OUTPUTS
+        ),
+    ] = 0,
+    threshold: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="CLASS=P",
+            help="Give a class where it is at least so probable; repeatable.",
+            rich_help_panel=_OUTPUTS,
+        ),
+    ] = None,
+    overwrite: Annotated[
+        bool,
+        typer.Option("--overwrite", help="Do finished images again; replace any file.", rich_help_panel=_OUTPUTS),
+    ] = False,
+    tile: Annotated[
+        int | None,
+        typer.Option(metavar="PX", help="Side of the tiles; by default chosen by memory.", rich_help_panel=_LARGE),
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="What it may take beside the weights, such as 2GiB.", rich_help_panel=_LARGE),
+    ] = None,
+    tolerance: Annotated[
+        float,
+        typer.Option(
+            help="Cut the halo where a pixel's influence is smaller (0.001); 0 is exact.", rich_help_panel=_LARGE
+        ),
+    ] = 0.0,
+    blend: Annotated[
+        str | None,
+        typer.Option(help="gaussian, cosine or uniform: blend overlapping tiles instead.", rich_help_panel=_LARGE),
+    ] = None,
+    overlap: Annotated[
+        float | None,
+        typer.Option(help="Share of a blended tile that the next repeats; 0.25.", rich_help_panel=_LARGE),
+    ] = None,
+    tta: Annotated[
+        str | None,
+        typer.Option(help="flips, d4 or scales: average over transformed images.", rich_help_panel=_AVERAGED),
+    ] = None,
+    samples: Annotated[
+        int, typer.Option(metavar="N", help="Average N passes with dropout.", rich_help_panel=_AVERAGED)
+    ] = 1,
+    seed: Annotated[int, typer.Option(help="Of the dropout.", rich_help_panel=_AVERAGED)] = 0,
+    maps: Annotated[list[str] | None, typer.Option(metavar="A,B", help=_MAPS, rich_help_panel=_AVERAGED)] = None,
+    axis: Annotated[
+        int | None, typer.Option(help="NIfTI: voxel axis that slices are cut along; 2.", rich_help_panel=_INPUTS)
+    ] = None,
+    level: Annotated[
+        int | None,
+        typer.Option(help="Slides, OME-Zarr: level of the pyramid; 0 is the finest.", rich_help_panel=_INPUTS),
+    ] = None,
+    series: Annotated[
+        str | None,
+        typer.Option(help="DICOM: SeriesInstanceUID; OME-Zarr: number of the image.", rich_help_panel=_INPUTS),
+    ] = None,
+    intensity: Annotated[
+        str | None,
+        typer.Option(help="NIfTI, DICOM: auto, type or LOW,HIGH that become 0 and 1.", rich_help_panel=_INPUTS),
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.", rich_help_panel=_WHERE)] = "auto",
+    precision: Annotated[str, typer.Option(help="auto, bf16 or float32.", rich_help_panel=_WHERE)] = "auto",
     batch_statistics: Annotated[
-        bool, typer.Option("--batch-statistics", help="Batch norm by each image, not by the training's averages.")
+        bool,
+        typer.Option(
+            "--batch-statistics",
+            help="Batch norm by each image, not by the training's averages.",
+            rich_help_panel=_WHERE,
+        ),
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Do finished images again; replace any file.")] = False,
+    engine: Annotated[
+        str, typer.Option(help="local, or ray: the workers of a cluster.", rich_help_panel=_WHERE)
+    ] = "local",
+    address: Annotated[
+        str | None, typer.Option(help="Of the Ray cluster; by default Ray starts here.", rich_help_panel=_WHERE)
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Networks on Ray; locally, threads that decode.", rich_help_panel=_WHERE)
+    ] = None,
 ) -> None:
-    """Label every pixel of images, each at its own size, as indexed PNG with the class palette.
+    """Label every pixel of images of any size, each at its own size, in the format of its file.
 
+    Photos become indexed PNG with the class palette; TIFF, GeoTIFF, NIfTI, Zarr stay what they are, with their metadata.
     Sub-folders of a folder are kept below --out. Images that are finished are skipped on a second run, unless the
-    network or the image has changed. An image that cannot be read is reported and the others go on (exit code 1).
+    network, the image or the options have changed; a run that was killed goes on where it was. An image that cannot be
+    read is reported and the others go on (exit code 1).
 
     Example: pixelwise predict runs/street holiday/ "more/*.jpg" --out labels --overlay
+
+    Example: pixelwise predict runs/land scene.tif --out labels --memory 2GiB --maps entropy --geojson
     """
-    from pixelwise.infer.batch import plan_batch, run_batch
+    check_engine(engine, address, workers)
+    reading = {
+        "axis": axis,
+        "level": level,
+        "series": int(series) if series is not None and series.isascii() and series.isdigit() else series,
+        "intensity": None if intensity is None else parse_intensity(intensity),
+    }
+    options = job_options(
+        tile=tile, blend=blend, overlap=overlap, tolerance=tolerance, memory=memory, tta=tta, samples=samples, seed=seed,
+        maps=maps or (), threshold=threshold or (), min_area=min_area, format=format, geojson=geojson, coco=coco,
+        overlay=overlay, probabilities=probabilities, reading=reading,
+    )  # fmt: skip
+    from pixelwise.infer.batch import plan_batch
     from pixelwise.infer.predictor import load
 
-    batch = plan_batch(inputs, out, overlay=overlay, probabilities=probabilities)
+    batch = plan_batch(inputs, out, options=options)
     predictor = load(run, device=device, precision=precision, batch_statistics=batch_statistics)
-    outcomes = []
+    outcomes = _label(predictor, batch, overwrite=overwrite, engine=engine, address=address, workers=workers)
+    _summarise(outcomes, str(out))
+
+
+def _label(predictor: Any, batch: Any, **how: Any) -> "list[Outcome]":
+    """Label the batch below one bar; what goes wrong, and what is to be known, stands above it."""
+    from pixelwise.infer.batch import run_batch
+
+    outcomes: list[Outcome] = []
     with _progress() as progress:
         task = progress.add_task("labelling", total=len(batch.jobs) + len(batch.missing))
-        for outcome in run_batch(predictor, batch, overwrite=overwrite):
+
+        def show(text: str) -> None:
+            progress.console.print(_printable(text), markup=False, highlight=False, soft_wrap=True)
+
+        def advance(done: int, total: int) -> None:
+            progress.update(task, completed=len(outcomes) + done / total)
+
+        for outcome in run_batch(predictor, batch, note=show, progress=advance, **how):
             outcomes.append(outcome)
-            progress.advance(task)
+            progress.update(task, completed=len(outcomes))
             if outcome.status == "failed":
-                text = _printable(f"failed: {outcome.message}")
-                progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
-    _summarise(outcomes, out)
+                show(f"failed: {outcome.message}")
+    return outcomes
 
 
 def _progress() -> Progress:
@@ -65,7 +205,7 @@ def _progress() -> Progress:
     return Progress(*columns, console=Console(stderr=True), transient=True)
 
 
-def _summarise(outcomes: "list[Outcome]", out: Path) -> None:
+def _summarise(outcomes: "list[Outcome]", out: str) -> None:
     counts = {status: sum(outcome.status == status for outcome in outcomes) for status in ("done", "skipped", "failed")}
     parts = [f"{counts['done']:,} labelled"]
     if counts["skipped"]:

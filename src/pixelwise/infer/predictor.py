@@ -4,11 +4,12 @@ One image is one forward pass over all of it, at its own size: nothing is resize
 is exactly what the network says.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,11 +20,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from pixelwise.data.labels import LabelSpec
 from pixelwise.data.readers import read_image, to_tensor
+from pixelwise.data.sources import Source
 from pixelwise.errors import DataError, PixelwiseError, UsageError
 from pixelwise.infer.bundle import ModelCard, load_bundle
 from pixelwise.infer.devices import is_out_of_memory, resolve_device, resolve_precision
 from pixelwise.infer.writers import blend, displayable, label_image, write_png
 from pixelwise.ops.batch_statistics import batch_statistics as statistics_of_the_batch
+from pixelwise.ops.cost import PassMemory
+from pixelwise.ops.receptive_field import ReceptiveField
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -126,6 +130,8 @@ class Predictor:
         self.card = card
         self.folder = folder
         self.model = model.to(self.device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+        self.memory_of_a_pass: PassMemory | None = None  # measured when a large image needs it
+        self.receptive_fields: dict[int, ReceptiveField] = {}
         shape = (1, -1, 1, 1)
         self._mean = torch.tensor(card.mean, device=self.device).reshape(shape)
         self._std = torch.tensor(card.std, device=self.device).reshape(shape)
@@ -204,6 +210,41 @@ class Predictor:
         except DataError as error:
             raise DataError(f"{name}: {error}") from error
 
+    def check_channels(self, found: int, name: str) -> None:
+        """Raise `DataError` if images of so many channels do not suit the network; one channel is repeated for three."""
+        wanted = self.card.in_channels
+        if found != wanted and (found, wanted) != (1, 3):
+            raise DataError(
+                f"{name}: it has {found} channel{'s' * (found != 1)}, but {wanted} are wanted. Only one can be repeated."
+            )
+
+    @torch.inference_mode()
+    def window(self, pixels: NDArray[Any]) -> Tensor:
+        """The network's input of a window (H, W, C) of an image: float32 (C, H, W), normalised, on the device.
+
+        Raises:
+            DataError: it has channels that the network cannot use.
+        """
+        with np.errstate(over="ignore"):  # numbers beyond float32 become infinite, which the scores show
+            tensor = to_tensor(pixels, self.card.in_channels)
+        return self._normalised(tensor[None])[0]
+
+    def window_reader(self, source: Source, plane: int = 0) -> Callable[[int, int, int, int], Tensor]:
+        """(top, left, height, width) -> the network's input in that window of the source, as `window` gives it."""
+        self.check_channels(source.info.channels, source.info.location)
+
+        def read(top: int, left: int, height: int, width: int) -> Tensor:
+            return self.window(source.read(top, left, height, width, plane))
+
+        return read
+
+    @torch.inference_mode()
+    def network(self, x: Tensor) -> Tensor:
+        """Class scores of normalised input: float32 (N, C, H, W) on the device -> float32 (N, K, H, W)."""
+        norms = statistics_of_the_batch(self.model) if self.batch_statistics else nullcontext()
+        with norms, torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
+            return self.model(x.contiguous(memory_format=torch.channels_last)).float()  # (N, K, H, W)
+
     @torch.inference_mode()
     def logits(self, image: Tensor) -> Tensor:
         """Class scores of a batch: (N, C, H, W), uint8 or float in unit scale -> (N, K, H, W) float32 on the device.
@@ -216,12 +257,13 @@ class Predictor:
             raise DataError(f"the network takes (N, {channels}, H, W), got {tuple(image.shape)}.")
         if image.dtype != torch.uint8 and not image.is_floating_point():
             raise DataError(f"a batch must be uint8 or float in unit scale (0..1), got {image.dtype}.")
+        return self.network(self._normalised(image))
+
+    def _normalised(self, image: Tensor) -> Tensor:
+        """(N, C, H, W), uint8 or float in unit scale -> as the network wants it, on the device."""
         unit = image.to(self.device).float()
         unit = unit / 255 if image.dtype == torch.uint8 else unit
-        x = ((unit - self._mean) / self._std).contiguous(memory_format=torch.channels_last)
-        norms = statistics_of_the_batch(self.model) if self.batch_statistics else nullcontext()
-        with norms, torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
-            return self.model(x).float()  # (N, K, H, W)
+        return (unit - self._mean) / self._std
 
 
 def load(

@@ -1,0 +1,181 @@
+"""The images that arguments mean: files, folders, globs and URLs, and folders that are one image (Zarr, DICOM series)."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path, PurePath, PurePosixPath
+
+from pixelwise.data.sources.protocols import is_url, shown
+from pixelwise.data.sources.registry import SOURCE_SUFFIXES
+from pixelwise.data.sources.remote import list_images
+from pixelwise.errors import PixelwiseError, UsageError
+
+Location = Path | str
+"""A path, or a URL as text."""
+
+_DOUBLE = (".nii.gz", ".ome.tif", ".ome.tiff", ".ome.zarr", ".zarr.zip")
+_ZARR_FILES = ("zarr.json", ".zgroup", ".zarray")
+
+
+def stem_of(name: str) -> str:
+    """A file name without its suffix; the double ones of the formats are one.
+
+    Example:
+        >>> [stem_of(name) for name in ("a.png", "brain.v2.nii.gz", "cells.ome.tif", "IM0001")]
+        ['a', 'brain.v2', 'cells', 'IM0001']
+    """
+    double = next((suffix for suffix in _DOUBLE if name.lower().endswith(suffix)), None)
+    return name[: -len(double)] if double and len(name) > len(double) else PurePath(name).stem
+
+
+def is_one_image(folder: Path) -> bool:
+    """Whether a folder is an image: a Zarr folder, or one of DICOM files only.
+
+    Example:
+        >>> is_one_image(Path("no/such/folder"))
+        False
+    """
+    if any((folder / name).is_file() for name in _ZARR_FILES):
+        return True
+    try:
+        with os.scandir(folder) as entries:
+            names = [entry.name.lower() for entry in entries if not entry.name.startswith(".") and entry.is_file()]
+    except OSError:
+        return False
+    images = [name for name in names if name.endswith(SOURCE_SUFFIXES)]
+    return len(images) > 1 and all(name.endswith((".dcm", ".dicom")) for name in images)
+
+
+class Finder:
+    """Collects the images that arguments mean, each known by its real place and its name below the output folder.
+
+    Args:
+        out: the output folder, which is left out; None if it is a URL.
+
+    Attributes:
+        found: (real place, name of the output without a suffix) -> the image, in the order of the arguments.
+        missing: (argument or name, what is wrong with it).
+
+    Example:
+        >>> finder = Finder(None)
+        >>> finder.add("no/such.tif")
+        >>> finder.missing
+        [('no/such.tif', 'no/such.tif: there is no such file or folder.')]
+    """
+
+    def __init__(self, out: Path | None) -> None:
+        self.out = real(out) if out is not None else None
+        self.found: dict[tuple[Location, PurePath], Location] = {}
+        self.missing: list[tuple[Location, str]] = []
+
+    def add(self, given: str) -> None:
+        """Take what one argument means.
+
+        Raises:
+            UsageError: it is the output folder, or a URL of an unknown kind.
+        """
+        try:
+            self._add_url(given) if is_url(given) else self._add(Path(given))
+        except OSError as error:
+            self._miss(given, f"cannot be read ({error.strerror}).")
+
+    def _add_url(self, url: str) -> None:
+        # A folder says so by its slash; a server need not know folders.
+        bare = shown(url)
+        if not bare.endswith("/") and not set(PurePosixPath(bare).name) & set("*?["):
+            return self._found(url, PurePosixPath(stem_of(PurePosixPath(bare).name)), url)
+        base = bare.partition("*")[0].rpartition("/")[0]
+        try:
+            listed = list_images(url.rstrip("/"), SOURCE_SUFFIXES)
+        except UsageError:
+            raise
+        except PixelwiseError as error:
+            self.missing.append((url, str(error)))
+            return None
+        if not listed:
+            self._miss(bare, "holds no images.")
+        for item in listed:
+            inner = PurePosixPath(item.removeprefix(base).lstrip("/"))
+            self._found(item, inner.with_name(stem_of(inner.name)), item)
+        return None
+
+    def _add(self, path: Path) -> None:
+        before = len(self.found)
+        if path.is_dir():
+            self._add_folder(path, path)
+            if len(self.found) == before:
+                self._miss(path, f"holds no images ({', '.join(sorted(SOURCE_SUFFIXES))}).")
+        elif os.path.lexists(path):
+            self._add_file(path, path.parent)
+        elif set(str(path)) & set("*?["):
+            self._add_glob(path)
+        else:
+            self._miss(path, "there is no such file or folder.")
+
+    def _add_glob(self, pattern: Path) -> None:
+        parts = pattern.parts
+        first = next(index for index, part in enumerate(parts) if set(part) & set("*?["))
+        base = Path(*parts[:first])
+        try:
+            matches = sorted(base.glob(str(PurePath(*parts[first:]))))
+        except (ValueError, NotImplementedError) as error:
+            return self._miss(pattern, f"is not a glob that can be used ({error}).")
+        if not matches:
+            self._miss(pattern, "no file matches.")
+        for match in matches:
+            if match.is_dir():
+                self._add_folder(match, base)
+            elif not match.name.startswith("."):
+                self._add_file(match, base)
+
+    def _add_folder(self, folder: Path, base: Path) -> None:
+        if real(folder) == self.out:
+            raise UsageError(f"--out {self.out}: is also an input. Choose another folder for the results.")
+        if is_one_image(folder):
+            return self._add_file(folder, base if folder != base else Path(os.path.abspath(folder)).parent)  # noqa: PTH100
+        for parent, folders, names in os.walk(folder, onerror=self._unreadable):
+            inner = [name for name in sorted(folders) if not name.startswith(".")]
+            inner = [name for name in inner if real(Path(parent, name)) != self.out]
+            images = {
+                name for name in inner if not Path(parent, name).is_symlink() and is_one_image(Path(parent, name))
+            }
+            folders[:] = [name for name in inner if name not in images]
+            for name in sorted(names):
+                if not name.startswith(".") and name.lower().endswith(SOURCE_SUFFIXES):
+                    self._add_file(Path(parent, name), base)
+            for name in sorted(images):
+                self._add_file(Path(parent, name), base)
+
+    def _add_file(self, path: Path, base: Path) -> None:
+        # A folder given by itself is named after itself, also if it was written as `.` or `..`.
+        shown_path = path if path.is_relative_to(base) else Path(os.path.abspath(path))  # noqa: PTH100
+        inner = PurePath(shown_path.relative_to(base))
+        self._found(real(path), inner.with_name(stem_of(inner.name)), path)
+
+    def _found(self, place: Location, name: PurePath, image: Location) -> None:
+        self.found.setdefault((place, name), image)
+
+    def _unreadable(self, error: OSError) -> None:
+        self._miss(error.filename, f"cannot be read ({error.strerror}).")
+
+    def _miss(self, name: Location, message: str) -> None:
+        self.missing.append((name, f"{name}: {message}"))
+
+
+def find_images(inputs: Sequence[str | Path], out: Path | None) -> Finder:
+    """All the images that arguments mean.
+
+    Raises:
+        UsageError: there is no image at all, or an input is the output folder.
+    """
+    finder = Finder(out)
+    for given in inputs:
+        finder.add(str(given))
+    if not finder.found:
+        reasons = " ".join(message for _, message in finder.missing[:5])
+        raise UsageError(f"no images to label. {reasons}".strip())
+    return finder
+
+
+def real(path: Path) -> Path:
+    """`path` without links; unlike `Path.resolve` this survives a loop of links."""
+    return Path(os.path.realpath(path))

@@ -1,0 +1,301 @@
+"""Overlapping windows whose scores are averaged with weights, for networks that look at the whole image.
+
+The windows lie on a grid of the whole image, and their logits are added up in float32 over a band of rows: what no further
+window reaches is divided by the sum of its weights and given away. The band is as high as a window; nothing is ever of the
+size of the image.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from math import ceil
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from pixelwise.errors import UsageError
+from pixelwise.infer.devices import is_out_of_memory
+from pixelwise.infer.tiling.ahead import ReadAhead
+from pixelwise.infer.tiling.base import Read, Region, Scores
+from pixelwise.infer.tiling.options import Blend
+from pixelwise.ops.cost import PassMemory, Run
+
+LEAST_WEIGHT = 1e-3  # of a pixel in its window, so that sums of weights are far from zero
+GIVEN_BYTES = 2**24  # scores are given away in pieces of about this size
+SMALLEST_PX = 16  # windows are not halved below it
+
+
+class BlendedTiles:
+    """Weighted averages of the logits of overlapping windows; see the module.
+
+    Windows are as many as steps of `window_px * (1 - overlap)` need to cover the image, and spread evenly and symmetrically:
+    what the last step would overshoot goes into all overlaps alike. A side shorter than the window is taken as it is. Logits
+    are averaged, not probabilities; weights fall from the middle of a window to its border, never below 0.001.
+
+    Where the band does not fit into the budget, the columns are done in groups; windows across a seam between groups are
+    computed for either. Where memory runs out, the batch is halved, then windows are made up of windows of half their side,
+    and the work goes on with the next window.
+
+    Cost: pixels of all windows that are computed, over those of the image.
+
+    Args:
+        run: images (N, C, h, w) -> logits (N, K, h, w) of any float type; of one image of a batch, whatever the others are.
+        memory: what a pass takes.
+        in_channels: C.
+        num_classes: K.
+        height: H of the image.
+        width: W.
+        window_px: side of the windows.
+        overlap: share of a window that the next one repeats at least, 0 to 0.9.
+        weights: "gaussian" (deviation: an eighth of the side), "cosine" (half a period of it) or "uniform".
+        batch: windows that go through the network together, at most.
+        budget_bytes: what blending may take; None for no limit.
+        note: told when memory ran out.
+
+    Raises:
+        UsageError: an option that is not allowed.
+
+    Example:
+        >>> image, scores = torch.rand(1, 50, 70), torch.zeros(1, 50, 70)
+        >>> read = lambda top, left, height, width: image[:, top : top + height, left : left + width]
+        >>> tiles = BlendedTiles(
+        ...     lambda x: x + 1, PassMemory(8.0), in_channels=1, num_classes=1, height=50, width=70, window_px=32
+        ... )
+        >>> for part in tiles.score(read, Region(0, 0, 50, 70)):
+        ...     window = part.region
+        ...     scores[:, window.top : window.bottom, window.left : window.right] = part.values
+        >>> torch.allclose(scores, image + 1), round(tiles.cost, 2)
+        (True, 1.76)
+    """
+
+    way = "blended tiles"
+
+    def __init__(
+        self,
+        run: Run,
+        memory: PassMemory,
+        *,
+        in_channels: int,
+        num_classes: int,
+        height: int,
+        width: int,
+        window_px: int,
+        overlap: float = 0.25,
+        weights: Blend = "gaussian",
+        batch: int = 1,
+        budget_bytes: int | None = None,
+        note: Callable[[str], None] = lambda message: None,
+    ) -> None:
+        if window_px < 1 or not 0 <= overlap <= 0.9:
+            raise UsageError(
+                f"windows must be at least 1 px wide and overlap by a share of 0 to 0.9, not {window_px} px and {overlap}."
+            )
+        self.run, self.memory, self.note, self.overlap, self.weights = run, memory, note, overlap, weights
+        self.in_channels, self.num_classes, self.batch = in_channels, num_classes, max(1, batch)
+        self.size = (min(window_px, height), min(window_px, width))
+        self.tops, self.lefts = starts(height, self.size[0], overlap), starts(width, self.size[1], overlap)
+        self.weight = window_weights(self.size, weights)  # (h, w)
+        self._halvings = 0  # how often windows are halved, since memory ran out
+        self.group_px = self._group_px(height, width, budget_bytes)
+        self.memory_bytes = self._bytes(self.group_px)
+        groups = range(0, width, self.group_px)
+        across = sum(len(self._reaching(left, min(left + self.group_px, width))) for left in groups)
+        self.cost = len(self.tops) * across * self.size[0] * self.size[1] / (height * width)
+
+    def score(self, read: Read, region: Region) -> Iterator[Scores]:
+        """As `Scorer.score`: rows of the region as soon as they are final; one group of columns after the other."""
+        left = region.left
+        while left < region.right:
+            right = min((left // self.group_px + 1) * self.group_px, region.right)
+            yield from self._band(read, Region(region.top, left, region.height, right - left))
+            left = right
+
+    def _band(self, read: Read, region: Region) -> Iterator[Scores]:
+        """The scores of a region whose columns are done together."""
+        height, width = self.size
+        rows = [top for top in self.tops if top < region.bottom and top + height > region.top]
+        lefts = self._reaching(region.left, region.right)
+        windows = [[Region(top, left, height, width) for left in lefts] for top in rows]
+        band: _Band | None = None
+        done = region.top
+        with ReadAhead(read) as ahead:
+            for index, line in enumerate(windows):
+                following = windows[index + 1] if index + 1 < len(windows) else []
+                for window, logits in self._logits(ahead, line, following):
+                    if band is None:  # only now is the device known
+                        band = _Band(region, height, self.num_classes, logits.device)
+                    band.add(window, logits, self.weight.to(logits.device))
+                final = min(rows[index + 1], region.bottom) if following else region.bottom
+                if band is not None and final > done:
+                    yield from band.give(done, final)
+                    done = final
+
+    def _logits(
+        self, ahead: ReadAhead, line: Sequence[Region], following: Sequence[Region]
+    ) -> Iterator[tuple[Region, Tensor]]:
+        """The logits of the windows of a line, (K, h, w) each; the first of the following line are fetched at its end."""
+        start = 0
+        while start < len(line):
+            windows = line[start : start + self.batch]
+            then = line[start + self.batch : start + 2 * self.batch] or following[: self.batch]
+            logits = self._attempt(lambda w=windows, t=then: ahead.batch(w, then=t), len(windows))  # type: ignore[misc]
+            if logits is None:
+                continue
+            start += len(windows)
+            for window in windows:
+                yield window, logits.pop(0)
+
+    def _attempt(self, images: Callable[[], Tensor], count: int) -> list[Tensor] | None:
+        """The logits of each window of a batch, or None if memory ran out, from when on less is tried at a time."""
+        try:
+            return list(self._pass(images(), self._halvings).unbind())
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error) or (count == 1 and self._smallest()):
+                raise
+        # The traceback, which holds the tensors of the pass, is gone by here.
+        if count > 1:
+            self.batch = count // 2
+            self.note(f"out of memory with {count} windows at a time; going on with {self.batch}.")
+        else:
+            self._halvings += 1
+            side = max(self.size) >> self._halvings
+            self.note(
+                f"out of memory with windows of {2 * side} px; going on with windows of {side} px, so that labels may "
+                "differ from those made with enough memory."
+            )
+        return None
+
+    def _smallest(self) -> bool:
+        return max(self.size) >> (self._halvings + 1) < SMALLEST_PX
+
+    @torch.no_grad()
+    def _pass(self, images: Tensor, halvings: int) -> Tensor:
+        """Logits (N, K, h, w) of windows, in float32; those of halved windows are blended from their parts."""
+        if not halvings:
+            return self.run(images).float()
+        height, width = images.shape[-2:]
+        size = (-(-height // 2), -(-width // 2))
+        weight = window_weights(size, self.weights).to(images.device)
+        total = torch.zeros(len(images), self.num_classes, height, width, device=images.device)
+        sums = torch.zeros(height, width, device=images.device)
+        for top in starts(height, size[0], self.overlap):
+            for left in starts(width, size[1], self.overlap):
+                part = (..., slice(top, top + size[0]), slice(left, left + size[1]))
+                total[part] += self._pass(images[part], halvings - 1) * weight
+                sums[part] += weight
+        return total.div_(sums)
+
+    def _reaching(self, left: int, right: int) -> list[int]:
+        """First columns of the windows that cover any of the columns left ... right - 1."""
+        return [start for start in self.lefts if start < right and start + self.size[1] > left]
+
+    def _bytes(self, group_px: int) -> int:
+        """A pass, the windows read meanwhile, the band with its weights, and two of the pieces that are given away."""
+        height, width = self.size
+        windows = self.batch * height * width
+        band = (self.num_classes + 1) * height * group_px
+        given = 2 * _rows_given(self.num_classes, group_px) * self.num_classes * group_px
+        logits = windows * self.num_classes  # weighted, in float32
+        read = windows * self.in_channels
+        return self.memory(self.batch, height, width) + 4 * (read + band + given + logits)
+
+    def _group_px(self, height: int, width: int, budget_bytes: int | None) -> int:
+        """Columns to do together: all, or as many as the budget allows, a window at least."""
+        count = 1
+        while budget_bytes is not None and self._bytes(ceil(width / count)) > budget_bytes:
+            if ceil(width / count) <= self.size[1]:
+                break
+            count += 1
+        return ceil(width / count)
+
+
+class _Band:
+    """Sums of weighted logits over as many rows as a window has; rows lie in it in turn, so that none is ever moved."""
+
+    def __init__(self, region: Region, height: int, num_classes: int, device: torch.device) -> None:
+        self.region, self.height = region, height
+        self.sums = torch.zeros(num_classes + 1, height, region.width, device=device)  # the last one: of the weights
+
+    def add(self, window: Region, logits: Tensor, weight: Tensor) -> None:
+        """Add what of a window's logits (K, h, w) lies in the region."""
+        top, bottom = max(window.top, self.region.top), min(window.bottom, self.region.bottom)
+        left, right = max(window.left, self.region.left), min(window.right, self.region.right)
+        columns = slice(left - self.region.left, right - self.region.left)
+        inner = slice(left - window.left, right - window.left)
+        for start, stop, slot in self._pieces(top, bottom):
+            rows = slice(start - window.top, stop - window.top)
+            part, shares = self.sums[:, slot : slot + stop - start, columns], weight[rows, inner]
+            part[:-1].addcmul_(logits[:, rows, inner], shares)
+            part[-1].add_(shares)
+
+    def give(self, top: int, bottom: int) -> Iterator[Scores]:
+        """The averages of rows top ... bottom - 1, in pieces; their places are then free."""
+        step = _rows_given(len(self.sums) - 1, self.region.width)
+        for piece in range(top, bottom, step):
+            for start, stop, slot in self._pieces(piece, min(piece + step, bottom)):
+                rows = self.sums[:, slot : slot + stop - start]
+                values = rows[:-1] / rows[-1]
+                rows.zero_()
+                yield Scores(Region(start, self.region.left, stop - start, self.region.width), values)
+
+    def _pieces(self, top: int, bottom: int) -> Iterator[tuple[int, int, int]]:
+        """First row, last + 1, and the place of the first, of the one or two runs in which the rows lie."""
+        while top < bottom:
+            slot = top % self.height
+            stop = min(bottom, top + self.height - slot)
+            yield top, stop, slot
+            top = stop
+
+
+def starts(length: int, window: int, overlap: float) -> list[int]:
+    """Where windows begin so that neighbours share `overlap` of them or more, from border to border and symmetrically.
+
+    Args:
+        length: of the image, in pixels.
+        window: of the windows, at most `length`.
+        overlap: 0 to 0.9.
+
+    Example:
+        >>> starts(100, 40, 0.25)
+        [0, 30, 60]
+        >>> starts(100, 40, 0.0)
+        [0, 30, 60]
+        >>> starts(10, 10, 0.25)
+        [0]
+    """
+    spare = length - window
+    step = max(1, int(window * (1 - overlap)))
+    steps = -(-spare // step)
+    if steps <= 0:
+        return [0]
+    # Rounded up in the first half and mirrored, so that no gap is wider than the step.
+    first = [-(-index * spare // steps) for index in range(steps // 2 + 1)]
+    return first + [spare - start for start in first[: steps + 1 - len(first)][::-1]]
+
+
+def window_weights(size: tuple[int, int], kind: Blend) -> Tensor:
+    """The weights of a window's pixels, float32 (height, width), from 0.001 to 1.
+
+    "gaussian" is the importance map of MONAI: the product of exp(-x^2 / (2 (side / 8)^2)) over rows and columns, x from the
+    middle of the window, and no less than 0.001.
+
+    Raises:
+        UsageError: another kind.
+
+    Example:
+        >>> window_weights((1, 3), "cosine")
+        tensor([[0.5000, 1.0000, 0.5000]])
+    """
+    if kind not in get_args(Blend):
+        raise UsageError(f"blend is one of {', '.join(get_args(Blend))}, not {kind!r}.")
+    sides = []
+    for side in size:
+        middle = torch.arange(side, dtype=torch.float64) - (side - 1) / 2
+        if kind == "gaussian":
+            sides.append(torch.exp(-(middle**2) / (2 * (side / 8) ** 2)))
+        else:
+            sides.append(torch.cos(middle / side * torch.pi) if kind == "cosine" else torch.ones_like(middle))
+    return (sides[0][:, None] * sides[1]).float().clamp(min=LEAST_WEIGHT)
+
+
+def _rows_given(num_classes: int, width: int) -> int:
+    return max(1, GIVEN_BYTES // (4 * num_classes * width))

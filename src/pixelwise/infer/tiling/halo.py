@@ -1,0 +1,323 @@
+"""Exact tiles: each carries the surroundings that its scores depend on, so that they equal those of one pass.
+
+A tile is a core and a halo. Cores start on multiples of the network's stride, so that its coarse grids fall on the same
+pixels as in one pass; halos reach as far as the receptive field and end where the image does, so that the network treats
+the border as in one pass. Of the scores only the core's are kept.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import takewhile
+
+import torch
+from torch import Tensor
+
+from pixelwise.errors import UsageError
+from pixelwise.infer.devices import is_out_of_memory
+from pixelwise.infer.tiling.ahead import ReadAhead
+from pixelwise.infer.tiling.base import Read, Region, Scores
+from pixelwise.ops.cost import PassMemory, Run
+from pixelwise.ops.receptive_field import ReceptiveField
+
+Radius = tuple[int, int, int, int]
+"""Pixels above, below, left and right."""
+
+BUDGET_BYTES = 2**30
+MOST_TILES = 1024  # along a side, where the tile's size is chosen
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Rows or columns of the image, and how tiles lie along them.
+
+    Attributes:
+        length: of the image, in pixels.
+        stride: multiples of it are where cores and crops may begin.
+        before: pixels of halo above (or left), at least.
+        after: pixels of halo below (or right), at least.
+    """
+
+    length: int
+    stride: int
+    before: int
+    after: int
+
+    def cores(self, tile: int) -> list[tuple[int, int]]:
+        """First and last + 1 of each core: as many as tiles of `tile` px (a multiple of the stride) need, evenly spread.
+
+        Example:
+            >>> Axis(100, stride=8, before=5, after=5).cores(64)
+            [(0, 56), (56, 100)]
+        """
+        count = -(-self.length // tile)
+        step = self.up(-(-self.length // count))
+        return [(start, min(start + step, self.length)) for start in range(0, self.length, step)]
+
+    def crop(self, start: int, stop: int) -> tuple[int, int]:
+        """First and last + 1 of what the core start ... stop is computed from.
+
+        It is never shorter than a field of the network, as networks without padding, which pad a short image first, would
+        give its border other surroundings than that of a long one.
+
+        Example:
+            >>> Axis(100, stride=8, before=5, after=5).crop(32, 40)
+            (24, 48)
+        """
+        low = max(0, start - self.up(self.before))
+        high = min(self.length, self.up(stop + self.after))
+        least = self.up(self.before) + self.stride + self.up(self.after)
+        if low == 0:
+            high = min(self.length, max(high, least))
+        elif high == self.length:
+            low = max(0, min(low, (self.length - least) // self.stride * self.stride))
+        return low, high
+
+    def up(self, px: int) -> int:
+        """The next multiple of the stride."""
+        return -(-px // self.stride) * self.stride
+
+    def sums(self, tile: int) -> tuple[int, int]:
+        """Lengths of all crops together, and that of the longest."""
+        lengths = [high - low for low, high in (self.crop(*core) for core in self.cores(tile))]
+        return sum(lengths), max(lengths)
+
+
+class HaloTiles:
+    """Exact tiles; see the module.
+
+    Cost: the areas of all crops over the area of the image, that is (sum of crop heights) (sum of crop widths) / (H W).
+    With tiles of t px and radius r it is about (1 + 2 r / t) ** 2.
+
+    Where memory runs out, the batch is halved, then the tiles, and the work goes on with what is left.
+
+    Args:
+        run: images (N, C, h, w) -> logits (N, K, h, w); of one image of a batch, whatever the others are.
+        receptive: of the network.
+        memory: what a pass takes.
+        in_channels: C.
+        num_classes: K.
+        height: H of the image.
+        width: W.
+        tile_px: the side of the cores at most, rounded up to the stride; None chooses height and width for the least cost
+            that the budget allows.
+        radius_px: the halo above, below, left and right, if it is not the whole of the network's.
+        batch: crops of equal size that go through the network together, at most. More than one changes scores by no more
+            than rounding.
+        budget_bytes: what tiles may take where their size is chosen.
+        note: told when memory ran out.
+
+    Raises:
+        UsageError: the receptive field has no end, or the smallest tile takes more than the budget.
+
+    Example:
+        >>> conv = torch.nn.Conv2d(1, 2, 3, padding=1)
+        >>> field = ReceptiveField(bounded=True, stride=1, radius_px=(1, 1, 1, 1), size_px=(3, 3))
+        >>> memory = PassMemory.of(conv, channels=1)
+        >>> tiles = HaloTiles(conv, field, memory, in_channels=1, num_classes=2, height=6, width=8, tile_px=4)
+        >>> image, scores = torch.rand(1, 6, 8), torch.zeros(2, 6, 8)
+        >>> read = lambda top, left, height, width: image[:, top : top + height, left : left + width]
+        >>> for part in tiles.score(read, Region(0, 0, 6, 8)):
+        ...     window = part.region
+        ...     scores[:, window.top : window.bottom, window.left : window.right] = part.values
+        >>> torch.allclose(scores, conv(image[None])[0], atol=1e-5), round(tiles.cost, 2)
+        (True, 1.67)
+    """
+
+    way = "halo tiles"
+
+    def __init__(
+        self,
+        run: Run,
+        receptive: ReceptiveField,
+        memory: PassMemory,
+        *,
+        in_channels: int,
+        num_classes: int,
+        height: int,
+        width: int,
+        tile_px: int | None = None,
+        radius_px: Radius | None = None,
+        batch: int = 1,
+        budget_bytes: int | None = None,
+        note: Callable[[str], None] = lambda message: None,
+    ) -> None:
+        if not receptive.bounded or receptive.stride is None or receptive.radius_px is None:
+            raise UsageError(
+                "exact tiles need a network whose receptive field has an end, and this one's has none (it looks at the "
+                "whole image, or farther than was tried). Use blended tiles: --blend gaussian."
+            )
+        self.run, self.memory, self.in_channels, self.num_classes, self.note = (
+            run,
+            memory,
+            in_channels,
+            num_classes,
+            note,
+        )
+        above, below, left, right = radius_px or receptive.radius_px
+        self.rows = Axis(height, receptive.stride, above, below)
+        self.columns = Axis(width, receptive.stride, left, right)
+        self.batch = max(1, batch)
+        if tile_px is None:
+            self.tile = self._choose(BUDGET_BYTES if budget_bytes is None else budget_bytes)
+        else:
+            self.tile = (self.rows.up(tile_px), self.columns.up(tile_px))
+        (tall, crop_height), (wide, crop_width) = (
+            axis.sums(tile) for axis, tile in zip((self.rows, self.columns), self.tile, strict=True)
+        )
+        self.cost = tall * wide / (height * width)
+        self.memory_bytes = self._bytes(crop_height, crop_width, *self.tile)
+        self._core_px: int | None = None  # what a core may have at most, since memory ran out
+
+    def score(self, read: Read, region: Region) -> Iterator[Scores]:
+        """As `Scorer.score`: every tile that touches the region, row by row, cut to the region."""
+        todo = deque(core for core in self._cores() if _touch(core, region))
+        with ReadAhead(read) as ahead:
+            while todo:
+                first = todo.popleft()
+                too_large = self._core_px is not None and first.height * first.width > self._core_px
+                if too_large and (parts := self._halves(first)):
+                    todo.extendleft(parts[::-1])
+                    continue
+                cores = [first, *self._alike(first, todo)]
+                for _ in cores[1:]:
+                    todo.popleft()
+                scores = self._attempt(ahead, cores, list(self._leading(todo)))
+                if scores is None:
+                    todo.extendleft(cores[::-1])
+                    continue
+                while scores:
+                    yield _within(region, cores.pop(0), scores.pop(0))
+
+    def _attempt(self, ahead: ReadAhead, cores: list[Region], then: list[Region]) -> list[Tensor] | None:
+        """The scores of each core, or None if memory ran out, from when on less is tried at a time."""
+        crops = [self.crop(core) for core in cores]
+        try:
+            with torch.no_grad():
+                logits = self.run(ahead.batch(crops, [self.crop(core) for core in then]))  # (N, K, h, w)
+                return [_cut(logits[index], crops[index], core) for index, core in enumerate(cores)]
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if len(cores) == 1 and not self._halves(cores[0]):
+                raise
+        # The traceback, which holds the tensors of the pass, is gone by here.
+        self._take_less(cores)
+        return None
+
+    def _take_less(self, cores: Sequence[Region]) -> None:
+        if len(cores) > 1:
+            self.batch = len(cores) // 2
+            self.note(f"out of memory with {len(cores)} tiles at a time; going on with {self.batch}.")
+            return
+        core, (half, *_) = cores[0], self._halves(cores[0])
+        self._core_px = max(part.height * part.width for part in self._halves(core))
+        self.note(
+            f"out of memory with tiles of {core.height} x {core.width} px; going on with {half.height} x {half.width} px."
+        )
+
+    def crop(self, core: Region) -> Region:
+        """What the scores of a core are computed from."""
+        top, bottom = self.rows.crop(core.top, core.bottom)
+        left, right = self.columns.crop(core.left, core.right)
+        return Region(top, left, bottom - top, right - left)
+
+    def _cores(self) -> Iterator[Region]:
+        columns = self.columns.cores(self.tile[1])
+        for top, bottom in self.rows.cores(self.tile[0]):
+            for left, right in columns:
+                yield Region(top, left, bottom - top, right - left)
+
+    def _alike(self, first: Region, todo: Sequence[Region]) -> Iterator[Region]:
+        """The next cores whose crops have the size of that of `first`, as many as a batch takes besides it."""
+        size = _size(self.crop(first))
+        following = (core for core, _ in zip(todo, range(self.batch - 1), strict=False))
+        return takewhile(lambda core: _size(self.crop(core)) == size, following)
+
+    def _leading(self, todo: Sequence[Region]) -> Iterator[Region]:
+        if todo:
+            yield todo[0]
+            yield from self._alike(todo[0], list(todo)[1 : self.batch])
+
+    def _halves(self, core: Region) -> list[Region]:
+        """Two parts of a core, cut on the stride across its longer side; nothing if it is too small for that."""
+        stride = self.rows.stride
+        if max(core.height, core.width) <= stride:
+            return []
+        half = self.rows.up(-(-max(core.height, core.width) // 2))
+        if core.height >= core.width:
+            return [
+                Region(core.top, core.left, half, core.width),
+                Region(core.top + half, core.left, core.height - half, core.width),
+            ]
+        return [
+            Region(core.top, core.left, core.height, half),
+            Region(core.top, core.left + half, core.height, core.width - half),
+        ]
+
+    def _bytes(self, crop_height: int, crop_width: int, core_height: int, core_width: int) -> int:
+        """A pass, the crops read meanwhile, and the scores of the cores before, which the caller may still hold."""
+        read = 4 * self.in_channels * crop_height * crop_width
+        given = 4 * self.num_classes * min(core_height, crop_height) * min(core_width, crop_width)
+        return self.memory(self.batch, crop_height, crop_width) + self.batch * (read + given)
+
+    def _choose(self, budget_bytes: int) -> tuple[int, int]:
+        """The height and width of the cores that cost least within the budget."""
+        best: tuple[float, tuple[int, int]] | None = None
+        columns = [(tile, *self.columns.sums(tile)) for tile in _sizes(self.columns)]  # widest first
+        for tall in _sizes(self.rows):
+            area, crop_height = self.rows.sums(tall)
+            low, high = 0, len(columns)
+            while low < high:  # the widest that fits
+                middle = (low + high) // 2
+                wide, _, crop_width = columns[middle]
+                fits = self._bytes(crop_height, crop_width, tall, wide) <= budget_bytes
+                low, high = (low, middle) if fits else (middle + 1, high)
+            if low < len(columns) and (best is None or area * columns[low][1] < best[0]):
+                best = (area * columns[low][1], (tall, columns[low][0]))
+        if best is None:
+            (_, crop_height), (wide, _, crop_width) = self.rows.sums(self.rows.stride), columns[-1]
+            needed = self._bytes(crop_height, crop_width, self.rows.stride, wide)
+            raise UsageError(
+                f"the smallest exact tile takes {_mib(needed)} ({crop_height} x {crop_width} px with its halo), and "
+                f"{_mib(budget_bytes)} are allowed. Allow more memory, or cut the halo with --tolerance 1e-3."
+            )
+        return best[1]
+
+
+@lru_cache(maxsize=16)
+def _sizes(axis: Axis) -> tuple[int, ...]:
+    """The sizes of cores worth trying along an axis, largest first; the stride is the last."""
+    counts = range(1, min(-(-axis.length // axis.stride), MOST_TILES) + 1)
+    sizes = {axis.up(-(-axis.length // count)) for count in counts} | {axis.stride}
+    return tuple(sorted(sizes, reverse=True))
+
+
+def _cut(logits: Tensor, crop: Region, core: Region) -> Tensor:
+    """The scores of the core, in memory of their own, so that those of the halo are freed."""
+    top, left = core.top - crop.top, core.left - crop.left
+    return logits[:, top : top + core.height, left : left + core.width].to(
+        torch.float32, copy=True, memory_format=torch.contiguous_format
+    )
+
+
+def _within(region: Region, core: Region, values: Tensor) -> Scores:
+    """What of a core's scores lies in the region."""
+    top, left = max(core.top, region.top), max(core.left, region.left)
+    bottom, right = min(core.bottom, region.bottom), min(core.right, region.right)
+    part = Region(top, left, bottom - top, right - left)
+    return Scores(part, values[:, top - core.top : bottom - core.top, left - core.left : right - core.left])
+
+
+def _touch(one: Region, other: Region) -> bool:
+    rows = one.top < other.bottom and other.top < one.bottom
+    return rows and one.left < other.right and other.left < one.right
+
+
+def _size(region: Region) -> tuple[int, int]:
+    return region.height, region.width
+
+
+def _mib(count: int) -> str:
+    return f"{count / 2**20:,.0f} MiB"

@@ -1,0 +1,194 @@
+"""Exact prediction in stripes: the image streams through the network's graph and nothing is computed twice.
+
+Where a stripe of the whole width takes too much memory, the image is split into columns, each with what it needs of its
+neighbours; only that is computed twice.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pixelwise.infer.tiling.base import Read, Region, Scores
+from pixelwise.ops.streaming import WindowedNetwork
+from pixelwise.ops.streaming.forecast import cost_of, item_sizes, peak_bytes
+from pixelwise.ops.streaming.windows import Span, Window
+
+BUDGET_BYTES = 2**30
+_STRIPE_PX = 2**19  # pixels of a stripe that keep the cores busy; more only take memory
+_LEAST_ROWS, _MOST_ROWS = 8, 512
+_COLUMNS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+# glibc keeps freed maps for reuse, and maps of changing sizes do not fit into the gaps: measured on networks of several
+# depths, widths and stripes, the process takes up to this many times what its maps do.
+_CPU_ALLOCATOR = 1.9
+
+
+class Stripes:
+    """Scores an image, or any part of it, in stripes; see the module.
+
+    Args:
+        model: in eval mode; maps (1, C, H, W) to (1, K, H, W).
+        height: H of the image.
+        width: W of the image.
+        in_channels: C.
+        budget_bytes: what the maps may take.
+        tile_px: width of the columns and most rows of a stripe, where the user chose.
+        autocast: a context to run the network's operations in.
+        compute_bytes: per number that convolutions give in that context.
+        device: of the model.
+
+    Attributes:
+        way: "stripes of R rows", and in how many columns.
+        stripe_px: R.
+        cuts: where the columns begin and end.
+
+    Raises:
+        NotWindowed: the network has an operation that cannot be computed window by window.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 2, 5, padding=2)).eval()
+        >>> scorer = Stripes(model, 40, 30, in_channels=3, tile_px=16)
+        >>> scorer.way, scorer.cuts, round(scorer.cost, 2)
+        ('stripes of 16 rows in 2 columns', (0, 16, 30), 1.05)
+        >>> image = torch.rand(3, 40, 30)
+        >>> read = lambda top, left, height, width: image[:, top : top + height, left : left + width]
+        >>> [part.region.width for part in scorer.score(read, Region(10, 4, 5, 20))]
+        [12, 8]
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        height: int,
+        width: int,
+        *,
+        in_channels: int,
+        budget_bytes: int = BUDGET_BYTES,
+        tile_px: int | None = None,
+        autocast: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
+        compute_bytes: int = 4,
+        device: torch.device | None = None,
+    ) -> None:
+        self.network = WindowedNetwork(model, height, width, in_channels=in_channels, autocast=autocast)
+        self.height, self.width = height, width
+        self._sizes = item_sizes(self.network.graph, compute_bytes)
+        self._factor = _CPU_ALLOCATOR if device is None or device.type == "cpu" else 1.1
+        self._forecast = lru_cache(maxsize=None)(self._peak_bytes)
+        columns, self.stripe_px = self._choose(budget_bytes, tile_px)
+        self.cuts = _cuts(width, columns, tile_px)
+        self.memory_bytes = self._forecast(self._widest(), self.stripe_px)
+        bands = [Window(Span(0, height), Span(*band)) for band in pairwise(self.cuts)]
+        self.cost = cost_of(self.network.graph, bands) if len(bands) > 1 else 1.0
+        self.way = f"stripes of {self.stripe_px} rows" + (f" in {len(bands)} columns" if len(bands) > 1 else "")
+
+    def score(self, read: Read, region: Region) -> Iterator[Scores]:
+        """As `Scorer.score`: column by column, from top to bottom."""
+        for left, right in pairwise(self.cuts):
+            left, right = max(left, region.left), min(right, region.right)
+            if left >= right:
+                continue
+            place = {"top": region.top, "left": left, "height": region.height, "width": right - left}
+            needed = self.network.windows(Window(Span(region.top, region.bottom), Span(left, right)))[0]
+            with NextRows(read, needed.rows.stop) as ahead:
+                for top, logits in self.network.stripes(ahead, **place, stripe_px=self.stripe_px):
+                    yield Scores(Region(top, left, logits.shape[1], right - left), logits.float())
+
+    def tile_bytes(self, tile_px: int) -> int:
+        """What a tile of that size takes in the middle of the image."""
+        side = (min(tile_px, self.height), min(tile_px, self.width))
+        top, left = (self.height - side[0]) // 2, (self.width - side[1]) // 2
+        window = Window(Span(top, top + side[0]), Span(left, left + side[1]))
+        return self._bytes(window, min(self.stripe_px, side[0]))
+
+    def _choose(self, budget_bytes: int, tile_px: int | None) -> tuple[int, int]:
+        """Number of columns and rows of a stripe: as few columns, then as many rows, as the budget allows."""
+        if tile_px is not None:
+            return -(-self.width // tile_px), min(tile_px, self.height)
+        least = None
+        for columns in _COLUMNS:
+            wide = -(-self.width // columns)
+            most = max(_LEAST_ROWS, min(_MOST_ROWS, _STRIPE_PX // wide))
+            if least is not None and least * 0.7 > budget_bytes * columns:
+                continue  # far from enough
+            rows = [2**power for power in range(3, 10) if _LEAST_ROWS <= 2**power <= most]
+            needs = self._forecast(wide, rows[0])
+            least = least or needs
+            if needs > budget_bytes and wide > _LEAST_ROWS:
+                continue
+            fitting = [rows[0]]
+            for count in rows[1:]:
+                if self._forecast(wide, count) > budget_bytes:
+                    break
+                fitting.append(count)
+            return columns, min(fitting[-1], self.height)
+        return _COLUMNS[-1], min(_LEAST_ROWS, self.height)
+
+    def _widest(self) -> int:
+        return max(right - left for left, right in pairwise(self.cuts))
+
+    def _peak_bytes(self, wide: int, rows: int) -> int:
+        """What a column in the middle of the image takes in stripes of that many rows."""
+        left = (self.width - wide) // 2
+        return self._bytes(Window(Span(0, self.height), Span(left, left + wide)), rows)
+
+    def _bytes(self, window: Window, rows: int) -> int:
+        maps = peak_bytes(self.network.graph, window, rows, self._sizes)
+        scores = 3 * 4 * self.network.num_classes * rows * window.columns.length  # logits and what is made of them
+        return int(self._factor * (maps + scores))
+
+
+def _cuts(width: int, columns: int, tile_px: int | None) -> tuple[int, ...]:
+    """Where columns begin and end: of `tile_px`, or of equal widths."""
+    step = -(-width // columns) if tile_px is None else tile_px
+    return (*range(0, width, step), width)
+
+
+class NextRows:
+    """Reads windows of an image from top to bottom, always the next one in a thread of its own.
+
+    Args:
+        read: as in `base`; called from one other thread.
+        bottom: the row below the last that will be asked for.
+
+    Example:
+        >>> image = torch.arange(12.0).view(1, 6, 2)
+        >>> read = lambda top, left, height, width: image[:, top : top + height, left : left + width]
+        >>> with NextRows(read, bottom=6) as ahead:
+        ...     first, second = ahead(0, 0, 2, 2), ahead(2, 0, 2, 2)
+        >>> second.tolist()
+        [[[4.0, 5.0], [6.0, 7.0]]]
+    """
+
+    def __init__(self, read: Read, bottom: int) -> None:
+        self._read, self._bottom = read, bottom
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="next-rows")
+        self._next: tuple[tuple[int, int, int, int], Future[Tensor]] | None = None
+
+    def __call__(self, top: int, left: int, height: int, width: int) -> Tensor:
+        """(C, height, width), in the order of memory that convolutions run fastest in."""
+        wanted = (top, left, height, width)
+        waiting, self._next = self._next, None
+        found = waiting[1].result() if waiting and waiting[0] == wanted else self._fetch(*wanted)
+        after = min(height, self._bottom - top - height)
+        if after > 0:
+            then = (top + height, left, after, width)
+            self._next = (then, self._pool.submit(self._fetch, *then))
+        return found
+
+    def _fetch(self, top: int, left: int, height: int, width: int) -> Tensor:
+        with torch.inference_mode():
+            window = self._read(top, left, height, width)
+            return window.float()[None].contiguous(memory_format=torch.channels_last)[0]
+
+    def __enter__(self) -> "NextRows":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._next = None

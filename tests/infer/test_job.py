@@ -1,0 +1,368 @@
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from pixelwise.data.labels import LabelSpec
+from pixelwise.data.sources import Source, SourceInfo
+from pixelwise.errors import DataError, PixelwiseError, UsageError
+from pixelwise.infer.bundle import ModelCard
+from pixelwise.infer.job import ImageJob, Output, compute, job_key, label_source, statement
+from pixelwise.infer.options import JobOptions
+from pixelwise.infer.parts import parts_folder
+from pixelwise.infer.predictor import Predictor
+from pixelwise.infer.tiling import Region, Scores
+from pixelwise.infer.tiling.options import Tiling
+
+SPEC = LabelSpec(names=("a", "b", "c"), colors=((250, 0, 0), (0, 250, 0), (0, 0, 250)), values=((0,), (1,), (2,)))
+MARK = {"model": "1" * 64, "input": "abc"}
+
+
+class Blurred(nn.Module):
+    """The class is the strongest colour of the neighbourhood."""
+
+    def forward(self, image):
+        return nn.functional.avg_pool2d(image, 3, 1, 1, count_include_pad=False)
+
+
+class ArraySource(Source):
+    """An image in memory that can be damaged, change, or have pixels without data."""
+
+    def __init__(self, pixels, *, nodata=None, bad_row=None, location="scene.tif"):
+        planes, height, width, channels = pixels.shape
+        self.pixels, self.nodata, self.bad_row, self.changed, self.threads = pixels, nodata, bad_row, False, set()
+        self.info = SourceInfo(
+            location=location, format="tiff", height=height, width=width, channels=channels,
+            dtype=pixels.dtype.name, planes=planes, block_px=(4, 4),
+        )  # fmt: skip
+
+    def read(self, top, left, height, width, plane=0):
+        self.threads.add(threading.current_thread().name)
+        if self.bad_row is not None and top <= self.bad_row < top + height:
+            raise DataError(f"{self.info.location}: the file is damaged or truncated (row {self.bad_row}).")
+        assert top >= 0 and left >= 0 and top + height <= self.info.height and left + width <= self.info.width
+        return self.pixels[plane, top : top + height, left : left + width]
+
+    def valid(self, top, left, height, width, plane=0):
+        if self.nodata is None:
+            return None
+        return (self.pixels[plane, top : top + height, left : left + width] != self.nodata).any(axis=2)
+
+    def fingerprint(self):
+        return "abc"
+
+    def check_unchanged(self):
+        if self.changed:
+            raise DataError(f"{self.info.location}: the file changed while it was read.")
+
+
+class RowScorer:
+    """Bands of rows with a halo of one row, so the result is that of one pass."""
+
+    way, cost, memory_bytes = "stripes of 3 rows", 1.0, 1 << 30
+
+    def __init__(self, predictor, height, width, rows=3, columns=None):
+        self.predictor, self.height, self.width = predictor, height, width
+        self.rows, self.columns, self.count = rows, columns or width, 0
+
+    def score(self, read, region):
+        for top in range(region.top, region.bottom, self.rows):
+            for left in range(region.left, region.right, self.columns):
+                bottom, right = min(top + self.rows, region.bottom), min(left + self.columns, region.right)
+                y, x = max(0, top - 1), max(0, left - 1)
+                window = read(y, x, min(bottom + 1, self.height) - y, min(right + 1, self.width) - x)
+                scores = self.predictor.network(window[None])[0]
+                self.count += (bottom - top) * (right - left)
+                found = Region(top, left, bottom - top, right - left)
+                yield Scores(found, scores[:, top - y : bottom - y, left - x : right - x])
+
+
+def decide(scores, valid):
+    best, labels = scores.values.max(dim=0)
+    if not bool(torch.isfinite(best).all()):
+        raise PixelwiseError("the network's scores overflow.")
+    labels = labels.to(torch.uint8).numpy()
+    if valid is not None:
+        labels[~valid] = 255
+    return {"labels": labels, "entropy": best.numpy().copy()}
+
+
+def make_predictor(model=None):
+    card = ModelCard(model="m", config={}, labels=SPEC, mean=(0.5,) * 3, std=(1.0,) * 3, weights_sha256="1" * 64)
+    return Predictor(model or Blurred(), card, device="cpu", precision="float32")
+
+
+def random_pixels(planes=1, height=41, width=23, seed=0, dtype=np.uint8):
+    return np.random.default_rng(seed).integers(0, 256, (planes, height, width, 3)).astype(dtype)
+
+
+def make_job(source, options=None, scorers=None, predictor=None, rows=3, columns=None, **hooks):
+    def choose(predictor, height, width, tiling, note):
+        scorer = RowScorer(predictor, height, width, rows, columns)
+        if scorers is not None:
+            scorers.append(scorer)
+        return scorer
+
+    return ImageJob(
+        predictor=predictor or make_predictor(), source=source, options=options or JobOptions(), choose=choose,
+        decide=decide, **hooks,
+    )  # fmt: skip
+
+
+def save(path, result):
+    info = result.source
+    planes = [[result.rows(plane, y, y + 1)[0] for y in range(info.height)] for plane in range(info.planes)]
+    np.save(path, np.array(planes, dtype=result.dtype))
+
+
+def outputs_in(folder, *kinds):
+    return {kind: Output(folder / f"scene_{kind}.npy", save) for kind in ("labels", *kinds)}
+
+
+def expected(pixels):
+    predictor = make_predictor()
+    return np.stack([predictor.predict(plane).labels for plane in pixels])
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(3, None), (64, None), (1, 1), (7, 5)])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_labels_are_those_of_one_pass(tmp_path, rows, columns, dtype):
+    pixels = random_pixels(planes=3, dtype=dtype)
+    seen = []
+    job = make_job(
+        ArraySource(pixels), JobOptions(maps=("entropy",)), rows=rows, columns=columns,
+        progress=lambda done, total: seen.append((done, total)),
+    )  # fmt: skip
+    label_source(job, outputs_in(tmp_path, "entropy"), MARK)
+    assert np.array_equal(np.load(tmp_path / "scene_labels.npy"), expected(pixels))
+    assert np.load(tmp_path / "scene_entropy.npy").dtype == np.float32
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["scene_entropy.npy", "scene_labels.npy"]
+    assert seen == sorted(seen)
+    assert seen[-1] == (pixels[..., 0].size,) * 2
+
+
+def test_reading_and_writing_have_their_own_threads(tmp_path):
+    source = ArraySource(random_pixels())
+    label_source(make_job(source), outputs_in(tmp_path), MARK)
+    assert all(name.startswith("pixelwise-window") for name in source.threads)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("pixelwise-")]
+
+
+def test_the_user_is_told_before_it_starts(tmp_path):
+    notes = []
+    job = make_job(ArraySource(random_pixels()), state=notes.append, progress=lambda *_: notes.append("progress"))
+    label_source(job, outputs_in(tmp_path), MARK)
+    assert notes[0].startswith("scene.tif: stripes of 3 rows, 1.00x the multiply-adds of one pass, at most ")
+    assert notes[0].endswith(" GiB of memory")
+    assert notes[1] == "progress"
+    assert statement(job, RowScorer(None, 1, 1)).startswith("scene.tif: ")
+
+
+def test_pixels_without_data_get_the_number_for_it(tmp_path):
+    pixels = random_pixels()
+    pixels[0, 5:9, 4:8] = 0
+    results = []
+    outputs = {"labels": Output(tmp_path / "a.npy", lambda path, result: (results.append(result), save(path, result)))}
+    label_source(make_job(ArraySource(pixels, nodata=0)), outputs, MARK)
+    labels = np.load(tmp_path / "a.npy")[0]
+    assert (labels[5:9, 4:8] == 255).all()
+    assert (labels != 255).sum() == labels.size - 16
+    assert results[0].nodata == 255
+    assert results[0].mark == MARK
+
+
+def test_wrong_channels_are_refused_before_anything_is_computed():
+    with pytest.raises(DataError, match=r"scene\.tif: it has 4 channels, but 3 are wanted"):
+        make_job(ArraySource(np.zeros((1, 2, 2, 4), dtype=np.uint8)))
+
+
+def test_a_damaged_row_leaves_no_output_and_no_parts(tmp_path):
+    job = make_job(ArraySource(random_pixels(), bad_row=38))
+    with pytest.raises(DataError, match=r"scene\.tif: .*row 38"):
+        label_source(job, outputs_in(tmp_path), MARK)
+    assert list(tmp_path.iterdir()) == []
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("pixelwise-")]
+
+
+def test_a_file_that_changes_leaves_no_output_and_no_parts(tmp_path):
+    source = ArraySource(random_pixels())
+    job = make_job(source, progress=lambda done, total: setattr(source, "changed", done == total))
+    with pytest.raises(DataError, match="changed while it was read"):
+        label_source(job, outputs_in(tmp_path), MARK)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_change_is_blamed_for_the_damage_it_did(tmp_path):
+    source = ArraySource(random_pixels(), bad_row=5)
+    source.changed = True
+    with pytest.raises(DataError, match="changed while it was read"):
+        label_source(make_job(source), outputs_in(tmp_path), MARK)
+
+
+def test_scores_that_overflow_name_the_file(tmp_path):
+    pixels = random_pixels(dtype=np.float32)
+    pixels[0, 30, 2:5] = 3e38
+    job = make_job(ArraySource(pixels))
+    with pytest.raises(PixelwiseError, match=r"scene\.tif: the network's scores overflow"):
+        label_source(job, outputs_in(tmp_path), MARK)
+
+
+def test_no_room_on_the_disk_is_said_before_the_start(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("pixelwise.infer.estimates.shutil.disk_usage", lambda _: usage._replace(free=100))
+    scorers = []
+    with pytest.raises(PixelwiseError, match=r"scene\.tif: needs up to 1 MiB on the disk of .* are free"):
+        label_source(make_job(ArraySource(random_pixels()), scorers=scorers), outputs_in(tmp_path / "new"), MARK)
+    assert not scorers
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_fills_up_meanwhile_keeps_what_is_finished(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    job = make_job(ArraySource(random_pixels()))
+    with monkeypatch.context() as patch:
+        patch.setattr("pixelwise.files.os.fsync", full)
+        with pytest.raises(PixelwiseError, match="No space left"):
+            label_source(job, outputs_in(tmp_path), MARK)
+    assert not (tmp_path / "scene_labels.npy").exists()
+    label_source(job, outputs_in(tmp_path), MARK)
+    assert (tmp_path / "scene_labels.npy").exists()
+
+
+def test_only_what_is_missing_is_computed(tmp_path):
+    pixels = random_pixels(planes=2)
+    scorers = []
+    job = make_job(ArraySource(pixels), scorers=scorers)
+    outputs = outputs_in(tmp_path)
+    parts = job.parts(parts_folder(outputs["labels"].path, job_key(MARK, job.options, job.predictor)))
+    compute(job, parts, plane=0, region=Region(4, 0, 11, 23))
+    compute(job, parts, plane=1, region=Region(0, 0, 41, 7))
+    assert [scorer.count for scorer in scorers] == [11 * 23, 41 * 7]
+    label_source(job, outputs, MARK)
+    assert scorers[2].count == 2 * 41 * 23 - 11 * 23 - 41 * 7
+    assert np.array_equal(np.load(outputs["labels"].path), expected(pixels))
+
+
+def test_parts_of_other_settings_are_never_mixed_and_go_in_the_end(tmp_path):
+    job = make_job(ArraySource(random_pixels()))
+    outputs = outputs_in(tmp_path)
+    path = outputs["labels"].path
+    keys = {
+        job_key(mark, options, job.predictor)
+        for mark, options in (
+            (MARK, JobOptions()),
+            (MARK | {"with": ["labels"]}, JobOptions(format="png", min_area_px=3)),  # the same parts serve these
+            (MARK | {"model": "2" * 64}, JobOptions()),
+            (MARK | {"input": "def"}, JobOptions()),
+            (MARK, JobOptions(maps=("entropy",))),
+            (MARK, JobOptions(thresholds=(("a", 0.5),))),
+            (MARK, JobOptions(tiling=Tiling(blend="gaussian"))),
+        )
+    }
+    assert len(keys) == 6
+    old = parts_folder(path, job_key(MARK | {"model": "2" * 64}, job.options, job.predictor))
+    compute(job, job.parts(old))
+    label_source(job, outputs, MARK)
+    assert [item.name for item in tmp_path.iterdir()] == ["scene_labels.npy"]
+
+
+class Greedy(Blurred):
+    """Runs out of memory where windows have more than `rows` rows."""
+
+    def __init__(self, rows):
+        super().__init__()
+        self.rows = rows
+
+    def forward(self, image):
+        if image.shape[2] > self.rows:
+            raise MemoryError
+        return super().forward(image)
+
+
+def test_out_of_memory_halves_and_goes_on_from_where_it_was(tmp_path):
+    pixels, scorers, notes = random_pixels(), [], []
+
+    def choose(predictor, height, width, tiling, note):
+        rows = 16 if tiling.memory_bytes is None else max(1, 16 * tiling.memory_bytes >> 30)
+        scorers.append(RowScorer(predictor, height, width, rows))
+        return scorers[-1]
+
+    job = ImageJob(
+        predictor=make_predictor(Greedy(17)), source=ArraySource(pixels), options=JobOptions(), choose=choose,
+        decide=decide, note=notes.append,
+    )  # fmt: skip
+    label_source(job, outputs_in(tmp_path), MARK)  # the first band has a halo on one side only, 17 rows
+    assert [scorer.count for scorer in scorers] == [16 * 23, 25 * 23]
+    assert notes[0] == "scene.tif: out of memory; going on with half of it (stripes of 3 rows)."
+    assert np.array_equal(np.load(tmp_path / "scene_labels.npy"), expected(pixels))
+
+
+def test_a_network_that_never_fits_is_an_error(tmp_path):
+    job = make_job(ArraySource(random_pixels()), predictor=make_predictor(Greedy(0)))
+    with pytest.raises(PixelwiseError, match=r"scene\.tif: 23 x 41 px with 3 channels does not fit into memory"):
+        label_source(job, outputs_in(tmp_path), MARK)
+
+
+def test_statistics_of_the_whole_image_need_the_whole_image(tmp_path):
+    model = nn.Sequential(nn.BatchNorm2d(3))
+    job = make_job(ArraySource(random_pixels()), predictor=Predictor(
+        model, make_predictor().card, device="cpu", precision="float32", batch_statistics=True
+    ))  # fmt: skip
+    with pytest.raises(UsageError, match=r"batch statistics .* stripes"):
+        label_source(job, outputs_in(tmp_path), MARK)
+
+
+def run_slowly(folder):
+    """The job of a process that is killed: each window waits, and is written at once."""
+    import pixelwise.infer.job as module
+    from pixelwise.infer.collect import Collector
+
+    def collector(parts, plane):
+        return Collector(parts, plane, flush_s=0.0)
+
+    module.Collector = collector
+    folder = Path(folder)
+
+    def slow(done, total):
+        (folder / "pid").write_text(str(os.getpid()))
+        time.sleep(0.05)
+
+    label_source(make_job(ArraySource(random_pixels()), progress=slow), outputs_in(folder), MARK)
+
+
+def test_a_job_that_was_killed_goes_on_where_it_was(tmp_path):
+    code = (
+        "import importlib.util as u; "
+        f"s = u.spec_from_file_location('killed', {str(Path(__file__))!r}); "
+        f"m = u.module_from_spec(s); s.loader.exec_module(m); m.run_slowly({str(tmp_path)!r})"
+    )
+    with subprocess.Popen([sys.executable, "-c", code]) as process:
+        deadline = time.monotonic() + 60
+        while len(list(tmp_path.glob(".*/labels-*"))) < 4:
+            assert time.monotonic() < deadline
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+    assert not (tmp_path / "scene_labels.npy").exists()
+    pixels, scorers = random_pixels(), []
+    job = make_job(ArraySource(pixels), scorers=scorers)
+    before = job.parts(parts_folder(outputs_in(tmp_path)["labels"].path, job_key(MARK, job.options, job.predictor)))
+    assert 0 < before.done_px < job.total_px
+    label_source(job, outputs_in(tmp_path), MARK)
+    assert scorers[0].count == job.total_px - before.done_px
+    label_source(make_job(ArraySource(pixels)), outputs_in(tmp_path / "undisturbed"), MARK)
+    names = ("scene_labels.npy", "undisturbed/scene_labels.npy")
+    first, second = ((tmp_path / name).read_bytes() for name in names)
+    assert first == second
+    assert not list(tmp_path.glob(".*"))
