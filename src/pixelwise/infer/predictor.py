@@ -1,12 +1,12 @@
 """Load a trained network once, then label images of any size.
 
-One image is one forward pass over all of it, at its own size: nothing is resized, tiled or padded here, so a prediction
-is exactly what the network says.
+Nothing is resized: a prediction is exactly what one forward pass over the whole image, at its own size, says. Large images
+are computed piece by piece (`infer.tiling`), with the same scores where the network allows it.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,14 @@ from pixelwise.data.sources import Source
 from pixelwise.errors import DataError, PixelwiseError, UsageError
 from pixelwise.infer.bundle import ModelCard, load_bundle
 from pixelwise.infer.devices import is_out_of_memory, resolve_device, resolve_precision
+from pixelwise.infer.tiling.options import Tiling
 from pixelwise.infer.writers import blend, displayable, label_image, write_png
 from pixelwise.ops.batch_statistics import batch_statistics as statistics_of_the_batch
 from pixelwise.ops.cost import PassMemory
 from pixelwise.ops.receptive_field import ReceptiveField
+
+ONE_PASS_PX = 1 << 20
+"""Images of no more pixels are always labelled in one pass."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -132,6 +136,7 @@ class Predictor:
         self.model = model.to(self.device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
         self.memory_of_a_pass: PassMemory | None = None  # measured when a large image needs it
         self.receptive_fields: dict[int, ReceptiveField] = {}
+        self.scorers: dict[tuple[Any, ...], Any] = {}  # by size and wishes, so that the search for them is done once
         shape = (1, -1, 1, 1)
         self._mean = torch.tensor(card.mean, device=self.device).reshape(shape)
         self._std = torch.tensor(card.std, device=self.device).reshape(shape)
@@ -141,20 +146,43 @@ class Predictor:
         """Names and colours of the classes."""
         return self.card.labels
 
-    def predict(self, image: str | Path | NDArray[np.generic] | Tensor, *, probabilities: bool = True) -> Prediction:
+    def predict(
+        self,
+        image: str | Path | NDArray[np.generic] | Tensor,
+        *,
+        probabilities: bool = True,
+        tile_px: int | None = None,
+        tiling: Tiling | None = None,
+    ) -> Prediction:
         """Label every pixel of one image, at its own size.
+
+        An image of more than a million pixels is computed piece by piece if one pass would take more than 1 GiB on a CPU, or
+        half of a GPU's free memory; the scores are those of one pass (to rounding) where the receptive field of the network
+        has an end. The image and the labels themselves lie in memory; for larger ones use `pixelwise predict` or
+        `infer.batch`, which read and write by windows.
 
         Args:
             image: A file, an array (H, W) or (H, W, C), or a tensor (C, H, W). Integers are divided by the maximum of
                 their type, floats are taken as they are (0..1). One channel is repeated where the network wants three.
             probabilities: False keeps only the labels, which takes K times less memory.
+            tile_px: Side of the pieces, whatever the memory.
+            tiling: More wishes: memory, blending, averages over transformed images. `tile_px` comes before its own.
 
         Raises:
             DataError: the file cannot be read, or the image does not suit the network.
+            UsageError: the network does not allow what was asked for.
             PixelwiseError: the image does not fit into memory, or the result is not finite.
         """
         name = str(image) if isinstance(image, str | Path) else "the image"
-        return self.label(self.read(image), name=name, probabilities=probabilities)
+        source = self.read(image)
+        if tile_px is None and tiling is None and source.shape[1] * source.shape[2] <= ONE_PASS_PX:
+            return self.label(source, name=name, probabilities=probabilities)
+        from pixelwise.infer.tiling.memory_image import label_in_parts  # which is built on this class
+
+        wishes = tiling or Tiling()
+        if tile_px is not None:
+            wishes = replace(wishes, tile_px=tile_px)
+        return label_in_parts(self, source, name, wishes, probabilities=probabilities)
 
     def label(self, source: Tensor, *, name: str = "the image", probabilities: bool = True) -> Prediction:
         """As `predict`, for an image (C, H, W) that `read` gave; errors call it `name`."""
@@ -227,7 +255,7 @@ class Predictor:
         """
         with np.errstate(over="ignore"):  # numbers beyond float32 become infinite, which the scores show
             tensor = to_tensor(pixels, self.card.in_channels)
-        return self._normalised(tensor[None])[0]
+        return self.normalised(tensor[None])[0]
 
     def window_reader(self, source: Source, plane: int = 0) -> Callable[[int, int, int, int], Tensor]:
         """(top, left, height, width) -> the network's input in that window of the source, as `window` gives it."""
@@ -257,10 +285,10 @@ class Predictor:
             raise DataError(f"the network takes (N, {channels}, H, W), got {tuple(image.shape)}.")
         if image.dtype != torch.uint8 and not image.is_floating_point():
             raise DataError(f"a batch must be uint8 or float in unit scale (0..1), got {image.dtype}.")
-        return self.network(self._normalised(image))
+        return self.network(self.normalised(image))
 
-    def _normalised(self, image: Tensor) -> Tensor:
-        """(N, C, H, W), uint8 or float in unit scale -> as the network wants it, on the device."""
+    def normalised(self, image: Tensor) -> Tensor:
+        """(N, C, H, W), uint8 or float in unit scale -> float32 as the network wants it, on the device."""
         unit = image.to(self.device).float()
         unit = unit / 255 if image.dtype == torch.uint8 else unit
         return (unit - self._mean) / self._std

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 Run = Callable[[Tensor], Tensor]
 """A network ready to use: images (N, C, H, W) -> logits (N, K, H, W)."""
 
+MEASURED_PX = 256  # side of the image that is passed where shapes alone do not tell
 FIT_PX = (512, 1024, 2048)  # sides of the images that a `PassMemory` is fitted to
 
 
@@ -46,6 +47,7 @@ def peak_bytes(run: Run, shape: tuple[int, int, int, int], device: str | torch.d
     """The most that the tensors of one pass take at any time: the image, the maps, the logits; not the weights.
 
     Nothing is computed and none of it is allocated: the operations run on tensors that have a shape and a type only.
+    (`measured_bytes` really runs the pass.)
 
     Args:
         run: the network, on `device`.
@@ -66,14 +68,17 @@ def peak_bytes(run: Run, shape: tuple[int, int, int, int], device: str | torch.d
     return live.peak
 
 
-def peak_bytes_per_px(run: Run, channels: int, device: str | torch.device = "cpu", *, side_px: int = 1024) -> float:
-    """`peak_bytes` for each pixel of a square image of `side_px`.
+def measured_bytes(run: Run, shape: tuple[int, int, int, int], device: str | torch.device = "cpu") -> int:
+    """As `peak_bytes`, from a pass that is run, for networks whose steps ask for the values of tensors.
 
     Example:
-        >>> round(peak_bytes_per_px(nn.Conv2d(3, 8, 3, padding=1), channels=3), 2)
-        44.0
+        >>> measured_bytes(nn.Conv2d(3, 8, 3, padding=1), (1, 3, 100, 100))
+        440864
     """
-    return peak_bytes(run, (1, channels, side_px, side_px), device) / side_px**2
+    live = _LiveBytes()
+    with torch.inference_mode(), live:
+        run(torch.zeros(shape, device=device).contiguous(memory_format=torch.channels_last))
+    return live.peak
 
 
 @dataclass(frozen=True)
@@ -93,9 +98,15 @@ class PassMemory:
     def of(cls, run: Run, channels: int, device: str | torch.device = "cpu") -> "PassMemory":
         """Fitted to three sizes: networks that pad take more for the pixels of a small image than of a large one.
 
-        Raises:
-            RuntimeError: a step of the network asks for the values of a tensor.
+        Where the network asks for the values of tensors, it is fitted to a small image that is really passed.
         """
+        try:
+            return cls._fitted(run, channels, device)
+        except RuntimeError:
+            return cls(measured_bytes(run, (1, channels, MEASURED_PX, MEASURED_PX), device) / MEASURED_PX**2)
+
+    @classmethod
+    def _fitted(cls, run: Run, channels: int, device: str | torch.device) -> "PassMemory":
         sides = torch.tensor(FIT_PX, dtype=torch.float64)
         peaks = torch.tensor([peak_bytes(run, (1, channels, px, px), device) for px in FIT_PX], dtype=torch.float64)
         terms = torch.stack([sides**2, 2 * sides, torch.ones_like(sides)], dim=1)

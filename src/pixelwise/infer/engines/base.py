@@ -17,12 +17,9 @@ from pixelwise.infer.job import ImageJob, Note, Output, Progress, has_nodata, jo
 from pixelwise.infer.options import JobOptions
 from pixelwise.infer.outfolder import OutFolder
 from pixelwise.infer.parts import parts_folder
-from pixelwise.infer.predictor import Predictor
+from pixelwise.infer.predictor import ONE_PASS_PX, Predictor
 from pixelwise.infer.sinks import LABELS, MAPS, Result
 from pixelwise.infer.tools import Tools
-
-ONE_PASS_PX = 1 << 20
-"""Images up to this size are labelled in one pass without further questions."""
 
 ENDINGS = {
     "overlay": "_overlay.png",

@@ -56,5 +56,9 @@ class Tiling:
             raise UsageError(f"samples must be at least 1, not {self.samples}.")
         if self.tta and self.samples > 1:
             raise UsageError("tta and samples cannot be combined; choose one.")
+        if self.tolerance and (self.tta or self.samples > 1):
+            raise UsageError(
+                "tolerance cannot be combined with tta or samples, which stream tiles without a halo to cut."
+            )
         if self.blend and self.tolerance:
             raise UsageError("tolerance belongs to exact tiles and blend to overlapping windows; choose one.")

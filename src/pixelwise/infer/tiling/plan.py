@@ -3,32 +3,33 @@
 Exact ways come first. Which one is possible, the network decides; how large its pieces are, the memory.
 """
 
-import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pixelwise.errors import PixelwiseError, UsageError
+from pixelwise.errors import UsageError
 from pixelwise.infer.predictor import Predictor
 from pixelwise.infer.tiling.base import Scorer
 from pixelwise.infer.tiling.blend import BlendedTiles
-from pixelwise.infer.tiling.ensemble import Ensemble, EnsembleModule, Member, member_of, on_sample
+from pixelwise.infer.tiling.ensemble import Ensemble, Member, average_bytes
 from pixelwise.infer.tiling.halo import HaloTiles
 from pixelwise.infer.tiling.options import Tiling
+from pixelwise.infer.tiling.passes import Passes, WithSpread
 from pixelwise.infer.tiling.stripes import BUDGET_BYTES, Stripes
 from pixelwise.infer.tiling.whole import WholeImage
-from pixelwise.infer.tta import Transform, Transformed, transforms_of
 from pixelwise.ops.cost import PassMemory
 from pixelwise.ops.receptive_field import ReceptiveField, receptive_field
-from pixelwise.ops.spatial_dropout import with_spatial_dropout
 from pixelwise.ops.streaming import NotWindowed
 
 Note = Callable[[str], None]
 WINDOW_PX = 1024  # of blended tiles, unless the memory or the user wants others
-ENSEMBLE_TILE_PX = 1024
+KEPT_SCORERS = 4  # images of a folder often have the same few sizes
+LEAST_WINDOW_PX = 64  # nothing is halved below it
+ENSEMBLE_TILE_PX = 4096  # of averaged passes, at most; larger ones cost less and take more
 
 
 def choose_scorer(
@@ -47,7 +48,15 @@ def choose_scorer(
         UsageError: the network does not allow what was asked for.
         PixelwiseError: no piece is small enough for the memory.
     """
-    return _Chooser(predictor, height, width, tiling, note).choose()
+    known, key = predictor.scorers, (height, width, tiling)
+    if key not in known:
+        scorer = _Chooser(predictor, height, width, tiling, note).choose()
+        if not isinstance(scorer, Stripes | Ensemble):  # the others are made at once, and remember what memory allowed
+            return scorer
+        if len(known) == KEPT_SCORERS:
+            known.pop(next(iter(known)))
+        known[key] = scorer
+    return known[key]
 
 
 class _Chooser:
@@ -60,10 +69,10 @@ class _Chooser:
         if self.tiling.tta or self.tiling.samples > 1:
             return self._averaged()
         if self.tiling.blend:
-            return self._blended(self._run(self.predictor.model))
+            return self._blended(self._run(self.predictor.model), pass_memory(self.predictor), self.classes)
         if self.tiling.tile_px is None and not self.tiling.tolerance:
             memory = pass_memory(self.predictor)
-            if memory is not None and memory(1, self.height, self.width) <= self.budget:
+            if memory(1, self.height, self.width) <= self.budget:
                 return WholeImage(self.predictor.network, memory, height=self.height, width=self.width)
         return self._in_parts(self.predictor.model)
 
@@ -83,7 +92,7 @@ class _Chooser:
                 f"{self.predictor.card.model} looks at the whole image ({error}) Tiles are blended, so the labels depend on "
                 "their size."
             )
-            return self._blended(self._run(model))
+            return self._blended(self._run(model), pass_memory(self.predictor), self.classes)
 
     def _refuse_batch_statistics(self) -> None:
         if self.predictor.batch_statistics:
@@ -129,15 +138,10 @@ class _Chooser:
         return known[id(model)]
 
     def _tiles(self, model: nn.Module, field: ReceptiveField) -> HaloTiles:
-        memory = pass_memory(self.predictor)
-        if memory is None:
-            raise UsageError(
-                f"{self.predictor.card.model}: its memory cannot be foretold, so no tiles can be chosen. Use --blend."
-            )
         return HaloTiles(
             self._run(model),
             field,
-            memory,
+            pass_memory(self.predictor),
             in_channels=self.channels,
             num_classes=self.classes,
             height=self.height,
@@ -147,11 +151,76 @@ class _Chooser:
             note=self.note,
         )
 
-    def _blended(self, run: Callable[[Tensor], Tensor], classes: int | None = None) -> BlendedTiles:
-        raise NotImplementedError
+    def _blended(self, run: Callable[[Tensor], Tensor], memory: PassMemory, maps: int) -> BlendedTiles:
+        """Windows as large as wished or usual, or half, a quarter ... of it, where the memory has no room for more."""
+        window = self.tiling.tile_px or WINDOW_PX
+        while True:
+            tiles = BlendedTiles(
+                run,
+                memory,
+                in_channels=self.channels,
+                num_classes=maps,
+                height=self.height,
+                width=self.width,
+                window_px=window,
+                overlap=self.tiling.overlap,
+                weights=self.tiling.blend or "gaussian",
+                budget_bytes=self.budget,
+                note=self.note,
+            )
+            if self.tiling.tile_px or tiles.memory_bytes <= self.budget or window <= LEAST_WINDOW_PX:
+                return tiles
+            window //= 2
 
     def _averaged(self) -> Scorer:
-        raise NotImplementedError
+        """Passes over the whole image, over tiles that stream through the network, or over blended windows."""
+        passes = Passes.of(self.predictor.model, self.tiling)
+        once = pass_memory(self.predictor)
+        memory = PassMemory(once.per_px * passes.growth, once.per_side * passes.growth**0.5, once.fixed)
+        if not self.tiling.blend and self.tiling.tile_px is None:
+            most = max(self.height, self.width)
+            needed = memory(1, self.height, self.width) + average_bytes(self.classes, self.height, self.width)
+            if needed <= self.budget:
+                members, _ = passes.members(self._whole, self.height, self.width)
+                return self._ensemble(passes, members, most, passes.cost, memory(1, self.height, self.width))
+        self._refuse_batch_statistics()
+        if not self.tiling.blend:
+            try:
+                return self._streamed(passes)
+            except NotWindowed as error:
+                self.note(f"{error} Tiles are blended, so the labels depend on their size.")
+        memory = replace(memory, per_px=memory.per_px + 8 * (self.classes + 1))  # the mean, and the sum so far
+        tiles = self._blended(passes.module(self._run), memory, self.classes + 1)
+        return WithSpread(tiles, passes.way, passes.cost)
+
+    def _whole(self, model: nn.Module, height: int, width: int) -> WholeImage:
+        return WholeImage(self._run(model), pass_memory(self.predictor), height=height, width=width)
+
+    def _streamed(self, passes: Passes) -> Ensemble:
+        """Tiles, each streamed through the network by all passes in turn; as large as the memory allows."""
+        scorers: list[Stripes] = []
+
+        def build(model: nn.Module, height: int, width: int) -> Stripes:
+            scorers.append(self._stripes(model, height, width))
+            return scorers[-1]
+
+        members, _ = passes.members(build, self.height, self.width)
+        tile = self.tiling.tile_px or ENSEMBLE_TILE_PX
+        while not self.tiling.tile_px and tile > LEAST_WINDOW_PX:
+            if (
+                max(scorer.tile_bytes(tile) for scorer in scorers) + average_bytes(self.classes, tile, tile)
+                <= self.budget
+            ):
+                break
+            tile //= 2
+        cost = sum(scorer.tile_cost(tile) for scorer in scorers) / len(scorers) * passes.cost
+        return self._ensemble(passes, members, tile, cost, max(scorer.tile_bytes(tile) for scorer in scorers))
+
+    def _ensemble(self, passes: Passes, members: list[Member], tile_px: int, cost: float, memory: int) -> Ensemble:
+        parts = f"{passes.way}, " + (
+            "whole image" if tile_px >= max(self.height, self.width) else f"tiles of {tile_px} px"
+        )
+        return Ensemble(members, num_classes=self.classes, tile_px=tile_px, way=parts, cost=cost, memory_bytes=memory)
 
 
 def default_budget(device: torch.device) -> int:
@@ -162,27 +231,8 @@ def default_budget(device: torch.device) -> int:
     return free // 2
 
 
-def pass_memory(predictor: Predictor) -> PassMemory | None:
-    """What a pass takes; None for networks that ask for the values of tensors."""
+def pass_memory(predictor: Predictor) -> PassMemory:
+    """What a pass takes, measured once for each predictor."""
     if predictor.memory_of_a_pass is None:
-        try:
-            found = PassMemory.of(predictor.network, predictor.card.in_channels, predictor.device)
-        except RuntimeError:
-            found = PassMemory(math.inf)
-        predictor.memory_of_a_pass = found
-    return None if math.isinf(predictor.memory_of_a_pass.per_px) else predictor.memory_of_a_pass
-
-
-__all__ = [
-    "Ensemble",
-    "EnsembleModule",
-    "Member",
-    "PixelwiseError",
-    "Transform",
-    "Transformed",
-    "choose_scorer",
-    "member_of",
-    "on_sample",
-    "transforms_of",
-    "with_spatial_dropout",
-]  # fmt: skip
+        predictor.memory_of_a_pass = PassMemory.of(predictor.network, predictor.card.in_channels, predictor.device)
+    return predictor.memory_of_a_pass

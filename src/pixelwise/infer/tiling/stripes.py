@@ -101,10 +101,19 @@ class Stripes:
 
     def tile_bytes(self, tile_px: int) -> int:
         """What a tile of that size takes in the middle of the image."""
-        side = (min(tile_px, self.height), min(tile_px, self.width))
-        top, left = (self.height - side[0]) // 2, (self.width - side[1]) // 2
-        window = Window(Span(top, top + side[0]), Span(left, left + side[1]))
-        return self._bytes(window, min(self.stripe_px, side[0]))
+        tile = self._middle(tile_px)
+        return self._bytes(tile, min(self.stripe_px, tile.rows.length))
+
+    def tile_cost(self, tile_px: int) -> float:
+        """Multiply-adds of the image in tiles of that size, each by itself, over those of one pass; from a middle one."""
+        tile = self._middle(tile_px)
+        share = tile.rows.length * tile.columns.length / (self.height * self.width)
+        return cost_of(self.network.graph, [tile]) / share
+
+    def _middle(self, tile_px: int) -> Window:
+        height, width = min(tile_px, self.height), min(tile_px, self.width)
+        top, left = (self.height - height) // 2, (self.width - width) // 2
+        return Window(Span(top, top + height), Span(left, left + width))
 
     def _choose(self, budget_bytes: int, tile_px: int | None) -> tuple[int, int]:
         """Number of columns and rows of a stripe: as few columns, then as many rows, as the budget allows."""
