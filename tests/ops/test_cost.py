@@ -1,9 +1,10 @@
+import pytest
 import torch
 import torchvision
 from torch import nn
 
 from pixelwise.models import create_model
-from pixelwise.ops.cost import multiply_adds
+from pixelwise.ops.cost import PassMemory, measured_bytes, multiply_adds, peak_bytes
 
 
 def test_vgg16_costs_what_its_table_says():
@@ -24,3 +25,29 @@ def test_counting_leaves_the_mode_alone():
     before = {key: value.clone() for key, value in model.state_dict().items()}
     assert multiply_adds(model, (2, 3, 4, 5)) == 2 * 12 * 20
     assert model.training and all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+class _Branching(nn.Module):
+    """Asks for the values of tensors, which a network without weights on "meta" cannot tell."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 2, 3, padding=1)
+
+    def forward(self, x):
+        y = self.conv(x)
+        return y + 1 if y.mean() > 0 else y
+
+
+def test_memory_of_a_pass_is_foretold_or_measured():
+    conv = nn.Conv2d(3, 8, 3, padding=1)
+    with torch.inference_mode():
+        assert peak_bytes(conv, (1, 3, 100, 100)) == 440_864
+    assert measured_bytes(conv, (1, 3, 100, 100)) == 440_864
+    assert PassMemory.of(conv, 3)(1, 1000, 1000) == pytest.approx(44e6, rel=0.01)
+    assert PassMemory.of(_Branching(), 3)(1, 1000, 1000) == pytest.approx(28e6, rel=0.01)  # 3 maps, 2, and 2 of a sum
+
+
+def test_an_error_of_the_network_is_not_taken_for_that():
+    with pytest.raises(RuntimeError, match="channels"):
+        PassMemory.of(nn.Conv2d(5, 8, 3), 3)

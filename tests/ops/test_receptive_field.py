@@ -224,5 +224,87 @@ def test_the_model_is_left_as_it_is_and_its_channels_are_known():
 def test_unusable_models_are_told():
     with pytest.raises(UsageError, match=r"makes \(128, 4\) of an image of \(256, 8\) px"):
         receptive_field(nn.Conv2d(3, 2, 2, stride=2), stride=2)
-    with pytest.raises(UsageError, match="meta device"):
-        receptive_field(nn.Conv2d(3, 2, 1, device="meta"))
+    numbered = nn.Conv2d(3, 2, 1, device="meta")
+    numbered.register_buffer("order", torch.zeros(2, dtype=torch.int64, device="meta"))
+    with pytest.raises(UsageError, match="whole numbers on the meta device"):
+        receptive_field(numbered)
+
+
+@pytest.mark.parametrize("name", ["enet", "segnet", "fcdensenet56", "unet_valid"])
+def test_weights_do_not_matter(name):
+    with torch.device("meta"):
+        empty = create_model(name, num_classes=2, tiny=True)
+    assert receptive_field(empty) == receptive_field(create_model(name, num_classes=2, tiny=True))
+
+
+class Stack(nn.Module):
+    """Two convolutions along the height, with a step between them."""
+
+    def __init__(self, between, groups=1):
+        super().__init__()
+        self.first, self.between = nn.Conv2d(3, 6, (3, 1), padding=(1, 0)), between
+        self.last = nn.Conv2d(6, 6, (5, 1), padding=(2, 0), groups=groups)
+
+    def forward(self, image):
+        return self.last(self.between(self.first(image)))
+
+
+def one_channel_cleared(x):
+    x[:, 0].zero_()
+    return x
+
+
+def one_channel_replaced(x):
+    x[:, :1] = 0
+    return x
+
+
+def some_channels_added_to(x):
+    left, right = x.chunk(2, 1)
+    left += right.roll(3, -2)
+    return x
+
+
+def one_channel_left(x):
+    return torch.cat([x[:, :1], x.new_zeros(1, 5, *x.shape[2:])], 1)
+
+
+def standardised(x):
+    x = x - x.mean(1, keepdim=True)
+    return x / x.std(1, keepdim=True)
+
+
+@pytest.mark.parametrize(
+    ("between", "radius"),
+    [
+        (one_channel_cleared, (3, 3)),
+        (one_channel_replaced, (3, 3)),
+        (some_channels_added_to, (6, 3)),
+        (one_channel_left, (3, 3)),
+        (standardised, (3, 3)),
+        (lambda x: F.layer_norm(x.movedim(1, -1), (6,)).movedim(-1, 1), (3, 3)),
+        (nn.ReLU(inplace=True), (3, 3)),
+        (nn.Sequential(nn.BatchNorm2d(6), nn.SiLU(inplace=True), nn.Dropout2d()), (3, 3)),
+        (nn.Sequential(nn.Conv2d(6, 6, (7, 1), padding=(3, 0), groups=6), nn.PReLU(6)), (6, 6)),
+        (nn.Sequential(nn.Conv2d(6, 6, (2, 1), (2, 1)), nn.ConvTranspose2d(6, 6, (2, 1), (2, 1))), (4, 4)),
+    ],
+)
+def test_steps_between_convolutions(between, radius):
+    assert receptive_field(Stack(between)).radius_px == (*radius, 0, 0)
+
+
+def test_groups_are_told_apart():
+    class Apart(nn.Module):
+        """Half of the channels look farther; only the others are used."""
+
+        def __init__(self, used):
+            super().__init__()
+            self.far = nn.Conv2d(2, 2, (9, 1), padding=(4, 0))
+            self.grouped = nn.Conv2d(4, 4, (3, 1), padding=(1, 0), groups=2)
+            self.used = used
+
+        def forward(self, image):
+            return self.grouped(torch.cat([image[:, :2], self.far(image[:, :2])], 1))[:, self.used]
+
+    assert receptive_field(Apart(slice(0, 2)), in_channels=2).radius_px == (1, 1, 0, 0)
+    assert receptive_field(Apart(slice(2, 4)), in_channels=2).radius_px == (5, 5, 0, 0)

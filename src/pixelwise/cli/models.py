@@ -1,5 +1,6 @@
-"""`pixelwise models`: the networks, with paper, parameters, cost and stride."""
+"""`pixelwise models`: the networks, with paper, parameters, cost and stride, or how far each of them looks."""
 
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
@@ -7,23 +8,40 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+TILE_PX = 1024  # of the tiles whose cost is given
+
 
 def models(
     pattern: Annotated[str, typer.Argument(help="Names to show; may hold * and ?.")] = "*",
+    receptive_field: Annotated[
+        bool, typer.Option("--receptive-field", help="Measure instead how far each looks; some take a minute.")
+    ] = False,
 ) -> None:
     """List the networks: name, trainable parameters, cost, coarsest stride, paper.
 
     Parameters and cost are those for 3 channels and 11 classes, the cost in billions of multiply-adds for one image of 360 x
     480 px (GMAC); the stride is in pixels.
 
+    With --receptive-field: the stride on which exact tiles start, how many pixels above, below, left and right of a pixel
+    its scores depend on, and what exact tiles of 1,024 px with a halo of that size compute, over one pass.
+
     Example: pixelwise models "unet*"
     """
     from pixelwise.errors import UsageError
-    from pixelwise.models import describe_model, list_models
+    from pixelwise.models import list_models
 
     names = list_models(pattern)
     if not names:
         raise UsageError(f"no model matches {pattern!r}. The models are {', '.join(list_models())}.")
+    if receptive_field:
+        _show_fields(names)
+    else:
+        _show_costs(names)
+
+
+def _show_costs(names: Sequence[str]) -> None:
+    from pixelwise.models import describe_model
+
     table = Table("name", "parameters", "GMAC", "stride", "paper", box=SIMPLE)
     for column in table.columns[1:4]:
         column.justify = "right"
@@ -35,3 +53,25 @@ def models(
     if not console.is_terminal:  # a pipe has no width: a line for each network
         console = Console(width=200)
     console.print(table)
+
+
+def _show_fields(names: Sequence[str]) -> None:
+    """A line for each network as soon as it is measured."""
+    import torch
+
+    from pixelwise.models import create_model
+    from pixelwise.ops.receptive_field import receptive_field
+
+    wide = max(map(len, names))
+    typer.echo(f"{'name':{wide}}  stride  above  below   left  right  tiles of {TILE_PX:,} px cost")
+    for name in names:
+        with torch.device("meta"):  # how a network is wired does not depend on its weights
+            model = create_model(name, num_classes=11)
+        field = receptive_field(model)
+        if not field.bounded or field.stride is None or field.radius_px is None:
+            typer.echo(f"{name:{wide}}  the whole image")
+            continue
+        halos = [-(-px // field.stride) * field.stride for px in field.radius_px]
+        cost = (1 + sum(halos[:2]) / TILE_PX) * (1 + sum(halos[2:]) / TILE_PX)
+        sides = "  ".join(f"{px:5}" for px in field.radius_px)
+        typer.echo(f"{name:{wide}}  {field.stride:6}  {sides}  {cost:.2f}x")

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -55,7 +55,7 @@ def peak_bytes(run: Run, shape: tuple[int, int, int, int], device: str | torch.d
         device: where the image would be.
 
     Raises:
-        RuntimeError: a step of the network asks for the values of a tensor.
+        DataDependentOutputException, DynamicOutputShapeException: a step of the network asks for the values of a tensor.
 
     Example:
         >>> conv = nn.Conv2d(3, 8, 3, padding=1)
@@ -102,7 +102,7 @@ class PassMemory:
         """
         try:
             return cls._fitted(run, channels, device)
-        except RuntimeError:
+        except (DataDependentOutputException, DynamicOutputShapeException):
             return cls(measured_bytes(run, (1, channels, MEASURED_PX, MEASURED_PX), device) / MEASURED_PX**2)
 
     @classmethod
@@ -131,6 +131,8 @@ class _LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Sequence[Any], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        if func.namespace == "prim":  # asks where a tensor is
+            return func(*args, **(kwargs or {}))
         with self:  # operations made of others are looked into
             out = func.decompose(*args, **(kwargs or {}))
         if out is not NotImplemented:

@@ -5,17 +5,15 @@ the line can have on the network's coarsest grid, once along the height and once
 survives activations, maxima and weights of zero.
 """
 
-import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from pixelwise.errors import UsageError
+from pixelwise.ops.reach import Reach, structure
 
 FIRST_PX, THIN_PX = 256, 8  # the sides to begin with
 UNKNOWN_STRIDE, LARGEST_STRIDE = 32, 256
@@ -54,8 +52,7 @@ def receptive_field(
     """The receptive field of a network in eval mode, and whether it has an end.
 
     Pixels count that a logit can depend on as the network is wired, whatever its weights, so random weights will do, and a
-    network of the same layers with few channels gives the same answer sooner. The network is copied and runs in float64 on
-    the CPU (other kernels may spread NaN to neighbours), up to a pass for each pixel of its stride and each side.
+    network on `meta` as well (nothing is multiplied). Up to a pass for each pixel of its stride and each side, on the CPU.
 
     Args:
         model: maps images (N, C, H, W) to logits (N, K, H, W).
@@ -65,7 +62,7 @@ def receptive_field(
         limit_px: length of the longest canvas. A field that reaches from its middle to its ends counts as unbounded.
 
     Raises:
-        UsageError: the logits have another size than the image, the weights are on `meta`, or no stride up to 256 px fits.
+        UsageError: the logits have another size than the image, or no stride up to 256 px fits.
 
     Example:
         >>> stack = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 2, 5, padding=2))
@@ -77,17 +74,23 @@ def receptive_field(
         >>> receptive_field(Squeeze()).bounded
         False
     """
-    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
-        raise UsageError("receptive_field: the weights are on the meta device; build the model with real ones.")
     if in_channels is None:
         in_channels = getattr(getattr(model, "config", None), "in_channels", 3)
     if stride is None:
         stride = getattr(model, "stride", None)
     first_stride = stride if isinstance(stride, int) and stride > 0 else UNKNOWN_STRIDE
-    probed = copy.deepcopy(model).to("cpu", torch.float64).eval()
+    probed = structure(model)
+    try:
+        found = _field(probed, in_channels, first_stride, limit_px, thrifty=True)
+    except RuntimeError:  # the network writes to single channels
+        found = ReceptiveField(bounded=False)
+    return found if found.bounded else _field(probed, in_channels, first_stride, limit_px, thrifty=False)
+
+
+def _field(model: nn.Module, in_channels: int, stride: int, limit_px: int, thrifty: bool) -> ReceptiveField:
     extents = []
     for axis in (-2, -1):
-        extent = _extent(probed, in_channels, axis, first_stride, limit_px)
+        extent = _extent(partial(_Canvas, model, in_channels, thrifty, axis), stride, limit_px)
         if extent is None:
             return ReceptiveField(bounded=False)
         extents.append(extent)
@@ -100,10 +103,10 @@ def receptive_field(
     )
 
 
-def _extent(model: nn.Module, in_channels: int, axis: int, stride: int, limit_px: int) -> _Extent | None:
+def _extent(make: Callable[[int, int], "_Canvas"], stride: int, limit_px: int) -> _Extent | None:
     """The extent along one axis, or None where it has no end within the limit."""
     while stride <= LARGEST_STRIDE:
-        canvas = _large_canvas(model, in_channels, axis, stride, limit_px)
+        canvas = _large_canvas(make, stride, limit_px)
         if canvas is None:
             return None
         lines = canvas.reached_by_all(stride)
@@ -120,18 +123,24 @@ def _extent(model: nn.Module, in_channels: int, axis: int, stride: int, limit_px
 class _Canvas:
     """A canvas, `length` along one axis and thin along the other, whose lines become NaN one at a time."""
 
-    def __init__(self, model: nn.Module, in_channels: int, axis: int, stride: int, length: int) -> None:
-        self.model, self.axis, self.length = model, axis, length
+    def __init__(self, model: nn.Module, in_channels: int, thrifty: bool, axis: int, length: int, stride: int) -> None:
+        self.model, self.axis, self.length, self.thrifty = model, axis, length, thrifty
         thin = -(-THIN_PX // stride) * stride
         self.shape = (1, in_channels, *((length, thin) if axis == -2 else (thin, length)))
         self.middle = length // 2 // stride * stride
+        self.known: dict[int, Tensor] = {}
 
-    @torch.no_grad()
     def reached(self, shift: int) -> Tensor:
         """(L',), ascending: the lines of logits, counted from the middle, that depend on the line at `shift` from there."""
-        image = torch.zeros(self.shape, dtype=torch.float64)
+        if shift not in self.known:
+            self.known[shift] = self._reached(shift)
+        return self.known[shift]
+
+    @torch.no_grad()
+    def _reached(self, shift: int) -> Tensor:
+        image = torch.zeros(self.shape)
         image.select(self.axis, self.middle + shift).fill_(torch.nan)
-        with _UnpoolAnywhere():
+        with Reach(thrifty=self.thrifty):
             logits = self.model(image)
         if logits.shape[-2:] != image.shape[-2:]:
             raise UsageError(
@@ -164,30 +173,29 @@ class _Canvas:
         return bool((lines >= margin - self.middle).all() and (lines < self.length - margin - self.middle).all())
 
 
-def _large_canvas(model: nn.Module, in_channels: int, axis: int, stride: int, limit_px: int) -> _Canvas | None:
+def _large_canvas(make: Callable[[int, int], _Canvas], stride: int, limit_px: int) -> _Canvas | None:
     """The first canvas of length 256, 512, ... on which the lines around the middle reach others, but not its ends."""
     length = max(FIRST_PX, 8 * stride)
     canvas, reached = None, torch.empty(0)
     while length <= limit_px:
-        canvas = _Canvas(model, in_channels, axis, stride, length)
-        reached = torch.cat([canvas.reached(shift) for shift in (0, stride - 1)])
-        if len(reached) and canvas.is_clear(reached, stride):
-            return canvas
+        canvas = make(length, stride)
+        reached = canvas.reached(0)
+        if canvas.is_clear(reached, stride):
+            reached = torch.cat([reached, canvas.reached(stride - 1)])
+            if len(reached) and canvas.is_clear(reached, stride):
+                return _shorter(make, canvas, int(reached.abs().max()), stride)
         length *= 2
     return None if len(reached) else canvas
 
 
-class _UnpoolAnywhere(TorchDispatchMode):
-    """Unpooling puts a value at one place of its window, which others would have got it; NaN goes to all of them."""
-
-    def __torch_dispatch__(
-        self, func: Any, types: Sequence[Any], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if func is not torch.ops.aten.max_unpool2d.default:
-            return out
-        windows = F.interpolate(args[0].isnan().to(out.dtype), size=out.shape[-2:], mode="nearest")
-        return out.masked_fill(windows > 0, torch.nan)
+def _shorter(make: Callable[[int, int], _Canvas], canvas: _Canvas, farthest: int, stride: int) -> _Canvas:
+    """A canvas just long enough for lines as far from the middle as `farthest`, if that saves much."""
+    length = 2 * (-(-farthest // stride) + 3) * stride
+    if length < FIRST_PX or length > 0.75 * canvas.length:
+        return canvas
+    short = make(length, stride)
+    clear = all(short.is_clear(short.reached(shift), stride) for shift in (0, stride - 1))
+    return short if clear else canvas
 
 
 def _period(lines: list[Tensor]) -> int | None:

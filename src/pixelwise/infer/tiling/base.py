@@ -46,7 +46,7 @@ class Scorer(Protocol):
     """A network made ready for images of one size (H, W).
 
     Attributes:
-        way: in words, for the user: "whole image", "stripes", "tiles", "halo tiles", "blended tiles".
+        way: in words, for the user, such as "whole image" or "stripes of 64 rows".
         cost: multiply-adds for the whole image, over those of one pass.
         memory_bytes: the most it takes at any time, beside the weights.
     """

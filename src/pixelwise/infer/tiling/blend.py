@@ -67,8 +67,6 @@ class BlendedTiles:
         (True, 1.76)
     """
 
-    way = "blended tiles"
-
     def __init__(
         self,
         run: Run,
@@ -92,6 +90,7 @@ class BlendedTiles:
         self.run, self.memory, self.note, self.overlap, self.weights = run, memory, note, overlap, weights
         self.in_channels, self.num_classes, self.batch = in_channels, num_classes, max(1, batch)
         self.size = (min(window_px, height), min(window_px, width))
+        self.way = f"blended tiles of {self.size[0]} x {self.size[1]} px"
         self.tops, self.lefts = starts(height, self.size[0], overlap), starts(width, self.size[1], overlap)
         self.weight = window_weights(self.size, weights)  # (h, w)
         self._halvings = 0  # how often windows are halved, since memory ran out

@@ -7,7 +7,7 @@ the border as in one pass. Of the scores only the core's are kept.
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import takewhile
 
@@ -25,6 +25,7 @@ Radius = tuple[int, int, int, int]
 """Pixels above, below, left and right."""
 
 BUDGET_BYTES = 2**30
+BATCH_PX = 1024**2  # more pixels at a time do not go through a network any faster
 MOST_TILES = 1024  # along a side, where the tile's size is chosen
 
 
@@ -37,12 +38,14 @@ class Axis:
         stride: multiples of it are where cores and crops may begin.
         before: pixels of halo above (or left), at least.
         after: pixels of halo below (or right), at least.
+        shortest: of the crops at the border, if the image is that long; the halos and a stride where these are longer.
     """
 
     length: int
     stride: int
     before: int
     after: int
+    shortest: int = 0
 
     def cores(self, tile: int) -> list[tuple[int, int]]:
         """First and last + 1 of each core: as many as tiles of `tile` px (a multiple of the stride) need, evenly spread.
@@ -58,8 +61,8 @@ class Axis:
     def crop(self, start: int, stop: int) -> tuple[int, int]:
         """First and last + 1 of what the core start ... stop is computed from.
 
-        It is never shorter than a field of the network, as networks without padding, which pad a short image first, would
-        give its border other surroundings than that of a long one.
+        At the border it is never shorter than `shortest`, a field of the network, as networks without padding, which pad a
+        short image first, would give its border other surroundings than that of a long one.
 
         Example:
             >>> Axis(100, stride=8, before=5, after=5).crop(32, 40)
@@ -67,12 +70,17 @@ class Axis:
         """
         low = max(0, start - self.up(self.before))
         high = min(self.length, self.up(stop + self.after))
-        least = self.up(self.before) + self.stride + self.up(self.after)
+        least = max(self.up(self.shortest), self.field_px)
         if low == 0:
             high = min(self.length, max(high, least))
         elif high == self.length:
             low = max(0, min(low, (self.length - least) // self.stride * self.stride))
         return low, high
+
+    @property
+    def field_px(self) -> int:
+        """What the smallest core is computed from, away from the border."""
+        return self.up(self.before) + self.stride + self.up(self.after)
 
     def up(self, px: int) -> int:
         """The next multiple of the stride."""
@@ -104,8 +112,9 @@ class HaloTiles:
             that the budget allows.
         radius_px: the halo above, below, left and right, if it is not the whole of the network's.
         batch: crops of equal size that go through the network together, at most. More than one changes scores by no more
-            than rounding.
-        budget_bytes: what tiles may take where their size is chosen.
+            than rounding. None: as many as 1024 x 1024 px hold, if the budget does (a larger tile saves more than a
+            larger batch of small ones).
+        budget_bytes: what tiles may take where their size or their number is chosen.
         note: told when memory ran out.
 
     Raises:
@@ -125,8 +134,6 @@ class HaloTiles:
         (True, 1.67)
     """
 
-    way = "halo tiles"
-
     def __init__(
         self,
         run: Run,
@@ -139,7 +146,7 @@ class HaloTiles:
         width: int,
         tile_px: int | None = None,
         radius_px: Radius | None = None,
-        batch: int = 1,
+        batch: int | None = None,
         budget_bytes: int | None = None,
         note: Callable[[str], None] = lambda message: None,
     ) -> None:
@@ -155,19 +162,24 @@ class HaloTiles:
             num_classes,
             note,
         )
-        above, below, left, right = radius_px or receptive.radius_px
-        self.rows = Axis(height, receptive.stride, above, below)
-        self.columns = Axis(width, receptive.stride, left, right)
-        self.batch = max(1, batch)
+        budget = BUDGET_BYTES if budget_bytes is None else budget_bytes
+        whole, cut = receptive.radius_px, radius_px or receptive.radius_px
+        self.rows = _axis(height, receptive.stride, whole[:2], cut[:2])
+        self.columns = _axis(width, receptive.stride, whole[2:], cut[2:])
+        self.batch = max(1, batch or 1)
         if tile_px is None:
-            self.tile = self._choose(BUDGET_BYTES if budget_bytes is None else budget_bytes)
+            self.tile = self._choose(budget)
         else:
             self.tile = (self.rows.up(tile_px), self.columns.up(tile_px))
         (tall, crop_height), (wide, crop_width) = (
             axis.sums(tile) for axis, tile in zip((self.rows, self.columns), self.tile, strict=True)
         )
         self.cost = tall * wide / (height * width)
+        while batch is None and self._may_grow(crop_height, crop_width, budget):
+            self.batch += 1
         self.memory_bytes = self._bytes(crop_height, crop_width, *self.tile)
+        halo = max(self.rows.before, self.rows.after, self.columns.before, self.columns.after)
+        self.way = f"halo tiles of {self.tile[0]} x {self.tile[1]} px with {halo} px around them"
         self._core_px: int | None = None  # what a core may have at most, since memory ran out
 
     def score(self, read: Read, region: Region) -> Iterator[Scores]:
@@ -256,11 +268,22 @@ class HaloTiles:
             Region(core.top, core.left + half, core.height, core.width - half),
         ]
 
-    def _bytes(self, crop_height: int, crop_width: int, core_height: int, core_width: int) -> int:
+    def _bytes(
+        self, crop_height: int, crop_width: int, core_height: int, core_width: int, batch: int | None = None
+    ) -> int:
         """A pass, the crops read meanwhile, and the scores of the cores before, which the caller may still hold."""
+        count = batch or self.batch
         read = 4 * self.in_channels * crop_height * crop_width
         given = 4 * self.num_classes * min(core_height, crop_height) * min(core_width, crop_width)
-        return self.memory(self.batch, crop_height, crop_width) + self.batch * (read + given)
+        return self.memory(count, crop_height, crop_width) + count * (read + given)
+
+    def _may_grow(self, crop_height: int, crop_width: int, budget_bytes: int) -> bool:
+        """Whether one crop more at a time is worth it, and fits."""
+        many = self.batch + 1
+        tiles = len(self.rows.cores(self.tile[0])) * len(self.columns.cores(self.tile[1]))
+        if many > tiles or many * crop_height * crop_width > BATCH_PX:
+            return False
+        return self._bytes(crop_height, crop_width, *self.tile, batch=many) <= budget_bytes
 
     def _choose(self, budget_bytes: int) -> tuple[int, int]:
         """The height and width of the cores that cost least within the budget."""
@@ -284,6 +307,12 @@ class HaloTiles:
                 f"{_mib(budget_bytes)} are allowed. Allow more memory, or cut the halo with --tolerance 1e-3."
             )
         return best[1]
+
+
+def _axis(length: int, stride: int, whole: tuple[int, int], cut: tuple[int, int]) -> Axis:
+    """With halos of `cut`, and crops no shorter than those that the `whole` of the network's halo would make."""
+    axis = Axis(length, stride, *whole)
+    return replace(axis, before=cut[0], after=cut[1], shortest=axis.field_px)
 
 
 @lru_cache(maxsize=16)

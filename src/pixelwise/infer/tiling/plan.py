@@ -16,7 +16,8 @@ from pixelwise.infer.predictor import Predictor
 from pixelwise.infer.tiling.base import Scorer
 from pixelwise.infer.tiling.blend import BlendedTiles
 from pixelwise.infer.tiling.ensemble import Ensemble, Member, average_bytes
-from pixelwise.infer.tiling.halo import HaloTiles
+from pixelwise.infer.tiling.halo import HaloTiles, Radius
+from pixelwise.infer.tiling.influence import cut_radius
 from pixelwise.infer.tiling.options import Tiling
 from pixelwise.infer.tiling.passes import Passes, WithSpread
 from pixelwise.infer.tiling.stripes import BUDGET_BYTES, Stripes
@@ -97,8 +98,9 @@ class _Chooser:
     def _refuse_batch_statistics(self) -> None:
         if self.predictor.batch_statistics:
             raise UsageError(
-                f"batch statistics: {self.width} x {self.height} px do not fit into memory at once, and batch norm by the "
-                "statistics of parts depends on the parts. Give more --memory, or leave batch statistics out."
+                f"batch statistics: {self.width} x {self.height} px would be computed in parts (they do not fit into memory at "
+                "once, or tiles were asked for), and the statistics of parts depend on the parts. Give more --memory and no "
+                "--tile, or leave batch statistics out."
             )
 
     def _stripes(self, model: nn.Module, height: int, width: int, tile_px: int | None = None) -> Stripes:
@@ -147,9 +149,26 @@ class _Chooser:
             height=self.height,
             width=self.width,
             tile_px=self.tiling.tile_px,
+            radius_px=self._cut_radius(model, field) if self.tiling.tolerance else None,
             budget_bytes=self.budget,
             note=self.note,
         )
+
+    def _cut_radius(self, model: nn.Module, field: ReceptiveField) -> Radius:
+        """The halo that the tolerance allows, measured once for each predictor."""
+        key, known = (id(model), self.tiling.tolerance), self.predictor.cut_radii
+        if key not in known:
+            memory = pass_memory(self.predictor)
+            known[key] = cut_radius(
+                model,
+                field,
+                self.tiling.tolerance,
+                in_channels=self.channels,
+                device=self.predictor.device,
+                memory=memory,
+                budget_bytes=self.budget,
+            )
+        return known[key]
 
     def _blended(self, run: Callable[[Tensor], Tensor], memory: PassMemory, maps: int) -> BlendedTiles:
         """Windows as large as wished or usual, or half, a quarter ... of it, where the memory has no room for more."""

@@ -5,6 +5,7 @@ neighbours; only that is computed twice.
 """
 
 import contextlib
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -17,16 +18,21 @@ from torch import Tensor, nn
 
 from pixelwise.infer.tiling.base import Read, Region, Scores
 from pixelwise.ops.streaming import WindowedNetwork
-from pixelwise.ops.streaming.forecast import cost_of, item_sizes, peak_bytes
+from pixelwise.ops.streaming.forecast import cost_of, item_sizes, peak_bytes, scratch_bytes
+from pixelwise.ops.streaming.heap import HeapLimit
 from pixelwise.ops.streaming.windows import Span, Window
 
 BUDGET_BYTES = 2**30
 _STRIPE_PX = 2**19  # pixels of a stripe that keep the cores busy; more only take memory
 _LEAST_ROWS, _MOST_ROWS = 8, 512
-_COLUMNS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
-# glibc keeps freed maps for reuse, and maps of changing sizes do not fit into the gaps: measured on networks of several
-# depths, widths and stripes, the process takes up to this many times what its maps do.
-_CPU_ALLOCATOR = 1.9
+_COLUMNS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 20, 24, 32, 48, 64, 96, 128)
+# malloc keeps what maps leave, and maps of changing sizes do not fit into the gaps: the process takes up to three times what
+# its maps do, unless it is held to less (`HeapLimit`). Held to so many times, networks of several depths, widths and stripes
+# run as fast as they can; held to the least, up to a third slower, but with wider columns, so that less is computed twice.
+_CPU_FACTORS = (1.9, 1.35)
+_GPU_FACTORS = (1.1,)
+_SLACK = 0.4  # times the maps: what a single step may take beyond the limit before it is looked at
+_CHEAP = 1.1  # a cost that is not worth to be slower for
 
 
 class Stripes:
@@ -78,17 +84,25 @@ class Stripes:
         self.network = WindowedNetwork(model, height, width, in_channels=in_channels, autocast=autocast)
         self.height, self.width = height, width
         self._sizes = item_sizes(self.network.graph, compute_bytes)
-        self._factor = _CPU_ALLOCATOR if device is None or device.type == "cpu" else 1.1
-        self._forecast = lru_cache(maxsize=None)(self._peak_bytes)
-        columns, self.stripe_px = self._choose(budget_bytes, tile_px)
-        self.cuts = _cuts(width, columns, tile_px)
+        self._is_cpu = device is None or device.type == "cpu"
+        self._heap: HeapLimit | None = None  # what the process is held to, from the first score on
+        self._scratch = scratch_bytes(self.network.graph) if self._is_cpu else 0
+        self._maps = lru_cache(maxsize=None)(self._maps_bytes)
+        for factor in _CPU_FACTORS if self._is_cpu else _GPU_FACTORS:
+            self._factor = factor
+            columns, self.stripe_px = self._choose(budget_bytes, tile_px)
+            self.cuts = _cuts(width, columns, tile_px)
+            bands = [Window(Span(0, height), Span(*band)) for band in pairwise(self.cuts)]
+            self.cost = cost_of(self.network.graph, bands) if len(bands) > 1 else 1.0
+            if self.cost <= _CHEAP or tile_px is not None:
+                break
         self.memory_bytes = self._forecast(self._widest(), self.stripe_px)
-        bands = [Window(Span(0, height), Span(*band)) for band in pairwise(self.cuts)]
-        self.cost = cost_of(self.network.graph, bands) if len(bands) > 1 else 1.0
         self.way = f"stripes of {self.stripe_px} rows" + (f" in {len(bands)} columns" if len(bands) > 1 else "")
 
     def score(self, read: Read, region: Region) -> Iterator[Scores]:
         """As `Scorer.score`: column by column, from top to bottom."""
+        if self._heap is None and self._is_cpu:
+            self._heap = HeapLimit(self._heap_bytes())
         for left, right in pairwise(self.cuts):
             left, right = max(left, region.left), min(right, region.right)
             if left >= right:
@@ -96,7 +110,7 @@ class Stripes:
             place = {"top": region.top, "left": left, "height": region.height, "width": right - left}
             needed = self.network.windows(Window(Span(region.top, region.bottom), Span(left, right)))[0]
             with NextRows(read, needed.rows.stop) as ahead:
-                for top, logits in self.network.stripes(ahead, **place, stripe_px=self.stripe_px):
+                for top, logits in self.network.stripes(ahead, **place, stripe_px=self.stripe_px, heap=self._heap):
                     yield Scores(Region(top, left, logits.shape[1], right - left), logits.float())
 
     def tile_bytes(self, tile_px: int) -> int:
@@ -119,37 +133,40 @@ class Stripes:
         """Number of columns and rows of a stripe: as few columns, then as many rows, as the budget allows."""
         if tile_px is not None:
             return -(-self.width // tile_px), min(tile_px, self.height)
-        least = None
-        for columns in _COLUMNS:
+
+        def fits(columns: int) -> bool:
             wide = -(-self.width // columns)
-            most = max(_LEAST_ROWS, min(_MOST_ROWS, _STRIPE_PX // wide))
-            if least is not None and least * 0.7 > budget_bytes * columns:
-                continue  # far from enough
-            rows = [2**power for power in range(3, 10) if _LEAST_ROWS <= 2**power <= most]
-            needs = self._forecast(wide, rows[0])
-            least = least or needs
-            if needs > budget_bytes and wide > _LEAST_ROWS:
-                continue
-            fitting = [rows[0]]
-            for count in rows[1:]:
-                if self._forecast(wide, count) > budget_bytes:
-                    break
-                fitting.append(count)
-            return columns, min(fitting[-1], self.height)
-        return _COLUMNS[-1], min(_LEAST_ROWS, self.height)
+            least = self._factor * 4 * self.network.num_classes * wide  # of logits alone, told at once
+            return least < budget_bytes and self._forecast(wide, _LEAST_ROWS) <= budget_bytes
+
+        possible = [columns for columns in _COLUMNS if columns == 1 or self.width // columns >= _LEAST_ROWS]
+        columns = possible[min(bisect_left(possible, True, key=fits), len(possible) - 1)]
+        wide, stripe = -(-self.width // columns), _LEAST_ROWS
+        most = min(_MOST_ROWS, max(_LEAST_ROWS, _STRIPE_PX // wide), self.height)
+        while 2 * stripe <= most and self._forecast(wide, 2 * stripe) <= budget_bytes:
+            stripe *= 2
+        return columns, min(stripe, self.height)
 
     def _widest(self) -> int:
         return max(right - left for left, right in pairwise(self.cuts))
 
-    def _peak_bytes(self, wide: int, rows: int) -> int:
+    def _forecast(self, wide: int, rows: int) -> int:
         """What a column in the middle of the image takes in stripes of that many rows."""
         left = (self.width - wide) // 2
         return self._bytes(Window(Span(0, self.height), Span(left, left + wide)), rows)
 
     def _bytes(self, window: Window, rows: int) -> int:
+        return int(self._factor * self._maps(window, rows)) + self._scratch
+
+    def _maps_bytes(self, window: Window, rows: int) -> int:
         maps = peak_bytes(self.network.graph, window, rows, self._sizes)
-        scores = 3 * 4 * self.network.num_classes * rows * window.columns.length  # logits and what is made of them
-        return int(self._factor * (maps + scores))
+        return (
+            maps + 3 * 4 * self.network.num_classes * rows * window.columns.length
+        )  # logits, and what is made of them
+
+    def _heap_bytes(self) -> int:
+        """What the process is held to, so that it stays within what was stated."""
+        return int((self.memory_bytes - self._scratch) * (1 - _SLACK / self._factor)) + self._scratch
 
 
 def _cuts(width: int, columns: int, tile_px: int | None) -> tuple[int, ...]:
@@ -181,14 +198,25 @@ class NextRows:
 
     def __call__(self, top: int, left: int, height: int, width: int) -> Tensor:
         """(C, height, width), in the order of memory that convolutions run fastest in."""
-        wanted = (top, left, height, width)
-        waiting, self._next = self._next, None
-        found = waiting[1].result() if waiting and waiting[0] == wanted else self._fetch(*wanted)
+        found = self._found(top, left, height, width)
         after = min(height, self._bottom - top - height)
         if after > 0:
             then = (top + height, left, after, width)
             self._next = (then, self._pool.submit(self._fetch, *then))
         return found
+
+    def _found(self, top: int, left: int, height: int, width: int) -> Tensor:
+        """The window, as far as possible from what was fetched, which may have other rows than were expected."""
+        waiting, self._next = self._next, None
+        if waiting is None:
+            return self._fetch(top, left, height, width)
+        place, fetched = waiting[0], waiting[1].result()
+        if (place[0], place[1], place[3]) != (top, left, width):
+            return self._fetch(top, left, height, width)
+        missing = height - place[2]
+        if missing <= 0:
+            return fetched[:, :height]
+        return torch.cat([fetched, self._fetch(top + place[2], left, missing, width)], dim=1)
 
     def _fetch(self, top: int, left: int, height: int, width: int) -> Tensor:
         with torch.inference_mode():

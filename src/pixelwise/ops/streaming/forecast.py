@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pixelwise.ops.streaming.graph import Graph
 from pixelwise.ops.streaming.kernels import Convolution, Slides, TransposedConvolution
-from pixelwise.ops.streaming.network import Stream, windows_of
+from pixelwise.ops.streaming.network import LEAST_STEP_PX, Stream, windows_of
 from pixelwise.ops.streaming.pointwise import LinearOfChannels, Part
 from pixelwise.ops.streaming.windows import Span, Window, whole
 
@@ -59,6 +59,12 @@ def item_sizes(graph: Graph, compute_bytes: int) -> list[int]:
     return sizes
 
 
+def scratch_bytes(graph: Graph) -> int:
+    """What the largest convolution takes beside its maps: CPUs bring its weights into another order for each call."""
+    kernels = (Convolution, TransposedConvolution)
+    return max((rule.weight.nbytes for rule in graph.rules if isinstance(rule, kernels)), default=0)
+
+
 class Ledger(Stream):
     """A stream that keeps account of the bytes and computes nothing."""
 
@@ -66,12 +72,10 @@ class Ledger(Stream):
         super().__init__(graph, region)
         self.sizes, self.peak, self.held = sizes, 0, [0] * len(graph.calls)
 
-    def walk(self, row: int) -> None:
+    def walk(self, row: int, step_px: int) -> None:
         """As `advance`."""
-        targets = self.targets(row)
-        for step in range(len(targets)):
-            if targets[step] > self.kept[step].stop:
-                self._count(step, targets[step])
+        for step, stop in self.schedule(row, step_px):
+            self._count(step, stop)
         last = self.graph.last
         self.kept[last].drop_before(row)
         self._weigh(last)
@@ -120,12 +124,26 @@ class Ledger(Stream):
 
 
 def peak_bytes(graph: Graph, region: Window, stripe_px: int, sizes: Sequence[int]) -> int:
-    """The most bytes that the maps take at any time while `region` streams through in stripes of `stripe_px` rows."""
+    """The most bytes that the maps take at any time while `region` streams through in stripes of `stripe_px` rows.
+
+    That is while the first rows flow, or at the end, where the last stripe is followed at once by what waited for rows
+    below the image.
+    """
+    peak, last = _walk(graph, region, stripe_px, sizes)
+    start = region.rows.start + (region.rows.length - 1) // stripe_px * stripe_px - stripe_px
+    if start <= last:
+        return peak
+    bottom = Window(Span(start, region.rows.stop), region.columns)
+    return max(peak, _walk(graph, bottom, stripe_px, sizes)[0])
+
+
+def _walk(graph: Graph, region: Window, stripe_px: int, sizes: Sequence[int]) -> tuple[int, int]:
+    """The peak of a region, and down to which row it was looked for: until it repeats."""
     ledger, steady = Ledger(graph, region, sizes), 0
     for first in range(region.rows.start, region.rows.stop, stripe_px):
         before = ledger.peak
-        ledger.walk(min(first + stripe_px, region.rows.stop))
+        ledger.walk(min(first + stripe_px, region.rows.stop), max(stripe_px, LEAST_STEP_PX))
         steady = steady + 1 if ledger.peak == before and ledger.is_flowing() else 0
         if steady == STEADY:
-            break
-    return ledger.peak
+            return ledger.peak, first + stripe_px
+    return ledger.peak, region.rows.stop

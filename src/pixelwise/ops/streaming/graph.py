@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from pixelwise.errors import PixelwiseError
 from pixelwise.ops.convolutionalize.capture import without_memory
+from pixelwise.ops.streaming.inplace import Aliases
 
 
 class NotWindowed(PixelwiseError):
@@ -24,10 +25,11 @@ class NotWindowed(PixelwiseError):
 
 @dataclass(frozen=True)
 class Map:
-    """The full size of a map, and which of its axes are rows and columns."""
+    """The full size of a map, which of its axes are rows and columns, and its type of numbers (without autocast)."""
 
     shape: tuple[int, ...]
     axes: tuple[int, int]
+    dtype: torch.dtype = torch.float32
 
     @property
     def height(self) -> int:
@@ -38,6 +40,12 @@ class Map:
     def width(self) -> int:
         """Columns."""
         return self.shape[self.axes[1]]
+
+    def empty(self, size: tuple[int, int], device: torch.device) -> Tensor:
+        """A window of it that has no rows or no columns."""
+        shape = list(self.shape)
+        shape[self.axes[0]], shape[self.axes[1]] = size
+        return torch.empty(shape, dtype=self.dtype, device=device)
 
 
 @dataclass(frozen=True)
@@ -89,7 +97,7 @@ class Graph:
     """The operations from the image to the logits, each with the rule that computes its windows.
 
     Args:
-        model: in eval mode; maps (1, C, H, W) to (1, K, H, W).
+        model: maps (1, C, H, W) to (1, K, H, W); batch norm and dropout that are in training mode are refused.
         shape: (1, C, H, W).
         rules: operation's name -> maker of its rule.
 
@@ -108,6 +116,7 @@ class Graph:
         self._constants: dict[fx.Node, Any] = {}
         self._steps: dict[fx.Node, int] = {}
         self._makers = rules
+        self._aliases = Aliases(program.graph)
         for node in program.graph.nodes:
             self._add(node)
         self._drop_unused()
@@ -144,10 +153,34 @@ class Graph:
             self._finish(node)
         elif node.op != "call_function":
             raise NotWindowed(f"{node.op} {node.target} ({node.name}) cannot be computed window by window.")
+        elif str(node.target) == "aten._assert_tensor_metadata.default":
+            return
         elif any(item in self._steps for item in node.all_input_nodes):
+            for name in self._aliases.changed(node):
+                self._refuse_if(self._aliases.is_used_after(name, node), node, name)
             self._add_call(node)
-        elif str(node.target) != "aten._assert_tensor_metadata.default":
+        elif self._is_for_itself(node):
             self._constants[node] = self._constant(node)
+
+    def _is_for_itself(self, node: fx.Node) -> bool:
+        """Whether an operation on constants changes only what no map looks at otherwise."""
+        changed = self._aliases.changed(node)
+        for name in changed:
+            users = self._aliases.users_before(name, node)
+            self._refuse_if(any(user in self._steps for user in users), node, name)
+        if not any(name.op == "placeholder" for name in changed):
+            return True
+        # It counts its calls, say: the network's own numbers stay as they are.
+        for name in (*changed, node):
+            self._refuse_if(self._aliases.is_used_after(name, node), node, name)
+        return False
+
+    def _refuse_if(self, is_seen: bool, node: fx.Node, name: fx.Node) -> None:
+        if is_seen:
+            raise NotWindowed(
+                f"{node.target} ({node.name}) cannot be computed window by window: it changes {name.name} in place, "
+                "which is used otherwise too."
+            )
 
     def _finish(self, node: fx.Node) -> None:
         leaves = pytree.tree_leaves(node.args)
@@ -184,13 +217,14 @@ class Graph:
 
         args, kwargs = pytree.tree_map(bind, (node.args, dict(node.kwargs)), is_leaf=lambda x: isinstance(x, fx.Node))
         values = node.meta["val"]
-        shapes = [tuple(item.shape) for item in (values if isinstance(values, tuple | list) else [values])]
+        values = values if isinstance(values, tuple | list) else [values]
+        shapes = [tuple(item.shape) for item in values]
         call = self._call(node, args, kwargs, sources, shapes)
         maker = self._makers.get(str(node.target))
         if maker is None:
             raise call.refusal("it is not known here, or needs the whole image at once")
         rule = maker(call)
-        self._append(node, call, rule, Map(shapes[0], rule.axes))
+        self._append(node, call, rule, Map(shapes[0], rule.axes, values[0].dtype))
 
     def _add_part(self, node: fx.Node) -> None:
         """One of several results of an operation."""
@@ -200,7 +234,8 @@ class Graph:
             raise NotWindowed(f"{node.name}: takes a part of what has no parts.")
         shape = whole.shapes[index]
         call = self._call(node, (Input(0), index), {}, [source], [shape])
-        self._append(node, call, self._makers["getitem"](call), Map(shape, self.maps[source].axes))
+        dtype = node.meta["val"].dtype
+        self._append(node, call, self._makers["getitem"](call), Map(shape, self.maps[source].axes, dtype))
 
     def _call(self, node: fx.Node, args: Any, kwargs: Any, sources: list[int], shapes: list[tuple[int, ...]]) -> Call:
         maps, rules = [self.maps[item] for item in sources], [self.rules[item] for item in sources]
@@ -235,6 +270,8 @@ class Graph:
 def _export(model: nn.Module, shape: tuple[int, int, int, int]) -> Any:
     """The model captured on the device "meta", where weights and maps take no memory."""
     twin = without_memory(model)
+    for module, hollow in zip(model.modules(), twin.modules(), strict=True):
+        hollow.training = module.training
     dtype = next((item.dtype for item in model.parameters() if item.is_floating_point()), torch.float32)
     try:
         with torch.no_grad():

@@ -191,6 +191,8 @@ class MaxUnpooling:
 
     def run(self, out: Window, tensors: list[Tensor], windows: list[Window], owned: bool = False) -> Tensor:
         values, places = tensors
+        if 0 in values.shape:  # beyond the windows
+            return values.new_zeros(*values.shape[:2], *out.size)
         given = [
             axis.given(span).clip(length)
             for axis, span, length in zip((self.rows, self.columns), windows[0], self.size, strict=True)

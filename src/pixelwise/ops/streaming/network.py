@@ -5,20 +5,28 @@ forwards. A map keeps the rows that rows still to come will need, and no others:
 as far. So the image streams through in stripes, nothing is computed twice, and the result is that of one pass.
 """
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pixelwise.ops.streaming.graph import Call, Graph
+from pixelwise.ops.streaming.heap import HeapLimit
 from pixelwise.ops.streaming.pointwise import Part
+from pixelwise.ops.streaming.pool import Pool
 from pixelwise.ops.streaming.rules import RULES
 from pixelwise.ops.streaming.windows import Kept, Span, Window, whole
 
 ReadWindow = Callable[[int, int, int, int], Tensor]
 """(top, left, height, width) -> that part of the image, (C, height, width), on the network's device."""
+
+
+LEAST_STEP_PX = 32  # rows of the image that are taken at once, at least
+_NARROW = 0.9  # of the columns; what saves less is not worth a copy
 
 
 class WindowedNetwork:
@@ -68,14 +76,25 @@ class WindowedNetwork:
 
     @torch.inference_mode()
     def stripes(
-        self, read: ReadWindow, *, top: int, left: int, height: int, width: int, stripe_px: int
+        self,
+        read: ReadWindow,
+        *,
+        top: int,
+        left: int,
+        height: int,
+        width: int,
+        stripe_px: int,
+        heap: HeapLimit | None = None,
     ) -> Iterator[tuple[int, Tensor]]:
-        """The logits of a window, `stripe_px` rows after the other: (first row, (K, rows, width))."""
+        """The logits of a window, `stripe_px` rows after the other: (first row, (K, rows, width)).
+
+        The process is held to `heap`, if given, as far as the maps allow.
+        """
         region = Window(Span(top, top + height), Span(left, left + width))
-        stream = Stream(self.graph, region)
+        stream = Stream(self.graph, region, Pool() if self.graph.device.type == "cpu" else None, heap)
         for first in range(top, top + height, stripe_px):
             with self.autocast():
-                logits = stream.advance(min(first + stripe_px, top + height), read)
+                logits = stream.advance(min(first + stripe_px, top + height), read, max(stripe_px, LEAST_STEP_PX))
             yield first, logits[0]
 
     def windows(self, region: Window) -> list[Window]:
@@ -106,16 +125,18 @@ class Stream:
     Args:
         graph: the network.
         region: the window of the logits that is wanted.
+        pool: where rows wait; None leaves them where they are.
+        heap: what the process is held to.
 
     Attributes:
         kept: of each map, the rows that are still needed.
     """
 
-    def __init__(self, graph: Graph, region: Window) -> None:
-        self.graph, self.region = graph, region
+    def __init__(self, graph: Graph, region: Window, pool: Pool | None = None, heap: HeapLimit | None = None) -> None:
+        self.graph, self.region, self.heap = graph, region, heap
         self.needed = windows_of(graph, region)
         self.kept = [
-            Kept(item.axes, window.columns, window.rows.start, window.rows.start)
+            Kept(item.axes, window.columns, window.rows.start, window.rows.start, pool)
             for item, window in zip(graph.maps, self.needed, strict=True)
         ]
         self.parts: dict[int, list[int]] = {}
@@ -123,17 +144,58 @@ class Stream:
             if isinstance(rule, Part):
                 self.parts.setdefault(graph.calls[step].sources[0], []).append(step)  # type: ignore[union-attr]
 
-    def advance(self, row: int, read: ReadWindow) -> Tensor:
+    def advance(self, row: int, read: ReadWindow, step_px: int) -> Tensor:
         """The logits down to `row` (exclusive), from where the last call ended, (1, K, rows, width)."""
         first = self.kept[self.graph.last].stop
-        targets = self.targets(row)
-        for step in range(len(targets)):
-            if targets[step] > self.kept[step].stop:
-                self._compute(step, targets[step], read)
+        for step, stop in self.schedule(row, step_px):
+            self._compute(step, stop, read)
+            if self.heap is not None:
+                self.heap.hold()
         last = self.kept[self.graph.last]
         logits = last.take(Window(Span(first, row), self.region.columns))
         last.drop_before(row)
         return logits
+
+    def schedule(self, row: int, step_px: int) -> Iterator[tuple[int, int]]:
+        """(map, down to which row it is to be computed next), until there are logits down to `row`.
+
+        `step_px` rows of the image are taken at a time, and what they allow is computed before the next are: the first rows
+        of the logits need many of the image, whose maps would be large all at once.
+        """
+        targets = self.targets(row)
+        image = self.graph.calls.index(None)
+        while True:
+            targets_now = [*targets]
+            targets_now[image] = min(targets[image], self.kept[image].stop + step_px)
+            is_last = targets_now[image] == targets[image]
+            for step, stop in enumerate(targets_now):
+                if stop > self.kept[step].stop:
+                    stop = stop if is_last else self._reachable(step, stop)
+                    if stop > self.kept[step].stop:
+                        yield step, stop
+            for kept in self.kept[: self.graph.last]:
+                kept.settle()
+            if is_last:
+                return
+
+    def _reachable(self, step: int, stop: int) -> int:
+        """How far a map can be computed, at most to `stop`, from the rows that are there."""
+        call, rule, kept = self.graph.calls[step], self.graph.rules[step], self.kept[step]
+        if call is None or isinstance(rule, Part):
+            return stop
+        columns = self.needed[step].columns
+
+        def is_there(row: int) -> bool:
+            windows = rule.need(Window(Span(kept.stop, row), columns))
+            return all(
+                not window.rows.length or window.rows.stop <= self.kept[base].stop
+                for source, window in zip(call.sources, windows, strict=True)
+                for base in self.graph.bases[source]
+            )
+
+        if is_there(stop):
+            return stop
+        return kept.stop + bisect_left(range(kept.stop + 1, stop + 1), True, key=lambda row: not is_there(row))
 
     def targets(self, row: int) -> list[int]:
         """Down to which row each map has to be computed for the logits down to `row`."""
@@ -148,7 +210,7 @@ class Stream:
                 continue
             new = Window(Span(kept[step].stop, targets[step]), self.needed[step].columns)
             for source, window in zip(call.sources, graph.rules[step].need(new), strict=True):
-                for base in graph.bases[source] if window.rows.length else ():
+                for base in graph.bases[source] if 0 not in window.size else ():
                     targets[base] = max(targets[base], window.rows.stop)
         for step, parts in self.parts.items():
             for part in parts:
@@ -180,7 +242,11 @@ class Stream:
             self.release(source)
 
     def _take(self, source: int, window: Window) -> Tensor:
-        maps = [self.kept[base].take(window) for base in self.graph.bases[source]]
+        bases = self.graph.bases[source]
+        if 0 in window.size:  # only padding is seen
+            maps = [self.graph.maps[base].empty(window.size, self.graph.device) for base in bases]
+        else:
+            maps = [self.kept[base].take(window) for base in bases]
         return maps[0] if len(maps) == 1 else torch.cat(maps, dim=1)
 
     def sources(self, call: Call) -> set[int]:
@@ -199,21 +265,30 @@ class Stream:
         return fresh and tensors[0]._base is None
 
     def release(self, source: int) -> None:
-        """Let go of the rows of a map that nothing to come needs."""
-        self.kept[source].drop_before(self.first_needed(source))
+        """Let go of the rows of a map that nothing to come needs, and of the columns of those that only a skip waits for."""
+        kept, needs = self.kept[source], sorted(self.needs(source))
+        kept.drop_before(needs[0][0] if needs else self.needed[source].rows.stop)
+        columns = Span(0, 0)
+        best = (0, 0, columns)  # numbers that are saved, above which row, with which columns
+        for (_, skip), (row, _) in pairwise(needs):
+            columns = columns.union(skip)
+            best = max(best, ((row - kept.start) * (kept.columns.length - columns.length), row, columns))
+        saved, row, columns = best
+        if saved > 0 and columns.length < _NARROW * kept.columns.length:
+            kept.narrow_before(row, columns)
 
-    def first_needed(self, source: int) -> int:
-        """The first row of a map that rows to come need."""
-        first = self.needed[source].rows.stop
+    def needs(self, source: int) -> list[tuple[int, Span]]:
+        """What each of the operations to come needs of a map: from which row on, and which columns."""
+        found = []
         for user in self.graph.users[source]:
             rest = Window(Span(self.kept[user].stop, self.needed[user].rows.stop), self.needed[user].columns)
             call = self.graph.calls[user]
             if rest.rows.length == 0 or call is None:
                 continue
             for item, window in zip(call.sources, self.graph.rules[user].need(rest), strict=True):
-                if source in self.graph.bases[item] and window.rows.length:
-                    first = min(first, window.rows.start)
-        return first
+                if source in self.graph.bases[item] and 0 not in window.size:
+                    found.append((window.rows.start, window.columns))
+        return found
 
 
 __all__ = ["ReadWindow", "Stream", "WindowedNetwork", "whole", "windows_of"]

@@ -224,6 +224,7 @@ class Joined(Placewise):
         if dim in self.axes:
             raise call.refusal("it puts maps beside each other")
         constants = any(isinstance(item, Tensor) for item in pytree.tree_leaves(call.args))
+        self._large = constants  # they are as large as the maps
         self.joins = dim == 1 and len(call.shapes[0]) == 4 and self.axes == (2, 3) and not constants
 
 

@@ -1,5 +1,6 @@
 """Rules of operations that move or interpolate places: padding, slices, index tables, flips, up- and downsampling."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -180,11 +181,10 @@ class BilinearResampling(Moves):
         if first.axes != (2, 3) or len(first.shape) != 4:
             raise call.refusal("its map is not (N, C, H, W)")
         align = bool(call.argument(2, "align_corners", False))
-        scales = _scales(call, 3)
-        self.sides = [
-            Interpolation(length, target, align, scale)
-            for length, target, scale in zip((first.height, first.width), call.shapes[0][2:], scales, strict=True)
-        ]
+        scales = (None, None) if align else _scales(call, 3)
+        sizes = list(zip((first.height, first.width), call.shapes[0][2:], scales, strict=True))
+        _refuse_shortcuts(call, sizes, factors=(1,))
+        self.sides = [Interpolation(length, target, align, scale) for length, target, scale in sizes]
         self.unchanged = not align and call.shapes[0][2:] == first.shape[2:] and set(scales) <= {None, 1.0}
         super().__init__(
             call, rows=Same() if self.unchanged else self.sides[0], columns=Same() if self.unchanged else self.sides[1]
@@ -218,13 +218,23 @@ class NearestResampling(Moves):
     """upsample_nearest2d."""
 
     def __init__(self, call: Call) -> None:
-        first, given = call.inputs[0], call.shapes[0]
-        sizes = ((first.height, given[2]), (first.width, given[3]))
-        self.tables = [Nearest(*size, scale) for size, scale in zip(sizes, _scales(call, 2), strict=True)]
+        first = call.inputs[0]
+        if first.axes != (2, 3):
+            raise call.refusal("its map is not (N, C, H, W)")
+        sizes = list(zip((first.height, first.width), call.shapes[0][2:], _scales(call, 2), strict=True))
+        _refuse_shortcuts(call, sizes, factors=(1, 2))
+        self.tables = [Nearest(*size) for size in sizes]
         super().__init__(call, rows=self.tables[0], columns=self.tables[1])
 
     def run(self, out: Window, tensors: list[Tensor], windows: list[Window], owned: bool = False) -> Tensor:
         return _look_up(tensors[0], self.axes, self.tables, out)
+
+
+def _refuse_shortcuts(call: Call, sizes: Sequence[tuple[int, int, float | None]], factors: tuple[int, ...]) -> None:
+    """Where lengths fit one of these factors, torch takes that instead of the scale that it was given, on some devices."""
+    for length, target, scale in sizes:
+        if scale is not None and any(target == factor * length and scale != factor for factor in factors):
+            raise call.refusal(f"its scale of {scale} makes {target} of {length}, which is not the same on all devices")
 
 
 def _scales(call: Call, place: int) -> tuple[float | None, float | None]:
@@ -240,6 +250,8 @@ class PixelShuffle(Moves):
 
     def __init__(self, call: Call) -> None:
         first = call.inputs[0]
+        if first.axes != (2, 3) or len(first.shape) != 4:
+            raise call.refusal("its map is not (N, C, H, W)")
         self.factor = call.argument(1, "upscale_factor")
         sides = [_Blocks(self.factor) for _ in first.axes]
         super().__init__(call, rows=sides[0], columns=sides[1])

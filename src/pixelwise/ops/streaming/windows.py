@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pixelwise.ops.streaming.pool import Pool
+
 
 class Span(NamedTuple):
     """The places start ... stop - 1 along one axis; empty where stop is not beyond start."""
@@ -54,31 +56,44 @@ def whole(height: int, width: int) -> Window:
     return Window(Span(0, height), Span(0, width))
 
 
+class Piece(NamedTuple):
+    """Rows of a map, from `first` on, with these columns; `place` is theirs in the pool, if they wait there."""
+
+    first: int
+    rows: Tensor
+    columns: Span
+    place: Tensor | None = None
+
+
 @dataclass
 class Kept:
     """The last rows of a map: some from `start` on, in pieces as they were computed.
 
     Attributes:
         axes: which axes of the tensors are rows and columns.
-        columns: the columns that all pieces have.
+        columns: the columns that rows have when they come; `narrow_before` leaves fewer.
         start: the first row that is kept.
         stop: the row below the last.
+        pool: where rows wait that are not needed at once; None leaves them where they are.
     """
 
     axes: tuple[int, int]
     columns: Span
     start: int
     stop: int
+    pool: Pool | None = None
 
     def __post_init__(self) -> None:
-        self._pieces: deque[tuple[int, Tensor]] = deque()  # (first row, rows), in order
+        self._pieces: deque[Piece] = deque()  # in order
         self._empty: Tensor | None = None
 
     def append(self, rows: Tensor) -> None:
         """Take the next rows."""
         count = rows.shape[self.axes[0]]
         if count:
-            self._pieces.append((self.stop, rows))
+            if self.pool is not None and self.pool.holds(rows):
+                rows = rows.clone()  # a view of rows that wait elsewhere, whose place will be given to others
+            self._pieces.append(Piece(self.stop, rows, self.columns))
             self.stop += count
         if self._empty is None:
             self._empty = rows.narrow(self.axes[0], 0, 0).clone()  # a view would keep the rows alive
@@ -87,42 +102,81 @@ class Kept:
         """The rows and columns of a window, without a copy where one piece holds them all."""
         (start, stop), columns = window
         parts = []
-        for first, piece in self._pieces:
+        for first, piece, wide, _ in self._pieces:
             low, high = max(start, first), min(stop, first + piece.shape[self.axes[0]])
             if low < high:
-                whole_piece = high - low == piece.shape[self.axes[0]]
-                parts.append(piece if whole_piece else piece.narrow(self.axes[0], low - first, high - low))
+                if high - low != piece.shape[self.axes[0]]:
+                    piece = piece.narrow(self.axes[0], low - first, high - low)
+                parts.append(_columns(piece, self.axes[1], wide, columns))
         if not parts:
             if self._empty is None:
                 raise RuntimeError("a step asks for rows of a map of which none was computed")
-            parts = [self._empty]
-        if columns != self.columns:
-            parts = [part.narrow(self.axes[1], columns.start - self.columns.start, columns.length) for part in parts]
+            parts = [_columns(self._empty, self.axes[1], self.columns, columns)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=self.axes[0])
 
     def is_whole(self, window: Window) -> bool:
         """Whether `take` need not copy: one piece holds all of the rows."""
         axis = self.axes[0]
         return not window.rows.length or any(
-            first <= window.rows.start and window.rows.stop <= first + piece.shape[axis]
-            for first, piece in self._pieces
+            piece.first <= window.rows.start and window.rows.stop <= piece.first + piece.rows.shape[axis]
+            for piece in self._pieces
         )
 
     def numbers(self) -> int:
         """How many numbers are kept."""
-        return sum(piece.numel() for _, piece in self._pieces)
+        return sum(piece.rows.numel() for piece in self._pieces)
 
     def drop_before(self, row: int) -> None:
         """Let go of the rows above `row`. Of a piece that is mostly gone the rest is copied, so that its memory is free."""
         axis = self.axes[0]
         self.start = max(self.start, min(row, self.stop))
         while self._pieces:
-            first, piece = self._pieces[0]
-            kept = first + piece.shape[axis] - self.start
-            if kept > 0 and 2 * kept > piece.shape[axis]:
+            piece = self._pieces[0]
+            kept = piece.first + piece.rows.shape[axis] - self.start
+            if kept > 0 and 2 * kept > piece.rows.shape[axis]:
                 return
             self._pieces.popleft()
             if kept > 0:
-                rest = piece.narrow(axis, piece.shape[axis] - kept, kept)
-                self._pieces.appendleft((self.start, rest.clone()))
+                rest = piece.rows.narrow(axis, piece.rows.shape[axis] - kept, kept)
+                self._pieces.appendleft(self._moved(piece, self.start, rest, piece.columns))
                 return
+            self._let_go(piece)
+
+    def narrow_before(self, row: int, columns: Span) -> None:
+        """Of the pieces that end above `row`, keep these columns only: a skip needs fewer than what it branches off from."""
+        axis = self.axes[0]
+        for index in range(len(self._pieces) - 1, -1, -1):
+            piece = self._pieces[index]
+            if piece.first + piece.rows.shape[axis] > row:
+                continue
+            if piece.columns.length <= columns.length:
+                return  # and so are those before it
+            rows = _columns(piece.rows, self.axes[1], piece.columns, columns)
+            self._pieces[index] = self._moved(piece, piece.first, rows, columns)
+
+    def settle(self) -> None:
+        """Bring the pieces that wait into the pool."""
+        for index in range(len(self._pieces) - 1, -1, -1):
+            piece = self._pieces[index]
+            if self.pool is None or piece.place is not None:
+                return  # and so are those before it
+            gone = max(0, self.start - piece.first)
+            rows = piece.rows.narrow(self.axes[0], gone, piece.rows.shape[self.axes[0]] - gone)
+            rows, place = self.pool.copy(rows)
+            self._pieces[index] = Piece(piece.first + gone, rows, piece.columns, place)
+
+    def _moved(self, piece: Piece, first: int, rows: Tensor, columns: Span) -> Piece:
+        """What is left of a piece, by itself."""
+        if piece.place is None or self.pool is None:
+            return Piece(first, rows.clone(), columns)
+        rows, place = self.pool.copy(rows)
+        self._let_go(piece)
+        return Piece(first, rows, columns, place)
+
+    def _let_go(self, piece: Piece) -> None:
+        if piece.place is not None and self.pool is not None:
+            self.pool.give_back(piece.place)
+
+
+def _columns(rows: Tensor, axis: int, given: Span, wanted: Span) -> Tensor:
+    return rows if given == wanted else rows.narrow(axis, wanted.start - given.start, wanted.length)

@@ -1,0 +1,235 @@
+"""How far a network really looks: the halo beyond which the rest of the image hardly changes its scores.
+
+Of a receptive field the outer parts weigh little. What they weigh is measured as it will matter: images are predicted
+whole, and again cut off, and the scores on this side of the cut are compared, by their distance from it. That takes in
+what a derivative leaves out, such as the zeros with which every layer pads at the cut.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pixelwise.errors import UsageError
+from pixelwise.infer.tiling.halo import Radius
+from pixelwise.ops.cost import PassMemory, Run
+from pixelwise.ops.receptive_field import ReceptiveField
+
+Draw = Callable[[int, int, int, torch.Generator], Tensor]
+"""(channels, height, width, chance) -> an image (C, H, W)."""
+
+IMAGES = 2
+BROAD_PX = 256  # the other side of the images that are cut
+COMMON = 0.9  # share of the variance that all channels have in common, about that of the colours of photos
+
+
+@dataclass(frozen=True)
+class Influence:
+    """What cutting the halo changes, by side.
+
+    Attributes:
+        stride: of the network, in pixels.
+        sides: above, below, left, right: at k the largest change in a row (or column) of scores that has k strides or more
+            between itself and the cut: the root mean square over its pixels, the classes and the images, over the standard
+            deviation of the scores (of a class over the pixels of whole images; root mean square of the classes).
+    """
+
+    stride: int
+    sides: tuple[Tensor, Tensor, Tensor, Tensor]
+
+    def radius(self, tolerance: float, most: Radius) -> Radius:
+        """The fewest whole strides for each side whose change is at most half of the tolerance, and never more than `most`.
+
+        Four sides change a score by more than one does: with errors of chance, by twice as much.
+
+        Example:
+            >>> falling = torch.tensor([0.3, 0.04, 0.004, 0.0])
+            >>> Influence(stride=8, sides=(falling,) * 4).radius(0.1, most=(20, 20, 20, 5))
+            (8, 8, 8, 5)
+        """
+        strides = [int((side <= tolerance / 2).logical_not().sum()) for side in self.sides]
+        above, below, left, right = (min(count * self.stride, px) for count, px in zip(strides, most, strict=True))
+        return above, below, left, right
+
+
+def cut_radius(
+    run: Run,
+    field: ReceptiveField,
+    tolerance: float,
+    *,
+    in_channels: int,
+    device: str | torch.device = "cpu",
+    memory: PassMemory | None = None,
+    budget_bytes: int | None = None,
+    seed: int = 0,
+) -> Radius:
+    """The halo above, below, left and right that tiles need for scores that are right but for a tolerance.
+
+    A tolerance of 1e-3 means: where a tile ends, its scores differ from those of the whole image by a thousandth of how
+    much the scores of a class differ from pixel to pixel (both root mean square); farther inside by less. Labels change
+    only where two classes are that close. It is a mean over images like photos, not a bound: single scores may differ by
+    several times as much, and on unusual images more.
+
+    The images are random and the same for each call: normalised (mean 0, standard deviation 1), with the spectrum of photos
+    (amplitudes fall as 1 / frequency). What the field holds is known, so the result is never more than `field.radius_px`;
+    it is in whole strides, with which tiles stay aligned. It costs about eight passes over images of three radii x 256 px.
+
+    Args:
+        run: the network in eval mode, computing in float32, whose rounding is far below any useful tolerance.
+        field: its receptive field.
+        tolerance: as above; 0 gives the whole field.
+        in_channels: C.
+        device: where the network is.
+        memory: what a pass takes, and
+        budget_bytes: what it may take: narrower images are measured where 256 px are too many.
+        seed: of the images.
+
+    Raises:
+        UsageError: the field has no end: a network that looks at the whole image is changed by every cut, and by how much
+            depends on the image, so that no measurement on others tells it. Or the measurement does not fit.
+
+    Example:
+        >>> weights = torch.tensor([0.001, 1.0, 0.001]).view(1, 1, 3, 1)  # looks one row up and one down, but hardly
+        >>> run = lambda image: torch.nn.functional.conv2d(image, weights, padding=(1, 0))
+        >>> field = ReceptiveField(bounded=True, stride=1, radius_px=(1, 1, 0, 0), size_px=(3, 1))
+        >>> [cut_radius(run, field, tolerance, in_channels=1) for tolerance in (0.01, 1e-6)]
+        [(0, 0, 0, 0), (1, 1, 0, 0)]
+    """
+    _, radius = _with_an_end(field)
+    if tolerance <= 0:
+        return radius
+
+    def fits(height: int, width: int) -> bool:
+        return memory is None or budget_bytes is None or memory(1, height, width) <= budget_bytes
+
+    found = influence(run, field, in_channels=in_channels, device=device, fits=fits, seed=seed)
+    return found.radius(tolerance, radius)
+
+
+def _with_an_end(field: ReceptiveField) -> tuple[int, Radius]:
+    """Stride and radius."""
+    if not field.bounded or field.stride is None or field.radius_px is None:
+        raise UsageError(
+            "tolerance cuts the halo of a network whose receptive field has an end, and this one's has none (it looks at "
+            "the whole image, or farther than was tried), so that every cut changes it. Use blended tiles: --blend gaussian."
+        )
+    return field.stride, field.radius_px
+
+
+def influence(
+    run: Run,
+    field: ReceptiveField,
+    *,
+    in_channels: int,
+    device: str | torch.device = "cpu",
+    fits: Callable[[int, int], bool] = lambda height, width: True,
+    images: int = IMAGES,
+    broad_px: int = BROAD_PX,
+    draw: Draw | None = None,
+    seed: int = 0,
+) -> Influence:
+    """Measure what cuts change; see `cut_radius`.
+
+    Args:
+        run: as there.
+        field: its receptive field.
+        in_channels: C.
+        device: where the network is.
+        fits: (height, width) -> whether a pass over an image of that size may be taken.
+        images: how many are averaged.
+        broad_px: side of the images along the cut, rounded up to the stride; halved until they fit.
+        draw: makes the images; `like_a_photo` unless given.
+        seed: of the images.
+
+    Raises:
+        UsageError: the field has no end, or not even images as broad as a stride fit.
+
+    Example:
+        >>> field = ReceptiveField(bounded=True, stride=1, radius_px=(1, 1, 1, 1), size_px=(3, 3))
+        >>> mean = torch.nn.AvgPool2d(3, stride=1, padding=1)
+        >>> (influence(mean, field, in_channels=1).sides[0] > 0.01).tolist()  # only the row at the cut changes
+        [True, False]
+    """
+    stride, (*rows, left_px, right_px) = _with_an_end(field)
+    sides: list[Tensor] = []
+    for turned, (before, after) in ((False, rows), (True, (left_px, right_px))):
+        axis = _Axis(run, stride, before, after, turned)
+        axis.narrow(broad_px, fits)
+        generator = torch.Generator().manual_seed(seed)
+        for _ in range(images):
+            axis.add((draw or like_a_photo)(in_channels, axis.length, axis.broad, generator).to(device))
+        sides += axis.result()
+    above, below, left, right = sides
+    return Influence(stride, (above, below, left, right))
+
+
+class _Axis:
+    """Sums over images of what two cuts across the rows change (of columns, where the images are `turned`)."""
+
+    def __init__(self, run: Run, stride: int, before: int, after: int, turned: bool) -> None:
+        self.run, self.stride, self.turned = run, stride, turned
+        self.before, self.after = (-(-px // stride) * stride for px in (before, after))
+        # Each part is as long as a field, as networks that pad what is shorter would see something else.
+        self.length = self.before + self.after + stride + max(self.before, self.after)
+        self.broad = stride
+        self.changed = [torch.zeros(self.before + stride), torch.zeros(self.after + stride)]  # by distance from the cut
+        self.variance, self.count = torch.zeros(()), 0
+
+    def narrow(self, broad_px: int, fits: Callable[[int, int], bool]) -> None:
+        """Choose the breadth of the images."""
+        strides = -(-broad_px // self.stride)
+        while not fits(self.length, strides * self.stride) and strides > 1:
+            strides //= 2
+        self.broad = strides * self.stride
+        if not fits(self.length, self.broad):
+            raise UsageError(
+                f"tolerance: {self.length} x {self.broad} px must go through the network at once to measure how far it "
+                "looks, which is more than the memory that is allowed. Give more --memory."
+            )
+
+    def add(self, image: Tensor) -> None:
+        """Take in one image (C, length, broad)."""
+        whole = self._scores(image)  # (K, length, broad)
+        self.variance = self.variance + whole.var((1, 2), correction=0).mean().cpu()
+        self.count += 1
+        top, bottom = self.before, self.length - self.after
+        below_cut = self._scores(image[:, top:]) - whole[:, top:]
+        above_cut = (self._scores(image[:, :bottom]) - whole[:, :bottom]).flip(1)
+        for index, change in enumerate((below_cut, above_cut)):
+            near = self.changed[index]
+            self.changed[index] = near + change[:, : len(near)].square().mean((0, 2)).cpu()
+
+    def result(self) -> list[Tensor]:
+        """For both cuts, the largest change k strides or more away."""
+        found = []
+        for changed in self.changed:
+            rows = (changed / self.variance).nan_to_num(0.0 if self.variance == 0 else torch.inf).sqrt()
+            blocks = rows.view(-1, self.stride).amax(1)
+            found.append(blocks.flip(0).cummax(0).values.flip(0))
+        return found
+
+    def _scores(self, image: Tensor) -> Tensor:
+        # Numbers of 10 bits (TF32), which a GPU may take for float32, would change more than the cut.
+        with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            x = (image.transpose(1, 2) if self.turned else image)[None]
+            scores = self.run(x.contiguous(memory_format=torch.channels_last))[0].float()
+        return scores.transpose(1, 2) if self.turned else scores
+
+
+def like_a_photo(channels: int, height: int, width: int, generator: torch.Generator) -> Tensor:
+    """A random image (C, H, W) with the spectrum of photos, mean 0 and standard deviation 1.
+
+    Example:
+        >>> image = like_a_photo(3, 64, 40, torch.Generator().manual_seed(0))
+        >>> image.shape, bool((image[:, 1:] - image[:, :-1]).std() < 1)  # of noise: 1.41
+        (torch.Size([3, 64, 40]), True)
+    """
+    rows = torch.fft.fftfreq(height)[:, None]
+    columns = torch.fft.rfftfreq(width)
+    frequency = torch.hypot(rows, columns).clamp(min=1 / max(height, width, 2))
+    noise = torch.randn(channels + 1, height, width, generator=generator)
+    noise = COMMON**0.5 * noise[:1] + (1 - COMMON) ** 0.5 * noise[1:]
+    image = torch.fft.irfft2(torch.fft.rfft2(noise) / frequency, s=(height, width))
+    image = image - image.mean((1, 2), keepdim=True)
+    return image / image.std((1, 2), correction=0, keepdim=True).clamp(min=1e-6)
