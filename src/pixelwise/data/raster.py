@@ -31,6 +31,30 @@ DECODE_ERRORS = (
 )
 """What Pillow, tifffile and imagecodecs raise on damaged input; anything else is a bug and passes through."""
 
+_OF_PROGRAMS = (
+    TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, NotImplementedError, RecursionError,
+)  # fmt: skip
+"""Errors whose words are about a decoder's code, not about the file."""
+
+
+def in_words(error: BaseException) -> str:
+    """Why a file could not be decoded, for somebody who does not know the decoder: one line of at most 200 letters.
+
+    Example:
+        >>> in_words(ValueError("no  tile")), in_words(struct.error("unpack requires a buffer of 2 bytes"))
+        ('no tile', 'it ends too early, or what its headers say makes no sense')
+        >>> in_words(AttributeError("'NoneType' object has no attribute 'shape'"))
+        'what its headers say makes no sense'
+    """
+    text = " ".join(str(error).split())[:200]
+    if isinstance(error, struct.error):
+        return "it ends too early, or what its headers say makes no sense"
+    if isinstance(error, EOFError) and not text:
+        return "it ends too early"
+    if isinstance(error, _OF_PROGRAMS) or not text or "<class " in text or " object at 0x" in text or "ast." in text:
+        return "what its headers say makes no sense"
+    return text
+
 
 @dataclass(frozen=True, kw_only=True)
 class Raster:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pixelwise.data.raster import DECODE_ERRORS, ImageInfo, Palette, Raster, orient, printable
+from pixelwise.data.raster import DECODE_ERRORS, ImageInfo, Palette, Raster, in_words, orient, printable
 from pixelwise.data.tiff import MAGIC as TIFF_MAGIC
 from pixelwise.data.tiff import decode_tiff, tiff_header
 from pixelwise.errors import DataError
@@ -202,8 +202,7 @@ def _readable(path: Path) -> Iterator[None]:
     except MemoryError as error:
         raise DataError(f"{name}: there is not enough memory to decode it. Cut it into parts.") from error
     except DECODE_ERRORS as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise DataError(f"{name}: the file is damaged or truncated ({reason}).") from error
+        raise DataError(f"{name}: the file is damaged or truncated ({in_words(error)}).") from error
 
 
 def _check_file(path: Path) -> None:

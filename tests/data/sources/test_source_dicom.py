@@ -292,7 +292,7 @@ def test_series_that_are_none(tmp_path):
         tmp_path / "a" / "scout.dcm",
     )
     with pytest.raises(
-        DataError, match=r"holds 2 series: .*1\.2\.77 \(scout\?\[31m, 1 images\).*option series"
+        DataError, match=r"holds 2 series: .*1\.2\.77 \(scout\?\[31m, 1 image\).*option series"
     ) as error:
         open_dicom(folder)
     assert "1.2.3 (chest, 2 images)" in str(error.value) and "Doe" not in str(error.value)

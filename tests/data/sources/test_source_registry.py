@@ -158,7 +158,7 @@ def test_a_format_can_be_forced(tmp_path):
             assert source.info.format == "tiff"
     with pytest.raises(DataError, match=r"a\.tif: "):
         open_source(path, format="npy")
-    with pytest.raises(UsageError, match=r"format 'tif' is not known; possible are slide, geotiff, tiff"):
+    with pytest.raises(UsageError, match=r"format 'tif' is not known; possible are dicom, slide, geotiff, tiff"):
         open_source(path, format="tif")
 
 

@@ -254,12 +254,20 @@ def test_every_writer_exists():
             "one plane, the image has 5. Possible are tiff, ome-tiff, geotiff, cog, nifti, zarr",
         ),
         ("nifti", 5, "labels", "dicom-seg", "refers to DICOM images"),
-        ("dicom", 5, "entropy", "dicom-seg", "labels, not numbers"),
+        ("nifti", 5, "entropy", "png", "labels, not numbers"),
     ],
 )
 def test_refusals_list_what_is_possible(format, planes, kind, wanted, message):
     with pytest.raises(UsageError, match=message):
         choose_writer(info(format, planes), kind, wanted)
+
+
+@pytest.mark.parametrize(
+    ("format", "wanted", "suffix"), [("dicom", "dicom-seg", ".nii.gz"), ("png", "png", ".tif"), ("tiff", "cog", ".tif")]
+)
+def test_maps_take_another_format_where_the_one_of_the_labels_cannot_hold_them(format, wanted, suffix):
+    assert choose_writer(info(format), "entropy", wanted)[0] == suffix
+    assert choose_writer(info(format), "labels", wanted)[0] == WRITERS[wanted].suffix
 
 
 def test_attributes_are_json(tmp_path):

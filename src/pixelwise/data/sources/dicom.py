@@ -26,10 +26,12 @@ from pixelwise.data.sources.dicom_header import Frame, Header, dicom_errors
 from pixelwise.data.sources.dicom_series import arrange, read_headers
 from pixelwise.data.sources.intensity import Intensity, Scaling, by_type, check_intensity
 from pixelwise.data.sources.local import Stamp, fingerprint
+from pixelwise.data.tiff import MAGIC
 from pixelwise.errors import DataError
 from pixelwise.files import extra
 
 _CACHE_BYTES = 64 * 2**20
+_TIFF_NAMES = (".tif", ".tiff", ".btf", ".tf8", ".svs", ".ndpi", ".scn", ".bif")
 
 
 def open_dicom(location: str, *, intensity: Intensity | str = "auto", series: str | None = None) -> Source:
@@ -65,11 +67,17 @@ def open_dicom(location: str, *, intensity: Intensity | str = "auto", series: st
 def is_dicom(head: bytes, name: str) -> bool:
     """Whether a file is DICOM, by its first 4,096 bytes.
 
+    The 128 bytes before the mark may be the start of a TIFF, in files that are both; of these the name decides.
+
     Example:
         >>> is_dicom(bytes(128) + b"DICM", "IM0001")
         True
+        >>> both = b"II*\\0".ljust(128) + b"DICM"
+        >>> is_dicom(both, "slide.dcm"), is_dicom(both, "slide.tif")
+        (True, False)
     """
-    return head[128:132] == b"DICM"
+    is_named_tiff = head[:4] in MAGIC and name.lower().endswith(_TIFF_NAMES)
+    return head[128:132] == b"DICM" and not is_named_tiff
 
 
 class _DicomSource(Source):

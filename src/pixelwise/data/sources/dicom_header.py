@@ -107,7 +107,8 @@ def dicom_errors(path: Path) -> Iterator[None]:
     except MemoryError:
         raise DataError(f"{name}: there is not enough memory to decode it.") from None
     except (*DECODE_ERRORS, BytesLengthException, InvalidDicomError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else type(error).__name__
+        told = error.strerror if isinstance(error, OSError) else None
+        reason = told or "it ends too early, or what its headers say makes no sense"
         raise DataError(f"{name}: the file is damaged or truncated ({reason}).") from None
 
 

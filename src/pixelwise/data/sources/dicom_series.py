@@ -112,12 +112,17 @@ def _one_series(path: Path, headers: list[Header], series: str | None) -> tuple[
     if chosen:
         return chosen
     words = {header.series_uid: header.description for header in headers}
-    listed = "; ".join(f"{uid} ({words[uid] or 'no description'}, {count} images)" for uid, count in counts.items())
+    listed = "; ".join(
+        f"{uid} ({words[uid] or 'no description'}, {count:,} image{'s' * (count != 1)})"
+        for uid, count in list(counts.items())[:5]
+    )
+    listed += f"; and {len(counts) - 5:,} more" if len(counts) > 5 else ""
     if series is not None:
         raise UsageError(f"{printable(path)}: there is no series {series!r}. There are: {listed}.")
     raise DataError(
         f"{printable(path)}: this folder holds {len(counts)} series: {listed}. Choose one by its SeriesInstanceUID (the "
-        "part before the bracket) with the option series, or give each its own folder."
+        "part before the bracket) with the option series (--series UID), give each its own folder, or, if each file is an "
+        "image of its own, give the files (such as 'folder/*.dcm')."
     )
 
 
@@ -186,7 +191,7 @@ def _with_affine(volume: Volume, positions: NDArray[np.float64], normal: NDArray
         gaps = np.diff(positions @ normal)
         warnings = (
             f"the distances between its {count} slices are uneven ({gaps.min():.3f} to {gaps.max():.3f} mm); slices may be "
-            "missing",
+            "missing. NIfTI cannot hold such a volume, DICOM-SEG can",
         )
     spacing = (first.spacing_mm[1], first.spacing_mm[0], length)
     return replace(volume, affine=_LPS_TO_RAS @ affine, spacing_mm=spacing, warnings=warnings)

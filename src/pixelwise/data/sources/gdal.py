@@ -2,6 +2,7 @@
 
 import contextvars
 import logging
+import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ _OPTIONS = {
     "GDAL_ERROR_ON_LIBJPEG_WARNING": "YES",
 }
 _NAME = "image.tif"  # of streams, which have none
+_OWN_NAME = re.compile(rf"(?:/vsi[\w-]+/)?{re.escape(_NAME)}[:,] ?")
 _quiet = threading.local()
 
 
@@ -232,7 +234,7 @@ def _give(opened: Callable[[str], Stream]) -> Callable[..., Stream]:
 
 
 def _reason(error: BaseException) -> str:
-    """GDAL's own words, which rasterio keeps in the causes of its errors."""
+    """GDAL's own words on the cause, which rasterio keeps in the causes of its errors, without the names it gives files."""
     words: list[str] = []
     link: BaseException | None = error
     while link is not None and len(words) < 4:
@@ -240,4 +242,4 @@ def _reason(error: BaseException) -> str:
         if "previous exception" not in text:
             words.append(text)
         link = link.__cause__
-    return "; ".join(words) or type(error).__name__
+    return _OWN_NAME.sub("", words[-1]) if words else type(error).__name__

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Self
 
-from pixelwise.data.raster import DECODE_ERRORS, printable
+from pixelwise.data.raster import DECODE_ERRORS, in_words, printable
 from pixelwise.errors import DataError, PixelwiseError
 
 WHOLE_BYTES = 256 * 2**20
@@ -165,7 +165,6 @@ def readable(name: str | os.PathLike[str], where: str = "") -> Iterator[None]:
     except MemoryError as error:
         raise DataError(f"{shown}: there is not enough memory to decode it. Choose smaller tiles.") from error
     except DECODE_ERRORS as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise DataError(
-            f"{shown}: the file is damaged or truncated ({where + ': ' if where else ''}{reason})."
+            f"{shown}: the file is damaged or truncated ({where + ': ' if where else ''}{in_words(error)})."
         ) from error

@@ -31,8 +31,8 @@ _MAX_OFFSET = 64 * 2**20  # header extensions before the voxels
 _COPY_BYTES = 2**20
 _SUFFIXES = {".img": ".hdr", ".hdr": ".img"}
 _TO_DO = (
-    "Set the right one with nibabel or the tool that wrote the file, or pass allow_no_affine to go on without a place in "
-    "space."
+    "Set the right one with nibabel or the tool that wrote the file, or pass allow_no_affine (--allow-no-affine) to go on "
+    "without a place in space."
 )
 
 

@@ -283,7 +283,10 @@ def _document(folder: Folder, path: str, name: str) -> dict[str, Any] | None:
         return None
     if len(data) > MAX_DOCUMENT_BYTES:
         raise DataError(f"its {key} is larger than {MAX_DOCUMENT_BYTES >> 20} MiB.")
-    value = json.loads(data)
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"its {key} is no JSON, so it is damaged or truncated.") from error
     if not isinstance(value, dict):
         raise DataError(f"its {key} is not a mapping.")
     return value

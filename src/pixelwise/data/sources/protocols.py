@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -135,18 +136,35 @@ def filesystem(location: str) -> tuple[Any, str]:
         '/scans/a.tif'
     """
     protocol = protocol_of(location)
-    module, package = PROTOCOLS.get(protocol, ("fsspec", ""))
-    fsspec = extra("fsspec", "remote", f"{protocol}://")
-    try:
-        extra(module, "remote", f"{protocol}://")
-    except UsageError:
-        command = f'pip install "pixelwise[remote]"{" " + package if package else ""}'
-        raise UsageError(f"{protocol}:// needs the package {module}. Install it: {command}") from None
+    fsspec = check_package(location)
     with remote_errors(shown(location)):
         system = fsspec.filesystem(protocol, **_options(protocol, fsspec.config.conf.get(protocol, {})))
         if hasattr(system, "retries"):
             system.retries = 3  # of s3fs; botocore's own are switched off, for the two would multiply
         return system, str(system._strip_protocol(location))
+
+
+def check_package(location: str) -> ModuleType:
+    """The package fsspec, if it and the one for the protocol of a URL are installed; no server is asked.
+
+    Raises:
+        UsageError: one is not installed, or the URL is none that is followed.
+
+    Example:
+        >>> check_package("memory://scans/a.tif").__name__
+        'fsspec'
+    """
+    protocol = protocol_of(location)
+    module, package = PROTOCOLS.get(protocol, ("fsspec", ""))
+    for name in ("fsspec", module):
+        try:
+            extra(name, "remote", f"{protocol}://")
+        except UsageError:
+            command = f'pip install "pixelwise[remote]"{" " + package if package else ""}'
+            raise UsageError(
+                f"{shown(location)}: {protocol}:// needs the package {name}. Install it: {command}"
+            ) from None
+    return extra("fsspec", "remote", f"{protocol}://")
 
 
 def _options(protocol: str, configured: dict[str, Any]) -> dict[str, Any]:

@@ -38,12 +38,12 @@ class Format:
 
 
 FORMATS: Mapping[str, Format] = {
+    "dicom": Format("dicom", "open_dicom", "is_dicom", (".dcm", ".dicom")),
     "slide": Format("slide", "open_slide", "is_slide", (".svs", ".ndpi", ".scn", ".bif")),
     "geotiff": Format("geotiff", "open_geotiff", "is_geotiff", ()),
     "tiff": Format("tiff", "open_tiff", "is_tiff", (".tif", ".tiff", ".btf", ".tf8")),
     "image": Format("images", "open_image", "is_image", tuple(f".{name}" for name in _PICTURES)),
     "npy": Format("npy", "open_npy", "is_npy", (".npy",)),
-    "dicom": Format("dicom", "open_dicom", "is_dicom", (".dcm", ".dicom")),
     "nifti": Format("nifti", "open_nifti", "is_nifti", (".nii", ".nii.gz")),
     "zarr": Format("ome_zarr", "open_zarr", "", (".zarr", ".zarr.zip")),
 }
@@ -57,7 +57,7 @@ _ALIASES = {"ome-tiff": "tiff", "ome-zarr": "zarr", "cog": "geotiff"} | dict.fro
 )
 _ZIP = b"PK\x03\x04"
 _HEAD_BYTES = 4096
-_HINTS = ("channels",)  # helps where a file leaves something open; no choice of the user
+_HINTS = ("channels", "allow_no_affine")  # welcome to all: these help where a file leaves something open
 _GIVEN = ("location", "opener", "identity")
 
 
@@ -69,7 +69,7 @@ def open_source(location: str | Path, *, format: str | None = None, **options: A
         format: its format, if the content should not decide: a name of `FORMATS`.
         options: what the format offers, for example `axis` (NIfTI), `level` (slides, OME-Zarr), `series` (DICOM, OME-Zarr),
             `intensity` (NIfTI, DICOM) or `axes` (Zarr); None is as good as absent. `channels`, how many the network takes,
-            helps where a file leaves the axes open and is welcome to all.
+            and `allow_no_affine` (NIfTI) help where a file leaves something open and are welcome to all.
 
     Raises:
         DataError: the file is missing, damaged, or of no known format.
@@ -176,7 +176,14 @@ def _open(key: str, location: str, options: dict[str, Any], **given: Any) -> Sou
             has = [option for option in offered if option not in _HINTS]
             choice = f"it has {', '.join(has)}" if has else "it has none"
             raise UsageError(f"{shown(location)}: {key} has no option {name}; {choice}.")
-    source: Source = function(location, **{name: value for name, value in options.items() if name in offered}, **given)
+    try:
+        source: Source = function(
+            location, **{name: value for name, value in options.items() if name in offered}, **given
+        )
+    except UsageError as error:  # a package is missing, or an option is wrong: which image needs it?
+        if shown(location) in str(error):
+            raise
+        raise UsageError(f"{shown(location)}: {error}") from error
     return source
 
 

@@ -261,7 +261,9 @@ def _checked(plan: ArrayPlan) -> ArrayPlan:
 def _sizes(value: Any, what: str) -> tuple[int, ...]:
     plain = isinstance(value, list) and 1 <= len(value) <= 8
     if not plain or any(type(item) is not int or not 1 <= item <= MAX_SIDE for item in value):
-        raise DataError(f"its {what} is {str(value)[:80]}; it should be a list of whole numbers of at least 1.")
+        raise DataError(
+            f"its {what} is {str(value)[:80]}; it should be a list of whole numbers from 1 to {MAX_SIDE:,}."
+        )
     return tuple(value)
 
 

@@ -86,7 +86,8 @@ def choose_writer(
     By default the format of the image is kept. Formats that lose detail or cannot hold numbers exactly become PNG (JPEG,
     WebP, BMP, GIF, PNM), or TIFF where PNG cannot hold it (maps, several planes); slides become OME-TIFF. DICOM becomes
     NIfTI, which holds labels and maps of a series in one file that every viewer opens; DICOM-SEG on request. A DICOM
-    series of uneven distances becomes DICOM-SEG, an image without a place in space (an X-ray) PNG or TIFF.
+    series of uneven distances becomes DICOM-SEG, an image without a place in space (an X-ray) PNG or TIFF. Maps take the
+    default where the format that is wanted can hold labels alone (PNG, DICOM-SEG).
 
     Args:
         source_info: the image.
@@ -108,6 +109,10 @@ def choose_writer(
 and DICOM images have, not jpeg. Possible are png, tiff, ome-tiff, geotiff, cog, zarr, ome-zarr, npy.
     """
     known = dict(metadata or {})
+    chosen = WRITERS.get(wanted or "")
+    only_labels = chosen is not None and bool(chosen.refuses(source_info, kind, known))
+    if chosen is not None and only_labels and not chosen.refuses(source_info, LABELS, known):
+        wanted = None
     name = wanted or _default(source_info, kind, known)
     writer = WRITERS.get(name)
     reason = "there is no such format" if writer is None else writer.refuses(source_info, kind, known)
@@ -117,7 +122,7 @@ and DICOM images have, not jpeg. Possible are png, tiff, ome-tiff, geotiff, cog,
             f"{source_info.location}: {kind} cannot be written as {name}: {reason}. Possible are {', '.join(possible)}."
         )
     if writer.package is not None:
-        extra(*writer.package, f"writing {name}")
+        extra(*writer.package, f"{source_info.location}: writing {name}")
     function: Writer = getattr(import_module(f"pixelwise.infer.sinks.{writer.module}"), writer.function)
     return writer.suffix, function
 

@@ -4,6 +4,7 @@ An OME-Zarr of labels holds them once, as `labels/pixelwise` with the colours an
 same arrays as its image, so that it opens in any viewer. The folder is written beside its place and renamed at the end.
 """
 
+import json
 import os
 import secrets
 import shutil
@@ -26,6 +27,7 @@ MARK = "pixelwise"
 _CHUNK_PX = (256, 1024)
 _SMALLEST_PX = 1024  # a level of the pyramid that is no larger is the last
 _DOCUMENTS = ("zarr.json", ".zarray", ".zgroup")
+_MAX_ATTRIBUTES_BYTES = 2**20
 
 
 def write_zarr(path: Path, result: Result) -> None:
@@ -128,6 +130,24 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     finally:
         for rest in (part, old):
             shutil.rmtree(rest, ignore_errors=True)
+
+
+def read_zarr_mark(path: str | Path) -> dict[str, Any] | None:
+    """The mark of a folder that this module wrote; None for every other one, however damaged.
+
+    Example:
+        >>> read_zarr_mark("no/such.zarr") is None
+        True
+    """
+    for name, inner in (("zarr.json", True), (".zattrs", False)):
+        try:
+            with Path(path, name).open("rb") as file:
+                found = json.loads(file.read(_MAX_ATTRIBUTES_BYTES))
+            mark = (found["attributes"] if inner else found)[MARK]["mark"]
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
+            continue
+        return mark if isinstance(mark, dict) else None
+    return None
 
 
 def _zarr(path: Path) -> ModuleType:
