@@ -348,7 +348,7 @@ def test_a_job_that_was_killed_goes_on_where_it_was(tmp_path):
         f"m = u.module_from_spec(s); s.loader.exec_module(m); m.run_slowly({str(tmp_path)!r})"
     )
     with subprocess.Popen([sys.executable, "-c", code]) as process:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300  # a busy machine may take a minute to import torch
         while len(list(tmp_path.glob(".*/labels-*"))) < 4:
             assert time.monotonic() < deadline
             assert process.poll() is None

@@ -126,6 +126,12 @@ def predict(
         str | None,
         typer.Option(help="NIfTI, DICOM: auto, type or LOW,HIGH that become 0 and 1.", rich_help_panel=_INPUTS),
     ] = None,
+    allow_no_affine: Annotated[
+        bool,
+        typer.Option(
+            "--allow-no-affine", help="NIfTI: take volumes without a place in space.", rich_help_panel=_INPUTS
+        ),
+    ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.", rich_help_panel=_WHERE)] = "auto",
     precision: Annotated[str, typer.Option(help="auto, bf16 or float32.", rich_help_panel=_WHERE)] = "auto",
     batch_statistics: Annotated[
@@ -163,6 +169,7 @@ def predict(
         "level": level,
         "series": int(series) if series is not None and series.isascii() and series.isdigit() else series,
         "intensity": None if intensity is None else parse_intensity(intensity),
+        "allow_no_affine": allow_no_affine or None,
     }
     options = job_options(
         tile=tile, blend=blend, overlap=overlap, tolerance=tolerance, memory=memory, tta=tta, samples=samples, seed=seed,
@@ -202,7 +209,8 @@ def _label(predictor: Any, batch: Any, **how: Any) -> "list[Outcome]":
 
 def _progress() -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True), transient=True)
+    console = Console(stderr=True)
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 def _summarise(outcomes: "list[Outcome]", out: str) -> None:

@@ -3,8 +3,9 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePath
 
-from pixelwise.data.sources.protocols import is_url
+from pixelwise.data.sources.protocols import is_url, local_path
 from pixelwise.errors import UsageError
+from pixelwise.files import extra
 from pixelwise.infer.engines.base import ENDINGS, Batch, Job, Labeller, Outcome
 from pixelwise.infer.engines.local import prefetch
 from pixelwise.infer.engines.local import run as run_local
@@ -15,6 +16,7 @@ from pixelwise.infer.outfolder import OutFolder
 from pixelwise.infer.predictor import Predictor
 from pixelwise.infer.sinks import LABELS, WRITERS
 from pixelwise.infer.tools import Tools
+from pixelwise.ops.spatial_dropout import with_spatial_dropout
 
 __all__ = ["Batch", "Job", "Outcome", "plan_batch", "prefetch", "run_batch"]
 
@@ -46,7 +48,8 @@ def plan_batch(
         options: all wishes; the two before are added to them.
 
     Raises:
-        UsageError: there is no input at all, two inputs would become the same file, or an output is also an input.
+        UsageError: there is no input at all, two inputs would become the same file, an output is also an input, or a
+            package for what is wanted is not installed.
 
     Example:
         >>> import tempfile
@@ -60,6 +63,8 @@ def plan_batch(
     options = options or JobOptions(overlay=overlay, probabilities=probabilities)
     if options.format is not None and options.format not in WRITERS:
         raise UsageError(f"there is no format {options.format!r} for labels; there are {', '.join(WRITERS)}.")
+    _check_packages(options)
+    out = (local_path(str(out)) if is_url(out) else None) or out
     local = None if is_url(out) else Path(out)
     if local is not None and local.exists() and not local.is_dir():
         raise UsageError(f"--out {out}: is a file. Name a folder for the results.")
@@ -105,7 +110,7 @@ def run_batch(
         tools: Who opens, scores, decides and writes; None takes those of the package.
 
     Raises:
-        UsageError: there is no such engine, or its package is not installed.
+        UsageError: there is no such engine, or its package is not installed; samples of a network without dropout.
         PixelwiseError: an output cannot be written (disk full, no permission). Nothing half-written stays.
 
     Example:
@@ -126,6 +131,8 @@ def run_batch(
         >>> [outcome.status for outcome in run_batch(predictor, batch)]
         ['skipped']
     """
+    if batch.options.tiling.samples > 1:  # a network without dropout is told once, not for each image
+        with_spatial_dropout(predictor.model, batch.options.tiling.seed)
     labeller = Labeller(
         predictor=predictor,
         batch=batch,
@@ -145,6 +152,16 @@ def run_batch(
         raise UsageError(f"there is no engine {engine!r}; there are local and ray.")
 
 
+def _check_packages(options: JobOptions) -> None:
+    """What is missing should be known before the work, not when its result is to be written."""
+    package = WRITERS[options.format].package if options.format else None
+    if package is not None:
+        extra(*package, f"writing {options.format}")
+    if options.geojson:
+        for name in ("rasterio", "shapely"):
+            extra(name, "geo", "GeoJSON")
+
+
 def _output_name(name: PurePath, path: str, kind: str, wanted: str | None) -> PurePath:
     """The name that an output will have, as far as the name of the image tells; its content decides at the end."""
     if kind in ENDINGS:
@@ -159,13 +176,14 @@ def _output_name(name: PurePath, path: str, kind: str, wanted: str | None) -> Pu
 
 def _refuse_clashes(jobs: Sequence[Job]) -> None:
     """Names are compared without their suffixes, for these may still change."""
-    owners: dict[str, Location] = {}
+    owners: dict[str, tuple[Location, Location]] = {}
     clashes = []
     for job in jobs:
         for output in job.outputs.values():
-            first = owners.setdefault(_bare(output), job.path)
+            first, its = owners.setdefault(_bare(output), (job.path, output))
             if first != job.path:
-                clashes.append(f"{first} and {job.path} would both become {output}")
+                result = output if its == output else f"{_bare(output)}, whatever its suffix"
+                clashes.append(f"{first} and {job.path} would both become {result}")
     if clashes:
         more = f", and {len(clashes) - 5:,} more" if len(clashes) > 5 else ""
         listed = "; ".join(clashes[:5])

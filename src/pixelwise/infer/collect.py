@@ -14,9 +14,11 @@ from pixelwise.errors import PixelwiseError
 from pixelwise.infer.parts import Parts
 from pixelwise.infer.tiling.base import Region
 
-FLUSH_BYTES = 32 << 20
+FLUSH_BYTES = 16 << 20
 FLUSH_S = 30.0
 """What a job that is killed may lose, in bytes of results and in seconds."""
+
+MOST_BYTES = 4 * FLUSH_BYTES  # one that grows, one as it is joined, two that wait to be written
 
 Arrays = Mapping[str, NDArray[Any]]
 

@@ -5,6 +5,22 @@ import shutil
 import sys
 from pathlib import Path
 
+from pixelwise.data.sources import Source
+from pixelwise.infer.collect import MOST_BYTES
+from pixelwise.infer.extras import OVERLAY_PX
+from pixelwise.infer.options import JobOptions
+from pixelwise.infer.reading import kept_bytes
+from pixelwise.infer.tiling.base import Scorer
+from pixelwise.ops.streaming.heap import _malloc_trim
+
+PROCESS_BYTES = 2 << 30
+"""What a process may take in all on a CPU, unless the user says otherwise."""
+
+_SPARE = 0.05  # of that, for what is not foreseen
+_LEAST_FOR_MAPS, _MOST_FOR_MAPS = 512 << 20, 1 << 30
+_OVERLAY_BYTES_PER_PX = 32  # measured; the picture is mixed in float32
+_CLEAN_UP_BYTES = 200 << 20  # measured on noise
+
 
 def memory_now() -> int:
     """Bytes that this process holds at present; on systems that do not tell, the most it has held."""
@@ -17,6 +33,52 @@ def memory_now() -> int:
     except ImportError:
         return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def pipeline_bytes(source: Source, *, in_one_window: bool = False) -> int:
+    """What decoded pixels and finished results take at most while the network works.
+
+    Args:
+        source: the image.
+        in_one_window: whether all of it is read at once.
+    """
+    info = source.info
+    pixels = kept_bytes(info, info.height) if in_one_window else kept_bytes(info)
+    return pixels + int(getattr(source, "cache_bytes", 0)) + MOST_BYTES
+
+
+def finishing_bytes(source: Source, options: JobOptions) -> int:
+    """What the outputs that are made of finished labels take at most, without the outlines of polygons."""
+    info = source.info
+    longest = max(info.height, info.width)
+    picture = info.height * info.width / max(1, -(-longest // OVERLAY_PX)) ** 2
+    overlay = int(_OVERLAY_BYTES_PER_PX * picture) if options.overlay else 0
+    return max(overlay, MOST_BYTES) + (_CLEAN_UP_BYTES if options.min_area_px > 1 else 0)
+
+
+def told_memory(source: Source, options: JobOptions, scorer: Scorer, *, on_cpu: bool) -> str:
+    """What the process takes at most until all outputs are there, itself included, in words."""
+    now = memory_now()
+    own = now + pipeline_bytes(source, in_one_window=scorer.way == "whole image")
+    afterwards = now + finishing_bytes(source, options)
+    if on_cpu:
+        text = f"{gibibytes(max(own + scorer.memory_bytes, afterwards))} of memory"
+    else:
+        device = gibibytes(scorer.memory_bytes)
+        text = f"{device} of the device's memory and {gibibytes(max(own, afterwards))} of the machine's"
+    return text + ", and more for the outlines of many regions" * options.geojson
+
+
+def return_freed_memory() -> None:
+    """Give back to the system what was freed but is kept by the C library for reuse; nothing happens where it cannot."""
+    if (trim := _malloc_trim()) is not None:
+        trim(0)
+
+
+def room_for_maps(source: Source) -> int:
+    """What the network's maps may take, so that the process stays below `PROCESS_BYTES`; 512 MiB at least, 1 GiB at most."""
+    room = int(PROCESS_BYTES * (1 - _SPARE)) - memory_now() - pipeline_bytes(source)
+    return min(max(room, _LEAST_FOR_MAPS), _MOST_FOR_MAPS)
 
 
 def gibibytes(count: int) -> str:

@@ -1,10 +1,12 @@
 """The images that arguments mean: files, folders, globs and URLs, and folders that are one image (Zarr, DICOM series)."""
 
 import os
-from collections.abc import Sequence
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePath, PurePosixPath
 
-from pixelwise.data.sources.protocols import is_url, shown
+from pixelwise.data.sources.protocols import is_url, local_path, shown
 from pixelwise.data.sources.registry import SOURCE_SUFFIXES
 from pixelwise.data.sources.remote import list_images
 from pixelwise.errors import PixelwiseError, UsageError
@@ -14,6 +16,9 @@ Location = Path | str
 
 _DOUBLE = (".nii.gz", ".ome.tif", ".ome.tiff", ".ome.zarr", ".zarr.zip")
 _ZARR_FILES = ("zarr.json", ".zgroup", ".zarray")
+_DICOM = (".dcm", ".dicom")
+_BARE = re.compile(r"(?!dicomdir$)[^.]*|.*\.(?:\d+|ima)")  # names that scanners give to DICOM files
+_LOOKS = 20  # files of such names in a folder that are looked into
 
 
 def stem_of(name: str) -> str:
@@ -27,22 +32,40 @@ def stem_of(name: str) -> str:
     return name[: -len(double)] if double and len(name) > len(double) else PurePath(name).stem
 
 
-def is_one_image(folder: Path) -> bool:
-    """Whether a folder is an image: a Zarr folder, or one of DICOM files only.
+def is_zarr(folder: Path) -> bool:
+    """Whether a folder is an array, by what is in it or, so that a damaged one is missed, by its name.
 
     Example:
-        >>> is_one_image(Path("no/such/folder"))
-        False
+        >>> is_zarr(Path("no/such/folder.zarr"))
+        True
     """
-    if any((folder / name).is_file() for name in _ZARR_FILES):
-        return True
+    return folder.name.lower().endswith(".zarr") or any((folder / name).is_file() for name in _ZARR_FILES)
+
+
+def is_series(folder: Path, names: Iterable[str]) -> bool:
+    """Whether the files right in a folder are one DICOM series: no other images, and either several named .dcm, or some
+    without a suffix, or with a number as suffix, that are DICOM by their content.
+
+    Example:
+        >>> is_series(Path("scans"), ["1.dcm", "2.dcm", "notes.txt"]), is_series(Path("scans"), ["1.dcm", "a.png"])
+        (True, False)
+    """
+    names = [name for name in names if not name.startswith(".")]
+    images = [name for name in names if name.lower().endswith(SOURCE_SUFFIXES)]
+    if any(not name.lower().endswith(_DICOM) for name in images):
+        return False
+    bare = [name for name in names if _BARE.fullmatch(name.lower())]
+    return len(images) > 1 or any(_is_dicom(folder / name) for name in sorted(bare)[:_LOOKS])
+
+
+def _is_dicom(path: Path) -> bool:
     try:
-        with os.scandir(folder) as entries:
-            names = [entry.name.lower() for entry in entries if not entry.name.startswith(".") and entry.is_file()]
+        if not path.is_file():
+            return False
+        with path.open("rb") as file:
+            return file.read(132)[128:] == b"DICM"
     except OSError:
         return False
-    images = [name for name in names if name.endswith(SOURCE_SUFFIXES)]
-    return len(images) > 1 and all(name.endswith((".dcm", ".dicom")) for name in images)
 
 
 class Finder:
@@ -58,8 +81,8 @@ class Finder:
     Example:
         >>> finder = Finder(None)
         >>> finder.add("no/such.tif")
-        >>> finder.missing
-        [('no/such.tif', 'no/such.tif: there is no such file or folder.')]
+        >>> [message for _, message in finder.missing]
+        ['no/such.tif: there is no such file or folder.']
     """
 
     def __init__(self, out: Path | None) -> None:
@@ -73,8 +96,9 @@ class Finder:
         Raises:
             UsageError: it is the output folder, or a URL of an unknown kind.
         """
+        path = local_path(given) if is_url(given) else given
         try:
-            self._add_url(given) if is_url(given) else self._add(Path(given))
+            self._add_url(given) if path is None else self._add(Path(path))
         except OSError as error:
             self._miss(given, f"cannot be read ({error.strerror}).")
 
@@ -93,9 +117,10 @@ class Finder:
             return None
         if not listed:
             self._miss(bare, "holds no images.")
-        for item in listed:
+        for item in listed if set(bare) & set("*?[") else _with_series(listed):
             inner = PurePosixPath(item.removeprefix(base).lstrip("/"))
-            self._found(item, inner.with_name(stem_of(inner.name)), item)
+            name = inner.name or PurePosixPath(item).name  # the folder itself may be an image
+            self._found(item, inner.with_name(stem_of(name)) if inner.name else PurePosixPath(stem_of(name)), item)
         return None
 
     def _add(self, path: Path) -> None:
@@ -130,20 +155,21 @@ class Finder:
     def _add_folder(self, folder: Path, base: Path) -> None:
         if real(folder) == self.out:
             raise UsageError(f"--out {self.out}: is also an input. Choose another folder for the results.")
-        if is_one_image(folder):
-            return self._add_file(folder, base if folder != base else Path(os.path.abspath(folder)).parent)  # noqa: PTH100
         for parent, folders, names in os.walk(folder, onerror=self._unreadable):
+            here = Path(parent)
+            above = base if here != base else Path(os.path.abspath(here)).parent  # noqa: PTH100
+            if is_zarr(here):
+                folders.clear()
+                self._add_file(here, above)
+                continue
             inner = [name for name in sorted(folders) if not name.startswith(".")]
-            inner = [name for name in inner if real(Path(parent, name)) != self.out]
-            images = {
-                name for name in inner if not Path(parent, name).is_symlink() and is_one_image(Path(parent, name))
-            }
-            folders[:] = [name for name in inner if name not in images]
+            folders[:] = [name for name in inner if real(here / name) != self.out]
+            if is_series(here, names):
+                self._add_file(here, above)
+                continue
             for name in sorted(names):
                 if not name.startswith(".") and name.lower().endswith(SOURCE_SUFFIXES):
-                    self._add_file(Path(parent, name), base)
-            for name in sorted(images):
-                self._add_file(Path(parent, name), base)
+                    self._add_file(here / name, base)
 
     def _add_file(self, path: Path, base: Path) -> None:
         # A folder given by itself is named after itself, also if it was written as `.` or `..`.
@@ -159,6 +185,24 @@ class Finder:
 
     def _miss(self, name: Location, message: str) -> None:
         self.missing.append((name, f"{name}: {message}"))
+
+
+def _with_series(urls: Sequence[str]) -> list[str]:
+    """Several DICOM files that have a folder to themselves are one image, as `is_series` says of local ones.
+
+    Example:
+        >>> _with_series(["s3://b/a/1.dcm", "s3://b/a/2.dcm", "s3://b/c/1.dcm", "s3://b/d.png"])
+        ['s3://b/a', 's3://b/c/1.dcm', 's3://b/d.png']
+    """
+    folders = defaultdict(list)
+    for url in urls:
+        folders[url.rpartition("/")[0]].append(url)
+    series = {
+        folder
+        for folder, inner in folders.items()
+        if len(inner) > 1 and all(url.lower().endswith(_DICOM) for url in inner)
+    }
+    return list(dict.fromkeys(url.rpartition("/")[0] if url.rpartition("/")[0] in series else url for url in urls))
 
 
 def find_images(inputs: Sequence[str | Path], out: Path | None) -> Finder:

@@ -23,13 +23,20 @@ from pixelwise.data.labels import IGNORE_INDEX
 from pixelwise.data.sources import Source
 from pixelwise.errors import DataError, PixelwiseError, UsageError
 from pixelwise.infer.cleanup import remove_small
-from pixelwise.infer.collect import FLUSH_BYTES, Collector
+from pixelwise.infer.collect import Collector
 from pixelwise.infer.devices import is_out_of_memory
-from pixelwise.infer.estimates import free_bytes, gibibytes, memory_now
+from pixelwise.infer.estimates import (
+    free_bytes,
+    gibibytes,
+    pipeline_bytes,
+    return_freed_memory,
+    room_for_maps,
+    told_memory,
+)
 from pixelwise.infer.options import JobOptions
 from pixelwise.infer.parts import Parts, parts_folder, stale_folders
 from pixelwise.infer.predictor import Predictor
-from pixelwise.infer.reading import CACHE_BYTES, AheadReader
+from pixelwise.infer.reading import AheadReader
 from pixelwise.infer.sinks import LABELS, Result, Writer
 from pixelwise.infer.tiling import Region, Scorer, Scores
 from pixelwise.infer.tiling.options import Tiling
@@ -141,7 +148,10 @@ def compute(job: ImageJob, parts: Parts, *, plane: int | None = None, region: Re
     planes = range(job.source.info.planes) if plane is None else [plane]
     if not any(parts.missing(plane, region) for plane in planes):
         return
-    tiling, scorer = job.options.tiling, _scorer(job, job.options.tiling)
+    tiling = job.options.tiling
+    if tiling.memory_bytes is None and job.predictor.device.type == "cpu":
+        tiling = replace(tiling, memory_bytes=room_for_maps(job.source))
+    scorer = _scorer(job, tiling)
     job.state(statement(job, scorer))
     for number in planes:
         while not _attempt(job, parts, scorer, number, region):
@@ -158,6 +168,8 @@ def _scorer(job: ImageJob, tiling: Tiling) -> Scorer:
             f"{info.location}: batch statistics are those of the whole image, but {info.width} x {info.height} px need "
             f"{scorer.way}. Give more --memory, or leave batch statistics out."
         )
+    if hasattr(scorer, "beside_bytes"):
+        scorer.beside_bytes = pipeline_bytes(job.source)
     return scorer
 
 
@@ -213,11 +225,7 @@ def _halved(job: ImageJob, tiling: Tiling, scorer: Scorer) -> Tiling:
 
 def statement(job: ImageJob, scorer: Scorer) -> str:
     """What the user should know before it starts: the way, its cost, and the memory it takes at most."""
-    own = memory_now() + CACHE_BYTES + 3 * FLUSH_BYTES
-    if job.predictor.device.type == "cpu":
-        memory = f"{gibibytes(own + scorer.memory_bytes)} of memory"
-    else:
-        memory = f"{gibibytes(scorer.memory_bytes)} of the device's memory and {gibibytes(own)} of the machine's"
+    memory = told_memory(job.source, job.options, scorer, on_cpu=job.predictor.device.type == "cpu")
     name = job.source.info.location
     return f"{name}: {scorer.way}, {scorer.cost:.2f}x the multiply-adds of one pass, at most {memory}"
 
@@ -296,6 +304,7 @@ def finish(job: ImageJob, parts: Parts, outputs: Mapping[str, Output], mark: Map
     """
     with _blaming_changes(job.source, parts):
         pass
+    return_freed_memory()
     labels = _label_rows(job, parts)
     for kind, output in sorted(outputs.items(), key=lambda item: item[0] == LABELS):
         output.write(output.path, result_of(job, parts, kind, mark, labels))

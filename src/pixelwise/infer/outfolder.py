@@ -1,7 +1,8 @@
 """The folder of the results, on a disk or in an object store: what is in it, whose it is, and what is finished.
 
 A label PNG says itself what it was made of. Of every other output a record is kept in the hidden folder `.pixelwise`:
-network, input, options, and size and time of each file, so what somebody else wrote is known from what is ours.
+network, input, options, and size and time of each file, so what somebody else wrote is known from what is ours. Most
+formats hold the same in themselves; where the record is missing it tells what is finished, but nothing is replaced by it.
 """
 
 import hashlib
@@ -12,11 +13,13 @@ from collections.abc import Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
-from pixelwise.data.sources.protocols import is_url
+from pixelwise.data.sources.protocols import check_package, is_url
 from pixelwise.data.sources.remote import RemoteStamp
 from pixelwise.errors import DataError, PixelwiseError
 from pixelwise.files import write_bytes
 from pixelwise.infer.inputs import Location
+from pixelwise.infer.sinks import LABELS
+from pixelwise.infer.sinks.marks import mark_of
 from pixelwise.infer.sinks.upload import check_writable, exists, publish, read_small, write_small
 from pixelwise.infer.writers import read_mark
 
@@ -32,7 +35,7 @@ class OutFolder:
         out: a path, or a URL of an object store.
 
     Raises:
-        UsageError: nothing can be written there.
+        UsageError: nothing can be written there, or the package that could is not installed.
 
     Example:
         >>> OutFolder("labels").at("night/a.png").as_posix()
@@ -45,6 +48,7 @@ class OutFolder:
         self.is_remote = is_url(out)
         if self.is_remote:
             check_writable(str(out))
+            check_package(str(out))
         self.out: Location = str(out).rstrip("/") if self.is_remote else Path(out)
 
     def at(self, name: str | PurePath) -> Location:
@@ -83,7 +87,7 @@ class OutFolder:
         for kind, output in outputs.items():
             if not self._exists(output):
                 continue
-            if _is_marked(kind, outputs["labels"]) and not self.is_remote:
+            if _is_marked(kind, outputs[LABELS]) and not self.is_remote:
                 if kind == "probabilities" or (isinstance(output, Path) and read_mark(output) is not None):
                     continue
             elif kind in ours and ours[kind] in (None, self._stamp(output)):
@@ -94,17 +98,27 @@ class OutFolder:
             )
 
     def is_finished(self, outputs: Mapping[str, Location], mark: Mapping[str, Any]) -> bool:
-        """Whether all outputs are there, made as `mark` says (network, input, options)."""
-        labels, record = outputs["labels"], self._record(outputs)
+        """Whether all outputs are there, made as `mark` says (network, input, options).
+
+        The record tells, or, where a folder was copied without it or its times have changed, the files themselves.
+        """
+        labels, record = outputs[LABELS], self._record(outputs)
+        wanted = json.loads(json.dumps(mark))  # as it was read again: a pair has become a list
+        trusted = record["outputs"] if _agree(record.get("mark"), wanted) else {}
         for kind, output in outputs.items():
             if not self._exists(output):
                 return False
             if _is_marked(kind, labels) and isinstance(labels, Path):
-                found = read_mark(labels) or {}
-                made = found.get("with")
-                if not isinstance(made, list) or kind not in made or not _agree(found, mark):
+                if not _vouches(read_mark(labels), wanted, kind):
                     return False
-            elif not _agree(record.get("mark"), mark) or record["outputs"].get(kind) != self._stamp(output):
+                continue
+            stamp = self._stamp(output)
+            if kind in trusted and trusted[kind] == stamp:
+                continue
+            if not isinstance(output, Path) or not _may_be(record.get("outputs", {}).get(kind), stamp):
+                return False
+            # arrays have no place for a mark; that of the labels, which are written last, stands for them
+            if not _vouches(mark_of(Path(labels if kind == "probabilities" else output)), wanted, kind):
                 return False
         return True
 
@@ -121,10 +135,10 @@ class OutFolder:
             self._write_record(outputs, {"mark": dict(mark), "outputs": stamps})
 
     def _needs_record(self, outputs: Mapping[str, Location]) -> bool:
-        return self.is_remote or not all(_is_marked(kind, outputs["labels"]) for kind in outputs)
+        return self.is_remote or not all(_is_marked(kind, outputs[LABELS]) for kind in outputs)
 
     def _record_place(self, outputs: Mapping[str, Location]) -> Location:
-        name = self.name(outputs["labels"])
+        name = self.name(outputs[LABELS])
         return self.at(PurePath(RECORDS) / name.with_name(name.name + ".json"))
 
     def _record(self, outputs: Mapping[str, Location]) -> dict[str, Any]:
@@ -158,6 +172,17 @@ class OutFolder:
         except PixelwiseError:
             return ["folder"]  # an object store has none of its own
         return [str(value) for value in vars(stamp).values()]
+
+
+def _may_be(known: Any, stamp: list[Any] | None) -> bool:
+    """Whether a file may be the one that was recorded: nothing is known of it, or only its time differs."""
+    return known is None or (isinstance(known, list) and stamp is not None and known[:1] == stamp[:1])
+
+
+def _vouches(found: Any, wanted: Mapping[str, Any], kind: str) -> bool:
+    """Whether the mark of a file says that it, and the output of a kind with it, was made as is wanted."""
+    made = found.get("with") if isinstance(found, dict) else None
+    return isinstance(made, list) and kind in made and _agree(found, wanted)
 
 
 def _agree(found: Any, wanted: Mapping[str, Any]) -> bool:

@@ -136,6 +136,7 @@ class Predictor:
         self.model = model.to(self.device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
         self.memory_of_a_pass: PassMemory | None = None  # measured when a large image needs it
         self.receptive_fields: dict[int, ReceptiveField] = {}
+        self.cut_radii: dict[tuple[int, float], tuple[int, int, int, int]] = {}  # by network and tolerance
         self.scorers: dict[tuple[Any, ...], Any] = {}  # by size and wishes, so that the search for them is done once
         shape = (1, -1, 1, 1)
         self._mean = torch.tensor(card.mean, device=self.device).reshape(shape)

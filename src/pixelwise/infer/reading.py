@@ -40,6 +40,24 @@ def chunk_px(info: SourceInfo) -> tuple[int, int]:
     return min(rows, info.height), columns
 
 
+def kept_bytes(info: SourceInfo, window_rows: int = 256) -> int:
+    """What a reader of this image keeps at most, for windows of the whole width.
+
+    Args:
+        info: of the image.
+        window_rows: of the highest window; the next one is read ahead as well.
+
+    Example:
+        >>> info = SourceInfo(location="a.tif", format="tiff", height=30_000, width=30_000, channels=3, dtype="uint8")
+        >>> kept_bytes(info) >> 20, kept_bytes(info, window_rows=512) >> 20
+        (65, 109)
+    """
+    rows, _ = chunk_px(info)
+    row_bytes = info.width * info.channels * np.dtype(info.dtype).itemsize
+    touched = 1 + math.ceil(2 * window_rows / rows)
+    return min(max(CACHE_BYTES, touched * rows * row_bytes), info.height * row_bytes)
+
+
 class AheadReader:
     """Reads windows of one plane; those that seem to come next are read by other threads in the meantime.
 

@@ -116,7 +116,7 @@ def test_open_questions_and_wrong_options_are_refused(tmp_path):
     ):
         with pytest.raises(UsageError, match=message):
             open_zarr(path, **options)
-    with pytest.raises(UsageError, match="zarr has no option intensity; it has level, series, axes"):
+    with pytest.raises(UsageError, match=r"\(zarr\) has no option intensity; it has level, series, axes"):
         open_source(path, intensity="auto")
 
 

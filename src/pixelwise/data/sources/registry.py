@@ -175,7 +175,7 @@ def _open(key: str, location: str, options: dict[str, Any], **given: Any) -> Sou
         if name not in offered and name not in _HINTS:
             has = [option for option in offered if option not in _HINTS]
             choice = f"it has {', '.join(has)}" if has else "it has none"
-            raise UsageError(f"{shown(location)}: {key} has no option {name}; {choice}.")
+            raise UsageError(f"{shown(location)}: its format ({key}) has no option {name}; {choice}.")
     try:
         source: Source = function(
             location, **{name: value for name, value in options.items() if name in offered}, **given

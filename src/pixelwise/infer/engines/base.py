@@ -1,7 +1,7 @@
 """What all engines share: the work of one call, and what is done for one image of it."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from pixelwise.infer.job import ImageJob, Note, Output, Progress, has_nodata, jo
 from pixelwise.infer.options import JobOptions
 from pixelwise.infer.outfolder import OutFolder
 from pixelwise.infer.parts import parts_folder
-from pixelwise.infer.predictor import ONE_PASS_PX, Predictor
+from pixelwise.infer.predictor import ONE_PASS_PX, Prediction, Predictor
 from pixelwise.infer.sinks import LABELS, MAPS, Result
 from pixelwise.infer.tools import Tools
 
@@ -132,12 +132,24 @@ class Labeller:
             OutputError: the outputs of a small image cannot be written.
             PixelwiseError: it cannot be labelled, or there is no room for it.
         """
-        with task.image.source:
+        self.score(task)()
+
+    def score(self, task: Task) -> Callable[[], None]:
+        """Label a prepared image; what is left to do, to write the outputs of a small one, may run in another thread.
+
+        Raises:
+            PixelwiseError: as `label`, from here or from what is left.
+        """
+        with ExitStack() as stack:
+            stack.enter_context(task.image.source)
             if task.pixels is None:
                 with self._placed(task) as outputs:
                     label_source(task.image, outputs, task.mark)
-            else:
-                self._label_small(task, task.pixels)
+                return _nothing
+            image = self.predictor.read(task.pixels)
+            name, wanted = task.image.source.info.location, self.options.probabilities
+            prediction = self.predictor.label(image, name=name, probabilities=wanted)
+            return partial(self._write_small, task, prediction, stack.pop_all())
 
     def parts_folder(self, task: Task) -> Path:
         """Where the finished pieces of an image lie until its outputs are in place."""
@@ -176,9 +188,12 @@ class Labeller:
             writers["overlay"] = partial(write_overlay, source=source)
         mark = self._mark(digest or source.fingerprint(), outputs)
         if digest is None and not self.overwrite:
-            self.folder.refuse_foreign(outputs)
             if self.folder.is_finished(outputs, mark):
                 return None
+            self.folder.refuse_foreign(outputs)
+        if digest is None:
+            for warning in source.metadata.get("warnings", ()):
+                self.note(f"{source.info.location}: {warning}.")
         task = Task(job=job, image=image, outputs=outputs, writers=writers, mark=mark)
         info = source.info
         is_small = info.planes == 1 and info.height * info.width <= ONE_PASS_PX
@@ -204,28 +219,29 @@ class Labeller:
     def _state(self, info: SourceInfo) -> Note:
         """Images of one size are labelled in one way; it is told once."""
         size = (info.height, info.width)
-        if size in self._stated:
-            return silent
-        self._stated.add(size)
-        return self.note
 
-    def _label_small(self, task: Task, pixels: NDArray[Any]) -> None:
-        image, options = task.image, self.options
-        source = self.predictor.read(pixels)
-        prediction = self.predictor.label(source, name=image.source.info.location, probabilities=options.probabilities)
-        image.source.check_unchanged()
-        arrays: dict[str, NDArray[Any]] = {LABELS: prediction.labels[None]}
-        if options.probabilities:
-            arrays["probabilities"] = prediction.probabilities
-        try:
-            with self._placed(task) as outputs:
-                for kind, output in sorted(outputs.items(), key=lambda item: item[0] == LABELS):
-                    array = arrays.get(kind, arrays[LABELS])
-                    output.write(output.path, _in_memory(image, kind, array, task.mark))
-        except DataError:
-            raise
-        except PixelwiseError as error:
-            raise OutputError(str(error)) from error
+        def state(text: str) -> None:
+            if size not in self._stated:
+                self._stated.add(size)
+                self.note(text)
+
+        return state
+
+    def _write_small(self, task: Task, prediction: Prediction, stack: ExitStack) -> None:
+        with stack:  # closes the image, which an overlay still needs
+            task.image.source.check_unchanged()
+            arrays: dict[str, NDArray[Any]] = {LABELS: prediction.labels[None]}
+            if self.options.probabilities:
+                arrays["probabilities"] = prediction.probabilities
+            try:
+                with self._placed(task) as outputs:
+                    for kind, output in sorted(outputs.items(), key=lambda item: item[0] == LABELS):
+                        array = arrays.get(kind, arrays[LABELS])
+                        output.write(output.path, _in_memory(task.image, kind, array, task.mark))
+            except DataError:
+                raise
+            except PixelwiseError as error:
+                raise OutputError(str(error)) from error
 
     @contextmanager
     def _placed(self, task: Task) -> Iterator[dict[str, Output]]:
@@ -236,6 +252,10 @@ class Labeller:
         for kind in sorted(task.outputs, key=lambda kind: kind == LABELS):
             self.folder.publish(task.outputs[kind])
         self.folder.end(task.outputs, task.mark)
+
+
+def _nothing() -> None:
+    """What is left of an image whose outputs are in place."""
 
 
 def _refuse_input(job: Job, output: Location) -> None:

@@ -1,12 +1,13 @@
-"""One network in this process; while it works on one image, threads decode the next.
+"""One network in this process; while it works on one image, threads decode the next and write the one before.
 
-Threads, not processes: Pillow, tifffile's codecs and zlib decode without Python's lock, so threads keep all cores busy,
-and no pixels have to be copied from one process to another, which for JPEG takes longer than to decode them.
+Threads, not processes: Pillow, tifffile's codecs and zlib decode and compress without Python's lock, so threads keep all
+cores busy, and no pixels have to be copied from one process to another, which for JPEG takes longer than to decode them.
+Images are not batched: on a CPU photos of 512 px are slower in batches, and the labels could differ by rounding.
 """
 
 import os
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from typing import TypeVar
@@ -20,21 +21,31 @@ Found = TypeVar("Found")
 MOST_THREADS = 8
 
 
-def run(labeller: Labeller, *, threads: int | None = None) -> Iterator[Outcome]:
+def run(labeller: Labeller, *, jobs: Sequence[Job] | None = None, threads: int | None = None) -> Iterator[Outcome]:
     """Label the images of a batch one after the other, one outcome each, in their order.
 
     Args:
         labeller: the network and the work.
-        threads: that open and decode images; None takes as many as there are cores, at most 8.
+        jobs: other jobs than those of its batch.
+        threads: that open and decode images, and as many that write; None takes as many as there are cores, at most 8.
 
     Raises:
         OutputError: an output cannot be written (disk full, no permission). Nothing half-written stays.
     """
     count = threads or min(MOST_THREADS, os.cpu_count() or 1)
-    jobs = labeller.batch.jobs
-    with closing(prefetch(labeller.prepare, jobs, threads=count, discard=_close)) as coming:
-        for job, future in coming:
-            yield _outcome(labeller, job, future)
+    jobs = labeller.batch.jobs if jobs is None else jobs
+    writing: deque[tuple[Job, Future[Outcome]]] = deque()
+    pool = ThreadPoolExecutor(max_workers=count, thread_name_prefix="pixelwise-results")
+    try:
+        with closing(prefetch(labeller.prepare, jobs, threads=count, discard=_close)) as coming:
+            for job, future in coming:
+                writing.append((job, _scored(labeller, job, future, pool)))
+                while writing and (len(writing) > count or writing[0][1].done()):
+                    yield writing.popleft()[1].result()
+            while writing:
+                yield writing.popleft()[1].result()
+    finally:
+        pool.shutdown()  # what was computed is written
 
 
 def _close(task: Task | None) -> None:
@@ -42,12 +53,26 @@ def _close(task: Task | None) -> None:
         task.image.source.close()
 
 
-def _outcome(labeller: Labeller, job: Job, future: "Future[Task | None]") -> Outcome:
+def _scored(
+    labeller: Labeller, job: Job, prepared: "Future[Task | None]", pool: ThreadPoolExecutor
+) -> "Future[Outcome]":
+    """Label an image when it is prepared; its outcome is there when its outputs are."""
+    known: Future[Outcome] = Future()
     try:
-        task = future.result()
-        if task is None:
-            return Outcome(job.path, "skipped")
-        labeller.label(task)
+        task = prepared.result()
+        if task is not None:
+            return pool.submit(_written, job, labeller.score(task))
+        known.set_result(Outcome(job.path, "skipped"))
+    except OutputError:
+        raise
+    except PixelwiseError as error:
+        known.set_result(Outcome(job.path, "failed", str(error)))
+    return known
+
+
+def _written(job: Job, rest: Callable[[], None]) -> Outcome:
+    try:
+        rest()
     except OutputError:
         raise
     except PixelwiseError as error:

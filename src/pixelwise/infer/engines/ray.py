@@ -1,100 +1,40 @@
 """The workers of a Ray cluster: each holds the network once, and takes images or pieces of huge ones.
 
 Rows of a Ray Dataset say what is to do. Workers write outputs and parts in the shared folder of the results; a part has
-its name when it is complete, so whatever is done twice is done once. This process puts the outputs of a spread image in
-place when its parts are there. A worker that is killed is replaced and its row is given to another.
+its name when it is complete, so whatever is done twice is done once. The worker that brings the last piece of an image
+puts its outputs in place. A worker that is killed is replaced and its row is given to another.
 """
 
-import json
 import logging
-import os
-import warnings
-from collections.abc import Iterable, Iterator, Sequence
+import secrets
+import shutil
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
+from pixelwise.data.sources import SourceInfo
+from pixelwise.data.sources.protocols import is_url
+from pixelwise.data.sources.remote import RemoteStamp
 from pixelwise.errors import PixelwiseError, UsageError
-from pixelwise.files import extra
-from pixelwise.infer.engines.base import Batch, Job, Labeller, Outcome, OutputError
+from pixelwise.files import write_bytes
+from pixelwise.infer.engines.base import Job, Labeller, Outcome, OutputError
+from pixelwise.infer.engines.local import MOST_THREADS, prefetch
 from pixelwise.infer.engines.pieces import pieces
+from pixelwise.infer.engines.ray_cluster import Cluster, quiet, started
+from pixelwise.infer.engines.ray_worker import Ledger, Worker, join, network_of
 from pixelwise.infer.engines.shared import SharedParts
+from pixelwise.infer.engines.work import MOST_IMAGES, row_of_piece, rows_of_images, unpacked
 from pixelwise.infer.inputs import Location
-from pixelwise.infer.job import compute
-from pixelwise.infer.predictor import load
-from pixelwise.infer.tiling import Region
-from pixelwise.infer.tools import Tools
+from pixelwise.infer.outfolder import RECORDS
+from pixelwise.infer.tiling.plan import default_budget, pass_memory
 
 SPREAD_BYTES = 16 << 20
 """Files from this size on are opened before the start, to see whether their image is worth spreading."""
 
 _RETRIES = 3
-_STORE_BYTES = 100 << 20  # rows are small
-
-
-@dataclass(frozen=True, kw_only=True)
-class Network:
-    """What a worker needs to load the network and to know its work."""
-
-    folder: str
-    device: str
-    precision: str
-    batch_statistics: bool
-    batch: Batch  # without its jobs
-    overwrite: bool
-    tools: Tools
-
-
-class Worker:
-    """Does one row of the dataset at a time, with one network."""
-
-    def __init__(self, network: Network) -> None:
-        self._notes: list[str] = []
-        predictor = load(
-            network.folder,
-            device=network.device,
-            precision=network.precision,
-            batch_statistics=network.batch_statistics,
-        )
-        self._labeller = Labeller(
-            predictor=predictor,
-            batch=network.batch,
-            tools=network.tools,
-            overwrite=network.overwrite,
-            note=self._notes.append,
-        )
-
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Label the image of a row, or compute the piece it tells; gives the row's number and what became of it."""
-        message = ""
-        try:
-            status = self._done(row)
-        except OutputError as error:
-            status, message = "stopped", str(error)
-        except PixelwiseError as error:
-            status, message = "failed", str(error)
-        notes, self._notes[:] = json.dumps(self._notes), []
-        return {"index": row["index"], "piece": row["piece"], "status": status, "message": message, "notes": notes}
-
-    def _done(self, row: dict[str, Any]) -> str:
-        job = _job_of(row)
-        digest = row["digest"] or None
-        task = self._labeller.prepare(job, digest=digest)
-        if task is None:
-            return "skipped"
-        if digest is None:
-            self._labeller.label(task)
-            return "done"
-        with task.image.source:
-            piece = row["plane"], Region(row["top"], row["left"], row["height"], row["width"])
-            folder = self._labeller.parts_folder(task)
-            parts, shared = task.image.parts(folder, only=piece), SharedParts(self._labeller.folder.out, folder)
-            shared.fetch(parts, near=piece)
-            compute(task.image, parts, plane=piece[0], region=piece[1])
-            shared.send(parts, near=piece)
-        return "done"
+_LOOKERS = 16  # threads that ask a file system or a server for sizes
 
 
 @dataclass
@@ -103,9 +43,44 @@ class _Spread:
 
     job: Job
     digest: str
-    sizes: dict[int, int] = field(default_factory=dict)  # pixels of each open piece
-    total_px: int = 0
+    folder: Path  # of its parts
+    rows: dict[int, dict[str, Any]]
+    sizes: dict[int, int]  # pixels of each open piece
+    total_px: int
+    joined: bool = False
+    status: str = "done"
     message: str = ""
+
+    def take(self, found: dict[str, Any]) -> None:
+        """Note what became of a piece."""
+        self.sizes.pop(found["piece"], None)
+        self.joined = self.joined or found["joined"]
+        if self.status == "done":
+            self.status, self.message = found["status"], found["message"]
+
+
+@dataclass
+class _Work:
+    """What is to do and not yet known to be done."""
+
+    images: dict[int, Job] = field(default_factory=dict)
+    spread: dict[int, _Spread] = field(default_factory=dict)
+
+    def rows(self, workers: int, most: int = MOST_IMAGES) -> list[dict[str, Any]]:
+        """The large ones first, so that small ones fill the end."""
+        large = [whole.rows[piece] for whole in self.spread.values() for piece in whole.sizes]
+        return large + list(rows_of_images(list(self.images.items()), workers, most))
+
+    @property
+    def pieces(self) -> dict[int, int]:
+        """How many pieces each spread image has."""
+        return {index: len(whole.rows) for index, whole in self.spread.items()}
+
+    @property
+    def done_share(self) -> float:
+        """Of the images that are spread, in images."""
+        left = sum(sum(whole.sizes.values()) / whole.total_px for whole in self.spread.values())
+        return len(self.spread) - left
 
 
 def run(
@@ -127,219 +102,253 @@ def run(
 
     Raises:
         UsageError: Ray is not installed, or the network was not loaded from a folder.
-        PixelwiseError: the cluster cannot be reached, or its workers fail for good.
+        OutputError: an output cannot be written.
+        PixelwiseError: the cluster cannot be reached, its workers do not see the folders, or they fail for good.
     """
     if labeller.predictor.folder is None:
         raise UsageError("engine ray: every worker loads the network itself; load it from a run folder.")
-    with _started(address, workers) as (ray, count, gpus):
-        rows, spread = [], dict[int, _Spread]()
-        for index, job in enumerate(labeller.batch.jobs):
-            try:
-                found = _rows_of(labeller, index, job, count, piece_px, spread_bytes, spread)
-            except PixelwiseError as error:
-                yield Outcome(job.path, "failed", str(error))
-                continue
-            if found is None:
-                yield Outcome(job.path, "skipped")
-            rows += found or []
-        if rows:
-            labeller.note(f"{len(rows):,} pieces of work for {count} workers of Ray")
-            yield from _outcomes(labeller, _results(ray, labeller, rows, count, gpus), spread)
+    use_gpus = labeller.predictor.device.type == "cuda"
+    with started(address, workers, use_gpus=use_gpus) as cluster, _token(labeller) as token:
+        work = _Work()
+        yield from _planned(labeller, cluster.workers, piece_px, spread_bytes, work)
+        reasons: list[str] = []
+        for attempt in (1, 2):  # rows that no worker survived come a second time, image by image
+            if rows := work.rows(cluster.workers, MOST_IMAGES if attempt == 1 else 1):
+                if attempt == 1:
+                    labeller.note(f"{_counted(work)} for {cluster.workers} worker{'s' * (cluster.workers != 1)} of Ray")
+                yield from _outcomes(labeller, _results(cluster, labeller, rows, work, token, reasons), work)
+        yield from _lost(work, reasons)
 
 
-def _rows_of(
-    labeller: Labeller,
-    index: int,
-    job: Job,
-    workers: int,
-    piece_px: int | None,
-    spread_bytes: int,
-    spread: dict[int, _Spread],
-) -> list[dict[str, Any]] | None:
-    """What is to do for an image: one row, or one for each piece; None if it is finished."""
-    if not _may_be_huge(job.path, spread_bytes):
-        return [_row(index, job)]
-    task = labeller.prepare(job)
-    if task is None:
-        return None
-    with task.image.source as source:
-        info = source.info
-    found = pieces(info.height, info.width, info.planes, workers, piece_px)
-    if len(found) == 1 or task.pixels is not None:
-        return [_row(index, job)]
-    digest = task.mark["input"]
-    sizes = {number: region.height * region.width for number, (_, region) in enumerate(found)}
-    spread[index] = _Spread(job, digest, sizes, sum(sizes.values()))
-    return [_row(index, job, number, digest, plane, region) for number, (plane, region) in enumerate(found)]
+def _counted(work: _Work) -> str:
+    """How much there is to do, in words."""
+    count = sum(work.pieces.values())
+    texts = [f"{len(work.images):,} image{'s' * (len(work.images) != 1)}"] if work.images else []
+    texts += [f"{count:,} pieces of {len(work.spread):,} large image{'s' * (len(work.spread) != 1)}"] if count else []
+    return " and ".join(texts)
 
 
-def _row(
-    index: int, job: Job, piece: int = 0, digest: str = "", plane: int = 0, region: Region | None = None
-) -> dict[str, Any]:
-    region = region or Region(0, 0, 0, 0)
-    outputs = {kind: (isinstance(place, Path), str(place)) for kind, place in job.outputs.items()}
-    return {
-        "index": index,
-        "piece": piece,
-        "path": json.dumps((isinstance(job.path, Path), str(job.path))),
-        "outputs": json.dumps(outputs),
-        "digest": digest,
-        "plane": plane,
-        "top": region.top,
-        "left": region.left,
-        "height": region.height,
-        "width": region.width,
-    }
+def _planned(
+    labeller: Labeller, workers: int, piece_px: int | None, spread_bytes: int, work: _Work
+) -> Iterator[Outcome]:
+    """Sort the images into those for one worker and those that are spread; outcomes of what needs no work."""
+
+    def look(item: tuple[int, Job]) -> _Spread | Job | None:
+        index, job = item
+        if not _may_be_huge(job.path, spread_bytes):
+            return job
+        task = labeller.prepare(job)
+        if task is None:
+            return None
+        with task.image.source as source:
+            info = source.info
+        found = pieces(info.height, info.width, info.planes, workers, piece_px, info.block_px)
+        if len(found) == 1 or _fits(labeller, info):
+            return job
+        digest = task.mark["input"]
+        rows = {number: row_of_piece(index, job, digest, number, piece) for number, piece in enumerate(found)}
+        sizes = {number: piece.px for number, piece in enumerate(found)}
+        return _Spread(job, digest, labeller.parts_folder(task), rows, sizes, sum(sizes.values()))
+
+    pass_memory(labeller.predictor)  # measured once, not by several threads
+    for (index, job), future in prefetch(look, enumerate(labeller.batch.jobs), threads=_LOOKERS):
+        try:
+            found = future.result()
+        except PixelwiseError as error:
+            yield Outcome(job.path, "failed", str(error))
+            continue
+        if found is None:
+            yield Outcome(job.path, "skipped")
+        elif isinstance(found, _Spread):
+            work.spread[index] = found
+        else:
+            work.images[index] = found
 
 
-def _job_of(row: dict[str, Any]) -> Job:
-    outputs = {kind: _location(*place) for kind, place in json.loads(row["outputs"]).items()}
-    return Job(_location(*json.loads(row["path"])), outputs)
-
-
-def _location(is_path: bool, text: str) -> Location:
-    return Path(text) if is_path else text
+def _fits(labeller: Labeller, info: SourceInfo) -> bool:
+    """Whether one pass takes a plane as a whole, which is what one worker does best."""
+    predictor, tiling = labeller.predictor, labeller.options.tiling
+    budget = tiling.memory_bytes or default_budget(predictor.device)
+    return info.planes == 1 and pass_memory(predictor)(1, info.height, info.width) <= budget
 
 
 def _may_be_huge(path: Location, spread_bytes: int) -> bool:
     """Whether it is worth to open an image in this process; a million photos are not."""
-    if isinstance(path, str):
-        return True
     try:
+        if isinstance(path, str):
+            return RemoteStamp.of(path).size >= spread_bytes
         return path.is_dir() or path.stat().st_size >= spread_bytes
     except OSError:
         return False
+    except PixelwiseError:
+        return True  # a folder, such as a Zarr; or opening it tells what is wrong
 
 
-def _outcomes(labeller: Labeller, results: Iterable[dict[str, Any]], spread: dict[int, _Spread]) -> Iterator[Outcome]:
+@contextmanager
+def _token(labeller: Labeller) -> Iterator[str]:
+    """The name of a file in the folder of the results, for as long as the workers may look for it."""
+    name = f"shared-{secrets.token_hex(8)}"
+    out = labeller.folder.out
+    if isinstance(out, str):
+        yield name
+        return
+    path = out / RECORDS / name
+    try:
+        write_bytes(path, b"")
+    except OSError as error:
+        raise OutputError(
+            f"{path}: cannot be written ({error.strerror or error}). Choose another --out folder."
+        ) from error
+    try:
+        yield name
+    finally:
+        path.unlink(missing_ok=True)
+        if not any(path.parent.iterdir()):
+            path.parent.rmdir()
+
+
+def _outcomes(labeller: Labeller, results: Iterator[dict[str, Any]], work: _Work) -> Iterator[Outcome]:
     """One outcome for each image, when all its rows are done."""
-    jobs = labeller.batch.jobs
+    told: set[str] = set()
     for result in results:
-        for text in json.loads(result["notes"]):
-            labeller.note(text)
-        if result["status"] == "stopped":
-            raise OutputError(result["message"])
-        whole = spread.get(result["index"])
-        if whole is None:
-            yield Outcome(jobs[result["index"]].path, result["status"], result["message"])
-            continue
-        whole.message = whole.message or result["message"]
-        whole.sizes.pop(result["piece"], None)
-        if not whole.sizes:
-            del spread[result["index"]]
-            yield _finished(labeller, whole)
-        left = sum(sum(item.sizes.values()) / item.total_px for item in spread.values())
-        labeller.progress(round(1000 * (len(spread) - left)), 1000)
+        for text in result["notes"]:
+            if (key := _meaning(text)) not in told:  # every worker says it
+                told.add(key)
+                labeller.note(text)
+        for found in result["outcomes"]:
+            index = found["index"]
+            if "piece" not in found:
+                job = work.images.pop(index, None)
+                if job is not None:
+                    yield _seen(job, found)
+            elif index in work.spread:
+                whole = work.spread[index]
+                whole.take(found)
+                if not whole.sizes:
+                    del work.spread[index]
+                    yield _finished(labeller, whole)
+        if result["stopped"]:
+            raise OutputError(result["stopped"])
+        labeller.progress(round(1000 * work.done_share), 1000)
+
+
+def _meaning(text: str) -> str:
+    """A note, or of a statement of way, cost and memory the way and the cost, which are those of all workers."""
+    way, is_statement, _ = text.partition("x the multiply-adds of one pass")
+    return way.rpartition(": ")[2] if is_statement else text
+
+
+def _seen(job: Job, found: dict[str, Any]) -> Outcome:
+    """The outcome of an image; a worker that does not see what is here would fail them all, quickly."""
+    if found["status"] == "unseen" and isinstance(job.path, Path) and job.path.exists():
+        raise PixelwiseError(
+            f"{job.path}: is not seen by a worker. The images must lie in a folder that all machines share, or in an object "
+            "store (s3://, gs://, az://)."
+        )
+    known: dict[str, Literal["done", "skipped"]] = {"done": "done", "skipped": "skipped"}
+    return Outcome(job.path, known.get(found["status"], "failed"), found["message"])
 
 
 def _finished(labeller: Labeller, whole: _Spread) -> Outcome:
-    """Put the outputs of an image in place; should a part be damaged, it is computed here."""
-    path = whole.job.path
-    if whole.message:
-        return Outcome(path, "failed", whole.message)
+    """The outcome of an image whose pieces are done; if no worker has joined them, this process does."""
+    if whole.status == "done" and not whole.joined:
+        found = join(labeller, whole.job, whole.digest)
+        whole.status, whole.message = found.status, found.message
+    if whole.status == "changed" or (whole.status == "damaged" and not is_url(whole.job.path)):
+        _forget(labeller, whole)
+    if whole.status == "done":
+        return Outcome(whole.job.path, "done")
+    return Outcome(whole.job.path, "failed", whole.message)
+
+
+def _forget(labeller: Labeller, whole: _Spread) -> None:
+    """Remove the pieces of an image that is not what it was; of a server that failed, they are kept."""
+    shutil.rmtree(whole.folder, ignore_errors=True)
     try:
-        task = labeller.prepare(whole.job)
-        if task is None:
-            return Outcome(path, "skipped")
-        if task.mark["input"] != whole.digest:
-            task.image.source.close()
-            return Outcome(
-                path, "failed", f"{path}: the file changed while it was read. Run again when nothing writes to it."
-            )
-        folder = labeller.parts_folder(task)
-        shared = SharedParts(labeller.folder.out, folder)
-        shared.fetch(task.image.parts(folder))
-        labeller.label(task)
-        shared.remove()
+        SharedParts(labeller.folder.out, whole.folder).remove()
     except PixelwiseError as error:
-        return Outcome(path, "failed", str(error))
-    return Outcome(path, "done")
+        labeller.note(str(error))
+
+
+def _lost(work: _Work, reasons: Sequence[str]) -> Iterator[Outcome]:
+    """Images whose workers died each time."""
+    why = f" ({reasons[-1]})" if reasons else ""
+    text = (
+        f"each worker that tried it died or failed{why}. It may need more memory than a worker has; try --engine local."
+    )
+    for job in [*work.images.values(), *(whole.job for whole in work.spread.values())]:
+        yield Outcome(job.path, "failed", f"{job.path}: {text}")
 
 
 def _results(
-    ray: ModuleType, labeller: Labeller, rows: Sequence[dict[str, Any]], workers: int, gpus: float
+    cluster: Cluster,
+    labeller: Labeller,
+    rows: Sequence[dict[str, Any]],
+    work: _Work,
+    token: str,
+    reasons: list[str],
 ) -> Iterator[dict[str, Any]]:
-    """The rows as they were done, in the order in which they end."""
-    predictor, batch = labeller.predictor, labeller.batch
-    network = Network(
-        folder=str(predictor.folder),
-        device="cuda" if gpus else "cpu",
-        precision=predictor.precision,
-        batch_statistics=predictor.batch_statistics,
-        batch=Batch((), (), batch.out, batch.options),
-        overwrite=labeller.overwrite,
-        tools=labeller.tools,
-    )
-    with _quiet():
-        dataset = ray.data.from_items(list(rows), override_num_blocks=len(rows)).map(
-            Worker,
-            fn_constructor_args=(network,),
-            compute=ray.data.ActorPoolStrategy(size=min(workers, len(rows)), max_tasks_in_flight_per_actor=2),
-            num_cpus=1,
-            num_gpus=gpus or None,
-            max_restarts=-1,
-            max_task_retries=_RETRIES,
-        )
-        found = iter(dataset.iter_rows())
-    try:
-        while True:
-            with _quiet():
-                row = next(found, None)
-            if row is None:
-                return
-            yield row
-    except ray.exceptions.RayError as error:
-        reason = " ".join(str(error).split())[-500:]
-        raise PixelwiseError(
-            f"engine ray: the workers failed ({reason}). The run folder, the images and --out must be seen by all of them; "
-            "what is finished is kept."
-        ) from error
+    """What became of the rows, in the order in which they end; errors of workers go to `reasons`."""
+    ray = cluster.ray
+    threads = max(1, min(MOST_THREADS, int(cluster.cpus)))
+    network = network_of(labeller, device="cuda" if cluster.gpus else "cpu", token=token, threads=threads)
+    with _listening(reasons):
+        with quiet():
+            here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
+                ray.get_runtime_context().get_node_id(), soft=True
+            )
+            ledger = ray.remote(Ledger).options(
+                num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=here
+            )
+            dataset = ray.data.from_items(list(rows), override_num_blocks=len(rows)).map(
+                Worker,
+                fn_constructor_args=(network, ledger.remote(work.pieces)),
+                compute=ray.data.ActorPoolStrategy(
+                    size=min(cluster.workers, len(rows)), max_tasks_in_flight_per_actor=2
+                ),
+                num_cpus=cluster.cpus,
+                num_gpus=cluster.gpus or None,
+                max_restarts=-1,
+                max_task_retries=_RETRIES,
+            )
+            found = iter(dataset.iter_rows())
+        try:
+            while True:
+                with quiet():  # not while whoever iterates is at work
+                    row = next(found, None)
+                if row is None:
+                    return
+                yield unpacked(row["result"])
+        except ray.exceptions.RayError as error:
+            reason = " ".join(str(error).split())[-500:]
+            raise PixelwiseError(
+                f"engine ray: the workers failed ({reason}). pixelwise must be installed on all machines, in the same "
+                "version; what is finished is kept."
+            ) from error
+        finally:
+            if not cluster.is_ours:  # else Ray itself ends, which does not wait for rows that are half done
+                with quiet():
+                    found.close()
+
+
+class _Listener(logging.Handler):
+    """Keeps the last error that Ray Data would have written to the terminal."""
+
+    def __init__(self, reasons: list[str]) -> None:
+        super().__init__(logging.ERROR)
+        self._reasons = reasons
+
+    def emit(self, record: logging.LogRecord) -> None:
+        error = record.exc_info[1] if record.exc_info else None
+        if error is not None:
+            self._reasons[:] = [f"{type(error).__name__}: {' '.join(str(error).split())}".partition(". ")[0][:150]]
 
 
 @contextmanager
-def _started(address: str | None, workers: int | None) -> Iterator[tuple[ModuleType, int, float]]:
-    """Ray, how many workers hold the network, and the GPUs of each; a Ray that was not started here is left running."""
-    # Read when Ray is imported: nothing phones home, and its own log stays off the terminal.
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    with _quiet():
-        ray, _ = extra("ray", "cluster", "--engine ray"), extra("ray.data", "cluster", "--engine ray")
-        is_ours = not ray.is_initialized()
-        if is_ours:
-            _connect(ray, address, workers)
-        ray.data.DataContext.get_current().enable_progress_bars = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+def _listening(reasons: list[str]) -> Iterator[None]:
+    log, handler = logging.getLogger("ray.data"), _Listener(reasons)
+    log.addHandler(handler)
     try:
-        resources = ray.cluster_resources()
-        graphics = int(resources.get("GPU", 0))
-        cores = int(resources.get("CPU", 1))
-        count = workers or graphics or (cores if is_ours and address is None else max(1, cores // 2))
-        yield ray, count, 1.0 if graphics >= count else 0.0
-    finally:
-        if is_ours:
-            ray.shutdown()
-
-
-def _connect(ray: ModuleType, address: str | None, workers: int | None) -> None:
-    if address is None:
-        ray.init(
-            num_cpus=workers or max(1, (os.cpu_count() or 1) // 2),  # one for each process that holds the network
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            object_store_memory=_STORE_BYTES,
-            _node_ip_address="127.0.0.1",  # nobody else is to connect
-        )
-        return
-    try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise PixelwiseError(f"--address {address}: no Ray cluster answers there ({error}).") from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Ray warns of its own obsolete settings."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
         yield
+    finally:
+        log.removeHandler(handler)

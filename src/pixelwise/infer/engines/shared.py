@@ -46,8 +46,8 @@ class SharedParts:
                         system.get_file(f"{root}/{name}", str(part))
         parts.scan()
 
-    def send(self, parts: Parts, near: tuple[int, Region]) -> None:
-        """Give the finished parts that touch a rectangle of a plane to all, and forget them here.
+    def send(self, parts: Parts, near: tuple[int, Region] | None = None) -> None:
+        """Give the finished parts (or those that touch a rectangle of a plane) to all, and forget them here.
 
         Raises:
             PixelwiseError: they cannot be sent.

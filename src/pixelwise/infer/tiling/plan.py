@@ -98,8 +98,8 @@ class _Chooser:
     def _refuse_batch_statistics(self) -> None:
         if self.predictor.batch_statistics:
             raise UsageError(
-                f"batch statistics: {self.width} x {self.height} px would be computed in parts (they do not fit into memory at "
-                "once, or tiles were asked for), and the statistics of parts depend on the parts. Give more --memory and no "
+                f"batch statistics: {self.width} x {self.height} px would be computed in parts (they do not fit into memory "
+                "at once, or tiles were asked for), and the statistics of parts depend on the parts. Give more --memory and no "
                 "--tile, or leave batch statistics out."
             )
 

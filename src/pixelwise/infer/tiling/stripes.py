@@ -53,6 +53,8 @@ class Stripes:
         way: "stripes of R rows", and in how many columns.
         stripe_px: R.
         cuts: where the columns begin and end.
+        beside_bytes: what else may grow in this process meanwhile (pixels read ahead, results that wait), which is not taken
+            from what the maps may hold.
 
     Raises:
         NotWindowed: the network has an operation that cannot be computed window by window.
@@ -85,6 +87,7 @@ class Stripes:
         self.height, self.width = height, width
         self._sizes = item_sizes(self.network.graph, compute_bytes)
         self._is_cpu = device is None or device.type == "cpu"
+        self.beside_bytes = 0
         self._heap: HeapLimit | None = None  # what the process is held to, from the first score on
         self._scratch = scratch_bytes(self.network.graph) if self._is_cpu else 0
         self._maps = lru_cache(maxsize=None)(self._maps_bytes)
@@ -102,7 +105,7 @@ class Stripes:
     def score(self, read: Read, region: Region) -> Iterator[Scores]:
         """As `Scorer.score`: column by column, from top to bottom."""
         if self._heap is None and self._is_cpu:
-            self._heap = HeapLimit(self._heap_bytes())
+            self._heap = HeapLimit(self._heap_bytes() + self.beside_bytes)
         for left, right in pairwise(self.cuts):
             left, right = max(left, region.left), min(right, region.right)
             if left >= right:
