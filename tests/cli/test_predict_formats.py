@@ -544,6 +544,9 @@ def test_object_stores_in_and_out(s3, bundles, program, tmp_path, monkeypatch):
         assert (found.crs.to_epsg(), found.transform) == (32633, UTM["transform"])
         assert same_labels(found.read(1), bundles[3], RGB)
     assert program(*arguments).out == "0 labelled, 4 finished before, 1 failed: s3://scans/out\n"
+    done = program("predict", bundles[3], "s3://scans/in/d/", "--out", tmp_path / "series")
+    assert done.out == f"1 labelled: {tmp_path / 'series'}\n"
+    assert nibabel.load(tmp_path / "series" / "d.nii.gz").shape == (20, 24, 5)
     s3.put_object(Bucket="scans", Key="foreign/a.png", Body=b"mine")
     done = program("predict", bundles[3], "s3://scans/in/a.png", "--out", "s3://scans/foreign")
     assert done.code == 1

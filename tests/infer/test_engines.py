@@ -28,9 +28,10 @@ from pixelwise.infer.bundle import ModelCard, save_bundle
 from pixelwise.infer.engines import ray as ray_engine
 from pixelwise.infer.engines import ray_cluster, ray_worker
 from pixelwise.infer.engines.base import Job, Labeller, Outcome, OutputError
+from pixelwise.infer.engines.ledger import Ledger
 from pixelwise.infer.engines.local import run as run_local
 from pixelwise.infer.engines.pieces import pieces
-from pixelwise.infer.engines.ray_worker import Ledger, Worker, network_of
+from pixelwise.infer.engines.ray_worker import Worker, network_of
 from pixelwise.infer.engines.shared import SharedParts
 from pixelwise.infer.engines.work import jobs_of, rows_of_images, unpacked
 from pixelwise.infer.options import JobOptions

@@ -20,10 +20,11 @@ from pixelwise.data.sources.remote import RemoteStamp
 from pixelwise.errors import PixelwiseError, UsageError
 from pixelwise.files import write_bytes
 from pixelwise.infer.engines.base import Job, Labeller, Outcome, OutputError
+from pixelwise.infer.engines.ledger import Ledger
 from pixelwise.infer.engines.local import MOST_THREADS, prefetch
 from pixelwise.infer.engines.pieces import pieces
 from pixelwise.infer.engines.ray_cluster import Cluster, quiet, started
-from pixelwise.infer.engines.ray_worker import Ledger, Worker, join, network_of
+from pixelwise.infer.engines.ray_worker import Worker, join, network_of
 from pixelwise.infer.engines.shared import SharedParts
 from pixelwise.infer.engines.work import MOST_IMAGES, row_of_piece, rows_of_images, unpacked
 from pixelwise.infer.inputs import Location

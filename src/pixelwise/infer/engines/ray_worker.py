@@ -1,4 +1,4 @@
-"""What runs on the machines of a Ray cluster: a worker that holds the network once, and the ledger of finished pieces."""
+"""What runs on the machines of a Ray cluster: workers, each of which holds the network once."""
 
 import os
 import platform
@@ -79,49 +79,12 @@ class Network:
         )  # fmt: skip
 
 
-class Ledger:
-    """Which pieces of the huge images are there; who brings the last one joins them, and nobody else.
-
-    Args:
-        pieces: how many each image has, by its number.
-
-    Example:
-        >>> ledger = Ledger({0: 2})
-        >>> ledger.add(0, 1), ledger.add(0, 0), ledger.add(0, 1), ledger.add(0, 0)
-        (False, True, False, True)
-        >>> ledger.close(0)
-        >>> ledger.is_closed(0)
-        True
-    """
-
-    def __init__(self, pieces: dict[int, int]) -> None:
-        self._left = {index: set(range(count)) for index, count in pieces.items()}
-        self._last: dict[int, int] = {}
-        self._closed: set[int] = set()
-
-    def add(self, index: int, piece: int) -> bool:
-        """Note a finished piece; whether who brings it is to join all. It may come again, from a second worker."""
-        left = self._left.get(index, set())
-        left.discard(piece)
-        if left or index not in self._left:
-            return False
-        return self._last.setdefault(index, piece) == piece
-
-    def close(self, index: int) -> None:
-        """Note that an image is joined."""
-        self._closed.add(index)
-
-    def is_closed(self, index: int) -> bool:
-        """Whether an image is joined, so that none of its pieces is needed any more."""
-        return index in self._closed
-
-
 class Worker:
     """Does one row of the dataset at a time, with one network.
 
     Args:
         network: what to load.
-        ledger: the handle of the actor `Ledger`.
+        ledger: the handle of the actor `ledger.Ledger`.
     """
 
     def __init__(self, network: Network, ledger: Any = None) -> None:
