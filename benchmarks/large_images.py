@@ -261,7 +261,8 @@ def show(table: dict[int, dict[str, Any]]) -> None:
             differs = row.get("labels_that_differ_from_one_pass")
             print(
                 f"{size:>6} {name:15} {row['seconds']:9.1f} {row['cpu_seconds']:9.1f} {row['bytes'] / 2**30:7.2f} "
-                f"{row['pixelwise_time_over']:6.2f} {row['pixelwise_memory_over']:7.2f} {row.get('exponent', math.nan):8.2f} "
+                f"{row['pixelwise_time_over']:6.2f} {row['pixelwise_memory_over']:7.2f} "
+                f"{row.get('exponent', math.nan):8.2f} "
                 f"{'' if differs is None else f'{differs:.3%}':7}  {row['way']}"
             )
     print("(time, memory: pixelwise's over the contestant's)")

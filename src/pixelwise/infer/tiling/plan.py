@@ -99,8 +99,8 @@ class _Chooser:
         if self.predictor.batch_statistics:
             raise UsageError(
                 f"batch statistics: {self.width} x {self.height} px would be computed in parts (they do not fit into memory "
-                "at once, or tiles were asked for), and the statistics of parts depend on the parts. Give more --memory and no "
-                "--tile, or leave batch statistics out."
+                "at once, or tiles were asked for), and the statistics of parts depend on the parts. Give more --memory "
+                "and no --tile, or leave batch statistics out."
             )
 
     def _stripes(self, model: nn.Module, height: int, width: int, tile_px: int | None = None) -> Stripes:
