@@ -18,6 +18,7 @@ class CeilMaxPool2d(nn.MaxPool2d):
         stride: from one window to the next, in cells; no more than `kernel`.
 
     Example:
+        >>> import torch
         >>> CeilMaxPool2d(2, 2)(torch.arange(9.0).view(1, 1, 3, 3))
         tensor([[[[4., 5.],
                   [7., 8.]]]])
