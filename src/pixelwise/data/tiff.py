@@ -207,7 +207,7 @@ def _check_size(series: Any, page: Any, file_bytes: int) -> None:
         raise DataError(f"of its {math.prod(page.chunked):,} blocks only {len(page.dataoffsets):,} are there.")
     ends = (offset + size for offset, size in zip(page.dataoffsets, page.databytecounts, strict=False) if size)
     if max(ends, default=0) > file_bytes:
-        raise DataError("its pixels should go on behind the end of the file; it is truncated.")
+        raise DataError("its pixels reach beyond the end of the file; it is truncated.")
 
 
 def _orientation(page: Any) -> int:

@@ -168,9 +168,21 @@ def _scorer(job: ImageJob, tiling: Tiling) -> Scorer:
             f"{info.location}: batch statistics are those of the whole image, but {info.width} x {info.height} px need "
             f"{scorer.way}. Give more --memory, or leave batch statistics out."
         )
+    _refuse_large_tiles(job, scorer)
     if hasattr(scorer, "beside_bytes"):
         scorer.beside_bytes = pipeline_bytes(job.source)
     return scorer
+
+
+def _refuse_large_tiles(job: ImageJob, scorer: Scorer) -> None:
+    """Two wishes that contradict each other are the user's to settle."""
+    wish = job.options.tiling
+    if wish.tile_px and wish.memory_bytes and scorer.memory_bytes > wish.memory_bytes:
+        raise UsageError(
+            f"{job.source.info.location}: {scorer.way} of --tile {wish.tile_px} take {gibibytes(scorer.memory_bytes)}, but "
+            f"--memory allows {gibibytes(wish.memory_bytes)}. Give a smaller --tile, more --memory, or leave --tile out: "
+            "then a size is chosen that fits."
+        )
 
 
 def _attempt(job: ImageJob, parts: Parts, scorer: Scorer, plane: int, region: Region | None) -> bool:

@@ -141,7 +141,7 @@ class PageReader:
         there = counts[: len(offsets)] > 0
         ends = offsets[: len(there)][there] + counts[: len(there)][there]
         if ends.size and int(ends.max()) > self._file.size:
-            raise DataError("its pixels should go on behind the end of the file; it is truncated.")
+            raise DataError("its pixels reach beyond the end of the file; it is truncated.")
 
     def _decoded(self, page: int, index: int) -> NDArray[Any]:
         """One block (depth, rows, columns, samples); of size 0 if the file leaves it out."""

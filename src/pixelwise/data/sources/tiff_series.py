@@ -62,7 +62,7 @@ class SeriesReader:
         dtype = np.dtype(self._page.dtype).newbyteorder(self._page.parent.byteorder)
         stored = StoredArray(self._file, offset, self._layout.shape, dtype)
         if stored.end > self._file.size:
-            raise DataError("its pixels should go on behind the end of the file; it is truncated.")
+            raise DataError("its pixels reach beyond the end of the file; it is truncated.")
         _, height, width, channels = self._layout.size
         rows = max(1, min(height, _STRIP_BYTES // (width * channels * dtype.itemsize)))
         return _from_array(stored.read, self._layout), (rows, width)
