@@ -11,8 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pixelwise.models import create_model
 from pixelwise.ops.streaming import WindowedNetwork
-from pixelwise.ops.streaming.forecast import Ledger, cost_of, item_sizes, multiply_adds, peak_bytes, scratch_bytes
+from pixelwise.ops.streaming.forecast import Ledger, cost_of, item_sizes, multiply_adds, peaks, scratch_bytes
 from pixelwise.ops.streaming.network import LEAST_STEP_PX, Stream
+from pixelwise.ops.streaming.shelf import Shelf
 from pixelwise.ops.streaming.windows import Span, Window, whole
 
 
@@ -31,7 +32,7 @@ class Live(TorchDispatchMode):
             return out
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
-            if isinstance(leaf, torch.Tensor):
+            if isinstance(leaf, torch.Tensor) and not leaf.is_meta:
                 self._see(leaf.untyped_storage())
         self.peak = max(self.peak, self.now)
         return out
@@ -69,9 +70,29 @@ def test_what_is_held_and_the_most_of_it_are_as_told(name, columns):
         with torch.inference_mode(), live:
             stream.advance(row, read, stripe)
         assert live.now == pytest.approx(sum(told.held), rel=0.02, abs=10_000)  # but for tables of places
-    assert told.peak == peak_bytes(graph, region, stripe, sizes)
+    assert told.peaks == peaks(graph, region, stripe, sizes)
     # Beside the maps there are the weights, in another order, and what an operation makes for itself.
     assert 0.85 * told.peak <= live.peak <= 1.3 * told.peak + 3 * scratch_bytes(graph)
+
+
+def test_rows_that_wait_on_the_disk_are_as_told(tmp_path):
+    graph = network("fcdensenet56", 900, 40).graph
+    region, sizes = whole(900, 40), item_sizes(graph, 4)
+    told, live = Ledger(graph, region, sizes, has_shelf=True), Live()
+    with Shelf(tmp_path) as shelf:
+        stream = Stream(graph, region, shelf=shelf)
+        for row in range(32, 932, 32):
+            row = min(row, 900)
+            told.walk(row, 32)
+            with torch.inference_mode(), live:
+                stream.advance(row, read, 32)
+            assert live.now == pytest.approx(sum(told.held), rel=0.02, abs=10_000)
+            assert shelf.size == told.peaks.disk
+    assert told.peaks == peaks(graph, region, 32, sizes, has_shelf=True)
+    without = peaks(graph, region, 32, sizes)
+    assert without.disk == 0 and told.peaks.memory < 0.7 * without.memory
+    assert told.peaks.disk > 0.8 * (without.memory - told.peaks.memory)
+    assert not list(tmp_path.iterdir())  # the file has no name
 
 
 def counted(run):
@@ -136,11 +157,11 @@ def test_the_height_of_the_image_does_not_count(name):
     found = []
     for height in (600, 6000):
         graph = network(name, height, 64).graph
-        found.append(peak_bytes(graph, whole(height, 64), 32, item_sizes(graph, 4)))
+        found.append(peaks(graph, whole(height, 64), 32, item_sizes(graph, 4)).memory)
     assert found[1] <= 1.05 * found[0]
 
 
 def test_sixteen_bits_take_half():
     graph = network("unet", 200, 64).graph
-    wide, narrow = (peak_bytes(graph, whole(200, 64), 32, item_sizes(graph, size)) for size in (4, 2))
+    wide, narrow = (peaks(graph, whole(200, 64), 32, item_sizes(graph, size)).memory for size in (4, 2))
     assert 0.5 <= narrow / wide < 0.6  # the image has four bytes

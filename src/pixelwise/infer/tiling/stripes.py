@@ -1,16 +1,20 @@
 """Exact prediction in stripes: the image streams through the network's graph and nothing is computed twice.
 
 Where a stripe of the whole width takes too much memory, the image is split into columns, each with what it needs of its
-neighbours; only that is computed twice.
+neighbours; only that is computed twice. Where that is much, rows that wait for long lie in a file, and columns are wider.
 """
 
 import contextlib
+import shutil
+import tempfile
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,8 +22,9 @@ from torch import Tensor, nn
 
 from pixelwise.infer.tiling.base import Read, Region, Scores
 from pixelwise.ops.streaming import WindowedNetwork
-from pixelwise.ops.streaming.forecast import cost_of, item_sizes, peak_bytes, scratch_bytes
+from pixelwise.ops.streaming.forecast import Peaks, cost_of, item_sizes, peaks, scratch_bytes
 from pixelwise.ops.streaming.heap import HeapLimit
+from pixelwise.ops.streaming.shelf import Shelf
 from pixelwise.ops.streaming.windows import Span, Window
 
 BUDGET_BYTES = 2**30
@@ -29,10 +34,34 @@ _COLUMNS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 20, 24, 32, 48, 64, 96, 128)
 # malloc keeps what maps leave, and maps of changing sizes do not fit into the gaps: the process takes up to three times what
 # its maps do, unless it is held to less (`HeapLimit`). Held to so many times, networks of several depths, widths and stripes
 # run as fast as they can; held to the least, up to a third slower, but with wider columns, so that less is computed twice.
-_CPU_FACTORS = (1.9, 1.35)
-_GPU_FACTORS = (1.1,)
+# The disk comes last: rows that wait for long leave the memory to wider columns.
+_CPU_WAYS = ((1.9, False), (1.35, False), (1.35, True))
+_GPU_WAYS = ((1.1, False),)
 _SLACK = 0.4  # times the maps: what a single step may take beyond the limit before it is looked at
 _CHEAP = 1.1  # a cost that is not worth to be slower for
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How an image streams.
+
+    Attributes:
+        factor: memory of the process over that of the maps.
+        has_shelf: whether rows that wait for long lie on the disk.
+        cuts: where the columns begin and end.
+        stripe_px: rows of a stripe.
+        cost: multiply-adds over those of one pass.
+    """
+
+    factor: float
+    has_shelf: bool
+    cuts: tuple[int, ...] = ()
+    stripe_px: int = 0
+    cost: float = 1.0
+
+    @property
+    def widest(self) -> int:
+        return max(right - left for left, right in pairwise(self.cuts))
 
 
 class Stripes:
@@ -48,11 +77,14 @@ class Stripes:
         autocast: a context to run the network's operations in.
         compute_bytes: per number that convolutions give in that context.
         device: of the model.
+        scratch: an existing folder, on whose disk rows may wait if there is too little memory for them; that of the
+            system's temporary files unless given.
 
     Attributes:
         way: "stripes of R rows", and in how many columns.
         stripe_px: R.
         cuts: where the columns begin and end.
+        disk_bytes: what the rows that wait on the disk take there.
         beside_bytes: what else may grow in this process meanwhile (pixels read ahead, results that wait), which is not taken
             from what the maps may hold.
 
@@ -82,6 +114,7 @@ class Stripes:
         autocast: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
         compute_bytes: int = 4,
         device: torch.device | None = None,
+        scratch: Path | None = None,
     ) -> None:
         self.network = WindowedNetwork(model, height, width, in_channels=in_channels, autocast=autocast)
         self.height, self.width = height, width
@@ -90,36 +123,37 @@ class Stripes:
         self.beside_bytes = 0
         self._heap: HeapLimit | None = None  # what the process is held to, from the first score on
         self._scratch = scratch_bytes(self.network.graph) if self._is_cpu else 0
-        self._maps = lru_cache(maxsize=None)(self._maps_bytes)
-        for factor in _CPU_FACTORS if self._is_cpu else _GPU_FACTORS:
-            self._factor = factor
-            columns, self.stripe_px = self._choose(budget_bytes, tile_px)
-            self.cuts = _cuts(width, columns, tile_px)
-            bands = [Window(Span(0, height), Span(*band)) for band in pairwise(self.cuts)]
-            self.cost = cost_of(self.network.graph, bands) if len(bands) > 1 else 1.0
-            if self.cost <= _CHEAP or tile_px is not None:
-                break
-        self.memory_bytes = self._forecast(self._widest(), self.stripe_px)
-        self.way = f"stripes of {self.stripe_px} rows" + (f" in {len(bands)} columns" if len(bands) > 1 else "")
+        self._maps = lru_cache(maxsize=None)(self._maps_peaks)
+        self._folder = Path(tempfile.gettempdir()) if scratch is None else scratch
+        self._plan = self._choose(budget_bytes, tile_px)
+        self.cuts, self.stripe_px, self.cost = self._plan.cuts, self._plan.stripe_px, self._plan.cost
+        needed = self._forecast(self._plan, self._plan.widest, self.stripe_px)
+        self.memory_bytes, self.disk_bytes = needed
+        columns = len(self.cuts) - 1
+        self.way = f"stripes of {self.stripe_px} rows" + (f" in {columns} columns" if columns > 1 else "")
 
     def score(self, read: Read, region: Region) -> Iterator[Scores]:
         """As `Scorer.score`: column by column, from top to bottom."""
         if self._heap is None and self._is_cpu:
             self._heap = HeapLimit(self._heap_bytes() + self.beside_bytes)
-        for left, right in pairwise(self.cuts):
-            left, right = max(left, region.left), min(right, region.right)
-            if left >= right:
-                continue
-            place = {"top": region.top, "left": left, "height": region.height, "width": right - left}
-            needed = self.network.windows(Window(Span(region.top, region.bottom), Span(left, right)))[0]
-            with NextRows(read, needed.rows.stop) as ahead:
-                for top, logits in self.network.stripes(ahead, **place, stripe_px=self.stripe_px, heap=self._heap):
-                    yield Scores(Region(top, left, logits.shape[1], right - left), logits.float())
+        with Shelf(self._folder) if self._plan.has_shelf else contextlib.nullcontext() as shelf:
+            for left, right in pairwise(self.cuts):
+                left, right = max(left, region.left), min(right, region.right)
+                if left < right:
+                    yield from self._column(read, Region(region.top, left, region.height, right - left), shelf)
+
+    def _column(self, read: Read, part: Region, shelf: Shelf | None) -> Iterator[Scores]:
+        needed = self.network.windows(Window(Span(part.top, part.bottom), Span(part.left, part.right)))[0]
+        place = {"top": part.top, "left": part.left, "height": part.height, "width": part.width}
+        with NextRows(read, needed.rows.stop) as ahead:
+            parts = self.network.stripes(ahead, **place, stripe_px=self.stripe_px, heap=self._heap, shelf=shelf)
+            for top, logits in parts:
+                yield Scores(Region(top, part.left, logits.shape[1], part.width), logits.float())
 
     def tile_bytes(self, tile_px: int) -> int:
         """What a tile of that size takes in the middle of the image."""
         tile = self._middle(tile_px)
-        return self._bytes(tile, min(self.stripe_px, tile.rows.length))
+        return self._bytes(self._plan, tile, min(self.stripe_px, tile.rows.length)).memory
 
     def tile_cost(self, tile_px: int) -> float:
         """Multiply-adds of the image in tiles of that size, each by itself, over those of one pass; from a middle one."""
@@ -132,44 +166,67 @@ class Stripes:
         top, left = (self.height - height) // 2, (self.width - width) // 2
         return Window(Span(top, top + height), Span(left, left + width))
 
-    def _choose(self, budget_bytes: int, tile_px: int | None) -> tuple[int, int]:
-        """Number of columns and rows of a stripe: as few columns, then as many rows, as the budget allows."""
+    def _choose(self, budget_bytes: int, tile_px: int | None) -> _Plan:
+        """The first of the ways that computes hardly anything twice; if none does, the one that computes least."""
+        best: _Plan | None = None
+        for factor, has_shelf in _CPU_WAYS if self._is_cpu else _GPU_WAYS:
+            plan = self._plan_for(_Plan(factor, has_shelf), budget_bytes, tile_px)
+            if has_shelf and self._forecast(plan, plan.widest, plan.stripe_px).disk > self._room():
+                continue
+            if best is None or plan.cost < best.cost:
+                best = plan
+            if best.cost <= _CHEAP or tile_px is not None:
+                break
+        assert best is not None  # the first way has no shelf
+        return best
+
+    def _plan_for(self, plan: _Plan, budget_bytes: int, tile_px: int | None) -> _Plan:
         if tile_px is not None:
-            return -(-self.width // tile_px), min(tile_px, self.height)
+            columns, stripe = -(-self.width // tile_px), min(tile_px, self.height)
+        else:
+            columns, stripe = self._sides(plan, budget_bytes)
+        cuts = _cuts(self.width, columns, tile_px)
+        bands = [Window(Span(0, self.height), Span(*band)) for band in pairwise(cuts)]
+        cost = cost_of(self.network.graph, bands) if len(bands) > 1 else 1.0
+        return replace(plan, cuts=cuts, stripe_px=stripe, cost=cost)
+
+    def _room(self) -> int:
+        """How much of the disk rows may take: the other half is left to the results, and to others."""
+        return shutil.disk_usage(self._folder).free // 2
+
+    def _sides(self, plan: _Plan, budget_bytes: int) -> tuple[int, int]:
+        """Number of columns and rows of a stripe: as few columns, then as many rows, as the budget allows."""
 
         def fits(columns: int) -> bool:
             wide = -(-self.width // columns)
-            least = self._factor * 4 * self.network.num_classes * wide  # of logits alone, told at once
-            return least < budget_bytes and self._forecast(wide, _LEAST_ROWS) <= budget_bytes
+            least = plan.factor * 4 * self.network.num_classes * wide  # of logits alone, told at once
+            return least < budget_bytes and self._forecast(plan, wide, _LEAST_ROWS).memory <= budget_bytes
 
         possible = [columns for columns in _COLUMNS if columns == 1 or self.width // columns >= _LEAST_ROWS]
         columns = possible[min(bisect_left(possible, True, key=fits), len(possible) - 1)]
         wide, stripe = -(-self.width // columns), _LEAST_ROWS
         most = min(_MOST_ROWS, max(_LEAST_ROWS, _STRIPE_PX // wide), self.height)
-        while 2 * stripe <= most and self._forecast(wide, 2 * stripe) <= budget_bytes:
+        while 2 * stripe <= most and self._forecast(plan, wide, 2 * stripe).memory <= budget_bytes:
             stripe *= 2
         return columns, min(stripe, self.height)
 
-    def _widest(self) -> int:
-        return max(right - left for left, right in pairwise(self.cuts))
-
-    def _forecast(self, wide: int, rows: int) -> int:
+    def _forecast(self, plan: _Plan, wide: int, rows: int) -> Peaks:
         """What a column in the middle of the image takes in stripes of that many rows."""
         left = (self.width - wide) // 2
-        return self._bytes(Window(Span(0, self.height), Span(left, left + wide)), rows)
+        return self._bytes(plan, Window(Span(0, self.height), Span(left, left + wide)), rows)
 
-    def _bytes(self, window: Window, rows: int) -> int:
-        return int(self._factor * self._maps(window, rows)) + self._scratch
+    def _bytes(self, plan: _Plan, window: Window, rows: int) -> Peaks:
+        maps = self._maps(window, rows, plan.has_shelf)
+        return Peaks(int(plan.factor * maps.memory) + self._scratch, maps.disk)
 
-    def _maps_bytes(self, window: Window, rows: int) -> int:
-        maps = peak_bytes(self.network.graph, window, rows, self._sizes)
-        return (
-            maps + 3 * 4 * self.network.num_classes * rows * window.columns.length
-        )  # logits, and what is made of them
+    def _maps_peaks(self, window: Window, rows: int, has_shelf: bool) -> Peaks:
+        maps = peaks(self.network.graph, window, rows, self._sizes, has_shelf=has_shelf)
+        logits = 4 * self.network.num_classes * rows * window.columns.length
+        return maps._replace(memory=maps.memory + 3 * logits)  # they, and what is made of them
 
     def _heap_bytes(self) -> int:
         """What the process is held to, so that it stays within what was stated."""
-        return int((self.memory_bytes - self._scratch) * (1 - _SLACK / self._factor)) + self._scratch
+        return int((self.memory_bytes - self._scratch) * (1 - _SLACK / self._plan.factor)) + self._scratch
 
 
 def _cuts(width: int, columns: int, tile_px: int | None) -> tuple[int, ...]:

@@ -5,6 +5,7 @@ Nothing is computed: the stream is walked with tensors that have shapes only.
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,8 +14,10 @@ from pixelwise.ops.streaming.graph import Graph
 from pixelwise.ops.streaming.kernels import Convolution, Slides, TransposedConvolution
 from pixelwise.ops.streaming.network import LEAST_STEP_PX, Stream, windows_of
 from pixelwise.ops.streaming.pointwise import LinearOfChannels, Part
+from pixelwise.ops.streaming.shelf import EmptyShelf
 from pixelwise.ops.streaming.windows import Span, Window, whole
 
+_TYPES = {2: torch.bfloat16, 4: torch.float32, 8: torch.int64}  # by bytes per number
 STEADY = 6  # stripes without a new peak, once rows have been let go of everywhere, tell that none will come
 
 
@@ -65,11 +68,19 @@ def scratch_bytes(graph: Graph) -> int:
     return max((rule.weight.nbytes for rule in graph.rules if isinstance(rule, kernels)), default=0)
 
 
+class Peaks(NamedTuple):
+    """The most bytes at any time."""
+
+    memory: int
+    disk: int = 0
+
+
 class Ledger(Stream):
     """A stream that keeps account of the bytes and computes nothing."""
 
-    def __init__(self, graph: Graph, region: Window, sizes: Sequence[int]) -> None:
-        super().__init__(graph, region)
+    def __init__(self, graph: Graph, region: Window, sizes: Sequence[int], *, has_shelf: bool = False) -> None:
+        self.shelf = EmptyShelf() if has_shelf else None
+        super().__init__(graph, region, shelf=self.shelf)
         self.sizes, self.peak, self.held = sizes, 0, [0] * len(graph.calls)
 
     def walk(self, row: int, step_px: int) -> None:
@@ -91,6 +102,8 @@ class Ledger(Stream):
             uneven = any(before != after for before, after in pads)
             bases = self.graph.bases[source]
             for base in bases:
+                self.kept[base].fetch(window.rows)
+                self._weigh(base)
                 copies = uneven + (len(bases) > 1) + (not self.kept[base].is_whole(window))
                 if copies:
                     copied += copies * self._rows(base, window).numel() * self.sizes[base]
@@ -105,11 +118,16 @@ class Ledger(Stream):
             self.release(source)
             self._weigh(source)
 
+    @property
+    def peaks(self) -> Peaks:
+        """Up to now."""
+        return Peaks(self.peak, self.shelf.size if self.shelf is not None else 0)
+
     def _rows(self, step: int, new: Window) -> Tensor:
         full = self.graph.maps[step]
         shape = list(full.shape)
         shape[full.axes[0]], shape[full.axes[1]] = new.size
-        return torch.empty(shape, device="meta")
+        return torch.empty(shape, device="meta", dtype=_TYPES[self.sizes[step]])
 
     def _weigh(self, step: int) -> None:
         self.held[step] = self.kept[step].numbers() * self.sizes[step]
@@ -123,27 +141,27 @@ class Ledger(Stream):
         )
 
 
-def peak_bytes(graph: Graph, region: Window, stripe_px: int, sizes: Sequence[int]) -> int:
+def peaks(graph: Graph, region: Window, stripe_px: int, sizes: Sequence[int], *, has_shelf: bool = False) -> Peaks:
     """The most bytes that the maps take at any time while `region` streams through in stripes of `stripe_px` rows.
 
     That is while the first rows flow, or at the end, where the last stripe is followed at once by what waited for rows
-    below the image.
+    below the image. With a shelf, rows that wait for long lie on the disk.
     """
-    peak, last = _walk(graph, region, stripe_px, sizes)
+    most, last = _walk(graph, region, stripe_px, sizes, has_shelf)
     start = region.rows.start + (region.rows.length - 1) // stripe_px * stripe_px - stripe_px
     if start <= last:
-        return peak
-    bottom = Window(Span(start, region.rows.stop), region.columns)
-    return max(peak, _walk(graph, bottom, stripe_px, sizes)[0])
+        return most
+    bottom, _ = _walk(graph, Window(Span(start, region.rows.stop), region.columns), stripe_px, sizes, has_shelf)
+    return Peaks(max(most.memory, bottom.memory), max(most.disk, bottom.disk))
 
 
-def _walk(graph: Graph, region: Window, stripe_px: int, sizes: Sequence[int]) -> tuple[int, int]:
-    """The peak of a region, and down to which row it was looked for: until it repeats."""
-    ledger, steady = Ledger(graph, region, sizes), 0
+def _walk(graph: Graph, region: Window, stripe_px: int, sizes: Sequence[int], has_shelf: bool) -> tuple[Peaks, int]:
+    """The peaks of a region, and down to which row they were looked for: until they repeat."""
+    ledger, steady = Ledger(graph, region, sizes, has_shelf=has_shelf), 0
     for first in range(region.rows.start, region.rows.stop, stripe_px):
-        before = ledger.peak
+        before = ledger.peaks
         ledger.walk(min(first + stripe_px, region.rows.stop), max(stripe_px, LEAST_STEP_PX))
-        steady = steady + 1 if ledger.peak == before and ledger.is_flowing() else 0
+        steady = steady + 1 if ledger.peaks == before and ledger.is_flowing() else 0
         if steady == STEADY:
-            return ledger.peak, first + stripe_px
-    return ledger.peak, region.rows.stop
+            return ledger.peaks, first + stripe_px
+    return ledger.peaks, region.rows.stop

@@ -19,6 +19,7 @@ from pixelwise.ops.streaming.heap import HeapLimit
 from pixelwise.ops.streaming.pointwise import Part
 from pixelwise.ops.streaming.pool import Pool
 from pixelwise.ops.streaming.rules import RULES
+from pixelwise.ops.streaming.shelf import Shelf
 from pixelwise.ops.streaming.windows import Kept, Span, Window, whole
 
 ReadWindow = Callable[[int, int, int, int], Tensor]
@@ -26,6 +27,7 @@ ReadWindow = Callable[[int, int, int, int], Tensor]
 
 
 LEAST_STEP_PX = 32  # rows of the image that are taken at once, at least
+_SOON_PX = 64  # rows that are needed before so many rows of the image have come do not go to the disk
 _NARROW = 0.9  # of the columns; what saves less is not worth a copy
 
 
@@ -85,13 +87,15 @@ class WindowedNetwork:
         width: int,
         stripe_px: int,
         heap: HeapLimit | None = None,
+        shelf: Shelf | None = None,
     ) -> Iterator[tuple[int, Tensor]]:
         """The logits of a window, `stripe_px` rows after the other: (first row, (K, rows, width)).
 
-        The process is held to `heap`, if given, as far as the maps allow.
+        The process is held to `heap`, if given, as far as the maps allow; rows that wait for long lie on `shelf`, if given
+        (on CPUs).
         """
         region = Window(Span(top, top + height), Span(left, left + width))
-        stream = Stream(self.graph, region, Pool() if self.graph.device.type == "cpu" else None, heap)
+        stream = Stream(self.graph, region, Pool() if self.graph.device.type == "cpu" else None, heap, shelf)
         for first in range(top, top + height, stripe_px):
             with self.autocast():
                 logits = stream.advance(min(first + stripe_px, top + height), read, max(stripe_px, LEAST_STEP_PX))
@@ -127,16 +131,24 @@ class Stream:
         region: the window of the logits that is wanted.
         pool: where rows wait; None leaves them where they are.
         heap: what the process is held to.
+        shelf: where rows wait for long; None leaves them in memory.
 
     Attributes:
         kept: of each map, the rows that are still needed.
     """
 
-    def __init__(self, graph: Graph, region: Window, pool: Pool | None = None, heap: HeapLimit | None = None) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        region: Window,
+        pool: Pool | None = None,
+        heap: HeapLimit | None = None,
+        shelf: Shelf | None = None,
+    ) -> None:
         self.graph, self.region, self.heap = graph, region, heap
         self.needed = windows_of(graph, region)
         self.kept = [
-            Kept(item.axes, window.columns, window.rows.start, window.rows.start, pool)
+            Kept(item.axes, window.columns, window.rows.start, window.rows.start, pool, shelf)
             for item, window in zip(graph.maps, self.needed, strict=True)
         ]
         self.parts: dict[int, list[int]] = {}
@@ -276,6 +288,10 @@ class Stream:
         saved, row, columns = best
         if saved > 0 and columns.length < _NARROW * kept.columns.length:
             kept.narrow_before(row, columns)
+        if kept.shelf is not None:
+            soon = 1 + _SOON_PX * self.graph.maps[source].height // self.graph.shape[2]
+            for (row, _), (later, _) in pairwise(needs):
+                kept.shelve(Span(row + soon, later))
 
     def needs(self, source: int) -> list[tuple[int, Span]]:
         """What each of the operations to come needs of a map: from which row on, and which columns."""

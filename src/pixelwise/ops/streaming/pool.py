@@ -34,8 +34,8 @@ class Pool:
 
     def copy(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """A copy whose axes lie in memory in the same order, without gaps; and the place that it has."""
-        place = self._place(_rounded(rows.nbytes))
-        order = sorted(range(rows.ndim), key=rows.stride, reverse=True)
+        place = self._place(rounded(rows.nbytes))
+        order = order_of_axes(rows)
         copy = place[: rows.nbytes].view(rows.dtype).view([rows.shape[axis] for axis in order])
         copy = copy.permute([order.index(axis) for axis in range(rows.ndim)])
         return copy.copy_(rows), place
@@ -60,7 +60,12 @@ class Pool:
         return arena[used : used + size]
 
 
-def _rounded(size: int) -> int:
+def order_of_axes(rows: Tensor) -> tuple[int, ...]:
+    """The axes as they lie in memory, the one with the largest stride first."""
+    return tuple(sorted(range(rows.ndim), key=rows.stride, reverse=True))
+
+
+def rounded(size: int) -> int:
     """The next of the sizes that are kept apart: an eighth of a power of two, 512 bytes at least."""
     step = max(_LEAST_BYTES, 1 << max(0, math.ceil(math.log2(max(size, 1))) - 1) >> int(math.log2(_STEPS)))
     return -(-size // step) * step

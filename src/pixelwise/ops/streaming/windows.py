@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pixelwise.ops.streaming.pool import Pool
+from pixelwise.ops.streaming.shelf import Shelf, Shelved
 
 
 class Span(NamedTuple):
@@ -57,12 +58,16 @@ def whole(height: int, width: int) -> Window:
 
 
 class Piece(NamedTuple):
-    """Rows of a map, from `first` on, with these columns; `place` is theirs in the pool, if they wait there."""
+    """Rows of a map, from `first` on, with these columns.
+
+    `place` is theirs in the pool, if they wait there; if they are on the shelf, `rows` has their shape only.
+    """
 
     first: int
     rows: Tensor
     columns: Span
     place: Tensor | None = None
+    shelved: Shelved | None = None
 
 
 @dataclass
@@ -75,6 +80,7 @@ class Kept:
         start: the first row that is kept.
         stop: the row below the last.
         pool: where rows wait that are not needed at once; None leaves them where they are.
+        shelf: where rows wait for long; None leaves them among the others.
     """
 
     axes: tuple[int, int]
@@ -82,6 +88,7 @@ class Kept:
     start: int
     stop: int
     pool: Pool | None = None
+    shelf: Shelf | None = None
 
     def __post_init__(self) -> None:
         self._pieces: deque[Piece] = deque()  # in order
@@ -101,8 +108,9 @@ class Kept:
     def take(self, window: Window) -> Tensor:
         """The rows and columns of a window, without a copy where one piece holds them all."""
         (start, stop), columns = window
+        self.fetch(window.rows)
         parts = []
-        for first, piece, wide, _ in self._pieces:
+        for first, piece, wide, *_ in self._pieces:
             low, high = max(start, first), min(stop, first + piece.shape[self.axes[0]])
             if low < high:
                 if high - low != piece.shape[self.axes[0]]:
@@ -123,8 +131,8 @@ class Kept:
         )
 
     def numbers(self) -> int:
-        """How many numbers are kept."""
-        return sum(piece.rows.numel() for piece in self._pieces)
+        """How many numbers are kept in memory."""
+        return sum(piece.rows.numel() for piece in self._pieces if piece.shelved is None)
 
     def drop_before(self, row: int) -> None:
         """Let go of the rows above `row`. Of a piece that is mostly gone the rest is copied, so that its memory is free."""
@@ -133,7 +141,7 @@ class Kept:
         while self._pieces:
             piece = self._pieces[0]
             kept = piece.first + piece.rows.shape[axis] - self.start
-            if kept > 0 and 2 * kept > piece.rows.shape[axis]:
+            if kept > 0 and (piece.shelved is not None or 2 * kept > piece.rows.shape[axis]):
                 return
             self._pieces.popleft()
             if kept > 0:
@@ -149,7 +157,7 @@ class Kept:
             piece = self._pieces[index]
             if piece.first + piece.rows.shape[axis] > row:
                 continue
-            if piece.columns.length <= columns.length:
+            if piece.columns.length <= columns.length or piece.shelved is not None:
                 return  # and so are those before it
             rows = _columns(piece.rows, self.axes[1], piece.columns, columns)
             self._pieces[index] = self._moved(piece, piece.first, rows, columns)
@@ -158,12 +166,34 @@ class Kept:
         """Bring the pieces that wait into the pool."""
         for index in range(len(self._pieces) - 1, -1, -1):
             piece = self._pieces[index]
-            if self.pool is None or piece.place is not None:
+            if self.pool is None or piece.place is not None or piece.shelved is not None:
                 return  # and so are those before it
             gone = max(0, self.start - piece.first)
             rows = piece.rows.narrow(self.axes[0], gone, piece.rows.shape[self.axes[0]] - gone)
             rows, place = self.pool.copy(rows)
             self._pieces[index] = Piece(piece.first + gone, rows, piece.columns, place)
+
+    def shelve(self, rows: Span) -> None:
+        """Bring the pieces that lie within these rows onto the shelf."""
+        if self.shelf is None:
+            return
+        for index, piece in enumerate(list(self._pieces)):
+            stop = piece.first + piece.rows.shape[self.axes[0]]
+            if piece.shelved is None and rows.start <= piece.first and stop <= rows.stop:
+                item, shape = self.shelf.put(piece.rows), torch.empty_like(piece.rows, device="meta")
+                self._let_go(piece)
+                self._pieces[index] = Piece(piece.first, shape, piece.columns, shelved=item)
+
+    def fetch(self, rows: Span) -> None:
+        """Bring the pieces that have some of these rows back from the shelf."""
+        for index, piece in enumerate(list(self._pieces) if self.shelf is not None else ()):
+            stop = piece.first + piece.rows.shape[self.axes[0]]
+            if piece.shelved is None or self.shelf is None or piece.first >= rows.stop or stop <= rows.start:
+                continue
+            back, place = self.shelf.take(piece.shelved), None
+            if self.pool is not None:
+                back, place = self.pool.copy(back)
+            self._pieces[index] = Piece(piece.first, back, piece.columns, place)
 
     def _moved(self, piece: Piece, first: int, rows: Tensor, columns: Span) -> Piece:
         """What is left of a piece, by itself."""
@@ -176,6 +206,8 @@ class Kept:
     def _let_go(self, piece: Piece) -> None:
         if piece.place is not None and self.pool is not None:
             self.pool.give_back(piece.place)
+        if piece.shelved is not None and self.shelf is not None:
+            self.shelf.give_back(piece.shelved)
 
 
 def _columns(rows: Tensor, axis: int, given: Span, wanted: Span) -> Tensor:
