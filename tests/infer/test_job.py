@@ -326,7 +326,9 @@ def test_a_tile_that_takes_more_than_is_allowed_is_refused(tmp_path):
     wish = JobOptions(tiling=Tiling(tile_px=3, memory_bytes=(1 << 30) - 1))  # the rows of these jobs take 1 GiB
     with pytest.raises(UsageError, match=r"stripes of 3 rows of --tile 3 take 1\.0 GiB, but --memory allows 1\.0"):
         label_source(make_job(ArraySource(random_pixels()), wish), outputs_in(tmp_path), MARK)
-    label_source(make_job(ArraySource(random_pixels()), JobOptions(tiling=Tiling(tile_px=3))), outputs_in(tmp_path), MARK)
+    label_source(
+        make_job(ArraySource(random_pixels()), JobOptions(tiling=Tiling(tile_px=3))), outputs_in(tmp_path), MARK
+    )
 
 
 def run_slowly(folder):

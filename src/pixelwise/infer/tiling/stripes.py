@@ -7,8 +7,7 @@ neighbours; only that is computed twice. Where that is much, rows that wait for 
 import contextlib
 import shutil
 import tempfile
-from bisect import bisect_left
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -170,45 +169,48 @@ class Stripes:
         """The first of the ways that computes hardly anything twice; if none does, the one that computes least."""
         best: _Plan | None = None
         for factor, has_shelf in _CPU_WAYS if self._is_cpu else _GPU_WAYS:
-            plan = self._plan_for(_Plan(factor, has_shelf), budget_bytes, tile_px)
-            if has_shelf and self._forecast(plan, plan.widest, plan.stripe_px).disk > self._room():
+            plan = self._in_columns(_Plan(factor, has_shelf), budget_bytes, tile_px)
+            if has_shelf and self._forecast(plan, plan.widest, _LEAST_ROWS).disk > self._room():
                 continue
             if best is None or plan.cost < best.cost:
                 best = plan
             if best.cost <= _CHEAP or tile_px is not None:
                 break
         assert best is not None  # the first way has no shelf
-        return best
+        rows = self._rows_of(best, budget_bytes) if tile_px is None else tile_px
+        return replace(best, stripe_px=min(rows, self.height))
 
-    def _plan_for(self, plan: _Plan, budget_bytes: int, tile_px: int | None) -> _Plan:
-        if tile_px is not None:
-            columns, stripe = -(-self.width // tile_px), min(tile_px, self.height)
-        else:
-            columns, stripe = self._sides(plan, budget_bytes)
-        cuts = _cuts(self.width, columns, tile_px)
+    def _in_columns(self, plan: _Plan, budget_bytes: int, tile_px: int | None) -> _Plan:
+        cuts = _cuts(self.width, self._columns(plan, budget_bytes) if tile_px is None else 0, tile_px)
         bands = [Window(Span(0, self.height), Span(*band)) for band in pairwise(cuts)]
-        cost = cost_of(self.network.graph, bands) if len(bands) > 1 else 1.0
-        return replace(plan, cuts=cuts, stripe_px=stripe, cost=cost)
+        return replace(plan, cuts=cuts, cost=cost_of(self.network.graph, bands) if len(bands) > 1 else 1.0)
 
     def _room(self) -> int:
         """How much of the disk rows may take: the other half is left to the results, and to others."""
         return shutil.disk_usage(self._folder).free // 2
 
-    def _sides(self, plan: _Plan, budget_bytes: int) -> tuple[int, int]:
-        """Number of columns and rows of a stripe: as few columns, then as many rows, as the budget allows."""
+    def _columns(self, plan: _Plan, budget_bytes: int) -> int:
+        """As few columns as the budget allows; most where nothing does.
 
-        def fits(columns: int) -> bool:
-            wide = -(-self.width // columns)
-            least = plan.factor * 4 * self.network.num_classes * wide  # of logits alone, told at once
-            return least < budget_bytes and self._forecast(plan, wide, _LEAST_ROWS).memory <= budget_bytes
-
+        Bytes grow nearly linearly with the width of a column, and a forecast of a deep network takes seconds.
+        """
         possible = [columns for columns in _COLUMNS if columns == 1 or self.width // columns >= _LEAST_ROWS]
-        columns = possible[min(bisect_left(possible, True, key=fits), len(possible) - 1)]
-        wide, stripe = -(-self.width // columns), _LEAST_ROWS
-        most = min(_MOST_ROWS, max(_LEAST_ROWS, _STRIPE_PX // wide), self.height)
-        while 2 * stripe <= most and self._forecast(plan, wide, 2 * stripe).memory <= budget_bytes:
-            stripe *= 2
-        return columns, min(stripe, self.height)
+        widths = [-(-self.width // columns) for columns in possible]
+        low, high, place = -1, len(possible) - 1, 0  # too few columns, enough, and where to look next
+        known: list[tuple[int, int]] = [(0, 0)]  # width, bytes
+        while high - low > 1:
+            known.append((widths[place], self._forecast(plan, widths[place], _LEAST_ROWS).memory))
+            low, high = (low, place) if known[-1][1] <= budget_bytes else (place, high)
+            place = min(max(_first_below(widths, _width_for(budget_bytes, *known[-2:])), low + 1), high - 1)
+        return possible[high]
+
+    def _rows_of(self, plan: _Plan, budget_bytes: int) -> int:
+        """As many rows of a stripe as the budget allows and are of use."""
+        rows = _LEAST_ROWS
+        most = min(_MOST_ROWS, max(_LEAST_ROWS, _STRIPE_PX // plan.widest), self.height)
+        while 2 * rows <= most and self._forecast(plan, plan.widest, 2 * rows).memory <= budget_bytes:
+            rows *= 2
+        return rows
 
     def _forecast(self, plan: _Plan, wide: int, rows: int) -> Peaks:
         """What a column in the middle of the image takes in stripes of that many rows."""
@@ -227,6 +229,19 @@ class Stripes:
     def _heap_bytes(self) -> int:
         """What the process is held to, so that it stays within what was stated."""
         return int((self.memory_bytes - self._scratch) * (1 - _SLACK / self._plan.factor)) + self._scratch
+
+
+def _width_for(budget: int, one: tuple[int, int], other: tuple[int, int]) -> float:
+    """The width that takes so many bytes, on the line through two widths with their bytes."""
+    (wide, more), (narrow, less) = max(one, other), min(one, other)
+    if more <= less:
+        return narrow / 2
+    return narrow + (budget - less) * (wide - narrow) / (more - less)
+
+
+def _first_below(widths: Sequence[int], most: float) -> int:
+    """The place of the first (and widest) that is no wider; the last if there is none."""
+    return next((place for place, wide in enumerate(widths) if wide <= most), len(widths) - 1)
 
 
 def _cuts(width: int, columns: int, tile_px: int | None) -> tuple[int, ...]:

@@ -91,6 +91,12 @@ class Ledger(Stream):
         self.kept[last].drop_before(row)
         self._weigh(last)
 
+    def set_aside(self) -> None:
+        """As that of a stream."""
+        super().set_aside()
+        for step in range(self.graph.last):
+            self._weigh(step)
+
     def _count(self, step: int, stop: int) -> None:
         call, rule, kept = self.graph.calls[step], self.graph.rules[step], self.kept[step]
         if isinstance(rule, Part):
@@ -115,7 +121,7 @@ class Ledger(Stream):
             kept.start = kept.stop = stop
         self.peak = max(self.peak, sum(self.held) + copied)
         for source in self.sources(call) if call else ():
-            self.release(source)
+            self.release(source, step)
             self._weigh(source)
 
     @property

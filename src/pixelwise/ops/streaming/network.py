@@ -156,6 +156,10 @@ class Stream:
             if isinstance(rule, Part):
                 self.parts.setdefault(graph.calls[step].sources[0], []).append(step)  # type: ignore[union-attr]
 
+        self.waits: list[dict[int, Window | None]] = [
+            {user: self._needs(source, user) for user in users} for source, users in enumerate(graph.users)
+        ]
+
     def advance(self, row: int, read: ReadWindow, step_px: int) -> Tensor:
         """The logits down to `row` (exclusive), from where the last call ended, (1, K, rows, width)."""
         first = self.kept[self.graph.last].stop
@@ -185,8 +189,7 @@ class Stream:
                     stop = stop if is_last else self._reachable(step, stop)
                     if stop > self.kept[step].stop:
                         yield step, stop
-            for kept in self.kept[: self.graph.last]:
-                kept.settle()
+            self.set_aside()
             if is_last:
                 return
 
@@ -251,7 +254,7 @@ class Stream:
         else:
             kept.append(result)
         for source in self.sources(call):
-            self.release(source)
+            self.release(source, step)
 
     def _take(self, source: int, window: Window) -> Tensor:
         bases = self.graph.bases[source]
@@ -276,34 +279,47 @@ class Stream:
         fresh = self.graph.rules[source] is not None and getattr(self.graph.rules[source], "gives_new", False)
         return fresh and tensors[0]._base is None
 
-    def release(self, source: int) -> None:
-        """Let go of the rows of a map that nothing to come needs, and of the columns of those that only a skip waits for."""
-        kept, needs = self.kept[source], sorted(self.needs(source))
-        kept.drop_before(needs[0][0] if needs else self.needed[source].rows.stop)
+    def release(self, source: int, user: int) -> None:
+        """Let go of the rows of a map that nothing to come needs, now that `user` has come further."""
+        waits = self.waits[source]
+        waits[user] = self._needs(source, user)
+        rows = [need.rows.start for need in waits.values() if need is not None]
+        self.kept[source].drop_before(min(rows, default=self.needed[source].rows.stop))
+
+    def set_aside(self) -> None:
+        """Where rows wait for a skip only, let go of the columns that it does not need; what is left may go to the shelf."""
+        for source, kept in enumerate(self.kept[: self.graph.last]):
+            if kept.start < kept.stop:
+                self._set_aside(source, kept)
+            kept.settle()
+
+    def _set_aside(self, source: int, kept: Kept) -> None:
+        needs = sorted(need for need in self.waits[source].values() if need is not None)
+        soon = 1 + _SOON_PX * self.graph.maps[source].height // self.graph.shape[2]
+        if not needs or needs[-1].rows.start <= needs[0].rows.start + soon:
+            return
         columns = Span(0, 0)
         best = (0, 0, columns)  # numbers that are saved, above which row, with which columns
-        for (_, skip), (row, _) in pairwise(needs):
-            columns = columns.union(skip)
+        for skip, later in pairwise(needs):
+            columns, row = columns.union(skip.columns), later.rows.start
             best = max(best, ((row - kept.start) * (kept.columns.length - columns.length), row, columns))
         saved, row, columns = best
         if saved > 0 and columns.length < _NARROW * kept.columns.length:
             kept.narrow_before(row, columns)
-        if kept.shelf is not None:
-            soon = 1 + _SOON_PX * self.graph.maps[source].height // self.graph.shape[2]
-            for (row, _), (later, _) in pairwise(needs):
-                kept.shelve(Span(row + soon, later))
+        for skip, later in pairwise(needs):
+            if later.rows.start > skip.rows.start + soon:
+                kept.shelve(Span(skip.rows.start + soon, later.rows.start))
 
-    def needs(self, source: int) -> list[tuple[int, Span]]:
-        """What each of the operations to come needs of a map: from which row on, and which columns."""
-        found = []
-        for user in self.graph.users[source]:
-            rest = Window(Span(self.kept[user].stop, self.needed[user].rows.stop), self.needed[user].columns)
-            call = self.graph.calls[user]
-            if rest.rows.length == 0 or call is None:
-                continue
-            for item, window in zip(call.sources, self.graph.rules[user].need(rest), strict=True):
-                if source in self.graph.bases[item] and 0 not in window.size:
-                    found.append((window.rows.start, window.columns))
+    def _needs(self, source: int, user: int) -> Window | None:
+        """What an operation still needs of a map; None if nothing."""
+        rest = Window(Span(self.kept[user].stop, self.needed[user].rows.stop), self.needed[user].columns)
+        call = self.graph.calls[user]
+        if rest.rows.length == 0 or call is None:
+            return None
+        found = None
+        for item, window in zip(call.sources, self.graph.rules[user].need(rest), strict=True):
+            if source in self.graph.bases[item] and 0 not in window.size:
+                found = window if found is None else found.union(window)
         return found
 
 
