@@ -12,6 +12,7 @@ has an end.
 
 import argparse
 import platform
+import tempfile
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,6 +33,7 @@ from pixelwise.models import create_model, list_models
 
 CLASSES = 11
 GOAL = 1.25
+SCRATCH = Path(tempfile.gettempdir())
 NEED_WEIGHTS = ("encoder_decoder", "mirror", "patch_classifier", "unet_valid")
 """Whose graph depends on the values of a tensor, or whose parts are built from others."""
 
@@ -61,15 +63,17 @@ def plan(name: str, fields: dict[str, Any], side: int, budget_bytes: int) -> dic
     row: dict[str, Any] = {"model": name, **fields, "parameters": parameters}
     try:
         if next(model.parameters()).is_meta:
-            scorer: Any = Stripes(model, side, side, in_channels=3, budget_bytes=budget_bytes)
+            scorer: Any = Stripes(model, side, side, in_channels=3, budget_bytes=budget_bytes, scratch=SCRATCH)
         else:
-            scorer = choose_scorer(predictor(name, model), side, side, Tiling(memory_bytes=budget_bytes))
+            tiling = Tiling(memory_bytes=budget_bytes, scratch=str(SCRATCH))
+            scorer = choose_scorer(predictor(name, model), side, side, tiling)
     except PixelwiseError as error:
         return row | {"error": str(error)}
     return row | {
         "way": scorer.way,
         "cost": scorer.cost,
         "memory_bytes": scorer.memory_bytes,
+        "disk_bytes": getattr(scorer, "disk_bytes", 0),
         "is_stripes": isinstance(scorer, Stripes),
         "planned_s": time.perf_counter() - started,
     }
@@ -94,8 +98,8 @@ def show(row: dict[str, Any]) -> None:
         return
     mark = "" if row["cost"] <= GOAL else "  (!)"
     print(
-        f"{name:40} {row['cost']:6.3f}  {row['memory_bytes'] / 2**30:5.2f} GiB  {row['planned_s']:5.1f} s  "
-        f"{row['way']}{mark}",
+        f"{name:40} {row['cost']:6.3f}  {row['memory_bytes'] / 2**30:5.2f} GiB  "
+        f"{row['disk_bytes'] / 2**30:5.2f} GiB of disk  {row['planned_s']:5.1f} s  {row['way']}{mark}",
         flush=True,
     )
 

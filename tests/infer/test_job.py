@@ -331,6 +331,33 @@ def test_a_tile_that_takes_more_than_is_allowed_is_refused(tmp_path):
     )
 
 
+def test_that_nothing_is_small_enough_is_told(tmp_path):
+    notes, wish = [], JobOptions(tiling=Tiling(memory_bytes=500 << 20))
+    label_source(make_job(ArraySource(random_pixels()), wish, note=notes.append), outputs_in(tmp_path), MARK)
+    assert notes == [
+        "scene.tif: stripes of 3 rows are the least that the network can do with, and take 1.0 GiB rather than the 0.5 GiB "
+        "of --memory."
+    ]
+
+
+def test_rows_may_wait_on_the_disk_of_the_outputs(tmp_path):
+    chosen, told = [], []
+
+    def choose(predictor, height, width, tiling, note):
+        scorer = RowScorer(predictor, height, width)
+        scorer.disk_bytes, scorer.scratch = 3 << 30, tiling.scratch
+        chosen.append(tiling.scratch)
+        return scorer
+
+    job = ImageJob(
+        predictor=make_predictor(), source=ArraySource(random_pixels()), options=JobOptions(), choose=choose, decide=decide,
+        state=told.append,
+    )  # fmt: skip
+    label_source(job, outputs_in(tmp_path / "new"), MARK)
+    assert chosen == [str(tmp_path)]  # the folder of the outputs was not there yet
+    assert told[0].endswith(f"GiB of memory and 3.0 GiB on the disk of {tmp_path}")
+
+
 def run_slowly(folder):
     """The job of a process that is killed: each window waits, and is written at once."""
     import pixelwise.infer.job as module

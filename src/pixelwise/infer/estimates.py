@@ -66,6 +66,8 @@ def told_memory(source: Source, options: JobOptions, scorer: Scorer, *, on_cpu: 
     else:
         device = gibibytes(scorer.memory_bytes)
         text = f"{device} of the device's memory and {gibibytes(max(own, afterwards))} of the machine's"
+    if disk := getattr(scorer, "disk_bytes", 0):
+        text += f" and {gibibytes(disk)} on the disk of {getattr(scorer, 'scratch', '')}"
     return text + ", and more for the outlines of many regions" * options.geojson
 
 

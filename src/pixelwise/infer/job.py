@@ -151,6 +151,9 @@ def compute(job: ImageJob, parts: Parts, *, plane: int | None = None, region: Re
     tiling = job.options.tiling
     if tiling.memory_bytes is None and job.predictor.device.type == "cpu":
         tiling = replace(tiling, memory_bytes=room_for_maps(job.source))
+    if tiling.scratch is None:
+        _, folder = free_bytes(parts.folder)
+        tiling = replace(tiling, scratch=str(folder))
     scorer = _scorer(job, tiling)
     job.state(statement(job, scorer))
     for number in planes:
@@ -168,16 +171,23 @@ def _scorer(job: ImageJob, tiling: Tiling) -> Scorer:
             f"{info.location}: batch statistics are those of the whole image, but {info.width} x {info.height} px need "
             f"{scorer.way}. Give more --memory, or leave batch statistics out."
         )
-    _refuse_large_tiles(job, scorer)
+    _check_wishes(job, scorer)
     if hasattr(scorer, "beside_bytes"):
         scorer.beside_bytes = pipeline_bytes(job.source)
     return scorer
 
 
-def _refuse_large_tiles(job: ImageJob, scorer: Scorer) -> None:
-    """Two wishes that contradict each other are the user's to settle."""
+def _check_wishes(job: ImageJob, scorer: Scorer) -> None:
+    """A tile and a memory that contradict each other are the user's to settle; that nothing is small enough is told."""
     wish = job.options.tiling
-    if wish.tile_px and wish.memory_bytes and scorer.memory_bytes > wish.memory_bytes:
+    if wish.memory_bytes is None or scorer.memory_bytes <= wish.memory_bytes:
+        return
+    if wish.tile_px is None:
+        job.note(
+            f"{job.source.info.location}: {scorer.way} are the least that the network can do with, and take "
+            f"{gibibytes(scorer.memory_bytes)} rather than the {gibibytes(wish.memory_bytes)} of --memory."
+        )
+    else:
         raise UsageError(
             f"{job.source.info.location}: {scorer.way} of --tile {wish.tile_px} take {gibibytes(scorer.memory_bytes)}, but "
             f"--memory allows {gibibytes(wish.memory_bytes)}. Give a smaller --tile, more --memory, or leave --tile out: "

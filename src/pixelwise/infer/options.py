@@ -70,14 +70,14 @@ class JobOptions:
     def changes(self) -> dict[str, Any]:
         """What makes the labels other ones than by default, as values that JSON can hold.
 
-        Tile size and memory are not part of it where tiles are exact, for then they change nothing.
+        Tile size, memory and disk are not part of it where tiles are exact, for then they change nothing.
         """
         tiling, plain = asdict(self.tiling), asdict(Tiling())
         if not self.tiling.blend and not self.tiling.tolerance:
             tiling |= {"tile_px": None, "overlap": plain["overlap"]}
         if self.tiling.samples == 1:
             tiling |= {"seed": plain["seed"]}
-        tiling |= {"memory_bytes": None}
+        tiling |= {"memory_bytes": None, "scratch": None}
         changed = {key: value for key, value in tiling.items() if value != plain[key]}
         if self.thresholds:
             changed["thresholds"] = dict(sorted(self.thresholds))

@@ -1,6 +1,7 @@
 """Stripes against one pass over the whole image, for every network of the registry."""
 
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,11 +10,13 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from pixelwise.errors import PixelwiseError
 from pixelwise.infer.tiling import Region
 from pixelwise.infer.tiling.stripes import NextRows, Stripes
 from pixelwise.models import create_model, list_models
 from pixelwise.ops.receptive_field import receptive_field
 from pixelwise.ops.streaming import NotWindowed
+from pixelwise.ops.streaming.shelf import Shelf
 
 CLASSES = 3
 
@@ -137,6 +140,42 @@ def test_the_budget_is_kept_by_fewer_rows_and_then_by_columns():
     columns, rows, costs = zip(*found, strict=True)
     assert columns[0] == 1 and sorted(columns) == list(columns) and columns[-1] > 1
     assert rows[0] > rows[-1] and sorted(costs) == list(costs) and costs[0] == 1
+
+
+def test_where_columns_cost_much_rows_wait_on_the_disk(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    model = lively(create_model("fcdensenet56", tiny=True, num_classes=CLASSES))
+    size, budget = (300, 400), {"in_channels": 3, "budget_bytes": 13_000_000}
+    in_memory, scorer = Stripes(model, *size, **budget), Stripes(model, *size, **budget, scratch=tmp_path)
+    assert in_memory.cost > 1.3 and in_memory.disk_bytes == 0
+    assert scorer.cost == 1 and scorer.memory_bytes <= 13_000_000 and 5e6 < scorer.disk_bytes < 9e6
+    image = torch.randn(3, *size)
+    sizes = []
+    put = Shelf.put
+    monkeypatch.setattr(Shelf, "put", lambda shelf, rows: (put(shelf, rows), sizes.append(shelf.size))[0])
+    expected = whole_pass(model, image)
+    assert_same(scored(scorer, image, Region(0, 0, *size)), expected, float(expected.abs().max()))
+    assert max(sizes) == scorer.disk_bytes and not list(tmp_path.iterdir())
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=8_000_000))  # half is for others
+    assert Stripes(model, *size, **budget, scratch=tmp_path).cuts == in_memory.cuts
+
+
+def test_a_full_disk_is_told_with_its_folder(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with Shelf(tmp_path) as shelf:
+        monkeypatch.setattr(shelf, "_file", SimpleNamespace(seek=full, close=shelf._file.close))
+        with pytest.raises(PixelwiseError, match=f"{tmp_path}: no room .*No space left.* allow more memory"):
+            shelf.put(torch.ones(3, 4))
+    with pytest.raises(PixelwiseError, match="nowhere: rows that wait cannot be stored there"):
+        Shelf(tmp_path / "nowhere")
+
+
+def test_columns_that_save_nothing_are_not_cut():
+    model = lively(create_model("fcdensenet56", tiny=True, num_classes=CLASSES))
+    scorer = Stripes(model, 300, 400, in_channels=3, budget_bytes=1_000_000)  # it looks 439 px around: nothing fits
+    assert scorer.memory_bytes > 1_000_000 and scorer.cost < 4
 
 
 def test_memory_does_not_grow_with_the_height():

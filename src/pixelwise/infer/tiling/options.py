@@ -19,6 +19,7 @@ class Tiling:
         overlap: share of a window that the next one repeats, 0 to 0.9 (blended tiles).
         tolerance: the halo is cut where the measured influence of a pixel falls below this share (0: never).
         memory_bytes: what prediction may take beside the weights.
+        scratch: an existing folder, on whose disk rows of maps may wait where memory is short (on CPUs); None: nowhere.
         tta: average over transformed images.
         samples: passes with dropout to average; 1 is none.
         seed: of the dropout.
@@ -36,6 +37,7 @@ class Tiling:
     overlap: float = 0.25
     tolerance: float = 0.0
     memory_bytes: int | None = None
+    scratch: str | None = None
     tta: TTA | None = None
     samples: int = 1
     seed: int = 0

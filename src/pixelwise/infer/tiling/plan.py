@@ -6,6 +6,7 @@ Exact ways come first. Which one is possible, the network decides; how large its
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -83,7 +84,7 @@ class _Chooser:
         if self.tiling.tolerance:
             return self._tiles(model, self._field(model))
         try:
-            return self._stripes(model, self.height, self.width)
+            return self._stripes(model, self.height, self.width, self.tiling.scratch)
         except NotWindowed as error:
             field = self._field(model)
             if field.bounded:
@@ -103,17 +104,18 @@ class _Chooser:
                 "and no --tile, or leave batch statistics out."
             )
 
-    def _stripes(self, model: nn.Module, height: int, width: int, tile_px: int | None = None) -> Stripes:
+    def _stripes(self, model: nn.Module, height: int, width: int, scratch: str | None = None) -> Stripes:
         return Stripes(
             model,
             height,
             width,
             in_channels=self.channels,
             budget_bytes=self.budget,
-            tile_px=tile_px or self.tiling.tile_px,
+            tile_px=self.tiling.tile_px,
             autocast=self._autocast,
             compute_bytes=2 if self.predictor.precision == "bf16" else 4,
             device=self.predictor.device,
+            scratch=Path(scratch) if scratch else None,
         )
 
     def _autocast(self) -> AbstractContextManager[Any]:

@@ -6,7 +6,6 @@ neighbours; only that is computed twice. Where that is much, rows that wait for 
 
 import contextlib
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -37,6 +36,7 @@ _COLUMNS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 20, 24, 32, 48, 64, 96, 128)
 _CPU_WAYS = ((1.9, False), (1.35, False), (1.35, True))
 _GPU_WAYS = ((1.1, False),)
 _SLACK = 0.4  # times the maps: what a single step may take beyond the limit before it is looked at
+_HARDLY_MORE = 1.25  # times the memory
 _CHEAP = 1.1  # a cost that is not worth to be slower for
 
 
@@ -76,14 +76,13 @@ class Stripes:
         autocast: a context to run the network's operations in.
         compute_bytes: per number that convolutions give in that context.
         device: of the model.
-        scratch: an existing folder, on whose disk rows may wait if there is too little memory for them; that of the
-            system's temporary files unless given.
+        scratch: an existing folder, on whose disk rows may wait where memory is short (on CPUs); None: nowhere.
 
     Attributes:
         way: "stripes of R rows", and in how many columns.
         stripe_px: R.
         cuts: where the columns begin and end.
-        disk_bytes: what the rows that wait on the disk take there.
+        disk_bytes: what the rows that wait on the disk of `scratch` take there.
         beside_bytes: what else may grow in this process meanwhile (pixels read ahead, results that wait), which is not taken
             from what the maps may hold.
 
@@ -123,7 +122,7 @@ class Stripes:
         self._heap: HeapLimit | None = None  # what the process is held to, from the first score on
         self._scratch = scratch_bytes(self.network.graph) if self._is_cpu else 0
         self._maps = lru_cache(maxsize=None)(self._maps_peaks)
-        self._folder = Path(tempfile.gettempdir()) if scratch is None else scratch
+        self.scratch = scratch
         self._plan = self._choose(budget_bytes, tile_px)
         self.cuts, self.stripe_px, self.cost = self._plan.cuts, self._plan.stripe_px, self._plan.cost
         needed = self._forecast(self._plan, self._plan.widest, self.stripe_px)
@@ -135,7 +134,7 @@ class Stripes:
         """As `Scorer.score`: column by column, from top to bottom."""
         if self._heap is None and self._is_cpu:
             self._heap = HeapLimit(self._heap_bytes() + self.beside_bytes)
-        with Shelf(self._folder) if self._plan.has_shelf else contextlib.nullcontext() as shelf:
+        with Shelf(self.scratch) if self.scratch and self._plan.has_shelf else contextlib.nullcontext() as shelf:
             for left, right in pairwise(self.cuts):
                 left, right = max(left, region.left), min(right, region.right)
                 if left < right:
@@ -167,14 +166,17 @@ class Stripes:
 
     def _choose(self, budget_bytes: int, tile_px: int | None) -> _Plan:
         """The first of the ways that computes hardly anything twice; if none does, the one that computes least."""
-        best: _Plan | None = None
+        best, rank = None, (True, float("inf"))
         for factor, has_shelf in _CPU_WAYS if self._is_cpu else _GPU_WAYS:
+            if has_shelf and self.scratch is None:
+                break
             plan = self._in_columns(_Plan(factor, has_shelf), budget_bytes, tile_px)
-            if has_shelf and self._forecast(plan, plan.widest, _LEAST_ROWS).disk > self._room():
+            needed = self._forecast(plan, plan.widest, _LEAST_ROWS)
+            if has_shelf and needed.disk > _room(self.scratch):
                 continue
-            if best is None or plan.cost < best.cost:
-                best = plan
-            if best.cost <= _CHEAP or tile_px is not None:
+            if best is None or (needed.memory > budget_bytes, plan.cost) < rank:
+                best, rank = plan, (needed.memory > budget_bytes, plan.cost)
+            if rank <= (False, _CHEAP) or tile_px is not None:
                 break
         assert best is not None  # the first way has no shelf
         rows = self._rows_of(best, budget_bytes) if tile_px is None else tile_px
@@ -185,23 +187,22 @@ class Stripes:
         bands = [Window(Span(0, self.height), Span(*band)) for band in pairwise(cuts)]
         return replace(plan, cuts=cuts, cost=cost_of(self.network.graph, bands) if len(bands) > 1 else 1.0)
 
-    def _room(self) -> int:
-        """How much of the disk rows may take: the other half is left to the results, and to others."""
-        return shutil.disk_usage(self._folder).free // 2
-
     def _columns(self, plan: _Plan, budget_bytes: int) -> int:
-        """As few columns as the budget allows; most where nothing does.
+        """As few columns as the budget allows.
 
         Bytes grow nearly linearly with the width of a column, and a forecast of a deep network takes seconds.
         """
         possible = [columns for columns in _COLUMNS if columns == 1 or self.width // columns >= _LEAST_ROWS]
         widths = [-(-self.width // columns) for columns in possible]
-        low, high, place = -1, len(possible) - 1, 0  # too few columns, enough, and where to look next
-        known: list[tuple[int, int]] = [(0, 0)]  # width, bytes
+        low, high, place = -1, len(possible), 0  # too few columns, enough, and where to look next
+        known: dict[int, int] = {}  # bytes, by place
         while high - low > 1:
-            known.append((widths[place], self._forecast(plan, widths[place], _LEAST_ROWS).memory))
-            low, high = (low, place) if known[-1][1] <= budget_bytes else (place, high)
-            place = min(max(_first_below(widths, _width_for(budget_bytes, *known[-2:])), low + 1), high - 1)
+            known[place] = self._forecast(plan, widths[place], _LEAST_ROWS).memory
+            low, high = (low, place) if known[place] <= budget_bytes else (place, high)
+            line = [(0, 0), *((widths[place], size) for place, size in known.items())][-2:]
+            place = min(max(_first_below(widths, _width_for(budget_bytes, *line)), low + 1), high - 1)
+        if high == len(possible):  # nothing fits: narrow columns are mostly surroundings, and hardly take less
+            return self._columns(plan, int(_HARDLY_MORE * min(known.values())))
         return possible[high]
 
     def _rows_of(self, plan: _Plan, budget_bytes: int) -> int:
@@ -229,6 +230,11 @@ class Stripes:
     def _heap_bytes(self) -> int:
         """What the process is held to, so that it stays within what was stated."""
         return int((self.memory_bytes - self._scratch) * (1 - _SLACK / self._plan.factor)) + self._scratch
+
+
+def _room(folder: Path | None) -> int:
+    """How much of the disk rows may take: the other half is left to the results, and to others."""
+    return shutil.disk_usage(folder).free // 2 if folder else 0
 
 
 def _width_for(budget: int, one: tuple[int, int], other: tuple[int, int]) -> float:
