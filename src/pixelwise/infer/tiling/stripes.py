@@ -6,6 +6,7 @@ neighbours; only that is computed twice. Where that is much, rows that wait for 
 
 import contextlib
 import shutil
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -207,11 +208,13 @@ class Stripes:
 
     def _rows_of(self, plan: _Plan, budget_bytes: int) -> int:
         """As many rows of a stripe as the budget allows and are of use."""
-        rows = _LEAST_ROWS
         most = min(_MOST_ROWS, max(_LEAST_ROWS, _STRIPE_PX // plan.widest), self.height)
-        while 2 * rows <= most and self._forecast(plan, plan.widest, 2 * rows).memory <= budget_bytes:
-            rows *= 2
-        return rows
+        possible = [_LEAST_ROWS << power for power in range(16) if _LEAST_ROWS << power <= max(most, _LEAST_ROWS)]
+
+        def is_more(rows: int) -> bool:
+            return self._forecast(plan, plan.widest, rows).memory > budget_bytes
+
+        return possible[max(0, bisect_left(possible, True, key=is_more) - 1)]
 
     def _forecast(self, plan: _Plan, wide: int, rows: int) -> Peaks:
         """What a column in the middle of the image takes in stripes of that many rows."""
