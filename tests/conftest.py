@@ -27,3 +27,35 @@ def toy_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(array).save(path)
     return root
+
+
+@pytest.fixture(scope="module")
+def s3():
+    """A client of an S3 server on this machine, with the bucket "scans"; the environment leads every library to it."""
+    import boto3  # here, for these are slow to load and few tests need them
+    import s3fs
+    from moto.server import ThreadedMotoServer
+
+    with pytest.MonkeyPatch.context() as patch:
+        server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+        server.start()
+        host, port = server.get_host_and_port()
+        for name, value in {
+            "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+            "AWS_ACCESS_KEY_ID": "testing",
+            "AWS_SECRET_ACCESS_KEY": "testing",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_EC2_METADATA_DISABLED": "true",
+            "AWS_CONFIG_FILE": "/dev/null",
+            "AWS_SHARED_CREDENTIALS_FILE": "/dev/null",
+        }.items():
+            patch.setenv(name, value)
+        client = boto3.client("s3")
+        client.create_bucket(Bucket="scans")
+        yield client
+        client.close()
+        for system in list(s3fs.S3FileSystem._cache.values()):
+            if system._s3 is not None:
+                system.close_session(system.loop, system._s3)
+        s3fs.S3FileSystem.clear_instance_cache()
+        server.stop()

@@ -12,17 +12,14 @@ import threading
 import warnings
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
-import boto3
 import highdicom
 import nibabel
 import numpy as np
 import pydicom
 import pytest
 import rasterio
-import s3fs
 import tifffile
 import zarr
-from moto.server import ThreadedMotoServer
 from PIL import Image
 from pycocotools import mask as coco_mask
 from pydicom.data import get_testdata_file
@@ -486,34 +483,6 @@ def test_file_urls(bundles, program, tmp_path):
     done = program("predict", bundles[3], f"file://{tmp_path}", "--out", f"file://{tmp_path}")
     assert (done.code, done.err.count("\n")) == (2, 1)
     assert "is also an input" in done.err
-
-
-@pytest.fixture(scope="module")
-def s3():
-    """A client of an S3 server on this machine, with one bucket."""
-    with pytest.MonkeyPatch.context() as patch:
-        server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-        server.start()
-        host, port = server.get_host_and_port()
-        for name, value in {
-            "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-            "AWS_ACCESS_KEY_ID": "testing",
-            "AWS_SECRET_ACCESS_KEY": "testing",
-            "AWS_DEFAULT_REGION": "us-east-1",
-            "AWS_EC2_METADATA_DISABLED": "true",
-            "AWS_CONFIG_FILE": "/dev/null",
-            "AWS_SHARED_CREDENTIALS_FILE": "/dev/null",
-        }.items():
-            patch.setenv(name, value)
-        client = boto3.client("s3")
-        client.create_bucket(Bucket="scans")
-        yield client
-        client.close()
-        for system in list(s3fs.S3FileSystem._cache.values()):
-            if system._s3 is not None:
-                system.close_session(system.loop, system._s3)
-        s3fs.S3FileSystem.clear_instance_cache()
-        server.stop()
 
 
 def test_object_stores_in_and_out(s3, bundles, program, tmp_path, monkeypatch):

@@ -8,7 +8,6 @@ import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-import boto3
 import fsspec
 import numpy as np
 import pytest
@@ -17,7 +16,6 @@ import tifffile
 import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from moto.server import ThreadedMotoServer
 from PIL import Image
 
 from pixelwise.data.sources import SOURCE_SUFFIXES, open_source, protocols, ranges
@@ -50,33 +48,10 @@ def encoded(image, kind):
 
 
 @pytest.fixture(scope="module")
-def s3():
-    """Buckets on a server of S3's API, and a client of another library."""
-    with pytest.MonkeyPatch.context() as patch:
-        server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-        server.start()
-        host, port = server.get_host_and_port()
-        for name, value in {
-            "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-            "AWS_ACCESS_KEY_ID": "testing",
-            "AWS_SECRET_ACCESS_KEY": SECRET,
-            "AWS_DEFAULT_REGION": "us-east-1",
-            "AWS_EC2_METADATA_DISABLED": "true",
-            "AWS_CONFIG_FILE": "/dev/null",
-            "AWS_SHARED_CREDENTIALS_FILE": "/dev/null",
-        }.items():
-            patch.setenv(name, value)
-        client = boto3.client("s3")
-        client.create_bucket(Bucket="scans")
-        client.put_object(Bucket="scans", Key="large.tif", Body=encoded(IMAGE, "tiff"))
-        client.put_object(Bucket="scans", Key="day/a.png", Body=encoded(IMAGE[:30, :40], "png"))
-        yield client
-        client.close()
-        for system in list(s3fs.S3FileSystem._cache.values()):
-            if system._s3 is not None:
-                system.close_session(system.loop, system._s3)
-        s3fs.S3FileSystem.clear_instance_cache()
-        server.stop()
+def s3(s3):
+    s3.put_object(Bucket="scans", Key="large.tif", Body=encoded(IMAGE, "tiff"))
+    s3.put_object(Bucket="scans", Key="day/a.png", Body=encoded(IMAGE[:30, :40], "png"))
+    return s3
 
 
 @pytest.fixture

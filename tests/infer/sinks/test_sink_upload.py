@@ -1,12 +1,9 @@
 """Results behind URLs: on a real S3 server (moto), in memory and on disk; never half of one under its name."""
 
-import boto3
 import fsspec
 import numpy as np
 import pytest
-import s3fs
 import zarr
-from moto.server import ThreadedMotoServer
 
 from pixelwise.data.labels import LabelSpec
 from pixelwise.data.sources import SourceInfo, open_source
@@ -17,29 +14,6 @@ from pixelwise.infer.sinks.upload import check_writable, exists, publish, read_s
 
 SPEC = LabelSpec(names=("sky", "road"), colors=((10, 20, 250), (90, 80, 70)), values=((0,), (1,)))
 CONTENT = np.random.default_rng(0).bytes(100_000)
-
-
-@pytest.fixture(scope="module")
-def s3():
-    with pytest.MonkeyPatch.context() as patch:
-        server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-        server.start()
-        host, port = server.get_host_and_port()
-        for name, value in {
-            "AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing",
-            "AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true", "AWS_CONFIG_FILE": "/dev/null",
-            "AWS_SHARED_CREDENTIALS_FILE": "/dev/null",
-        }.items():  # fmt: skip
-            patch.setenv(name, value)
-        client = boto3.client("s3")
-        client.create_bucket(Bucket="results")
-        yield client
-        client.close()
-        for system in list(s3fs.S3FileSystem._cache.values()):
-            if system._s3 is not None:
-                system.close_session(system.loop, system._s3)
-        s3fs.S3FileSystem.clear_instance_cache()
-        server.stop()
 
 
 @pytest.fixture
@@ -67,21 +41,21 @@ def written(path, size=300, write=write_zarr, seed=0):
 
 
 def keys(client):
-    return sorted(item["Key"] for item in client.list_objects_v2(Bucket="results").get("Contents", []))
+    return sorted(item["Key"] for item in client.list_objects_v2(Bucket="scans").get("Contents", []))
 
 
 def stored(client, key):
-    return client.get_object(Bucket="results", Key=key)["Body"].read()
+    return client.get_object(Bucket="scans", Key=key)["Body"].read()
 
 
 def test_files_on_s3(s3, tmp_path):
     local = tmp_path / "a.png"
     for content in (CONTENT, CONTENT[::-1], b""):
         local.write_bytes(content)
-        publish(local, "s3://results/day/a.png")
+        publish(local, "s3://scans/day/a.png")
         assert stored(s3, "day/a.png") == content
-    assert exists("s3://results/day/a.png")
-    assert not exists("s3://results/day/b.png")
+    assert exists("s3://scans/day/a.png")
+    assert not exists("s3://scans/day/b.png")
     with pytest.raises(PixelwiseError, match=r"^s3://nowhere/a\.png: cannot be written: there is no such bucket"):
         publish(local, "s3://nowhere/a.png")
 
@@ -90,21 +64,21 @@ def test_large_files_in_parts_on_s3(s3, tmp_path, monkeypatch):
     monkeypatch.setattr("pixelwise.infer.sinks.upload._BATCH_BYTES", 1000)
     local = tmp_path / "b.tif"
     local.write_bytes(CONTENT)
-    publish(local, "s3://results/b.tif")
+    publish(local, "s3://scans/b.tif")
     assert stored(s3, "b.tif") == CONTENT
 
 
 def test_records_on_s3(s3):
-    assert read_small("s3://results/done/a.json") is None
-    write_small("s3://results/done/a.json", b'{"a": 1}')
+    assert read_small("s3://scans/done/a.json") is None
+    write_small("s3://scans/done/a.json", b'{"a": 1}')
     assert stored(s3, "done/a.json") == b'{"a": 1}'
-    assert read_small("s3://results/done/a.json") == b'{"a": 1}'
-    assert read_small("s3://results/done/a.json", limit=3) is None
+    assert read_small("s3://scans/done/a.json") == b'{"a": 1}'
+    assert read_small("s3://scans/done/a.json", limit=3) is None
 
 
 @pytest.mark.parametrize("write", [write_zarr, write_ome_zarr])
 def test_zarr_on_s3_replaces_an_older_one(s3, tmp_path, write):
-    url = f"s3://results/{write.__name__}.zarr"
+    url = f"s3://scans/{write.__name__}.zarr"
     written(tmp_path / "old.zarr", 600, write)
     publish(tmp_path / "old.zarr", url)
     labels = written(tmp_path / "new.zarr", 300, write, seed=1)
@@ -195,5 +169,5 @@ def test_places_that_cannot_be_written(tmp_path, url):
         with pytest.raises(UsageError, match=r"cannot be written there|not followed") as caught:
             attempt()
         assert "signature" not in str(caught.value)
-    check_writable("s3://results/a")
+    check_writable("s3://scans/a")
     check_writable(str(tmp_path))
