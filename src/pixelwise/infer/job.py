@@ -152,7 +152,7 @@ def compute(job: ImageJob, parts: Parts, *, plane: int | None = None, region: Re
     if tiling.memory_bytes is None and job.predictor.device.type == "cpu":
         tiling = replace(tiling, memory_bytes=room_for_maps(job.source))
     if tiling.scratch is None:
-        _, folder = free_bytes(parts.folder)
+        _, folder = free_bytes(parts.folder.parent)  # that of the outputs; the parts' own comes and goes
         tiling = replace(tiling, scratch=str(folder))
     scorer = _scorer(job, tiling)
     job.state(statement(job, scorer))

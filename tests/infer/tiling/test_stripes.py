@@ -160,6 +160,24 @@ def test_where_columns_cost_much_rows_wait_on_the_disk(tmp_path, monkeypatch):
     assert Stripes(model, *size, **budget, scratch=tmp_path).cuts == in_memory.cuts
 
 
+def test_each_column_has_a_file_of_its_own(tmp_path, monkeypatch):
+    model = lively(create_model("fcdensenet56", tiny=True, num_classes=CLASSES))
+    scorer = Stripes(model, 300, 1500, in_channels=3, budget_bytes=13_000_000, scratch=tmp_path)
+    assert len(scorer.cuts) > 3 and scorer.disk_bytes > 0  # the columns at the sides are narrower
+    sizes = []
+    put = Shelf.put
+    monkeypatch.setattr(Shelf, "put", lambda shelf, rows: (put(shelf, rows), sizes.append(shelf.size))[0])
+    scored(scorer, torch.randn(3, 300, 1500), Region(0, 0, 300, 1500))
+    assert 0.9 * scorer.disk_bytes <= max(sizes) <= scorer.disk_bytes
+
+
+def test_a_tile_takes_the_least_way_that_fits():
+    model = lively(create_model("fcdensenet56", tiny=True, num_classes=CLASSES))
+    free = Stripes(model, 700, 700, in_channels=3, tile_px=256)
+    tight = Stripes(model, 700, 700, in_channels=3, tile_px=256, budget_bytes=int(0.9 * free.memory_bytes))
+    assert tight.memory_bytes < 0.9 * free.memory_bytes and tight.cost == free.cost
+
+
 def test_a_full_disk_is_told_with_its_folder(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")

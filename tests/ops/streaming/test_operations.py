@@ -374,6 +374,27 @@ def test_random_networks_are_exact(data):
     check(model, (height, width), data.draw(windows_of(height, width)), step_px=data.draw(st.sampled_from([1, 3, 32])))
 
 
+class Skips(nn.Module):
+    """Skips of other columns, one of which ends early: what is left of a map's rows is narrowed twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.third = (nn.Conv2d(channels, 4, 3, padding=1) for channels in (3, 4, 4))
+
+    def forward(self, image):
+        x = self.first(image)
+        early = F.pad(x[:, :, :150, 60:70], (60, 10, 0, 250))
+        middle = self._up(self.second(x)) + F.pad(x[..., :30], (0, 50))
+        return self.third(self._up(middle)) + F.pad(x[..., 20:30], (20, 50)) + early
+
+    def _up(self, x):
+        return F.pad(x[:, :, 50:], (0, 0, 0, 50))
+
+
+def test_rows_that_are_narrowed_twice():
+    check(Skips(), (400, 80), [(0, 0, 400, 80, 8), (0, 0, 400, 80, 8)])
+
+
 class Refused(nn.Module):
     def __init__(self, operation, *modules):
         super().__init__()

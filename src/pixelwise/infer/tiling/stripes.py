@@ -135,16 +135,17 @@ class Stripes:
         """As `Scorer.score`: column by column, from top to bottom."""
         if self._heap is None and self._is_cpu:
             self._heap = HeapLimit(self._heap_bytes() + self.beside_bytes)
-        with Shelf(self.scratch) if self.scratch and self._plan.has_shelf else contextlib.nullcontext() as shelf:
-            for left, right in pairwise(self.cuts):
-                left, right = max(left, region.left), min(right, region.right)
-                if left < right:
-                    yield from self._column(read, Region(region.top, left, region.height, right - left), shelf)
+        for left, right in pairwise(self.cuts):
+            left, right = max(left, region.left), min(right, region.right)
+            if left < right:
+                yield from self._column(read, Region(region.top, left, region.height, right - left))
 
-    def _column(self, read: Read, part: Region, shelf: Shelf | None) -> Iterator[Scores]:
+    def _column(self, read: Read, part: Region) -> Iterator[Scores]:
         needed = self.network.windows(Window(Span(part.top, part.bottom), Span(part.left, part.right)))[0]
         place = {"top": part.top, "left": part.left, "height": part.height, "width": part.width}
-        with NextRows(read, needed.rows.stop) as ahead:
+        # A file for each column, for its rows are of other sizes than those of the next.
+        on_disk = Shelf(self.scratch) if self.scratch and self._plan.has_shelf else contextlib.nullcontext()
+        with NextRows(read, needed.rows.stop) as ahead, on_disk as shelf:
             parts = self.network.stripes(ahead, **place, stripe_px=self.stripe_px, heap=self._heap, shelf=shelf)
             for top, logits in parts:
                 yield Scores(Region(top, part.left, logits.shape[1], part.width), logits.float())
@@ -166,18 +167,20 @@ class Stripes:
         return Window(Span(top, top + height), Span(left, left + width))
 
     def _choose(self, budget_bytes: int, tile_px: int | None) -> _Plan:
-        """The first of the ways that computes hardly anything twice; if none does, the one that computes least."""
-        best, rank = None, (True, float("inf"))
+        """The first way that fits and computes hardly anything twice; else the cheapest that fits; else the least."""
+        best, rank = None, (0, 0.0)
+        rows = min(_LEAST_ROWS if tile_px is None else tile_px, self.height)
         for factor, has_shelf in _CPU_WAYS if self._is_cpu else _GPU_WAYS:
             if has_shelf and self.scratch is None:
                 break
             plan = self._in_columns(_Plan(factor, has_shelf), budget_bytes, tile_px)
-            needed = self._forecast(plan, plan.widest, _LEAST_ROWS)
+            needed = self._forecast(plan, plan.widest, rows)
             if has_shelf and needed.disk > _room(self.scratch):
                 continue
-            if best is None or (needed.memory > budget_bytes, plan.cost) < rank:
-                best, rank = plan, (needed.memory > budget_bytes, plan.cost)
-            if rank <= (False, _CHEAP) or tile_px is not None:
+            found = (max(0, needed.memory - budget_bytes), plan.cost)
+            if best is None or found < rank:
+                best, rank = plan, found
+            if rank[0] == 0 and (plan.cost <= _CHEAP or tile_px is not None):
                 break
         assert best is not None  # the first way has no shelf
         rows = self._rows_of(best, budget_bytes) if tile_px is None else tile_px

@@ -101,13 +101,18 @@ class Shelf:
 
     def _read(self, item: Shelved) -> Tensor:
         data = torch.empty(item.count, dtype=torch.uint8)
-        rest = data.numpy().data
-        self._file.seek(item.offset)
-        while rest:
-            got = self._file.readinto(rest)
-            if not got:
-                raise PixelwiseError(f"{self._folder}: the rows that wait on this disk cannot be read back.")
-            rest = rest[got:]
+        rest, got = data.numpy().data, 1
+        try:
+            self._file.seek(item.offset)
+            while rest and got:
+                got = self._file.readinto(rest)
+                rest = rest[got:]
+        except OSError as error:
+            raise PixelwiseError(
+                f"{self._folder}: rows that wait on this disk cannot be read ({error.strerror})."
+            ) from error
+        if rest:
+            raise PixelwiseError(f"{self._folder}: the file of rows that wait on this disk has become shorter.")
         rows = data.view(item.dtype).view([item.shape[axis] for axis in item.order])
         return rows.permute([item.order.index(axis) for axis in range(len(item.order))])
 

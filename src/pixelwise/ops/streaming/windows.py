@@ -157,10 +157,12 @@ class Kept:
             piece = self._pieces[index]
             if piece.first + piece.rows.shape[axis] > row:
                 continue
-            if piece.columns.length <= columns.length or piece.shelved is not None:
+            # Who still needs this piece has its columns in both: it was narrowed to what all of those needed.
+            left = Span(max(columns.start, piece.columns.start), min(columns.stop, piece.columns.stop))
+            if left == piece.columns or piece.shelved is not None:
                 return  # and so are those before it
-            rows = _columns(piece.rows, self.axes[1], piece.columns, columns)
-            self._pieces[index] = self._moved(piece, piece.first, rows, columns)
+            rows = _columns(piece.rows, self.axes[1], piece.columns, left)
+            self._pieces[index] = self._moved(piece, piece.first, rows, left)
 
     def settle(self) -> None:
         """Bring the pieces that wait into the pool."""
@@ -186,9 +188,11 @@ class Kept:
 
     def fetch(self, rows: Span) -> None:
         """Bring the pieces that have some of these rows back from the shelf."""
-        for index, piece in enumerate(list(self._pieces) if self.shelf is not None else ()):
+        if self.shelf is None:
+            return
+        for index, piece in enumerate(list(self._pieces)):
             stop = piece.first + piece.rows.shape[self.axes[0]]
-            if piece.shelved is None or self.shelf is None or piece.first >= rows.stop or stop <= rows.start:
+            if piece.shelved is None or piece.first >= rows.stop or stop <= rows.start:
                 continue
             back, place = self.shelf.take(piece.shelved), None
             if self.pool is not None:
