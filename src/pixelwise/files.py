@@ -1,5 +1,6 @@
 """Writing files so that a name never holds half of its content, whatever is killed when; and optional packages."""
 
+import errno
 import importlib
 import json
 import os
@@ -10,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from pixelwise.errors import DataError, UsageError
+from pixelwise.errors import DataError, PixelwiseError, UsageError
 
 
 @contextmanager
@@ -39,6 +40,21 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+
+
+def cannot_write(path: str | Path, error: OSError, more: str = "") -> PixelwiseError:
+    """The error to raise instead of one of the system.
+
+    Example:
+        >>> print(cannot_write("a.tif", OSError(errno.ENOSPC, "No space left on device")))
+        a.tif: cannot be written (No space left on device). Free some space or choose another folder.
+        >>> print(cannot_write("a.tif", OSError(errno.EROFS, "Read-only file system"), "what is finished is kept"))
+        a.tif: cannot be written (Read-only file system). Choose another folder; what is finished is kept.
+    """
+    advice = "Free some space or choose" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "Choose"
+    return PixelwiseError(
+        f"{path}: cannot be written ({error.strerror or error}). {advice} another folder{'; ' * bool(more)}{more}."
+    )
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:

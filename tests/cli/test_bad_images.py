@@ -278,4 +278,4 @@ def test_a_disk_without_room_is_noticed_before_the_start(bundles, program, tmp_p
         patch.setattr(Predictor, "window", lambda *_: pytest.fail("it has started"))
         done = program("predict", bundles[3], folder, "--out", tmp_path / "out")
     assert (done.code, done.out) == (1, f"0 labelled, 1 failed: {tmp_path / 'out'}\n")
-    assert f"failed: {folder / 'e.nii'}: needs up to 1 MiB on the disk" in done.err
+    assert f"failed: {folder / 'e.nii'}: needs up to 94 KiB on the disk" in done.err

@@ -180,6 +180,7 @@ def test_a_hostile_card_is_an_error_of_one_paragraph(run, images, tmp_path, pixe
     ("options", "message"),
     [
         (["--memory", "lots"], "--memory lots: write a size such as 2GiB"),
+        (["--memory", "2"], "--memory 2 is 2 bytes, too little for any network; write 2GiB or 500MB"),
         (["--tile", "0"], "tile must be at least 1 px"),
         (["--blend", "linear"], "blend is one of gaussian, cosine, uniform"),
         (["--overlap", "0.5"], "add --blend gaussian"),

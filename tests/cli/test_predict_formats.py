@@ -27,6 +27,7 @@ from rasterio.control import GroundControlPoint
 from rasterio.transform import from_gcps
 
 from pixelwise.data.sources import open_source
+from pixelwise.infer.engines.base import Labeller
 from pixelwise.infer.predictor import load
 
 RNG = np.random.default_rng(0)
@@ -472,6 +473,26 @@ def test_images_of_a_web_server(label, bundles, program, web, tmp_path):
     assert (done.code, done.err.count("\n")) == (1, 1)
     assert f"{web}/none.png: there is no such object" in done.err
     assert "secret" not in done.err + done.out
+
+
+def test_ctrl_c_says_that_the_same_command_goes_on(bundles, program, tmp_path, monkeypatch):
+    for name in "abc":
+        Image.fromarray(RGB).save(tmp_path / f"{name}.png")
+    score, started = Labeller.score, []
+
+    def interrupted(labeller, task):
+        if started:
+            raise KeyboardInterrupt
+        started.append(task)
+        return score(labeller, task)
+
+    arguments = ("predict", bundles[3], tmp_path, "--out", tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(Labeller, "score", interrupted)
+        done = program(*arguments)
+    assert (done.code, done.out) == (130, "")
+    assert done.err == "stopped: what was done is kept, and the same command goes on with the rest.\n"
+    assert program(*arguments).out == f"2 labelled, 1 finished before: {tmp_path / 'out'}\n"
 
 
 def test_file_urls(bundles, program, tmp_path):

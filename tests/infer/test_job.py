@@ -220,7 +220,9 @@ def test_no_room_on_the_disk_is_said_before_the_start(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr("pixelwise.infer.estimates.shutil.disk_usage", lambda _: usage._replace(free=100))
     scorers = []
-    with pytest.raises(PixelwiseError, match=r"scene\.tif: needs up to 1 MiB on the disk of .* are free"):
+    with pytest.raises(
+        PixelwiseError, match=r"scene\.tif: needs up to 2 KiB on the disk of .*, but 100 bytes are free"
+    ):
         label_source(make_job(ArraySource(random_pixels()), scorers=scorers), outputs_in(tmp_path / "new"), MARK)
     assert not scorers
     assert list(tmp_path.iterdir()) == []

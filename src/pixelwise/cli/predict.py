@@ -39,7 +39,9 @@ def predict(
     ],
     overlay: Annotated[
         bool,
-        typer.Option("--overlay", help="Also write NAME_overlay.png, colours over image.", rich_help_panel=_OUTPUTS),
+        typer.Option(
+            "--overlay", help="Also write NAME_overlay.png, colours over the first plane.", rich_help_panel=_OUTPUTS
+        ),
     ] = False,
     probabilities: Annotated[
         bool,
@@ -199,11 +201,15 @@ def _label(predictor: Any, batch: Any, **how: Any) -> "list[Outcome]":
         def advance(done: int, total: int) -> None:
             progress.update(task, completed=len(outcomes) + done / total)
 
-        for outcome in run_batch(predictor, batch, note=show, progress=advance, **how):
-            outcomes.append(outcome)
-            progress.update(task, completed=len(outcomes))
-            if outcome.status == "failed":
-                show(f"failed: {outcome.message}")
+        try:
+            for outcome in run_batch(predictor, batch, note=show, progress=advance, **how):
+                outcomes.append(outcome)
+                progress.update(task, completed=len(outcomes))
+                if outcome.status == "failed":
+                    show(f"failed: {outcome.message}")
+        except KeyboardInterrupt:
+            show("stopped: what was done is kept, and the same command goes on with the rest.")
+            raise typer.Exit(130) from None
     return outcomes
 
 

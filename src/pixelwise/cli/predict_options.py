@@ -20,17 +20,20 @@ def parse_bytes(text: str) -> int:
     """A size such as 2GiB (1,024³ bytes each), 2G (the same), 500MB (1,000² each) or a number of bytes.
 
     Raises:
-        UsageError: it is none of these.
+        UsageError: it is none of these, or less than 1 MiB, as "2" is where 2 GiB are meant.
 
     Example:
-        >>> parse_bytes("2GiB"), parse_bytes("1.5g"), parse_bytes("500 MB"), parse_bytes("4096")
-        (2147483648, 1610612736, 500000000, 4096)
+        >>> parse_bytes("2GiB"), parse_bytes("1.5g"), parse_bytes("500 MB"), parse_bytes("4194304")
+        (2147483648, 1610612736, 500000000, 4194304)
     """
     match = re.fullmatch(r"(\d{1,18}(?:\.\d{1,9})?) *([A-Za-z]*)", text.strip())
     units = {name.lower(): size for name, size in _UNITS.items()}
     if match is None or match[2].lower() not in units:
         raise UsageError(f"--memory {text}: write a size such as 2GiB, 500MB or a number of bytes.")
-    return int(float(match[1]) * units[match[2].lower()])
+    size = int(float(match[1]) * units[match[2].lower()])
+    if size < 2**20:
+        raise UsageError(f"--memory {text} is {size:,} bytes, too little for any network; write 2GiB or 500MB.")
+    return size
 
 
 def parse_threshold(text: str) -> tuple[str, float]:

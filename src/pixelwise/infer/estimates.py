@@ -87,10 +87,14 @@ def gibibytes(count: int) -> str:
     """A number of bytes for the eye.
 
     Example:
-        >>> gibibytes(1_400_000_000), gibibytes(3_000_000)
-        ('1.3 GiB', '3 MiB')
+        >>> gibibytes(1_400_000_000), gibibytes(30_000_000), gibibytes(3_000_000), gibibytes(40_000)
+        ('1.3 GiB', '29 MiB', '2.9 MiB', '39 KiB')
     """
-    return f"{count / 2**30:.1f} GiB" if count >= 0.1 * 2**30 else f"{max(1, round(count / 2**20))} MiB"
+    if count >= 0.1 * 2**30:
+        return f"{count / 2**30:.1f} GiB"
+    if count >= 2**20:
+        return f"{count / 2**20:.{count < 10 * 2**20:d}f} MiB"
+    return f"{count / 2**10:.0f} KiB" if count >= 2**10 else f"{count} bytes"
 
 
 def free_bytes(folder: Path) -> tuple[int, Path]:

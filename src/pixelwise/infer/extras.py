@@ -10,9 +10,9 @@ from PIL import Image
 
 from pixelwise.data.readers import to_tensor
 from pixelwise.data.sources import Source
-from pixelwise.files import atomic_path
+from pixelwise.files import atomic_path, cannot_write
 from pixelwise.infer.sinks import Result
-from pixelwise.infer.writers import _cannot_write, blend, displayable, write_png
+from pixelwise.infer.writers import blend, displayable, write_png
 
 OVERLAY_PX = 4096
 """Pictures of larger images are made smaller, for nobody can look at them otherwise."""
@@ -90,4 +90,4 @@ def write_probabilities(path: Path, result: Result) -> None:
                     rows = result.rows(plane, top, min(top + band, info.height))
                     file.write(np.ascontiguousarray(rows, dtype="<f4").tobytes())
     except OSError as error:
-        raise _cannot_write(path, error) from error
+        raise cannot_write(path, error) from error

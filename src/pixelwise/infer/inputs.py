@@ -5,8 +5,9 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePath, PurePosixPath
+from urllib.parse import unquote
 
-from pixelwise.data.sources.protocols import is_url, local_path, shown
+from pixelwise.data.sources.protocols import is_url, local_path, protocol_of, shown
 from pixelwise.data.sources.registry import SOURCE_SUFFIXES
 from pixelwise.data.sources.remote import list_images
 from pixelwise.errors import PixelwiseError, UsageError
@@ -106,7 +107,7 @@ class Finder:
         # A folder says so by its slash; a server need not know folders.
         bare = shown(url)
         if not bare.endswith("/") and not set(PurePosixPath(bare).name) & set("*?["):
-            return self._found(url, PurePosixPath(stem_of(PurePosixPath(bare).name)), url)
+            return self._found(url, PurePosixPath(stem_of(_name_in(bare))), url)
         base = bare.partition("*")[0].rpartition("/")[0]
         try:
             listed = list_images(url.rstrip("/"), SOURCE_SUFFIXES)
@@ -223,3 +224,16 @@ def find_images(inputs: Sequence[str | Path], out: Path | None) -> Finder:
 def real(path: Path) -> Path:
     """`path` without links; unlike `Path.resolve` this survives a loop of links."""
     return Path(os.path.realpath(path))
+
+
+def _name_in(url: str) -> str:
+    """The name of what a URL leads to. Servers of the web write it with %20 for spaces, object stores as it is.
+
+    Example:
+        >>> _name_in("https://host/slides/a%20b.tif"), _name_in("s3://bucket/a%20b.tif"), _name_in("https://host/a%2Fb.tif")
+        ('a b.tif', 'a%20b.tif', 'a_b.tif')
+    """
+    name = PurePosixPath(url).name
+    if protocol_of(url) not in ("http", "https"):
+        return name
+    return re.sub(r"[/\\\x00]", "_", unquote(name))

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pixelwise.errors import PixelwiseError
-from pixelwise.files import atomic_path
+from pixelwise.files import atomic_path, cannot_write
 from pixelwise.infer.tiling.base import Region
 
 _NAME = re.compile(r"([a-z_0-9]{1,40})-(\d{1,9})-(\d{1,9})-(\d{1,9})-(\d{1,9})-(\d{1,9})\.npy")
@@ -185,10 +185,7 @@ class Parts:
                 with atomic_path(path) as part, part.open("wb") as file:
                     _dump(file, values)
             except OSError as error:
-                raise PixelwiseError(
-                    f"{path}: cannot be written ({error.strerror or error}). Free some space or choose another folder; "
-                    "what is finished is kept."
-                ) from error
+                raise cannot_write(path, error, "what is finished is kept") from error
         self._add(plane, region)
 
     def rows(self, kind: str, plane: int, top: int, bottom: int) -> NDArray[Any]:

@@ -15,9 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pixelwise.errors import UsageError
-from pixelwise.files import atomic_path
+from pixelwise.files import atomic_path, cannot_write
 from pixelwise.infer.sinks.base import LABELS, Result
-from pixelwise.infer.writers import _cannot_write
 
 __all__ = ["Runs", "write_coco"]
 
@@ -70,7 +69,7 @@ def write_coco(path: Path, result: Result, *, image_id: int = 1) -> None:
                     separator, number = ",\n", number + 1
             file.write("\n]}\n")
     except OSError as error:
-        raise _cannot_write(path, error) from error
+        raise cannot_write(path, error) from error
 
 
 class Runs:

@@ -15,12 +15,11 @@ import numpy as np
 
 from pixelwise.data.sources.gdal import gdal
 from pixelwise.errors import UsageError
-from pixelwise.files import atomic_path, extra
+from pixelwise.files import atomic_path, cannot_write, extra
 from pixelwise.infer.sinks.base import LABELS, Result
 from pixelwise.infer.sinks.geotiff import write_rows
 from pixelwise.infer.vector_outlines import simplify, trace, with_shared_corners
 from pixelwise.infer.vector_place import Place, find_place
-from pixelwise.infer.writers import _cannot_write
 
 __all__ = ["write_geojson"]
 
@@ -29,9 +28,9 @@ def write_geojson(path: Path, result: Result, *, simplify_px: float = 1.0, min_a
     """Write one polygon, with its holes, for each connected region of a class (pixels that share an edge).
 
     Each feature says its `class`, `class_id` and `area_px` (the exact number of pixels), `area_m2` where the coordinate
-    system has a unit of length, and `plane` of images with several. Coordinates are longitude and latitude (WGS 84) where
-    the image has a place on Earth, else pixels; the member `coordinates` of the file says which. Pixels without data
-    become no polygon.
+    system has a unit of length and shows areas true to 2 %, and `plane` of images with several. Coordinates are longitude
+    and latitude (WGS 84) where the image has a place on Earth, else pixels; the member `coordinates` of the file says
+    which. Pixels without data become no polygon.
 
     Args:
         path: where to; replaced at the end, when all is written.
@@ -78,7 +77,7 @@ def write_geojson(path: Path, result: Result, *, simplify_px: float = 1.0, min_a
                         separator = ",\n"
                 file.write("\n]}\n")
     except OSError as error:
-        raise _cannot_write(path, error) from error
+        raise cannot_write(path, error) from error
 
 
 def _head(path: Path, result: Result, place: Place) -> str:

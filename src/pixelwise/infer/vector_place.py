@@ -65,7 +65,7 @@ def find_place(rasterio: ModuleType, result: Result) -> Place:
     if metadata.get("gcps") or metadata.get("rpcs"):
         return Place(coordinates=f"{_PIXELS}; its control points or RPCs are not followed, warp the image (gdalwarp)")
     if not metadata.get("crs") or not transform:
-        return Place(coordinates=_PIXELS)
+        return Place(coordinates=_PIXELS + _level_in_words(result))
     try:
         with gdal():
             crs = rasterio.crs.CRS.from_user_input(metadata["crs"])
@@ -77,6 +77,14 @@ def find_place(rasterio: ModuleType, result: Result) -> Place:
         return Place(coordinates=f"{_PIXELS}; parts of it have no longitude and latitude in its coordinate system")
     decimals = 2 - math.floor(math.log10(max(float(np.hypot(pixel[:, 0], pixel[:, 1]).min()), 1e-12)))
     return replace(place, pixel_m2=_plane_area(crs, transform, pixel[:, 3]), decimals=min(12, max(7, decimals)))
+
+
+def _level_in_words(result: Result) -> str:
+    """A viewer takes coordinates for those of the finest level."""
+    level = result.metadata.get("level")
+    if result.source.format != "slide" or not level:
+        return ""
+    return f"; of level {level} of the slide, times {result.metadata['downsample']:g} they are those of level 0"
 
 
 def _pixels_of(place: Place, result: Result) -> NDArray[np.float64]:

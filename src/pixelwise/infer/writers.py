@@ -18,8 +18,8 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from pixelwise.data.labels import LabelSpec
-from pixelwise.errors import PixelwiseError, UsageError
-from pixelwise.files import atomic_path
+from pixelwise.errors import UsageError
+from pixelwise.files import atomic_path, cannot_write
 
 MARK = "pixelwise"  # keyword of the text chunk
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -101,7 +101,7 @@ def write_png(path: str | Path, picture: Image.Image, mark: Mapping[str, Any] | 
         with atomic_path(path) as part:
             picture.save(part, format="PNG", pnginfo=text, compress_level=level)
     except OSError as error:
-        raise _cannot_write(path, error) from error
+        raise cannot_write(path, error) from error
 
 
 def write_array(path: str | Path, values: NDArray[Any]) -> None:
@@ -121,7 +121,7 @@ def write_array(path: str | Path, values: NDArray[Any]) -> None:
         with atomic_path(path) as part, part.open("wb") as file:
             np.save(file, values, allow_pickle=False)
     except OSError as error:
-        raise _cannot_write(path, error) from error
+        raise cannot_write(path, error) from error
 
 
 def read_mark(path: str | Path) -> dict[str, Any] | None:
@@ -148,9 +148,3 @@ def read_mark(path: str | Path) -> dict[str, Any] | None:
     except (OSError, ValueError, RecursionError):
         return None
     return None
-
-
-def _cannot_write(path: str | Path, error: OSError) -> PixelwiseError:
-    return PixelwiseError(
-        f"{path}: cannot be written ({error.strerror or error}). Free some space or choose another folder."
-    )

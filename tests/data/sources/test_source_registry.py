@@ -145,7 +145,7 @@ def test_options_go_to_the_format_that_has_them(tmp_path):
     picture = write(tmp_path, "png")
     with open_source(picture, channels=3, axis=None) as source:
         assert source.info.channels == 3
-    with pytest.raises(UsageError, match=r"a\.png: its format \(image\) has no option axis; it has none\."):
+    with pytest.raises(UsageError, match=r"a\.png: its format \(image\) has no option axis; it has no options\."):
         open_source(picture, axis=1)
     with pytest.raises(UsageError, match=r"a\.nii: its format \(nifti\) has no option level; it has axis, intensity"):
         open_source(volume, level=1)

@@ -191,7 +191,7 @@ def _with_affine(volume: Volume, positions: NDArray[np.float64], normal: NDArray
         gaps = np.diff(positions @ normal)
         warnings = (
             f"the distances between its {count} slices are uneven ({gaps.min():.3f} to {gaps.max():.3f} mm); slices may be "
-            "missing. NIfTI cannot hold such a volume, DICOM-SEG can",
+            "missing. NIfTI cannot hold such a volume; without --format its labels become DICOM-SEG",
         )
     spacing = (first.spacing_mm[1], first.spacing_mm[0], length)
     return replace(volume, affine=_LPS_TO_RAS @ affine, spacing_mm=spacing, warnings=warnings)

@@ -19,7 +19,7 @@ from pixelwise.data.sources.dicom_header import LOGGER, dicom_errors
 from pixelwise.data.sources.intensity import quiet
 from pixelwise.data.sources.local import Stamp
 from pixelwise.errors import DataError, PixelwiseError, UsageError
-from pixelwise.files import atomic_path, extra
+from pixelwise.files import atomic_path, cannot_write, extra
 from pixelwise.infer.sinks.base import LABELS, Result
 
 NO_SEGMENT = ("background", "void", "unlabeled", "unlabelled")
@@ -71,9 +71,7 @@ def write_dicom_seg(path: Path, result: Result) -> None:
         with atomic_path(path) as part, quiet(LOGGER, "highdicom"):
             segmentation.save_as(part)
     except OSError as error:
-        raise PixelwiseError(
-            f"{path}: cannot be written ({error.strerror or error}). Free some space or choose another folder."
-        ) from error
+        raise cannot_write(path, error) from error
 
 
 def read_dicom_seg_mark(path: str | Path) -> dict[str, Any] | None:

@@ -15,9 +15,8 @@ import numpy as np
 
 from pixelwise.data.sources.gdal import Handle, gdal, new_dataset
 from pixelwise.errors import PixelwiseError
-from pixelwise.files import atomic_path, extra
+from pixelwise.files import atomic_path, cannot_write, extra
 from pixelwise.infer.sinks.base import LABELS, Result
-from pixelwise.infer.writers import _cannot_write
 
 __all__ = ["read_geotiff_mark", "write_cog", "write_geotiff", "write_rows"]
 
@@ -65,7 +64,7 @@ def write_geotiff(path: Path, result: Result) -> None:
         with atomic_path(path) as part:
             _write(part, result)
     except OSError as error:
-        raise _cannot_write(path, error) from error
+        raise cannot_write(path, error) from error
 
 
 def write_cog(path: Path, result: Result) -> None:
@@ -88,7 +87,7 @@ def write_cog(path: Path, result: Result) -> None:
                 _copy_as_cog(plain, Path(folder, "cog.tif"), result.kind)
                 Path(folder, "cog.tif").replace(part)
     except OSError as error:
-        raise _cannot_write(path, error) from error
+        raise cannot_write(path, error) from error
 
 
 def read_geotiff_mark(path: str | Path) -> dict[str, Any] | None:

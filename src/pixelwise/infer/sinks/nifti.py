@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pixelwise.errors import PixelwiseError, UsageError
-from pixelwise.files import atomic_path, extra
+from pixelwise.files import atomic_path, cannot_write, extra
 from pixelwise.infer.sinks.base import LABELS, Result
 
 _INTENT_LABEL, _INTENT_ESTIMATE = 1002, 1001
@@ -65,9 +65,7 @@ def write_nifti(path: Path, result: Result) -> None:
             for voxels in _in_file_order(result):
                 stream.write(voxels.tobytes())
     except OSError as error:
-        raise PixelwiseError(
-            f"{path}: cannot be written ({error.strerror or error}). Free some space or choose another folder."
-        ) from error
+        raise cannot_write(path, error) from error
 
 
 def read_nifti_mark(path: str | Path) -> dict[str, Any] | None:

@@ -4,9 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pixelwise.files import atomic_path
+from pixelwise.files import atomic_path, cannot_write
 from pixelwise.infer.sinks.base import Result
-from pixelwise.infer.writers import _cannot_write
 
 _BAND_BYTES = 16 * 2**20
 
@@ -43,4 +42,4 @@ def write_npy(path: Path, result: Result) -> None:
                     rows = result.rows(plane, top, min(top + step, height))
                     file.write(np.ascontiguousarray(rows, dtype=dtype).data)
     except OSError as error:
-        raise _cannot_write(path, error) from error
+        raise cannot_write(path, error) from error

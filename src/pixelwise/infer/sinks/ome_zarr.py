@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from pixelwise.errors import PixelwiseError, UsageError
-from pixelwise.files import extra
+from pixelwise.files import cannot_write, extra
 from pixelwise.infer.sinks.base import LABELS, Result
 
 MARK = "pixelwise"
@@ -162,9 +162,7 @@ def _written(path: Path) -> Iterator[Path]:
         with atomic_folder(path) as part:
             yield part
     except OSError as error:
-        raise PixelwiseError(
-            f"{path}: cannot be written ({error.strerror or error}). Free some space or choose another folder."
-        ) from error
+        raise cannot_write(path, error) from error
 
 
 def _flush(folder: Path) -> None:

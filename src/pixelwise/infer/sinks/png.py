@@ -13,9 +13,9 @@ from typing import BinaryIO
 import numpy as np
 
 from pixelwise.errors import UsageError
-from pixelwise.files import atomic_path
+from pixelwise.files import atomic_path, cannot_write
 from pixelwise.infer.sinks.base import LABELS, Result
-from pixelwise.infer.writers import MARK, _cannot_write
+from pixelwise.infer.writers import MARK
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _INDEXED, _GREY = 3, 0  # colour types
@@ -51,7 +51,7 @@ def write_png_labels(path: Path, result: Result) -> None:
         with atomic_path(path) as part, part.open("wb") as file:
             _write(file, result)
     except OSError as error:
-        raise _cannot_write(path, error) from error
+        raise cannot_write(path, error) from error
 
 
 def _refuse(path: Path, result: Result) -> None:

@@ -18,9 +18,9 @@ from pixelwise.data.raster import DECODE_ERRORS
 from pixelwise.data.sources.ome import parse_xml
 from pixelwise.data.tiff import PLAIN, quiet
 from pixelwise.errors import DataError
-from pixelwise.files import atomic_path
+from pixelwise.files import atomic_path, cannot_write
 from pixelwise.infer.sinks.base import LABELS, Result
-from pixelwise.infer.writers import MARK, _cannot_write
+from pixelwise.infer.writers import MARK
 
 TILE_PX = 512
 
@@ -146,7 +146,7 @@ def _write(path: Path, result: Result, shape: tuple[int, ...], metadata: dict[st
                 options |= _resolution(result, level)
                 writer.write(_tiles(result, level), **small, **options)
     except OSError as error:
-        raise _cannot_write(path, error) from error
+        raise cannot_write(path, error) from error
 
 
 def _options(result: Result) -> dict[str, Any]:

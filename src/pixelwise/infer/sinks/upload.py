@@ -17,7 +17,7 @@ from pixelwise.data.sources.protocols import (
 from pixelwise.data.sources.ranges import bounded, read_range
 from pixelwise.data.sources.remote import RemoteStamp
 from pixelwise.errors import DataError, PixelwiseError, UsageError
-from pixelwise.files import atomic_path, write_bytes
+from pixelwise.files import atomic_path, cannot_write, write_bytes
 from pixelwise.infer.sinks.ome_zarr import atomic_folder
 
 MAX_RECORD_BYTES = 2**20
@@ -171,9 +171,7 @@ def _disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise PixelwiseError(
-            f"{path}: cannot be written ({error.strerror or error}). Free some space or choose another folder."
-        ) from error
+        raise cannot_write(path, error) from error
 
 
 def _copy(local: Path, path: Path) -> None:
