@@ -6,11 +6,13 @@ import sys
 from pathlib import Path
 
 from pixelwise.data.sources import Source
+from pixelwise.errors import UsageError
 from pixelwise.infer.collect import MOST_BYTES
 from pixelwise.infer.extras import OVERLAY_PX
 from pixelwise.infer.options import JobOptions
 from pixelwise.infer.reading import kept_bytes
 from pixelwise.infer.tiling.base import Scorer
+from pixelwise.infer.tiling.options import Tiling
 from pixelwise.ops.streaming.heap import _malloc_trim
 
 PROCESS_BYTES = 2 << 30
@@ -69,6 +71,24 @@ def told_memory(source: Source, options: JobOptions, scorer: Scorer, *, on_cpu: 
     if disk := getattr(scorer, "disk_bytes", 0):
         text += f" and {gibibytes(disk)} on the disk of {getattr(scorer, 'scratch', '')}"
     return text + ", and more for the outlines of many regions" * options.geojson
+
+
+def more_than_wished(name: str, wish: Tiling, scorer: Scorer) -> str:
+    """What to tell where no piece is small enough for the memory that the user allows; nothing if one is.
+
+    Raises:
+        UsageError: the user wants a tile that takes more: two wishes that contradict each other.
+    """
+    if wish.memory_bytes is None or scorer.memory_bytes <= wish.memory_bytes:
+        return ""
+    needed, allowed = gibibytes(scorer.memory_bytes), gibibytes(wish.memory_bytes)
+    if wish.tile_px is None:
+        least = f"{name}: {scorer.way} are the least that the network can do with"
+        return f"{least}, and take {needed} rather than the {allowed} of --memory."
+    raise UsageError(
+        f"{name}: {scorer.way} of --tile {wish.tile_px} take {needed}, but --memory allows {allowed}. Give a smaller --tile, "
+        "more --memory, or leave --tile out: then a size is chosen that fits."
+    )
 
 
 def return_freed_memory() -> None:

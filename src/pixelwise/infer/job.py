@@ -28,6 +28,7 @@ from pixelwise.infer.devices import is_out_of_memory
 from pixelwise.infer.estimates import (
     free_bytes,
     gibibytes,
+    more_than_wished,
     pipeline_bytes,
     return_freed_memory,
     room_for_maps,
@@ -171,28 +172,11 @@ def _scorer(job: ImageJob, tiling: Tiling) -> Scorer:
             f"{info.location}: batch statistics are those of the whole image, but {info.width} x {info.height} px need "
             f"{scorer.way}. Give more --memory, or leave batch statistics out."
         )
-    _check_wishes(job, scorer)
+    if text := more_than_wished(info.location, job.options.tiling, scorer):
+        job.note(text)
     if hasattr(scorer, "beside_bytes"):
         scorer.beside_bytes = pipeline_bytes(job.source)
     return scorer
-
-
-def _check_wishes(job: ImageJob, scorer: Scorer) -> None:
-    """A tile and a memory that contradict each other are the user's to settle; that nothing is small enough is told."""
-    wish = job.options.tiling
-    if wish.memory_bytes is None or scorer.memory_bytes <= wish.memory_bytes:
-        return
-    if wish.tile_px is None:
-        job.note(
-            f"{job.source.info.location}: {scorer.way} are the least that the network can do with, and take "
-            f"{gibibytes(scorer.memory_bytes)} rather than the {gibibytes(wish.memory_bytes)} of --memory."
-        )
-    else:
-        raise UsageError(
-            f"{job.source.info.location}: {scorer.way} of --tile {wish.tile_px} take {gibibytes(scorer.memory_bytes)}, but "
-            f"--memory allows {gibibytes(wish.memory_bytes)}. Give a smaller --tile, more --memory, or leave --tile out: "
-            "then a size is chosen that fits."
-        )
 
 
 def _attempt(job: ImageJob, parts: Parts, scorer: Scorer, plane: int, region: Region | None) -> bool:
