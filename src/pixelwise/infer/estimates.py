@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from pixelwise.data.sources import Source
-from pixelwise.errors import UsageError
+from pixelwise.errors import PixelwiseError, UsageError
 from pixelwise.infer.collect import MOST_BYTES
 from pixelwise.infer.extras import OVERLAY_PX
 from pixelwise.infer.options import JobOptions
@@ -86,8 +86,8 @@ def more_than_wished(name: str, wish: Tiling, scorer: Scorer) -> str:
         least = f"{name}: {scorer.way} are the least that the network can do with"
         return f"{least}, and take {needed} rather than the {allowed} of --memory."
     raise UsageError(
-        f"{name}: {scorer.way} of --tile {wish.tile_px} take {needed}, but --memory allows {allowed}. Give a smaller --tile, "
-        "more --memory, or leave --tile out: then a size is chosen that fits."
+        f"{name}: {scorer.way} of --tile {wish.tile_px} take {needed}, but --memory allows {allowed}. Give a smaller "
+        "--tile, more --memory, or leave --tile out: then a size is chosen that fits."
     )
 
 
@@ -127,3 +127,14 @@ def free_bytes(folder: Path) -> tuple[int, Path]:
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     return shutil.disk_usage(folder).free, folder
+
+
+def refuse_without_room(name: str, folder: Path, missing: int, outputs: int) -> None:
+    """Raise `PixelwiseError` if the disk of `folder` has no room for so many bytes while a job runs, and for its outputs."""
+    free, folder = free_bytes(folder)
+    if missing + outputs > free:
+        needed, running, results = gibibytes(missing + outputs), gibibytes(missing), gibibytes(outputs)
+        raise PixelwiseError(
+            f"{name}: needs up to {needed} on the disk of {folder} ({running} while it runs, {results} for the results), but "
+            f"{gibibytes(free)} are free. Free some space, or choose another --out folder."
+        )

@@ -27,9 +27,9 @@ from pixelwise.infer.collect import Collector
 from pixelwise.infer.devices import is_out_of_memory
 from pixelwise.infer.estimates import (
     free_bytes,
-    gibibytes,
     more_than_wished,
     pipeline_bytes,
+    refuse_without_room,
     return_freed_memory,
     room_for_maps,
     told_memory,
@@ -240,13 +240,7 @@ def check_room(job: ImageJob, parts: Parts, folder: Path) -> None:
     """Raise `PixelwiseError` if the disk of `folder` has no room for what is missing and for the outputs."""
     each = sum(dtype.itemsize for dtype in job.kinds.values())
     missing, outputs = (job.total_px - parts.done_px) * each, job.total_px * each
-    free, folder = free_bytes(folder)
-    if missing + outputs > free:
-        raise PixelwiseError(
-            f"{job.source.info.location}: needs up to {gibibytes(missing + outputs)} on the disk of {folder} "
-            f"({gibibytes(missing)} while it runs, {gibibytes(outputs)} for the results), but {gibibytes(free)} are free. "
-            "Free some space, or choose another --out folder."
-        )
+    refuse_without_room(job.source.info.location, folder, missing, outputs)
 
 
 def has_nodata(source: Source) -> bool:
