@@ -7,7 +7,15 @@ from hypothesis import strategies as st
 
 from pixelwise.data.layouts import open_data
 from pixelwise.data.transforms import training_transform
-from pixelwise.train.stream import BatchStream, CropSet, default_workers, fits_in_cache, make_loader, seed_of
+from pixelwise.train.stream import (
+    BatchStream,
+    CropSet,
+    _print_unless_hung_up,
+    default_workers,
+    fits_in_cache,
+    make_loader,
+    seed_of,
+)
 
 
 def take(stream, count):
@@ -148,3 +156,9 @@ def test_the_cache_takes_a_share_of_the_memory(monkeypatch):
 
     monkeypatch.setattr("os.sysconf", unknown, raising=False)
     assert fits_in_cache(1_000_000_000) and not fits_in_cache(2_000_000_000)
+
+
+@pytest.mark.parametrize(("error", "is_told"), [(ConnectionResetError(104, "reset"), False), (ValueError("x"), True)])
+def test_a_worker_whose_parent_hangs_up_says_nothing(error, is_told, capsys):
+    _print_unless_hung_up(type(error), error, None)
+    assert bool(capsys.readouterr().err) == is_told

@@ -135,6 +135,6 @@ def refuse_without_room(name: str, folder: Path, missing: int, outputs: int) -> 
     if missing + outputs > free:
         needed, running, results = gibibytes(missing + outputs), gibibytes(missing), gibibytes(outputs)
         raise PixelwiseError(
-            f"{name}: needs up to {needed} on the disk of {folder} ({running} while it runs, {results} for the results), but "
-            f"{gibibytes(free)} are free. Free some space, or choose another --out folder."
+            f"{name}: needs up to {needed} on the disk of {folder} ({running} while it runs, {results} for the results), "
+            f"but {gibibytes(free)} are free. Free some space, or choose another --out folder."
         )

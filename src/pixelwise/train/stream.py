@@ -7,8 +7,10 @@ draws of each crop are seeded by them. So a resumed run sees the very same batch
 import hashlib
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -126,15 +128,24 @@ def make_loader(dataset: CropSet, stream: BatchStream, *, workers: int, pin_memo
         batch_sampler=stream,
         num_workers=workers,
         pin_memory=pin_memory,
-        worker_init_fn=_leave_signals_to_the_parent,
+        worker_init_fn=_leave_the_end_to_the_parent,
         **ahead,
     )
 
 
-def _leave_signals_to_the_parent(_worker: int) -> None:
-    """Ctrl-C reaches every process of a terminal; the workers must live on until the checkpoint is written."""
+def _leave_the_end_to_the_parent(_worker: int) -> None:
+    """Ctrl-C reaches every process of a terminal; the workers must live on until the checkpoint is written.
+
+    A parent that ends then hangs up on batches that are just handed over, which multiprocessing would print as a traceback.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    sys.excepthook = _print_unless_hung_up
+
+
+def _print_unless_hung_up(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if not issubclass(kind, ConnectionError | EOFError):
+        sys.__excepthook__(kind, error, trace)
 
 
 def default_workers(device_type: str) -> int:
