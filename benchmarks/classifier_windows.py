@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pixelwise.data.readers import read_image, to_tensor
+from pixelwise.data.samples import to_tensor
 from pixelwise.files import write_json
+from pixelwise.formats.readers import read_image
 from pixelwise.infer.heatmap import WindowClassifier, open_classifier
 
 BATCH = 15

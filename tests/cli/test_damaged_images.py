@@ -24,7 +24,7 @@ from PIL import Image
 from pydicom.data import get_testdata_file
 from pydicom.pixels.utils import set_pixel_data
 
-from pixelwise.data.sources import open_source
+from pixelwise.formats import open_source
 
 SECONDS = 300  # far more than needed, far less than a hang
 HEIGHT, WIDTH = 18, 23

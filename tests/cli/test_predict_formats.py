@@ -26,7 +26,7 @@ from pydicom.data import get_testdata_file
 from rasterio.control import GroundControlPoint
 from rasterio.transform import from_gcps
 
-from pixelwise.data.sources import open_source
+from pixelwise.formats import open_source
 from pixelwise.infer.engines.base import Labeller
 from pixelwise.infer.predictor import load
 

@@ -12,8 +12,8 @@ from PIL import Image
 from torch import nn
 
 from pixelwise.data.labels import LabelSpec
-from pixelwise.data.readers import read_mask
 from pixelwise.errors import PixelwiseError, UsageError
+from pixelwise.formats.readers import read_mask
 from pixelwise.infer.batch import plan_batch, prefetch, run_batch
 from pixelwise.infer.bundle import ModelCard
 from pixelwise.infer.options import JobOptions

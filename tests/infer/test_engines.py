@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pixelwise.data.labels import LabelSpec
-from pixelwise.data.readers import read_mask
 from pixelwise.errors import PixelwiseError, UsageError
+from pixelwise.formats.readers import read_mask
 from pixelwise.infer.batch import plan_batch, run_batch
 from pixelwise.infer.bundle import ModelCard, save_bundle
 from pixelwise.infer.engines import ray as ray_engine

@@ -10,8 +10,8 @@ from torch import nn
 
 from pixelwise.data.labels import LabelSpec, save_labels
 from pixelwise.data.layouts import open_data
-from pixelwise.data.readers import read_mask
 from pixelwise.errors import DataError, PixelwiseError, UsageError
+from pixelwise.formats.readers import read_mask
 from pixelwise.infer.bundle import ModelCard, save_bundle
 from pixelwise.infer.evaluate import choose_examples, evaluate, open_for
 from pixelwise.infer.predictor import Predictor, load

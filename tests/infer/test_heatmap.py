@@ -11,8 +11,8 @@ from PIL import Image
 from torch import nn
 
 from pixelwise import open_classifier
-from pixelwise.data.readers import read_image
 from pixelwise.errors import DataError, UsageError
+from pixelwise.formats.readers import read_image
 from pixelwise.infer.heatmap import ClassScores, WindowClassifier
 from pixelwise.models.matching import match_state
 from pixelwise.models.pretrained import read_state

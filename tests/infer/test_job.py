@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from pixelwise.data.labels import LabelSpec
-from pixelwise.data.sources import Source, SourceInfo
 from pixelwise.errors import DataError, PixelwiseError, UsageError
+from pixelwise.formats import Source, SourceInfo
 from pixelwise.infer.bundle import ModelCard
 from pixelwise.infer.job import ImageJob, Output, compute, job_key, label_source, statement
 from pixelwise.infer.options import JobOptions

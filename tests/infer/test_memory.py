@@ -16,7 +16,7 @@ import tifffile
 import torch
 
 from pixelwise.data.labels import LabelSpec
-from pixelwise.data.sources import Source, SourceInfo
+from pixelwise.formats import Source, SourceInfo
 from pixelwise.infer import load
 from pixelwise.infer.batch import plan_batch, run_batch
 from pixelwise.infer.bundle import ModelCard, save_bundle

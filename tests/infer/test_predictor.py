@@ -6,11 +6,11 @@ from PIL import Image
 from torch import nn
 
 from pixelwise.data.labels import LabelSpec
-from pixelwise.data.readers import read_mask
 from pixelwise.errors import DataError, PixelwiseError, UsageError
+from pixelwise.formats.readers import read_mask
+from pixelwise.formats.writers import read_mark
 from pixelwise.infer.bundle import ModelCard, save_bundle
 from pixelwise.infer.predictor import Predictor, load
-from pixelwise.infer.writers import read_mark
 from pixelwise.models import create_model
 
 CONFIG = {"tiny": True, "num_classes": 3, "in_channels": 3}

@@ -40,8 +40,8 @@ def heatmap(
     Example: pixelwise heatmap cat.jpg --classifier vgg16 --class tabby --out heat.png
     """
     from pixelwise.errors import UsageError
+    from pixelwise.formats.writers import write_png
     from pixelwise.infer.heatmap import open_classifier
-    from pixelwise.infer.writers import write_png
 
     if out.suffix.lower() != ".png":
         raise UsageError(f"--out {out}: pictures are written as PNG; give a name that ends in .png.")

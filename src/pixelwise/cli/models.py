@@ -68,10 +68,8 @@ def _show_fields(names: Sequence[str]) -> None:
         with torch.device("meta"):  # how a network is wired does not depend on its weights
             model = create_model(name, num_classes=11)
         field = receptive_field(model)
-        if not field.bounded or field.stride is None or field.radius_px is None:
+        if field.radius_px is None:
             typer.echo(f"{name:{wide}}  the whole image")
             continue
-        halos = [-(-px // field.stride) * field.stride for px in field.radius_px]
-        cost = (1 + sum(halos[:2]) / TILE_PX) * (1 + sum(halos[2:]) / TILE_PX)
         sides = "  ".join(f"{px:5}" for px in field.radius_px)
-        typer.echo(f"{name:{wide}}  {field.stride:6}  {sides}  {cost:.2f}x")
+        typer.echo(f"{name:{wide}}  {field.stride:6}  {sides}  {field.tile_cost(TILE_PX):.2f}x")

@@ -10,11 +10,11 @@ from pixelwise.data.csv_pairs import find_csv, read_csv
 from pixelwise.data.labels import LabelSpec, Value, load_labels, propose_labels
 from pixelwise.data.matching import Match, Source, match_source
 from pixelwise.data.pairs import SPLITS, DataFolder, Pair, Problem
-from pixelwise.data.raster import Palette
-from pixelwise.data.readers import IMAGE_SUFFIXES
 from pixelwise.data.scan import MaskScan, in_threads, scan_mask
 from pixelwise.data.splits import SPLIT_ALIASES, VAL_OF_TRAIN, assign_splits, compile_group_by, group_of
 from pixelwise.errors import DataError, UsageError
+from pixelwise.formats.raster import Palette
+from pixelwise.formats.readers import IMAGE_SUFFIXES
 
 __all__ = ["SPLITS", "DataFolder", "Pair", "Problem", "open_data"]
 

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 
 from pixelwise.data.pairs import Pair
-from pixelwise.data.raster import printable
-from pixelwise.data.readers import read_image
 from pixelwise.data.scan import MaskScan, pixel_digest, scan_mask
 from pixelwise.errors import DataError
+from pixelwise.formats.raster import printable
+from pixelwise.formats.readers import read_image
 
 _BLOCK_PX = 1 << 20
 

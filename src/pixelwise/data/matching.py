@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pixelwise.data.pairs import Problem
-from pixelwise.data.raster import printable
-from pixelwise.data.readers import IMAGE_SUFFIXES
+from pixelwise.formats.raster import printable
+from pixelwise.formats.readers import IMAGE_SUFFIXES
 
 _MASK_SUFFIX = re.compile(
     r"[_\-. ](masks?|labels?|gt|gtfine_labelids|gtfine_labeltrainids|label_?ids|label_?trainids|seg|segmentation|annot"

@@ -2,13 +2,15 @@
 
 from dataclasses import dataclass
 
+import numpy as np
+import torch
 from torch import Tensor, from_numpy
 
 from pixelwise.data.labels import LabelSpec
 from pixelwise.data.layouts import Pair
-from pixelwise.data.raster import printable
-from pixelwise.data.readers import read_image, read_mask, to_tensor
 from pixelwise.errors import DataError
+from pixelwise.formats.raster import printable
+from pixelwise.formats.readers import read_image, read_mask
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,39 @@ class Sample:
     image: Tensor
     mask: Tensor | None
     name: str
+
+
+def to_tensor(array: np.ndarray, channels: int | None = None) -> torch.Tensor:
+    """Turn an image (H, W, C) into what transforms and networks take.
+
+    Args:
+        array: as `read_image` gives it.
+        channels: the number of channels wanted; grey is repeated for 3. None keeps what is there.
+
+    Returns:
+        (C, H, W): uint8 stays uint8; other integers become float32 divided by their type's maximum; floats become
+        float32 as they are.
+
+    Raises:
+        DataError: the image has another number of channels.
+
+    Example:
+        >>> to_tensor(np.full((2, 2, 1), 65535, dtype=np.uint16), channels=3).shape
+        torch.Size([3, 2, 2])
+    """
+    found = array.shape[2]
+    if channels is not None and found != channels:
+        if (found, channels) != (1, 3):
+            raise DataError(
+                f"it has {found} channel{'s' * (found != 1)}, but {channels} are wanted. Only one can be repeated."
+            )
+        array = np.repeat(array, 3, axis=2)
+    planes = np.ascontiguousarray(array.transpose(2, 0, 1))
+    if planes.dtype.kind in "ui" and planes.dtype != np.uint8:
+        planes = (planes / np.float64(np.iinfo(planes.dtype).max)).astype(np.float32)
+    elif planes.dtype != np.uint8:
+        planes = planes.astype(np.float32)
+    return torch.from_numpy(planes if planes.flags.writeable else planes.copy())
 
 
 def load_sample(pair: Pair, labels: LabelSpec, channels: int | None = None) -> Sample:

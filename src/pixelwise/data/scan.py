@@ -12,9 +12,9 @@ from typing import Literal, TypeVar
 import numpy as np
 
 from pixelwise.data.labels import Value, value_counts
-from pixelwise.data.raster import Palette, printable
-from pixelwise.data.readers import read_mask_file
 from pixelwise.errors import DataError
+from pixelwise.formats.raster import Palette, printable
+from pixelwise.formats.readers import read_mask_file
 
 MAX_VALUES = 4096
 

@@ -3,9 +3,10 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePath
 
-from pixelwise.data.sources.protocols import is_url, local_path
 from pixelwise.errors import UsageError
 from pixelwise.files import extra
+from pixelwise.formats.protocols import is_url, local_path
+from pixelwise.formats.sinks import LABELS, WRITERS
 from pixelwise.infer.engines.base import ENDINGS, Batch, Job, Labeller, Outcome
 from pixelwise.infer.engines.local import prefetch
 from pixelwise.infer.engines.local import run as run_local
@@ -14,7 +15,6 @@ from pixelwise.infer.job import Note, Progress, silent, uncounted
 from pixelwise.infer.options import JobOptions
 from pixelwise.infer.outfolder import OutFolder
 from pixelwise.infer.predictor import Predictor
-from pixelwise.infer.sinks import LABELS, WRITERS
 from pixelwise.infer.tools import Tools
 from pixelwise.ops.spatial_dropout import with_spatial_dropout
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pixelwise.data.labels import IGNORE_INDEX, LabelSpec
 from pixelwise.errors import PixelwiseError, UsageError
-from pixelwise.infer.sinks.base import LABELS, MAPS
+from pixelwise.formats.base import LABELS, MAPS
 from pixelwise.infer.tiling.base import Scores
 from pixelwise.models.registry import suggestion
 

@@ -1,19 +1,18 @@
 """Bytes: what this process holds, what is free, and how they are told."""
 
-import os
 import shutil
 import sys
 from pathlib import Path
 
-from pixelwise.data.sources import Source
 from pixelwise.errors import PixelwiseError, UsageError
+from pixelwise.formats import Source
 from pixelwise.infer.collect import MOST_BYTES
-from pixelwise.infer.extras import OVERLAY_PX
 from pixelwise.infer.options import JobOptions
+from pixelwise.infer.overlay import OVERLAY_PX
 from pixelwise.infer.reading import kept_bytes
 from pixelwise.infer.tiling.base import Scorer
 from pixelwise.infer.tiling.options import Tiling
-from pixelwise.ops.streaming.heap import _malloc_trim
+from pixelwise.ops.streaming.heap import resident_bytes
 
 PROCESS_BYTES = 2 << 30
 """What a process may take in all on a CPU, unless the user says otherwise."""
@@ -27,7 +26,7 @@ _CLEAN_UP_BYTES = 200 << 20  # measured on noise
 def memory_now() -> int:
     """Bytes that this process holds at present; on systems that do not tell, the most it has held."""
     try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        return resident_bytes()
     except (OSError, ValueError, IndexError):
         pass
     try:
@@ -89,12 +88,6 @@ def more_than_wished(name: str, wish: Tiling, scorer: Scorer) -> str:
         f"{name}: {scorer.way} of --tile {wish.tile_px} take {needed}, but --memory allows {allowed}. Give a smaller "
         "--tile, more --memory, or leave --tile out: then a size is chosen that fits."
     )
-
-
-def return_freed_memory() -> None:
-    """Give back to the system what was freed but is kept by the C library for reuse; nothing happens where it cannot."""
-    if (trim := _malloc_trim()) is not None:
-        trim(0)
 
 
 def room_for_maps(source: Source) -> int:

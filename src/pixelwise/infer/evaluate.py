@@ -18,9 +18,10 @@ from pixelwise.data.layouts import DataFolder, Pair, open_data
 from pixelwise.data.samples import Sample, load_sample
 from pixelwise.errors import DataError, PixelwiseError, UsageError
 from pixelwise.files import write_json
+from pixelwise.formats.writers import label_image, write_png
 from pixelwise.infer.batch import prefetch
+from pixelwise.infer.overlay import displayable
 from pixelwise.infer.predictor import Predictor, load
-from pixelwise.infer.writers import displayable, label_image, write_png
 from pixelwise.metrics.confusion import ConfusionMatrix, Scores
 
 EXAMPLES = 2  # of each of best, median and worst

@@ -19,10 +19,11 @@ from PIL import Image
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor, nn
 
-from pixelwise.data.readers import read_image, to_tensor
+from pixelwise.data.samples import to_tensor
 from pixelwise.errors import DataError, PixelwiseError, UsageError
+from pixelwise.formats.readers import read_image
 from pixelwise.infer.devices import is_out_of_memory, resolve_device
-from pixelwise.infer.writers import displayable
+from pixelwise.infer.overlay import displayable
 from pixelwise.models.backbones import backbone_normalisation, resolve_backbone, torchvision_classifier
 from pixelwise.models.matching import match_state
 from pixelwise.models.pretrained import library_weights, read_state

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePath, PurePosixPath
 from urllib.parse import unquote
 
-from pixelwise.data.sources.protocols import is_url, local_path, protocol_of, shown
-from pixelwise.data.sources.registry import SOURCE_SUFFIXES
-from pixelwise.data.sources.remote import list_images
 from pixelwise.errors import PixelwiseError, UsageError
+from pixelwise.formats.protocols import is_url, local_path, protocol_of, shown
+from pixelwise.formats.registry import SOURCE_SUFFIXES
+from pixelwise.formats.remote import list_images
 
 Location = Path | str
 """A path, or a URL as text."""

@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pixelwise.data.labels import IGNORE_INDEX
-from pixelwise.data.sources import Source
 from pixelwise.errors import DataError, PixelwiseError, UsageError
+from pixelwise.formats import Source
+from pixelwise.formats.sinks import LABELS, Result, Writer
 from pixelwise.infer.cleanup import remove_small
 from pixelwise.infer.collect import Collector
 from pixelwise.infer.devices import is_out_of_memory
@@ -30,7 +31,6 @@ from pixelwise.infer.estimates import (
     more_than_wished,
     pipeline_bytes,
     refuse_without_room,
-    return_freed_memory,
     room_for_maps,
     told_memory,
 )
@@ -38,9 +38,9 @@ from pixelwise.infer.options import JobOptions
 from pixelwise.infer.parts import Parts, parts_folder, stale_folders
 from pixelwise.infer.predictor import Predictor
 from pixelwise.infer.reading import AheadReader
-from pixelwise.infer.sinks import LABELS, Result, Writer
 from pixelwise.infer.tiling import Region, Scorer, Scores
 from pixelwise.infer.tiling.options import Tiling
+from pixelwise.ops.streaming.heap import return_freed_memory
 
 Note = Callable[[str], None]
 Progress = Callable[[int, int], None]

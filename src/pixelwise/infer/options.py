@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pixelwise.errors import UsageError
-from pixelwise.infer.sinks import MAPS
+from pixelwise.formats.sinks import MAPS
 from pixelwise.infer.tiling.options import Tiling
 
 

@@ -13,15 +13,15 @@ from collections.abc import Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
-from pixelwise.data.sources.protocols import check_package, is_url
-from pixelwise.data.sources.remote import RemoteStamp
 from pixelwise.errors import DataError, PixelwiseError
 from pixelwise.files import write_bytes
+from pixelwise.formats.protocols import check_package, is_url
+from pixelwise.formats.remote import RemoteStamp
+from pixelwise.formats.sinks import LABELS
+from pixelwise.formats.sinks.marks import mark_of
+from pixelwise.formats.sinks.upload import check_writable, exists, publish, read_small, write_small
+from pixelwise.formats.writers import read_mark
 from pixelwise.infer.inputs import Location
-from pixelwise.infer.sinks import LABELS
-from pixelwise.infer.sinks.marks import mark_of
-from pixelwise.infer.sinks.upload import check_writable, exists, publish, read_small, write_small
-from pixelwise.infer.writers import read_mark
 
 RECORDS = ".pixelwise"
 _MARKED = {"labels": ".png", "overlay": ".png", "probabilities": ".npy"}  # what a label PNG vouches for

@@ -19,13 +19,15 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pixelwise.data.labels import LabelSpec
-from pixelwise.data.readers import read_image, to_tensor
-from pixelwise.data.sources import Source
+from pixelwise.data.samples import to_tensor
 from pixelwise.errors import DataError, PixelwiseError, UsageError
+from pixelwise.formats import Source
+from pixelwise.formats.readers import read_image
+from pixelwise.formats.writers import label_image, write_png
 from pixelwise.infer.bundle import ModelCard, load_bundle
 from pixelwise.infer.devices import is_out_of_memory, resolve_device, resolve_precision
+from pixelwise.infer.overlay import blend, displayable
 from pixelwise.infer.tiling.options import Tiling
-from pixelwise.infer.writers import blend, displayable, label_image, write_png
 from pixelwise.ops.batch_statistics import batch_statistics as statistics_of_the_batch
 from pixelwise.ops.cost import PassMemory
 from pixelwise.ops.receptive_field import ReceptiveField

@@ -12,7 +12,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from pixelwise.data.sources import Source, SourceInfo
+from pixelwise.formats import Source, SourceInfo
 
 CACHE_BYTES = 64 << 20
 _CHUNK_BYTES = 2 << 20
@@ -71,7 +71,7 @@ class AheadReader:
         threads: that read.
 
     Example:
-        >>> from pixelwise.data.sources import SourceInfo
+        >>> from pixelwise.formats import SourceInfo
         >>> class Ramp(Source):
         ...     info = SourceInfo(location="ramp", format="npy", height=600, width=2, channels=1, dtype="uint16")
         ...     def read(self, top, left, height, width, plane=0):

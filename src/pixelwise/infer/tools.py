@@ -4,12 +4,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pixelwise.data.sources import Source, SourceInfo
-from pixelwise.data.sources.registry import open_source
+from pixelwise.formats import Source, SourceInfo
+from pixelwise.formats.registry import open_source
+from pixelwise.formats.sinks import Writer, choose_writer
 from pixelwise.infer.decide import Decision
 from pixelwise.infer.options import JobOptions
 from pixelwise.infer.predictor import Predictor
-from pixelwise.infer.sinks import Writer, choose_writer
 from pixelwise.infer.tiling import Scorer
 from pixelwise.infer.tiling.options import Tiling
 

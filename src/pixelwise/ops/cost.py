@@ -139,7 +139,7 @@ class _LiveBytes(TorchDispatchMode):
             return out
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor):
+            if isinstance(leaf, Tensor) and leaf.device.type != "meta":  # which takes none
                 self._see(leaf.untyped_storage())
         scratch = 0
         if func is torch.ops.aten.convolution.default and args[1].device.type == "cpu":

@@ -5,6 +5,7 @@ the line can have on the network's coarsest grid, once along the height and once
 survives activations, maxima and weights of zero.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -36,6 +37,18 @@ class ReceptiveField:
     stride: int | None = None
     radius_px: tuple[int, int, int, int] | None = None
     size_px: tuple[int, int] | None = None
+
+    def tile_cost(self, tile_px: int) -> float:
+        """What exact tiles of `tile_px` px compute, each with its halo, over one pass; infinite if the field has no end.
+
+        Example:
+            >>> ReceptiveField(bounded=True, stride=8, radius_px=(20, 20, 20, 20), size_px=(41, 41)).tile_cost(48)
+            4.0
+        """
+        if self.stride is None or self.radius_px is None:
+            return math.inf
+        above, below, left, right = (-(-px // self.stride) * self.stride for px in self.radius_px)
+        return (1 + (above + below) / tile_px) * (1 + (left + right) / tile_px)
 
 
 @dataclass(frozen=True)

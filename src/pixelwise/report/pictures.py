@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pixelwise.data.labels import IGNORE_INDEX
-from pixelwise.data.readers import read_image, read_mask
 from pixelwise.errors import DataError
+from pixelwise.formats.readers import read_image, read_mask
 from pixelwise.report.reading import Classes, EvaluationFile, ImageScore
 
 SIDES_PX = (

@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from torch import Tensor, from_numpy
 
 from pixelwise.data.layouts import Pair
-from pixelwise.data.raster import printable
-from pixelwise.data.readers import read_mask
 from pixelwise.data.samples import Sample
 from pixelwise.data.separation import separate_touching, separation_weights
 from pixelwise.errors import DataError
+from pixelwise.formats.raster import printable
+from pixelwise.formats.readers import read_mask
 
 INSTANCES = "instances"
 

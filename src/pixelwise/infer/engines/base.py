@@ -9,16 +9,17 @@ from typing import Any, Literal
 
 from numpy.typing import NDArray
 
-from pixelwise.data.sources import Source, SourceInfo
 from pixelwise.errors import DataError, PixelwiseError, UsageError
-from pixelwise.infer.extras import write_overlay, write_probabilities
+from pixelwise.formats import Source, SourceInfo
+from pixelwise.formats.sinks import LABELS, MAPS, Result
+from pixelwise.formats.sinks.npy import write_probabilities
 from pixelwise.infer.inputs import Location, real, stem_of
 from pixelwise.infer.job import ImageJob, Note, Output, Progress, has_nodata, job_key, label_source, silent, uncounted
 from pixelwise.infer.options import JobOptions
 from pixelwise.infer.outfolder import OutFolder
+from pixelwise.infer.overlay import write_overlay
 from pixelwise.infer.parts import parts_folder
 from pixelwise.infer.predictor import ONE_PASS_PX, Prediction, Predictor
-from pixelwise.infer.sinks import LABELS, MAPS, Result
 from pixelwise.infer.tools import Tools
 
 ENDINGS = {
@@ -279,6 +280,6 @@ def _in_memory(image: ImageJob, kind: str, array: NDArray[Any], mark: Mapping[st
 def _vector_writer(kind: str) -> Callable[[Path, Result], None]:
     if kind == "probabilities":
         return write_probabilities
-    from pixelwise.infer.vector import write_coco, write_geojson
+    from pixelwise.formats.vector import write_coco, write_geojson
 
     return write_coco if kind == "coco" else write_geojson

@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pixelwise.data.sources import SourceInfo
-from pixelwise.data.sources.protocols import is_url
-from pixelwise.data.sources.remote import RemoteStamp
 from pixelwise.errors import PixelwiseError, UsageError
-from pixelwise.files import write_bytes
+from pixelwise.files import cannot_write, write_bytes
+from pixelwise.formats import SourceInfo
+from pixelwise.formats.protocols import is_url
+from pixelwise.formats.remote import RemoteStamp
 from pixelwise.infer.engines.base import Job, Labeller, Outcome, OutputError
 from pixelwise.infer.engines.ledger import Ledger
 from pixelwise.infer.engines.local import MOST_THREADS, prefetch
@@ -197,9 +197,7 @@ def _token(labeller: Labeller) -> Iterator[str]:
     try:
         write_bytes(path, b"")
     except OSError as error:
-        raise OutputError(
-            f"{path}: cannot be written ({error.strerror or error}). Choose another --out folder."
-        ) from error
+        raise OutputError(str(cannot_write(path, error))) from error
     try:
         yield name
     finally:

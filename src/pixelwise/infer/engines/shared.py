@@ -2,12 +2,12 @@
 
 from pathlib import Path, PurePosixPath
 
-from pixelwise.data.sources.protocols import filesystem, remote_errors, shown
 from pixelwise.files import atomic_path
+from pixelwise.formats.protocols import filesystem, remote_errors, shown
+from pixelwise.formats.sinks.upload import exists, publish
 from pixelwise.infer.inputs import Location
 from pixelwise.infer.outfolder import RECORDS
 from pixelwise.infer.parts import Parts
-from pixelwise.infer.sinks.upload import exists, publish
 from pixelwise.infer.tiling import Region
 
 

@@ -48,7 +48,8 @@ class Scorer(Protocol):
     Attributes:
         way: in words, for the user, such as "whole image" or "stripes of 64 rows".
         cost: multiply-adds for the whole image, over those of one pass.
-        memory_bytes: the most it takes at any time, beside the weights.
+        memory_bytes: the most it takes at any time, beside the weights. Scorers that need the disk as well have
+            `disk_bytes` and the folder `scratch`.
     """
 
     way: str

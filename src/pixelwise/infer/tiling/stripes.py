@@ -121,7 +121,7 @@ class Stripes:
         self._is_cpu = device is None or device.type == "cpu"
         self.beside_bytes = 0
         self._heap: HeapLimit | None = None  # what the process is held to, from the first score on
-        self._scratch = scratch_bytes(self.network.graph) if self._is_cpu else 0
+        self._reordered = scratch_bytes(self.network.graph) if self._is_cpu else 0
         self._maps = lru_cache(maxsize=None)(self._maps_peaks)
         self.scratch = scratch
         self._plan = self._choose(budget_bytes, tile_px)
@@ -168,7 +168,7 @@ class Stripes:
 
     def _choose(self, budget_bytes: int, tile_px: int | None) -> _Plan:
         """The first way that fits and computes hardly anything twice; else the cheapest that fits; else the least."""
-        best, rank = None, (0, 0.0)
+        found: list[tuple[int, float, _Plan]] = []  # bytes too much, cost
         rows = min(_LEAST_ROWS if tile_px is None else tile_px, self.height)
         for factor, has_shelf in _CPU_WAYS if self._is_cpu else _GPU_WAYS:
             if has_shelf and self.scratch is None:
@@ -177,12 +177,10 @@ class Stripes:
             needed = self._forecast(plan, plan.widest, rows)
             if has_shelf and needed.disk > _room(self.scratch):
                 continue
-            found = (max(0, needed.memory - budget_bytes), plan.cost)
-            if best is None or found < rank:
-                best, rank = plan, found
-            if rank[0] == 0 and (plan.cost <= _CHEAP or tile_px is not None):
+            found.append((max(0, needed.memory - budget_bytes), plan.cost, plan))
+            if needed.memory <= budget_bytes and (plan.cost <= _CHEAP or tile_px is not None):
                 break
-        assert best is not None  # the first way has no shelf
+        _, _, best = min(found, key=lambda item: item[:2])
         rows = self._rows_of(best, budget_bytes) if tile_px is None else tile_px
         return replace(best, stripe_px=min(rows, self.height))
 
@@ -226,7 +224,7 @@ class Stripes:
 
     def _bytes(self, plan: _Plan, window: Window, rows: int) -> Peaks:
         maps = self._maps(window, rows, plan.has_shelf)
-        return Peaks(int(plan.factor * maps.memory) + self._scratch, maps.disk)
+        return Peaks(int(plan.factor * maps.memory) + self._reordered, maps.disk)
 
     def _maps_peaks(self, window: Window, rows: int, has_shelf: bool) -> Peaks:
         maps = peaks(self.network.graph, window, rows, self._sizes, has_shelf=has_shelf)
@@ -235,7 +233,7 @@ class Stripes:
 
     def _heap_bytes(self) -> int:
         """What the process is held to, so that it stays within what was stated."""
-        return int((self.memory_bytes - self._scratch) * (1 - _SLACK / self._plan.factor)) + self._scratch
+        return int((self.memory_bytes - self._reordered) * (1 - _SLACK / self._plan.factor)) + self._reordered
 
 
 def _room(folder: Path | None) -> int:

@@ -112,7 +112,7 @@ class Ledger(Stream):
                 self._weigh(base)
                 copies = uneven + (len(bases) > 1) + (not self.kept[base].is_whole(window))
                 if copies:
-                    copied += copies * self._rows(base, window).numel() * self.sizes[base]
+                    copied += copies * self._rows(base, window).nbytes
         steps = self.parts.get(step, [step])
         for item in steps:
             self.kept[item].append(self._rows(item, new))
@@ -136,7 +136,7 @@ class Ledger(Stream):
         return torch.empty(shape, device="meta", dtype=_TYPES[self.sizes[step]])
 
     def _weigh(self, step: int) -> None:
-        self.held[step] = self.kept[step].numbers() * self.sizes[step]
+        self.held[step] = self.kept[step].nbytes()
 
     def is_flowing(self) -> bool:
         """Whether every map has let go of its first rows, so that no more than now waits anywhere."""

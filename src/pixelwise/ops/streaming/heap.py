@@ -15,6 +15,12 @@ _STATM = Path("/proc/self/statm")
 _MARGIN = 0.05  # of the limit: how much is freed in vain before the next attempt
 
 
+def return_freed_memory() -> None:
+    """Give back to the system what was freed but is kept by the C library for reuse; nothing happens where it cannot."""
+    if (trim := _malloc_trim()) is not None:
+        trim(0)
+
+
 class HeapLimit:
     """Holds the growth of the process, from now on, to a number of bytes, as far as freed memory allows; on Linux only.
 
@@ -24,8 +30,7 @@ class HeapLimit:
     """
 
     def __init__(self, limit_bytes: int) -> None:
-        self._trim = _malloc_trim()
-        self._limit = resident_bytes() + limit_bytes if self._trim else 0
+        self._limit = resident_bytes() + limit_bytes if _malloc_trim() else 0
         self._margin = int(_MARGIN * limit_bytes)
         self._alarm = self._limit
 
@@ -33,10 +38,9 @@ class HeapLimit:
         """Return what is free to the system if the process has grown beyond the limit."""
         if not self._limit or resident_bytes() <= self._alarm:
             return
-        self._trim(0)
-        self._alarm = max(
-            self._limit, resident_bytes() + self._margin
-        )  # what is in use cannot be returned, and trying takes time
+        return_freed_memory()
+        # What is in use cannot be returned, and trying takes time.
+        self._alarm = max(self._limit, resident_bytes() + self._margin)
 
 
 def resident_bytes() -> int:

@@ -27,7 +27,7 @@ class Shelved:
 
 
 class Shelf:
-    """Puts tensors into a file and gives them back. The file has no name: it is gone when it is closed or the process ends.
+    """Puts tensors of the CPU into a file and gives them back; the nameless file is gone when it is closed or the process ends.
 
     Args:
         folder: on whose disk; it must exist.
@@ -72,7 +72,7 @@ class Shelf:
         return item
 
     def take(self, item: Shelved) -> Tensor:
-        """What was put, in memory of its own, on the CPU; its place is given to others."""
+        """What was put, in memory of its own; its place is given to others."""
         rows = self._read(item)
         self.give_back(item)
         return rows
@@ -88,7 +88,7 @@ class Shelf:
         return self.size - size
 
     def _write(self, offset: int, rows: Tensor) -> None:
-        rest = rows.cpu().contiguous().flatten().view(torch.uint8).numpy().data
+        rest = rows.contiguous().flatten().view(torch.uint8).numpy().data
         try:
             self._file.seek(offset)
             while rest:

@@ -130,9 +130,9 @@ class Kept:
             for piece in self._pieces
         )
 
-    def numbers(self) -> int:
-        """How many numbers are kept in memory."""
-        return sum(piece.rows.numel() for piece in self._pieces if piece.shelved is None)
+    def nbytes(self) -> int:
+        """Bytes of the rows that are kept in memory."""
+        return sum(piece.rows.nbytes for piece in self._pieces if piece.shelved is None)
 
     def drop_before(self, row: int) -> None:
         """Let go of the rows above `row`. Of a piece that is mostly gone the rest is copied, so that its memory is free."""

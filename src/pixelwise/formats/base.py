@@ -1,0 +1,128 @@
+"""What every image can be asked, whatever file it lies in and however large: its size, and any window of its pixels."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType, TracebackType
+from typing import Any, Protocol, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+LABELS = "labels"
+MAPS = ("entropy", "mutual_information", "max_probability")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceInfo:
+    """What is known of an image before any pixel is read.
+
+    Attributes:
+        location: the path or URL, as it was given.
+        format: "png", "tiff", "ome-tiff", "geotiff", "nifti", "dicom", "slide", "zarr", "ome-zarr", "npy", ...
+        height: rows of each plane, in pixels.
+        width: columns of each plane, in pixels.
+        channels: numbers per pixel, without opacity.
+        dtype: their type, as numpy names it.
+        planes: images of this size in the file (slices of a volume, points in time), at least 1.
+        block_px: the rows and columns that are stored together, so that windows along them are read fastest.
+    """
+
+    location: str
+    format: str
+    height: int
+    width: int
+    channels: int
+    dtype: str
+    planes: int = 1
+    block_px: tuple[int, int] = (256, 256)
+
+
+class Source(ABC):
+    """An open image, or a stack of images of one size, of which windows are read.
+
+    Attributes:
+        info: size, channels, type.
+        metadata: what the format knows besides (CRS, affine, series, pixel size); the sink of the same format takes it.
+    """
+
+    info: SourceInfo
+    metadata: Mapping[str, Any] = MappingProxyType({})
+
+    @abstractmethod
+    def read(self, top: int, left: int, height: int, width: int, plane: int = 0) -> NDArray[Any]:
+        """The window as (height, width, C) in `info.dtype`; it lies inside the image.
+
+        Raises:
+            DataError: the pixels cannot be decoded; the message names the file.
+        """
+
+    def valid(self, top: int, left: int, height: int, width: int, plane: int = 0) -> NDArray[np.bool_] | None:
+        """Where the window holds data, bool (height, width); None if the image has no pixels without data."""
+        return None
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Hexadecimal text that changes when the content does."""
+
+    @abstractmethod
+    def check_unchanged(self) -> None:
+        """Raise `DataError` if the file has changed since it was opened."""
+
+    def close(self) -> None:  # noqa: B027  (most formats have nothing to close)
+        """Let go of the file."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Classes(Protocol):
+    """Names and colours of the classes, as the writers need them; `LabelSpec` is one."""
+
+    @property
+    def names(self) -> tuple[str, ...]: ...
+
+    @property
+    def colors(self) -> tuple[tuple[int, int, int], ...]: ...
+
+    @property
+    def num_classes(self) -> int: ...
+
+    def palette_bytes(self) -> bytes: ...
+
+    def colorize(self, labels: NDArray[np.uint8]) -> NDArray[np.uint8]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """One finished map of all planes of one image; a writer never needs it in memory as a whole.
+
+    Attributes:
+        kind: "labels", or one of `MAPS`.
+        spec: names and colours of the classes.
+        source: the image it was made from; the map has its height, width and planes.
+        metadata: the source's own, which the writer of the same format keeps.
+        dtype: of the numbers: uint8 or uint16 for labels, float32 for maps.
+        nodata: the number that stands where the source has no data; None if it has data everywhere.
+        rows: (plane, top, bottom) -> the rows top..bottom of a plane, (bottom - top, W).
+        mark: JSON-able values on the origin: network, input, options.
+    """
+
+    kind: str
+    spec: Classes
+    source: SourceInfo
+    dtype: np.dtype[Any]
+    rows: Callable[[int, int, int], NDArray[Any]]
+    nodata: int | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    mark: Mapping[str, Any] = field(default_factory=dict)
+
+
+Writer = Callable[[Path, Result], None]
+"""Writes one result to a local path, atomically; raises `PixelwiseError` where it cannot be written."""

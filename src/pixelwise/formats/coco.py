@@ -1,0 +1,219 @@
+"""Labels as COCO JSON: for each class of each plane one run-length code, in the compressed text of pycocotools.
+
+The code runs down the columns, but labels come in rows. They are parked on disk in columns of tiles, so that neither the
+labels nor a mask is ever in memory as a whole.
+"""
+
+import json
+import tempfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path, PurePath
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pixelwise.errors import UsageError
+from pixelwise.files import atomic_path, cannot_write
+from pixelwise.formats.base import LABELS, Result
+
+__all__ = ["Runs", "write_coco"]
+
+_BAND_PX = 256  # rows that are asked for at once, and columns that are looked at together
+_GROUP_BITS, _MORE, _OFFSET = 5, 0x20, 48
+
+
+def write_coco(path: Path, result: Result, *, image_id: int = 1) -> None:
+    """Write the labels as COCO annotations: for each class that occurs one compressed run-length code (`iscrowd` 1).
+
+    Categories are all classes, their `id` is the class id. Each plane is an image of its own, `image_id` and the following
+    numbers. `pycocotools.mask.decode(annotation["segmentation"])` gives the mask back (it counts in 32 bits, so up to 2^32
+    pixels). Pixels without data belong to no annotation.
+
+    Args:
+        path: where to; replaced at the end, when all is written.
+        result: labels.
+        image_id: of the first plane.
+
+    Raises:
+        UsageError: the result holds no labels.
+        PixelwiseError: it cannot be written.
+
+    Example:
+        >>> from pixelwise.data.labels import LabelSpec
+        >>> from pixelwise.formats import SourceInfo
+        >>> info = SourceInfo(location="a.png", format="png", height=2, width=3, channels=3, dtype="uint8")
+        >>> spec = LabelSpec(names=("sea", "land"), colors=((0, 0, 200), (0, 90, 0)), values=((0,), (1,)))
+        >>> labels = np.array([[0, 1, 1], [0, 0, 0]], dtype=np.uint8)
+        >>> result = Result(kind="labels", spec=spec, source=info, dtype=labels.dtype,
+        ...                 rows=lambda plane, top, bottom: labels[top:bottom])
+        >>> path = Path(tempfile.mkdtemp()) / "labels.json"
+        >>> write_coco(path, result)
+        >>> [(item["category_id"], item["area"], item["bbox"]) for item in json.loads(path.read_text())["annotations"]]
+        [(0, 4, [0, 0, 3, 2]), (1, 2, [1, 0, 2, 1])]
+    """
+    path = Path(path)
+    if result.kind != LABELS:
+        raise UsageError(f"{path}: COCO holds labels, not {result.kind}. Write it as .npy or GeoTIFF.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(path) as part, part.open("w", encoding="utf-8") as file:
+            head = json.dumps(_head(path, result, image_id), ensure_ascii=False)
+            file.write(head[:-1] + ', "annotations": [')
+            separator, number = "\n", 1
+            for plane in range(result.source.planes):
+                for annotation in _annotations(path, result, plane):
+                    told = {"id": number, "image_id": image_id + plane} | annotation
+                    file.write(separator + json.dumps(told))
+                    separator, number = ",\n", number + 1
+            file.write("\n]}\n")
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
+class Runs:
+    """The run-length code of one mask, made piece by piece from the places where the mask changes.
+
+    Places count down the columns: x * height + y. Even changes begin the mask, odd ones end it.
+
+    Example:
+        >>> runs = Runs(height=2)
+        >>> runs.add(np.array([1, 4]))
+        >>> runs.finish(6), runs.area, runs.bbox
+        ('132', 3, [0, 0, 2, 2])
+    """
+
+    def __init__(self, height: int) -> None:
+        self.area = 0
+        self._height = height
+        self._places = 0  # how many were added
+        self._last = 0
+        self._begin = 0  # of the run that is open, if an odd number was added
+        self._coded = 0  # how many counts are in the text
+        self._recent = np.zeros(2, dtype=np.int64)  # the last two of them
+        self._text = bytearray()
+        self._box = [np.iinfo(np.int64).max, np.iinfo(np.int64).max, -1, -1]  # left, top, right, bottom, all included
+
+    @property
+    def bbox(self) -> list[int]:
+        """[left, top, width, height] in pixels."""
+        left, top, right, bottom = self._box
+        return [int(left), int(top), int(right - left + 1), int(bottom - top + 1)]
+
+    def add(self, places: NDArray[np.int64]) -> None:
+        """More places, ascending, all behind those before."""
+        if len(places) == 0:
+            return
+        self._encode(np.diff(places, prepend=self._last))
+        edges = places if self._places % 2 == 0 else np.concatenate([[self._begin], places])
+        begins, ends = edges[0::2][: len(edges) // 2], edges[1::2]
+        self._measure(begins, ends)
+        self._places += len(places)
+        self._last, self._begin = int(places[-1]), int(edges[-1])
+
+    def finish(self, size: int) -> str:
+        """The compressed text of pycocotools, for a mask of so many pixels."""
+        if self._places % 2:
+            self._measure(np.array([self._begin]), np.array([size]))
+        self._encode(np.array([size - self._last]))
+        return self._text.decode("ascii")
+
+    def _encode(self, counts: NDArray[np.int64]) -> None:
+        """Append counts: from the fourth on as differences to the one before the last, 5 bits per character."""
+        recent = np.concatenate([self._recent, counts])
+        first = np.arange(self._coded, self._coded + len(counts)) > 2
+        self._text += _characters(counts - np.where(first, recent[:-2], 0))
+        self._recent = recent[-2:]
+        self._coded += len(counts)
+
+    def _measure(self, begins: NDArray[np.int64], ends: NDArray[np.int64]) -> None:
+        """Area and box of whole runs [begin, end); one that goes on in the next column touches both edges."""
+        if len(begins) == 0:
+            return
+        self.area += int((ends - begins).sum())
+        last = ends - 1
+        is_long = begins // self._height != last // self._height
+        top = np.where(is_long, 0, begins % self._height).min()
+        bottom = np.where(is_long, self._height - 1, last % self._height).max()
+        left, right = begins[0] // self._height, last[-1] // self._height
+        self._box = [
+            *(int(min(old, new)) for old, new in zip(self._box[:2], (left, top), strict=True)),
+            *(int(max(old, new)) for old, new in zip(self._box[2:], (right, bottom), strict=True)),
+        ]
+
+
+def _characters(numbers: NDArray[np.int64]) -> bytes:
+    """Numbers of any size as pycocotools writes them: groups of 5 bits, lowest first, a sixth where more follow."""
+    groups, wanted = [], []
+    active = np.ones(len(numbers), dtype=bool)
+    while active.any():
+        group = numbers & (_MORE - 1)
+        numbers = numbers >> _GROUP_BITS
+        more = np.where(group & (_MORE >> 1), numbers != -1, numbers != 0)
+        groups.append((group | (more * _MORE)) + _OFFSET)
+        wanted.append(active)
+        active = active & more
+    if not groups:
+        return b""
+    return np.stack(groups, axis=1)[np.stack(wanted, axis=1)].astype(np.uint8).tobytes()
+
+
+def _head(path: Path, result: Result, image_id: int) -> dict[str, Any]:
+    info = result.source
+    place = {"file_name": PurePath(info.location).name, "width": info.width, "height": info.height}
+    images = [
+        {"id": image_id + plane} | place | ({"plane": plane} if info.planes > 1 else {}) for plane in range(info.planes)
+    ]
+    categories = [
+        {"id": index, "name": name, "supercategory": "", "color": list(color), "isthing": 0}
+        for index, (name, color) in enumerate(zip(result.spec.names, result.spec.colors, strict=True))
+    ]
+    about = {"description": path.stem} | ({"pixelwise": dict(result.mark)} if result.mark else {})
+    return {"info": about, "images": images, "categories": categories}
+
+
+def _annotations(path: Path, result: Result, plane: int) -> Iterator[dict[str, Any]]:
+    """One for each class of a plane, in the order of the class ids."""
+    height, width = result.source.height, result.source.width
+    runs: dict[int, Runs] = {}
+    with tempfile.TemporaryFile(dir=path.parent) as parked:
+        before, base = -1, 0
+        for columns in _columns(parked, result, plane):
+            labels = columns.T.ravel()  # down the columns
+            went = np.concatenate([[before], labels[:-1]])
+            changes = np.flatnonzero(labels != went)
+            went, came = went[changes], labels[changes].astype(np.int64)
+            for label in np.union1d(went, came).tolist():
+                if label not in (-1, result.nodata):
+                    code = runs.setdefault(label, Runs(height))
+                    code.add(base + changes[(went == label) | (came == label)])
+            before, base = int(labels[-1]), base + len(labels)
+    for label, code in sorted(runs.items()):
+        yield {
+            "category_id": label,
+            "segmentation": {"size": [height, width], "counts": code.finish(height * width)},
+            "area": code.area,
+            "bbox": code.bbox,
+            "iscrowd": 1,
+        }
+
+
+def _columns(parked: BinaryIO, result: Result, plane: int) -> Iterator[NDArray[Any]]:
+    """The labels (H, up to 256) from left to right; they come in rows, and wait compressed in a file."""
+    height, width = result.source.height, result.source.width
+    lefts = range(0, width, _BAND_PX)
+    sizes: list[list[tuple[int, int]]] = [[] for _ in lefts]  # of each piece: where it begins, its bytes
+    for top in range(0, height, _BAND_PX):
+        rows = np.asarray(result.rows(plane, top, min(top + _BAND_PX, height))).astype(result.dtype, copy=False)
+        for pieces, left in zip(sizes, lefts, strict=True):
+            pieces.append((parked.tell(), parked.write(zlib.compress(rows[:, left : left + _BAND_PX].tobytes(), 1))))
+    for pieces, left in zip(sizes, lefts, strict=True):
+        columns = np.empty((height, min(_BAND_PX, width - left)), dtype=result.dtype)
+        top = 0
+        for offset, size in pieces:
+            parked.seek(offset)
+            part = np.frombuffer(zlib.decompress(parked.read(size)), dtype=result.dtype).reshape(-1, columns.shape[1])
+            columns[top : top + len(part)] = part
+            top += len(part)
+        yield columns

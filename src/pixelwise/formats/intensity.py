@@ -1,0 +1,184 @@
+"""How the numbers of medical images become what networks take: 0..1, by their type, by a range, or by the display window.
+
+A scanner stores Hounsfield units or counts of any height. Networks want 0..1, and which part of the numbers that is
+changes the labels, so the range in use stands in the source's metadata.
+"""
+
+import logging
+import math
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pixelwise.errors import UsageError
+from pixelwise.formats.readers import silence
+
+Intensity = Literal["auto", "type"] | tuple[float, float]
+"""How stored numbers become 0..1.
+
+"type": stored integers over the largest of their type, before any slope; 8 bit stay as they are, and so do floats.
+(low, high): linear, low is 0, high is 1, beyond them clipped, in the file's own unit (Hounsfield units for CT).
+"auto": what the format suggests: DICOM's display window, or 0.5 to 99.5 percent of a NIfTI volume; 8 bit as they are.
+"""
+
+_quiet = threading.local()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scaling:
+    """A map of numbers to 0..1.
+
+    Attributes:
+        low: the number that becomes 0, or the centre of a sigmoid.
+        high: the number that becomes 1, or the centre plus the width of a sigmoid.
+        sigmoid: whether the map is PS3.3 C.11.2.1.3.1's curve instead of a line.
+        inverted: whether the largest number is black (MONOCHROME1).
+
+    Example:
+        >>> Scaling(low=-100, high=300).apply(np.array([-500, 0, 300])).tolist()
+        [0.0, 0.25, 1.0]
+    """
+
+    low: float
+    high: float
+    sigmoid: bool = False
+    inverted: bool = False
+
+    def apply(self, values: NDArray[Any]) -> NDArray[np.float32]:
+        """Float32 in 0..1, of the same shape; where low is high, the numbers above it are 1 and all others 0."""
+        exact = values.astype(np.float64)
+        if self.sigmoid:
+            turn = np.clip(-4.0 * (exact - self.low) / (self.high - self.low), -700, 700)  # exp stays finite
+            unit = 1.0 / (1.0 + np.exp(turn))
+        elif self.high > self.low:
+            # halves, because the difference of two of the largest floats is no float any more
+            unit = np.clip((exact / 2 - self.low / 2) / (self.high / 2 - self.low / 2), 0.0, 1.0)
+        else:
+            unit = (exact > self.low).astype(np.float64)
+        return (1.0 - unit if self.inverted else unit).astype(np.float32)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that say what was done."""
+        if self.sigmoid:
+            done: dict[str, Any] = {"function": "sigmoid", "center": self.low, "width": self.high - self.low}
+        else:
+            done = {"function": "linear", "low": self.low, "high": self.high}
+        return done | ({"inverted": True} if self.inverted else {})
+
+
+def check_intensity(value: Any) -> Intensity:
+    """What a user wrote, as an `Intensity`; a pair may also be text such as "-160,240".
+
+    Raises:
+        UsageError: it is none of the three, or low is not below high.
+
+    Example:
+        >>> check_intensity("-160,240")
+        (-160.0, 240.0)
+    """
+    if value == "auto":
+        return "auto"
+    if value == "type":
+        return "type"
+    parts = value.split(",") if isinstance(value, str) else value
+    try:
+        low, high = (float(part) for part in parts)
+    except (TypeError, ValueError):
+        low = high = math.nan
+    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        raise UsageError(
+            f"intensity {value!r} cannot be used. Allowed are 'auto', 'type' (over the largest number of the type) and "
+            "two numbers low,high of which the first is smaller, such as -160,240: they become 0 and 1."
+        )
+    return low, high
+
+
+def display_window(center: float, width: float, function: str = "LINEAR", inverted: bool = False) -> Scaling | None:
+    """DICOM's display window as a map to 0..1 (PS3.3 C.11.2.1.2 and C.11.2.1.3).
+
+    Args:
+        center: Window Center (0028,1050).
+        width: Window Width (0028,1051); at least 1 for LINEAR, above 0 for the others.
+        function: VOI LUT Function (0028,1056): LINEAR, LINEAR_EXACT or SIGMOID.
+        inverted: whether the largest number is black.
+
+    Returns:
+        the map; None if the numbers are no window.
+
+    Example:
+        >>> display_window(40, 400)
+        Scaling(low=-160.0, high=239.0, sigmoid=False, inverted=False)
+    """
+    least = 1.0 if function == "LINEAR" else np.nextafter(0.0, 1.0)
+    if not (math.isfinite(center) and math.isfinite(width) and width >= least):
+        return None
+    if function == "SIGMOID":
+        return Scaling(low=center, high=center + width, sigmoid=True, inverted=inverted)
+    if function == "LINEAR_EXACT":
+        return Scaling(low=center - width / 2, high=center + width / 2, inverted=inverted)
+    if function != "LINEAR":
+        return None
+    half = (width - 1) / 2
+    return Scaling(low=center - 0.5 - half, high=center - 0.5 + half, inverted=inverted)
+
+
+def percentile_scaling(sample: NDArray[Any]) -> Scaling:
+    """The map of the 0.5th percentile of a sample to 0 and of its 99.5th to 1; numbers that are not finite do not count.
+
+    Where almost all numbers are the same, such as zeros around a small organ, its least and largest are taken instead.
+
+    Example:
+        >>> percentile_scaling(np.array([0] * 999 + [5]))
+        Scaling(low=0.0, high=5.0, sigmoid=False, inverted=False)
+    """
+    finite = sample[np.isfinite(sample)].astype(np.float64)
+    if finite.size == 0:
+        return Scaling(low=0.0, high=1.0)
+    low, high = np.percentile(finite, (0.5, 99.5)).tolist()
+    if not low < high:
+        low, high = float(finite.min()), float(finite.max())
+    return Scaling(low=low, high=high)
+
+
+def by_type(values: NDArray[Any], largest: int | None = None) -> NDArray[np.float32]:
+    """Integers over the largest of their type (or over `largest`), floats as they are, all as float32.
+
+    Example:
+        >>> by_type(np.array([0, 65535], dtype=np.uint16)).tolist()
+        [0.0, 1.0]
+    """
+    if values.dtype.kind == "f":
+        return values.astype(np.float32)
+    return (values / np.float64(largest or np.iinfo(values.dtype).max)).astype(np.float32)
+
+
+class _OwnMessages(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not getattr(_quiet, "active", False)
+
+
+_own_messages = _OwnMessages()
+
+
+@contextmanager
+def quiet(*loggers: str) -> Iterator[None]:
+    """Drop the warnings, and the log lines of some packages, about a file in this thread, for the error tells it all.
+
+    Only one thread at a time may be inside, because Python keeps the list of warning filters for the whole process.
+    """
+    for name in tuple(logging.root.manager.loggerDict):  # a filter does not count for the loggers below
+        if name.partition(".")[0] in loggers:
+            logger = logging.getLogger(name)
+            if _own_messages not in logger.filters:
+                logger.addFilter(_own_messages)
+    with silence():
+        _quiet.active = True
+        try:
+            yield
+        finally:
+            _quiet.active = False

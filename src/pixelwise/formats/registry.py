@@ -1,0 +1,304 @@
+"""Which module reads a file: its content decides, then its name. Modules are imported when a file needs them."""
+
+import hashlib
+import inspect
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pixelwise.errors import DataError, PixelwiseError, UsageError
+from pixelwise.formats.base import Source
+from pixelwise.formats.protocols import NoSuchObject, is_url, local_path, shown
+
+_PICTURES = ("png", "jpg", "jpeg", "webp", "bmp", "gif", "ppm", "pgm", "pbm")
+
+
+@dataclass(frozen=True)
+class Format:
+    """How files of a kind are found and opened.
+
+    Attributes:
+        module: in this package.
+        opens: the function that opens a location; one with the parameter `opener` reads by parts, from anywhere.
+        knows: the function that tells the format by the first bytes and the name; "" if only the name of a folder does.
+        suffixes: what their names end in.
+    """
+
+    module: str
+    opens: str
+    knows: str
+    suffixes: tuple[str, ...]
+
+
+FORMATS: Mapping[str, Format] = {
+    "dicom": Format("dicom", "open_dicom", "is_dicom", (".dcm", ".dicom")),
+    "slide": Format("slide", "open_slide", "is_slide", (".svs", ".ndpi", ".scn", ".bif")),
+    "geotiff": Format("geotiff", "open_geotiff", "is_geotiff", ()),
+    "tiff": Format("tiff", "open_tiff", "is_tiff", (".tif", ".tiff", ".btf", ".tf8")),
+    "image": Format("image", "open_image", "is_image", tuple(f".{name}" for name in _PICTURES)),
+    "npy": Format("npy", "open_npy", "is_npy", (".npy",)),
+    "nifti": Format("nifti", "open_nifti", "is_nifti", (".nii", ".nii.gz")),
+    "zarr": Format("zarr", "open_zarr", "", (".zarr", ".zarr.zip")),
+}
+"""Every format, by the name that forces it, in the order in which they are asked."""
+
+SOURCE_SUFFIXES: tuple[str, ...] = tuple(suffix for known in FORMATS.values() for suffix in known.suffixes)
+"""What the names of images end in, in lower case (one of them has two dots); those of Zarr are folders."""
+
+_ALIASES = {"ome-tiff": "tiff", "ome-zarr": "zarr", "cog": "geotiff"} | dict.fromkeys(
+    (*_PICTURES, "jpeg", "pnm"), "image"
+)
+_ZIP = b"PK\x03\x04"
+_HEAD_BYTES = 4096
+_HINTS = ("channels", "allow_no_affine")  # welcome to all: these help where a file leaves something open
+_GIVEN = ("location", "opener", "identity")
+
+
+def open_source(location: str | Path, *, format: str | None = None, **options: Any) -> Source:
+    """Open an image of any format; only its header is read.
+
+    Args:
+        location: a path, or the URL of a file or Zarr folder.
+        format: its format, if the content should not decide: a name of `FORMATS`.
+        options: what the format offers, for example `axis` (NIfTI), `level` (slides, OME-Zarr), `series` (DICOM, OME-Zarr),
+            `intensity` (NIfTI, DICOM) or `axes` (Zarr); None is as good as absent. `channels`, how many the network takes,
+            and `allow_no_affine` (NIfTI) help where a file leaves something open and are welcome to all.
+
+    Raises:
+        DataError: the file is missing, damaged, or of no known format.
+        UsageError: the format has no such option, or its package is not installed.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "a.npy"
+        >>> np.save(path, np.zeros((4, 5, 3), dtype=np.uint8))
+        >>> with open_source(path) as source:
+        ...     source.info.format, source.info.height, source.info.width
+        ('npy', 4, 5)
+    """
+    name = str(location)
+    given = {key: value for key, value in options.items() if value is not None}
+    if format is not None and _ALIASES.get(format, format) not in FORMATS:
+        raise UsageError(f"format {format!r} is not known; possible are {', '.join((*FORMATS, *_ALIASES))}.")
+    forced = None if format is None else _ALIASES.get(format, format)
+    if is_url(name):
+        path = local_path(name)
+        if path is None:
+            return _open_remote(name, forced, given)
+        name = path
+    return _open_local(name, forced, given)
+
+
+def format_of(head: bytes, name: str, opener: Callable[[], BinaryIO] | None = None, level: int | None = None) -> str:
+    """The format of a file, a name of `FORMATS`.
+
+    Args:
+        head: its first 4,096 bytes.
+        name: its path or URL.
+        opener: gives the file where `name` is no local path.
+        level: of a pyramid, if one was asked for: pyramids in TIFF are read as slides.
+
+    Raises:
+        DataError: none fits.
+
+    Example:
+        >>> format_of(b"\\x89PNG\\r\\n\\x1a\\n", "scan.tif")
+        'image'
+    """
+    if head.startswith(_ZIP):
+        return "zarr"
+    for key, known in FORMATS.items():
+        if not known.knows:
+            continue
+        knows = getattr(import_module(f"pixelwise.formats.{known.module}"), known.knows)
+        if knows(head, name, opener) if key == "geotiff" else knows(head, shown(name)):
+            return "slide" if level is not None and key in ("tiff", "geotiff") else key
+    for key in ("dicom", "nifti"):  # both exist in a form without a mark at the beginning
+        if shown(name).lower().endswith(FORMATS[key].suffixes):
+            return key
+    what = "the file is empty (0 bytes)"
+    if head:
+        what = "this is no image that can be read, or its first bytes are damaged"
+    raise DataError(
+        f"{shown(name)}: {what}. Known are PNG, JPEG, WebP, BMP, GIF, PNM, TIFF, OME-TIFF, GeoTIFF, slides, NumPy, NIfTI, "
+        "DICOM and Zarr."
+    )
+
+
+def _open_local(name: str, forced: str | None, options: dict[str, Any]) -> Source:
+    from pixelwise.formats.local import Stamp, readable
+
+    path = Path(name)
+    if path.is_dir():
+        return _open(forced or _folder_format(path), name, options)
+    if forced is None:
+        stamp = Stamp.of(path)
+        with readable(path), path.open("rb") as file:
+            head = file.read(min(_HEAD_BYTES, stamp.size))
+        forced = format_of(head, name, level=options.get("level"))
+    return _open(forced, name, options)
+
+
+def _folder_format(path: Path) -> str:
+    from pixelwise.formats.zarr_folders import DOCUMENTS
+
+    if any((path / document).is_file() for document in DOCUMENTS):
+        return "zarr"
+    try:
+        with os.scandir(path) as entries:
+            for entry in entries:
+                if entry.is_file() and not entry.name.startswith(".") and _is_dicom(Path(entry.path)):
+                    return "dicom"
+    except OSError as error:
+        raise DataError(f"{path}: the folder cannot be read ({error.strerror or error}).") from error
+    raise DataError(f"{path}: is a folder, but neither a Zarr (no zarr.json, .zarray or .zgroup) nor a DICOM series.")
+
+
+def _is_dicom(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(132)[128:] == b"DICM"
+
+
+def _open(key: str, location: str, options: dict[str, Any], **given: Any) -> Source:
+    """Open by the function of a format, after a look whether it has such options."""
+    known = FORMATS[key]
+    function = getattr(import_module(f"pixelwise.formats.{known.module}"), known.opens)
+    offered = [name for name in inspect.signature(function).parameters if name not in _GIVEN]
+    for name in options:
+        if name not in offered and name not in _HINTS:
+            has = [option for option in offered if option not in _HINTS]
+            choice = f"it has {', '.join(has)}" if has else "it has no options"
+            raise UsageError(f"{shown(location)}: its format ({key}) has no option {name}; {choice}.")
+    try:
+        source: Source = function(
+            location, **{name: value for name, value in options.items() if name in offered}, **given
+        )
+    except UsageError as error:  # a package is missing, or an option is wrong: which image needs it?
+        if shown(location) in str(error):
+            raise
+        raise UsageError(f"{shown(location)}: {error}") from error
+    return source
+
+
+def _streams(key: str) -> bool:
+    known = FORMATS[key]
+    function = getattr(import_module(f"pixelwise.formats.{known.module}"), known.opens)
+    return "opener" in inspect.signature(function).parameters
+
+
+def _open_remote(url: str, forced: str | None, options: dict[str, Any]) -> Source:
+    """Open by parts where the format can be, else as a copy on this machine."""
+    from pixelwise.formats import remote
+    from pixelwise.formats.local import Identity
+
+    lower = shown(url).rstrip("/").lower()
+    if forced == "zarr" or (forced is None and lower.endswith(FORMATS["zarr"].suffixes)):
+        return _open("zarr", url, options)
+    try:
+        stamp = remote.RemoteStamp.of(url)
+    except DataError as error:
+        if isinstance(error, NoSuchObject) or "is a folder" in str(error):
+            source = _open_remote_folder(url, forced, options)
+            if source is not None:
+                return source
+        raise
+    parts = remote.sends_ranges(url, stamp)
+    opener = remote.opener(url, stamp) if parts else None
+    if forced is None:
+        if opener is not None:
+            with opener() as file:  # what it reads is kept for whoever reads on
+                head = file.read(_HEAD_BYTES)
+        else:
+            head = remote.read_range(url, 0, min(_HEAD_BYTES, stamp.size))
+        forced = format_of(head, url, opener, options.get("level"))
+    if forced == "zarr" and parts:
+        return _open("zarr", url, options)
+    identity = Identity(fingerprint=lambda: remote.fingerprint(url, stamp), check=lambda: stamp.check(url))
+    if opener is not None and _streams(forced):
+        return _open(forced, shown(url), options, opener=opener, identity=identity)
+    return _localised(forced, url, remote.localise(url, stamp=stamp), options, identity)
+
+
+def _open_remote_folder(url: str, forced: str | None, options: dict[str, Any]) -> Source | None:
+    """A Zarr, read by parts, or a DICOM series, of which all files are copied; None if it is neither."""
+    from pixelwise.formats import remote
+    from pixelwise.formats.local import Identity
+    from pixelwise.formats.zarr_folders import DOCUMENTS, open_folder
+
+    folder = open_folder(url)
+    if any(folder.read(name, 0, 1) is not None for name in DOCUMENTS):
+        return _open("zarr", url, options)
+    if remote.protocol_of(url) in ("http", "https"):
+        return None
+    stamps = remote.list_folder(url)
+    is_series = any(remote.read_range(f"{url.rstrip('/')}/{name}", 128, 132) == b"DICM" for name in list(stamps)[:3])
+    if not is_series and (forced != "dicom" or not stamps):
+        return None
+
+    def check() -> None:
+        if remote.list_folder(url) != stamps:
+            raise DataError(f"{shown(url)}: the series changed while it was read. Run again when nothing writes to it.")
+
+    def fingerprint() -> str:
+        parts = (remote.fingerprint(f"{url.rstrip('/')}/{name}", stamp) for name, stamp in stamps.items())
+        return hashlib.sha256(repr(list(zip(stamps, parts, strict=True))).encode()).hexdigest()
+
+    identity = Identity(fingerprint=fingerprint, check=check)
+    return _localised("dicom", url, remote.localise_folder(url, stamps), options, identity)
+
+
+def _localised(key: str, url: str, copy: Any, options: dict[str, Any], identity: Any) -> Source:
+    try:
+        with _renamed(str(copy.path), shown(url)):
+            return LocalisedSource(_open(key, str(copy.path), options), copy, shown(url), identity)
+    except BaseException:
+        copy.close()
+        raise
+
+
+class LocalisedSource(Source):
+    """An image behind a URL that is read from a copy on this machine, which is deleted when it is closed."""
+
+    def __init__(self, source: Source, copy: Any, name: str, identity: Any) -> None:
+        self._source, self._copy, self._name, self._identity = source, copy, name, identity
+        self.info = replace(source.info, location=name)
+        self.metadata = source.metadata
+
+    def read(self, top: int, left: int, height: int, width: int, plane: int = 0) -> NDArray[Any]:
+        """The window, from the copy."""
+        with _renamed(str(self._copy.path), self._name):
+            return self._source.read(top, left, height, width, plane)
+
+    def valid(self, top: int, left: int, height: int, width: int, plane: int = 0) -> NDArray[np.bool_] | None:
+        """Where the window holds data, from the copy."""
+        with _renamed(str(self._copy.path), self._name):
+            return self._source.valid(top, left, height, width, plane)
+
+    def fingerprint(self) -> str:
+        """That of the object behind the URL."""
+        return str(self._identity.fingerprint())
+
+    def check_unchanged(self) -> None:
+        """Raise `DataError` if the object behind the URL has changed."""
+        self._identity.check()
+
+    def close(self) -> None:
+        """Delete the copy."""
+        self._source.close()
+        self._copy.close()
+
+
+@contextmanager
+def _renamed(path: str, name: str) -> Iterator[None]:
+    """Errors name the URL, not the copy of it."""
+    try:
+        yield
+    except PixelwiseError as error:
+        raise type(error)(str(error).replace(path, name)) from error

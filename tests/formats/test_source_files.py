@@ -1,0 +1,306 @@
+"""Local files, PNG and the like, and .npy: windows are slices, changes are noticed, damage is one DataError."""
+
+import hashlib
+import io
+import os
+import random
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from pixelwise.errors import DataError, UsageError
+from pixelwise.formats import images, local
+from pixelwise.formats.blocks import BlockCache, Bytes, StoredArray
+from pixelwise.formats.image import is_image, open_image
+from pixelwise.formats.local import Identity, Stamp, fingerprint, readable
+from pixelwise.formats.npy import is_npy, open_npy
+from pixelwise.formats.readers import read_image
+
+RNG = np.random.default_rng(0)
+RGB = RNG.integers(0, 255, (40, 60, 3), dtype=np.uint8)
+
+
+def test_fingerprints_of_small_files_are_their_hash(tmp_path):
+    (tmp_path / "a").write_bytes(b"abc")
+    assert fingerprint(tmp_path / "a") == hashlib.sha256(b"abc").hexdigest()
+
+
+def test_fingerprints_of_large_files_take_samples(tmp_path, monkeypatch):
+    monkeypatch.setattr(local, "WHOLE_BYTES", 1000)
+    path = tmp_path / "a"
+    content = bytearray(RNG.bytes(300_000))
+    path.write_bytes(content)
+    os.utime(path, ns=(1, 1))
+    before = fingerprint(path)
+    assert fingerprint(path) == before
+    content[-1] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(1, 1))
+    assert fingerprint(path) != before
+
+
+def test_stamps_notice_size_time_and_another_file(tmp_path):
+    path, other = tmp_path / "a", tmp_path / "b"
+    path.write_bytes(b"abc")
+    stamp = Stamp.of(path)
+    os.utime(path, ns=(5, 5))
+    with pytest.raises(DataError, match="its time of change differs"):
+        stamp.check(path)
+    stamp = Stamp.of(path)
+    other.write_bytes(b"abd")
+    os.utime(other, ns=(5, 5))
+    other.replace(path)
+    with pytest.raises(DataError, match="another file took its place"):
+        stamp.check(path)
+    path.write_bytes(b"")
+    with pytest.raises(DataError, match="3 bytes before, 0 now"):
+        stamp.check(path)
+    path.unlink()
+    with pytest.raises(DataError, match="no such file"):
+        stamp.check(path)
+
+
+def test_what_must_not_be_opened(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path, part in (
+        (tmp_path, "a folder"),
+        (tmp_path / "pipe", "not a regular file"),
+        (tmp_path / ("x" * 300), "cannot be opened"),
+        ("a\0b", "cannot be opened"),
+    ):
+        for ask in (Stamp.of, fingerprint, open_image, open_npy):
+            with pytest.raises(DataError, match=part):
+                ask(str(path))
+
+
+def test_readable_names_the_file_once():
+    for error in (ValueError("x"), MemoryError(), DataError("its size is 0."), DataError("a.tif: its size is 0.")):
+        with pytest.raises(DataError) as caught, readable("a.tif"):
+            raise error
+        assert str(caught.value).count("a.tif: ") == 1
+    with pytest.raises(KeyboardInterrupt), readable("a.tif"):
+        raise KeyboardInterrupt
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(data=st.data(), shape=st.lists(st.integers(1, 9), min_size=1, max_size=4))
+def test_boxes_of_stored_arrays(data, shape):
+    array = np.arange(np.prod(shape), dtype=">u2").reshape(shape)
+    box = []
+    for length in shape:
+        start = data.draw(st.integers(0, length - 1))
+        box.append((start, data.draw(st.integers(start + 1, length))))
+    content = b"head" + array.tobytes()
+    stored = StoredArray(Bytes(lambda: io.BytesIO(content)), 4, tuple(shape), array.dtype)
+    np.testing.assert_array_equal(stored.read(box), array[tuple(slice(*part) for part in box)])
+    assert stored.end == len(content)
+
+
+def test_only_the_bytes_of_a_window_are_read():
+    asked = []
+
+    class Counting(io.BytesIO):
+        def read(self, size=-1):
+            asked.append(size)
+            return super().read(size)
+
+    content = bytes(3 * 1000 * 1000)
+    stored = StoredArray(Bytes(lambda: Counting(content)), 0, (1000, 1000, 3), np.dtype("uint8"))
+    stored.read([(10, 20), (0, 1000), (0, 3)])
+    assert asked == [30_000]
+    asked.clear()
+    stored.read([(0, 1000), (5, 10), (0, 3)])
+    assert sum(asked) < 30_000
+
+
+def test_bytes_that_are_not_there():
+    file = Bytes(lambda: io.BytesIO(b"abc"))
+    for offset, size in ((2, 2), (-1, 1), (0, -1), (10**12, 1)):
+        with pytest.raises(EOFError):
+            file.read(offset, size)
+    file.close()
+    with pytest.raises(OSError, match="closed"):
+        file.read(0, 1)
+
+
+def test_the_cache_forgets_the_oldest_and_makes_nothing_twice():
+    cache, made = BlockCache(max_bytes=20), []
+
+    def block(name):
+        return cache.get(name, lambda: made.append(name) or np.zeros(8, np.uint8))
+
+    for name in "abacab":
+        block(name)
+    assert made == ["a", "b", "c", "b"]
+    with pytest.raises(ValueError, match="no"):
+        cache.get("x", lambda: (_ for _ in ()).throw(ValueError("no")))
+    assert cache.get("x", lambda: np.ones(1)).tolist() == [1]
+    with ThreadPoolExecutor(8) as pool:
+        made.clear()
+        list(pool.map(block, ["z"] * 50))
+    assert made == ["z"]
+
+
+def _save(path, form, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(RGB).save(path, form, **({"exif": exif} if form in ("PNG", "JPEG", "WEBP") else {}))
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(
+    form=st.sampled_from(["PNG", "JPEG", "WEBP", "BMP", "GIF", "PPM"]), orientation=st.integers(1, 8), data=st.data()
+)
+def test_windows_of_images_are_slices(tmp_path, form, orientation, data):
+    path = tmp_path / "a.png"
+    _save(path, form, orientation)
+    whole = read_image(path)
+    assert is_image(path.read_bytes()[:4096], "a.dat")
+    with open_image(str(path)) as source:
+        info = source.info
+        assert (info.height, info.width, info.channels, info.dtype) == (*whole.shape, whole.dtype.name)
+        assert info.format == form.lower()
+        top, left = data.draw(st.integers(0, info.height - 1)), data.draw(st.integers(0, info.width - 1))
+        np.testing.assert_array_equal(source.read(top, left, 1, info.width - left), whole[top : top + 1, left:])
+
+
+def test_images_are_decoded_once_and_late(tmp_path, monkeypatch):
+    decoded = []
+    monkeypatch.setattr(images, "read_image", lambda path: decoded.append(path) or read_image(path))
+    Image.fromarray(RGB).save(tmp_path / "a.png")
+    with open_image(str(tmp_path / "a.png")) as source:
+        assert not decoded
+        with ThreadPoolExecutor(4) as pool:
+            windows = list(pool.map(lambda top: source.read(top, 3, 5, 6), range(30)))
+        assert len(decoded) == 1
+        np.testing.assert_array_equal(windows[7], RGB[7:12, 3:9])
+        with pytest.raises(ValueError, match="read-only"):
+            windows[0][:] = 0
+        Image.fromarray(RGB[:9]).save(tmp_path / "a.png")
+        with pytest.raises(DataError, match="changed"):
+            source.check_unchanged()
+
+
+def test_an_image_that_shrinks_between_opening_and_reading(tmp_path):
+    Image.fromarray(RGB).save(tmp_path / "a.png")
+    source = open_image(str(tmp_path / "a.png"))
+    Image.fromarray(RGB[:9]).save(tmp_path / "a.png")
+    with pytest.raises(DataError, match=r"a\.png: its header says"):
+        source.read(0, 0, 9, 9)
+
+
+def _npy(path, array, **options):
+    np.save(path, array, **options)
+    return str(path)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(
+    shape=st.lists(st.integers(1, 12), min_size=2, max_size=4),
+    form=st.sampled_from(["u1", "?", ">u2", "<i4", ">f4", "<f8", "<f2"]),
+    fortran=st.booleans(),
+    data=st.data(),
+)
+def test_windows_of_npy_are_slices(tmp_path, shape, form, fortran, data):
+    array = RNG.integers(0, 2 if form == "?" else 250, shape).astype(form)
+    path = _npy(tmp_path / "a.npy", np.asfortranarray(array) if fortran else array)
+    whole = array.astype(np.uint8) * 255 if form == "?" else array
+    whole = whole if len(shape) > 2 else whole[..., None]
+    whole = whole if len(shape) == 4 else whole[None]
+    with open_npy(path) as source:
+        info = source.info
+        assert (info.planes, info.height, info.width, info.channels) == whole.shape
+        assert info.dtype == whole.dtype.newbyteorder("=").name
+        plane = data.draw(st.integers(0, info.planes - 1))
+        top, left = data.draw(st.integers(0, info.height - 1)), data.draw(st.integers(0, info.width - 1))
+        height, width = data.draw(st.integers(1, info.height - top)), data.draw(st.integers(1, info.width - left))
+        window = source.read(top, left, height, width, plane)
+        assert window.dtype.name == info.dtype and window.flags.c_contiguous
+        np.testing.assert_array_equal(window, whole[plane, top : top + height, left : left + width])
+
+
+def test_npy_from_anywhere(tmp_path):
+    path = _npy(tmp_path / "a.npy", RGB)
+    content = (tmp_path / "a.npy").read_bytes()
+    identity = Identity(fingerprint=lambda: "abc", check=lambda: None)
+    with open_npy("s3://a/b.npy", lambda: io.BytesIO(content), identity=identity) as source:
+        np.testing.assert_array_equal(source.read(1, 2, 30, 40), RGB[1:31, 2:42])
+        assert source.fingerprint() == "abc"
+    with pytest.raises(UsageError, match="identity"):
+        open_npy("s3://a/b.npy", lambda: io.BytesIO(content))
+    with open_npy(path) as source:
+        assert source.fingerprint() == fingerprint(path)
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.array([[{}]], dtype=object), "Python objects"),
+        (np.zeros((2, 2), dtype=complex), "complex128"),
+        (np.zeros((2, 2), dtype=[("a", "u1")]), "type"),
+        (np.zeros(4), r"shape is \(4,\)"),
+        (np.zeros((2, 0)), "no pixels"),
+        (np.array([["a"]]), "type <U1"),
+    ],
+)
+def test_arrays_that_are_no_images(tmp_path, array, message):
+    with pytest.raises(DataError, match=rf"a\.npy: .*{message}"):
+        open_npy(_npy(tmp_path / "a.npy", array))
+
+
+def test_nan_in_an_array_names_the_window(tmp_path):
+    array = np.zeros((9, 9), np.float32)
+    array[4, 5] = np.inf
+    with open_npy(_npy(tmp_path / "a.npy", array)) as source:
+        assert source.read(0, 0, 4, 9).max() == 0
+        with pytest.raises(DataError, match=r"a\.npy: 1 numbers in rows 2\.\.5, columns 1\.\.8 are NaN"):
+            source.read(2, 1, 3, 7)
+
+
+def test_an_npy_that_claims_more_than_it_has(tmp_path):
+    path = tmp_path / "a.npy"
+    path.write_bytes(b"")
+    with pytest.raises(DataError, match=r"a\.npy"):
+        open_npy(str(path))
+    with path.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": (10**9, 10**9)})
+    with pytest.raises(DataError, match=r"a\.npy: it says it has .* truncated"):
+        open_npy(str(path))
+
+
+@pytest.mark.timeout(60)
+def test_damaged_files_give_pixels_or_a_data_error(tmp_path):
+    rng, refused = random.Random(3), 0
+    corpus = []
+    for form in ("PNG", "JPEG", "WEBP", "BMP", "GIF", "PPM"):
+        _save(tmp_path / "a", form, 6)
+        corpus.append((open_image, (tmp_path / "a").read_bytes()))
+    for array in (RGB, np.asfortranarray(RGB.astype(np.float32))):
+        corpus.append((open_npy, (tmp_path / "a.npy").read_bytes() if _npy(tmp_path / "a.npy", array) else b""))
+    for number in range(50 * len(corpus)):
+        open_it, content = corpus[number % len(corpus)]
+        content = bytearray(content)
+        if rng.random() < 0.3:
+            del content[rng.randrange(len(content)) :]
+        else:
+            for _ in range(rng.choice((1, 5))):
+                content[rng.randrange(min(len(content), 300))] = rng.randrange(256)
+        path = tmp_path / "damaged"
+        path.write_bytes(content)
+        try:
+            with open_it(str(path)) as source:
+                info = source.info
+                source.read(0, 0, min(info.height, 100), min(info.width, 100))
+        except DataError as error:
+            refused += 1
+            assert str(path) in str(error)
+    assert refused > 100
+
+
+def test_what_is_what():
+    assert is_npy(b"\x93NUMPY\x01\0", "a") and not is_npy(b"PK", "a.npy")
+    assert is_image(b"RIFF1234WEBP", "") and not is_image(b"RIFF1234WAVE", "a.webp") and not is_image(b"", "a.png")
