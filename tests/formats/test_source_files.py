@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pixelwise.errors import DataError, UsageError
-from pixelwise.formats import images, local
+from pixelwise.formats import image as images
+from pixelwise.formats import local
 from pixelwise.formats.blocks import BlockCache, Bytes, StoredArray
 from pixelwise.formats.image import is_image, open_image
 from pixelwise.formats.local import Identity, Stamp, fingerprint, readable

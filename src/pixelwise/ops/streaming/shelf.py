@@ -27,7 +27,7 @@ class Shelved:
 
 
 class Shelf:
-    """Puts tensors of the CPU into a file and gives them back; the nameless file is gone when it is closed or the process ends.
+    """Puts tensors of the CPU into a file and gives them back; the nameless file goes when it is closed or the process ends.
 
     Args:
         folder: on whose disk; it must exist.
