@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pixelwise.errors import DataError, UsageError
-from pixelwise.formats import tiff_pages
+from pixelwise.formats.tiff import windows
 from pixelwise.formats.local import Identity
 from pixelwise.formats.readers import read_image
 from pixelwise.formats.tiff import is_tiff, open_tiff
@@ -308,7 +308,7 @@ def test_a_window_of_a_huge_sparse_file_is_quick_and_small(tmp_path):
 
 
 def test_one_giant_compressed_strip_is_refused_with_what_to_do(tmp_path, monkeypatch):
-    monkeypatch.setattr(tiff_pages, "MAX_BLOCK_BYTES", 10_000)
+    monkeypatch.setattr(windows, "MAX_BLOCK_BYTES", 10_000)
     tifffile.imwrite(tmp_path / "a.tif", RGB, photometric="rgb", compression="zlib", rowsperstrip=70)
     with pytest.raises(DataError, match=r"a\.tif: it is stored in compressed strips of .*tiffcp"):
         open_tiff(str(tmp_path / "a.tif"))
