@@ -11,6 +11,7 @@ import atexit
 import contextlib
 import mmap
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -108,27 +109,16 @@ class _Child:
         self.deadline_s = _setting("PIXELWISE_DECODER_SECONDS", DEADLINE_S)
         memory = int(_setting("PIXELWISE_DECODER_MEMORY", MEMORY_BYTES))
         self.memory = _Memory() if os.name == "posix" else None
-        root = str(Path(__file__).resolve().parents[2])
-        path = os.pathsep.join(dict.fromkeys([root, *os.environ.get("PYTHONPATH", "").split(os.pathsep)])).strip(
-            os.pathsep
-        )
-        one = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+        self._folder = tempfile.mkdtemp(prefix="pixelwise-")  # of its temporary files, which it may leave behind
         self._process = subprocess.Popen(
             # -P: nothing is imported from the folder that the user happens to be in
-            [
-                sys.executable,
-                "-P",
-                "-m",
-                "pixelwise.formats.worker",
-                str(self.memory.fd if self.memory else -1),
-                str(memory),
-            ],
+            [sys.executable, "-P", "-m", "pixelwise.formats.worker", *self._arguments(memory)],
             bufsize=0,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             pass_fds=(self.memory.fd,) if self.memory else (),
-            env={**os.environ, **one, "PYTHONPATH": path, "MALLOC_ARENA_MAX": "2"},
+            env=self._environment(),
         )
         self._to, self._from = cast(FileIO, self._process.stdin), cast(FileIO, self._process.stdout)
         self._waiting: dict[int, Future[dict[str, Any]]] = {}
@@ -136,7 +126,18 @@ class _Child:
         self._lock = threading.Lock()
         self.is_alive = True
         self._is_ready = threading.Event()
-        threading.Thread(target=self._listen, daemon=True, name="pixelwise-decoder").start()
+        self._listener = threading.Thread(target=self._listen, daemon=True, name="pixelwise-decoder")
+        self._listener.start()
+
+    def _arguments(self, memory_bytes: int) -> list[str]:
+        return [str(self.memory.fd if self.memory else -1), str(memory_bytes), self._folder]
+
+    def _environment(self) -> dict[str, str]:
+        """The child finds this very package, and its libraries start no threads of their own."""
+        paths = [str(Path(__file__).resolve().parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
+        one = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+        own = {"PYTHONPATH": os.pathsep.join(paths), "MALLOC_ARENA_MAX": "2", "TMPDIR": self._folder}
+        return {**os.environ, **one, **own}
 
     def request(self, message: Mapping[str, Any], *, patience: float = 1) -> dict[str, Any]:
         """The answer of the child; `patience` times the deadline is waited for it.
@@ -179,10 +180,12 @@ class _Child:
             if self.is_alive:
                 send(self._to, {"do": "close", "handle": handle, "number": 0})
 
-    def end(self) -> None:
-        """End the process; what waits for it is told so."""
+    def end(self, wait_s: float = 0) -> None:
+        """End the process; requests that wait for it fail. At most `wait_s` seconds are waited for that."""
         with contextlib.suppress(OSError):
             self._process.kill()
+        if wait_s:
+            self._listener.join(wait_s)
 
     def abandon(self) -> None:
         """In a process that was forked: let go of the pipes, so that the child ends with the process that started it."""
@@ -211,6 +214,7 @@ class _Child:
         self._is_ready.set()
         self.end()
         code = self._process.wait()
+        shutil.rmtree(self._folder, ignore_errors=True)
         for future in waiting.values():
             future.set_exception(_Died(_reason(code)))
         self._close()
@@ -244,7 +248,7 @@ def stop() -> None:
     with _lock:
         for child in (_shared, _second):
             if child is not None:
-                child.end()
+                child.end(wait_s=5)
         _shared = _second = None
 
 
