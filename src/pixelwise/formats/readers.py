@@ -19,8 +19,8 @@ from PIL import Image
 from pixelwise.errors import DataError
 from pixelwise.formats.base import Source
 from pixelwise.formats.raster import DECODE_ERRORS, ImageInfo, Palette, Raster, in_words, orient, printable
+from pixelwise.formats.registry import open_source
 from pixelwise.formats.tiff import MAGIC as TIFF_MAGIC
-from pixelwise.formats.tiff import open_tiff
 
 __all__ = ["IMAGE_SUFFIXES", "ImageInfo", "image_info", "palette", "read_image", "read_mask"]
 
@@ -129,7 +129,7 @@ def palette(path: str | Path) -> Palette | None:
     path = Path(path)
     with _readable(path):
         if _is_tiff(path):
-            with open_tiff(str(path)) as source:
+            with open_source(path, format="tiff") as source:
                 found: Palette | None = source.metadata.get("palette")
             return found
         with _opened(path) as image:
@@ -162,6 +162,8 @@ def _readable(path: Path) -> Iterator[None]:
         _check_file(path)
         yield
     except DataError as error:
+        if str(error).startswith(f"{name}: "):
+            raise
         raise DataError(f"{name}: {error}") from error
     except Image.DecompressionBombError as error:
         raise DataError(
@@ -294,19 +296,19 @@ def _whole_numbers(array: np.ndarray) -> np.ndarray:
 
 
 def _tiff_info(path: Path) -> ImageInfo:
-    with open_tiff(str(path)) as source:
+    with open_source(path, format="tiff") as source:
         info = _one_plane(source).info
     return ImageInfo(width=info.width, height=info.height, channels=info.channels, dtype=info.dtype, format="TIFF")
 
 
 def _read_tiff(path: Path) -> np.ndarray:
-    with open_tiff(str(path)) as source:
+    with open_source(path, format="tiff") as source:
         info = _one_plane(source).info
         return source.read(0, 0, info.height, info.width)
 
 
 def _read_tiff_mask(path: Path) -> tuple[np.ndarray, Raster]:
-    with open_tiff(str(path), labels=True) as source:
+    with open_source(path, format="tiff", labels=True) as source:
         info = _one_plane(source).info
         array = source.read(0, 0, info.height, info.width)
         array = array[:, :, 0] if info.channels == 1 else array
@@ -315,7 +317,7 @@ def _read_tiff_mask(path: Path) -> tuple[np.ndarray, Raster]:
 
 def _one_plane(source: Source) -> Source:
     if source.info.planes > 1:
-        raise DataError(f"it holds a stack of {source.info.planes:,} images. Save each image as its own file.")
+        raise DataError(f"it holds {source.info.planes:,} planes; a single image is needed.")
     return source
 
 

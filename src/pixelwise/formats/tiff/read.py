@@ -4,6 +4,7 @@ Of a file with several images the first is read, at its full resolution; a stack
 """
 
 import math
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
@@ -66,6 +67,7 @@ def open_tiff(
     with opening(location, opener, identity) as file:
         flags: Any = {f"is_{name}": False for name in DIALECTS}
         tiff = tifffile.TiffFile(file.buffered, name=file.name, _multifile=False, **flags)
+        check_pages(tiff)
         series = tiff.series[0]
         page = series.keyframe
         ome = ome_metadata(tiff.ome_metadata)
@@ -79,6 +81,17 @@ def open_tiff(
             metadata["plane_axes"] = "".join(layout.axes[axis] for axis in layout.planes)
             metadata["plane_shape"] = tuple(layout.shape[axis] for axis in layout.planes)
         return TiffSource(file, stack, rendering, info, metadata)
+
+
+def check_pages(tiff: tifffile.TiffFile) -> None:
+    """Raise `DataError` where the list of pages breaks off or runs in a circle, which tifffile takes for its end."""
+    form, file = tiff.tiff, tiff.filehandle
+    last = tiff.pages[len(tiff.pages) - 1].offset
+    file.seek(last)
+    (tags,) = struct.unpack(form.tagnoformat, file.read(form.tagnosize))
+    file.seek(last + form.tagnosize + tags * form.tagsize)
+    if any(file.read(form.offsetsize)):
+        raise DataError(f"after its page {len(tiff.pages):,} its pages form a circle, or the file is truncated.")
 
 
 class TiffSource(Source):

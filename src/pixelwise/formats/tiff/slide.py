@@ -16,7 +16,7 @@ from pixelwise.errors import DataError, UsageError
 from pixelwise.files import extra
 from pixelwise.formats.base import SourceInfo
 from pixelwise.formats.local import Identity, readable
-from pixelwise.formats.tiff.read import DIALECTS, MAGIC, Rendering, TiffSource, ome_metadata
+from pixelwise.formats.tiff.read import DIALECTS, MAGIC, Rendering, TiffSource, check_pages, ome_metadata
 from pixelwise.formats.tiff.windows import Handles, Opener, Span, Stack, arrange, opening
 
 _SUFFIXES = (".svs", ".ndpi", ".scn", ".bif")
@@ -46,6 +46,8 @@ def open_slide(
     with opening(location, opener, identity) as file:
         flags = {f"is_{name}": False for name in DIALECTS if name not in _FOLLOWED}
         slide = tiffslide.TiffSlide(file.buffered, tifffile_options={"name": file.name, "_multifile": False, **flags})
+        if not slide.ts_tifffile.is_ndpi:
+            check_pages(slide.ts_tifffile)
         shapes = tuple((int(height), int(width)) for width, height in slide.level_dimensions)
         if not 0 <= level < len(shapes):
             sizes = ", ".join(f"{number} ({width} x {height})" for number, (height, width) in enumerate(shapes))
@@ -53,7 +55,10 @@ def open_slide(
         areas, renderings = _areas(slide, level, file, labels)
         info = renderings[0].info(location, "slide", (1, *shapes[level]), areas[0].stack.block)
         ome = ome_metadata(slide.ts_tifffile.ome_metadata) or {}
-        return SlideSource(file, areas, renderings[0], info, _metadata(slide.properties, shapes, level, ome))
+        metadata = _metadata(slide.properties, shapes, level, ome)
+        if renderings[0].palette is not None:
+            metadata["palette"] = tuple(map(tuple, renderings[0].palette.tolist()))
+        return SlideSource(file, areas, renderings[0], info, metadata)
 
 
 @dataclass(frozen=True)
