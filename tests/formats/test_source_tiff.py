@@ -465,7 +465,7 @@ def test_tiles_that_are_giant_images_are_refused(tmp_path, codec):
     small, large = tmp_path / "a.tif", tmp_path / "b.tif"
     tifffile.imwrite(small, RGB, photometric="rgb", tile=(32, 32), compression=codec)
     tifffile.imwrite(
-        large, np.zeros((1024, 1024, 3), np.uint8), photometric="rgb", tile=(1024, 1024), compression=codec
+        large, np.zeros((256, 256, 3), np.uint8), photometric="rgb", tile=(256, 256), compression=codec
     )
     with tifffile.TiffFile(large) as tiff:
         offset, count = tiff.pages.first.dataoffsets[0], tiff.pages.first.databytecounts[0]

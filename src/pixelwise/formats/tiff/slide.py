@@ -5,7 +5,7 @@ as those of any TIFF, only where a window touches them.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import PurePath
 from typing import Any
 
@@ -53,7 +53,7 @@ def open_slide(
             sizes = ", ".join(f"{number} ({width} x {height})" for number, (height, width) in enumerate(shapes))
             raise UsageError(f"{location}: it has no level {level}. Its levels are {sizes} pixels.")
         areas, renderings = _areas(slide, level, file, labels)
-        info = renderings[0].info(location, "slide", (1, *shapes[level]), areas[0].stack.block)
+        info = renderings[0].info(location, "slide", (1, *shapes[level]), areas[0][2].block)
         ome = ome_metadata(slide.ts_tifffile.ome_metadata) or {}
         metadata = _metadata(slide.properties, shapes, level, ome)
         if renderings[0].palette is not None:
@@ -61,15 +61,8 @@ def open_slide(
         return SlideSource(file, areas, renderings[0], info, metadata)
 
 
-@dataclass(frozen=True)
-class Area:
-    """One scanned rectangle: where it lies on the level, in pixels, and its pixels."""
-
-    top: int
-    left: int
-    height: int
-    width: int
-    stack: Stack
+Area = tuple[int, int, Stack]
+"""One scanned rectangle: its top and left on the level, in pixels, and its pixels."""
 
 
 class SlideSource(TiffSource):
@@ -83,12 +76,12 @@ class SlideSource(TiffSource):
     def __init__(
         self, file: Handles, areas: list[Area], rendering: Rendering, info: SourceInfo, metadata: Mapping[str, Any]
     ) -> None:
-        super().__init__(file, areas[0].stack, rendering, info, metadata)
+        super().__init__(file, areas[0][2], rendering, info, metadata)
         self._areas = areas
 
     def valid(self, top: int, left: int, height: int, width: int, plane: int = 0) -> NDArray[np.bool_] | None:
         whole = (0, 0, self.info.height, self.info.width)
-        is_full = any((area.top, area.left, area.height, area.width) == whole for area in self._areas)
+        is_full = any((y, x, *stack.size[1:3]) == whole for y, x, stack in self._areas)
         if is_full and not self._rendering.has_opacity:
             return None
         there = np.zeros((height, width), dtype=bool)
@@ -111,17 +104,13 @@ class SlideSource(TiffSource):
         self, top: int, left: int, height: int, width: int
     ) -> Iterator[tuple[tuple[slice, slice], Span, Span, Stack]]:
         """For each area: its place in a window, its own rows and columns there, its pixels."""
-        for area in self._areas:
-            rows = max(top, area.top), min(top + height, area.top + area.height)
-            columns = max(left, area.left), min(left + width, area.left + area.width)
+        for y, x, stack in self._areas:
+            rows = max(top - y, 0), min(top - y + height, stack.size[1])
+            columns = max(left - x, 0), min(left - x + width, stack.size[2])
             if rows[0] < rows[1] and columns[0] < columns[1]:
-                target = slice(rows[0] - top, rows[1] - top), slice(columns[0] - left, columns[1] - left)
-                yield (
-                    target,
-                    (rows[0] - area.top, rows[1] - area.top),
-                    (columns[0] - area.left, columns[1] - area.left),
-                    area.stack,
-                )
+                down, right = y - top, x - left
+                target = slice(rows[0] + down, rows[1] + down), slice(columns[0] + right, columns[1] + right)
+                yield target, rows, columns, stack
 
 
 def _areas(slide: Any, level: int, file: Handles, labels: bool) -> tuple[list[Area], list[Rendering]]:
@@ -134,12 +123,11 @@ def _areas(slide: Any, level: int, file: Handles, labels: bool) -> tuple[list[Ar
     for number, (top, left, *_) in places.items():
         series = slide.ts_tifffile.series[number].levels[level]
         layout = arrange(series.axes, tuple(series.shape))
-        planes, height, width, channels = layout.size
-        if planes != 1:
-            raise DataError(f"its level {level} has {planes} planes; one is meant.")
-        rendering = Rendering.of(series.keyframe, np.dtype(series.dtype), channels, labels)
+        if layout.size[0] != 1:
+            raise DataError(f"its level {level} has {layout.size[0]} planes; one is meant.")
+        rendering = Rendering.of(series.keyframe, np.dtype(series.dtype), layout.size[3], labels)
         renderings.append(replace(rendering, orientation=1))
-        areas.append(Area(int(top), int(left), height, width, Stack(series, layout, file)))
+        areas.append((int(top), int(left), Stack(series, layout, file)))
     if len({(rendering.stored, rendering.channels) for rendering in renderings}) != 1:
         raise DataError("the areas of the slide differ in channels or number type, or there are none.")
     return areas, renderings

@@ -129,19 +129,14 @@ def arrange(axes: str, shape: tuple[int, ...], wanted: int | None = None) -> Lay
     as_planes = Layout(axes, shape, rows, columns)
     if named or len(rest) != 1:
         return Layout(axes, shape, rows, columns, named[0]) if named else as_planes
-    axis = rest[0]
-    as_channels = Layout(axes, shape, rows, columns, axis)
+    axis, as_channels = rest[0], Layout(axes, shape, rows, columns, rest[0])
     if axes[axis] != "Q":
         return as_channels if axes[axis] == "I" and wanted == shape[axis] else as_planes
     # an array (rows, columns, channels) may have been written as pages of (columns, channels)
-    may_be_last = axis < rows < columns and shape[columns] < shape[axis]
-    if may_be_last and wanted in (None, shape[columns]):
+    is_shortest = axis < rows < columns and shape[columns] < shape[axis]
+    if is_shortest and (wanted == shape[columns] or wanted not in (1, 3, shape[axis])):
         return Layout(axes, shape, axis, rows, columns)
-    if wanted in (None, shape[axis]) or axis > rows:
-        return as_channels
-    if wanted in (1, 3):
-        return as_planes
-    return Layout(axes, shape, axis, rows, columns) if may_be_last else as_channels
+    return as_planes if wanted in (1, 3) and wanted != shape[axis] and axis < rows else as_channels
 
 
 def squeeze(axes: str, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
@@ -159,12 +154,14 @@ class Stack:
     Attributes:
         dtype: of the numbers, in the byte order of the machine.
         block: rows and columns that are stored together.
+        size: planes, rows, columns, channels.
     """
 
     def __init__(self, series: Any, layout: Layout, handles: Handles) -> None:
         self._series, self._layout, self._handles = series, layout, handles
-        self._key = key = series.keyframe
-        self._lock = threading.Lock()  # tifffile's own handle is used by one thread at a time
+        self._key, self.size = series.keyframe, layout.size
+        key = self._key
+        self._lock = threading.Lock()  # tifffile's handle is used by one thread at a time
         self.dtype = np.dtype(key.dtype).newbyteorder("=")
         self._stored = self.dtype.newbyteorder(key.parent.byteorder)
         self._separate, self._depth, height, width, self._samples = (int(length) for length in key.shaped)
@@ -173,10 +170,9 @@ class Stack:
         self._outer = outer = len(layout.axes) - len(axes)
         inside = layout.channels is not None and layout.channels >= outer
         is_paged = outer >= 0 and layout.shape[outer:] == shape and min(layout.rows, layout.columns) >= outer
-        last = [
-            axis for axis in (layout.rows, layout.columns, layout.channels) if axis is not None and axis >= layout.rows
-        ]
-        if self._base is not None and last == list(range(layout.rows, len(layout.axes))):
+        tail = [layout.rows, layout.columns, layout.channels if (layout.channels or 0) > layout.rows else None]
+        tail = [axis for axis in tail if axis is not None]
+        if self._base is not None and tail == list(range(len(layout.axes)))[-len(tail) :]:
             self.read, self.block = self._flat, self._open_flat()
         elif is_paged and self._separate * self._samples == (layout.size[3] if inside else 1):
             self.read, self.block = self._paged, self._open_pages(height, width)
@@ -185,23 +181,21 @@ class Stack:
             self.read, self.block = self._whole, layout.size[1:3]
 
     def _open_flat(self) -> Span:
-        shape, itemsize = self._layout.shape, self.dtype.itemsize
-        self._check_end(self._base + math.prod(shape) * itemsize)
-        self._strides = [math.prod(shape[axis + 1 :]) * itemsize for axis in range(len(shape))]
-        row = self._strides[self._layout.rows]
-        return max(1, min(self._layout.size[1], _GAP_BYTES // row)), self._layout.size[2]
+        layout, itemsize = self._layout, self.dtype.itemsize
+        self._check_end(self._base + math.prod(layout.shape) * itemsize)
+        self._strides = [math.prod(layout.shape[axis + 1 :]) * itemsize for axis in range(len(layout.shape))]
+        return max(1, min(layout.size[1], _GAP_BYTES // self._strides[layout.rows])), layout.size[2]
 
     def _flat(self, plane: int, rows: Span, columns: Span) -> NDArray[Any]:
         """A window of pages that lie in one piece."""
         layout, strides = self._layout, self._strides
         places = np.unravel_index(plane, [layout.shape[axis] for axis in layout.planes] or [1])
         base = self._base + sum(int(n) * strides[axis] for n, axis in zip(places, layout.planes, strict=False))
-        row, pixel = strides[layout.rows], strides[layout.columns]
-        samples = pixel // self.dtype.itemsize
-        if layout.channels is None or layout.channels > layout.rows:
-            return self._rows(base, row, samples, rows, columns)
-        steps = (base + channel * strides[layout.channels] for channel in range(layout.size[3]))
-        return np.concatenate([self._rows(start, row, samples, rows, columns) for start in steps], axis=2)
+        samples = strides[layout.columns] // self.dtype.itemsize
+        images = [base]
+        if layout.channels is not None and samples == 1:
+            images = [base + channel * strides[layout.channels] for channel in range(layout.size[3])]
+        return _joined([self._rows(image, strides[layout.rows], samples, rows, columns) for image in images])
 
     def _rows(self, base: int, row: int, samples: int, rows: Span, columns: Span) -> NDArray[Any]:
         """A window of an image that starts at `base`, with rows of `row` bytes."""
@@ -244,16 +238,14 @@ class Stack:
     def _paged(self, plane: int, rows: Span, columns: Span) -> NDArray[Any]:
         """A window of pages of which each holds one image, one channel of it, or one block of planes."""
         number, depth = divmod(plane, self._depth)
-        parts = [self._page_window(int(page), depth, rows, columns) for page in self._numbers[number]]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=2)
+        return _joined([self._page_window(int(page), depth, rows, columns) for page in self._numbers[number]])
 
     def _page_window(self, page: int, depth: int, rows: Span, columns: Span) -> NDArray[Any]:
         key, samples = self._key, self._samples
         if self._bands:
             base, row = self._page(page)[0][0], key.imagewidth * samples * self.dtype.itemsize
             images = (base + (index * self._depth + depth) * key.imagelength * row for index in range(self._separate))
-            parts = [self._rows(image, row, samples, rows, columns) for image in images]
-            return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=2)
+            return _joined([self._rows(image, row, samples, rows, columns) for image in images])
         result = np.empty((rows[1] - rows[0], columns[1] - columns[0], self._separate * samples), self.dtype)
         layers, length, width = self._tile
         across = range(columns[0] // width, -(-columns[1] // width))
@@ -310,3 +302,8 @@ class Stack:
         order = [*layout.planes, layout.rows, layout.columns, *([] if layout.channels is None else [layout.channels])]
         stack = self._array().transpose(order).reshape(layout.size)
         return np.array(stack[plane, slice(*rows), slice(*columns)], self.dtype)
+
+
+def _joined(images: list[NDArray[Any]]) -> NDArray[Any]:
+    """Channels side by side."""
+    return images[0] if len(images) == 1 else np.concatenate(images, axis=2)
