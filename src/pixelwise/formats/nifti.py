@@ -188,7 +188,8 @@ class _NiftiSource(Source):
     def _stored(self, rows: slice, columns: slice, index: int, time: int) -> NDArray[Any]:
         """The voxels (height, width) of a window."""
         if self._axis > 0:
-            return self._voxels(*((rows, index) if self._axis == 2 else (index, rows)), time)[columns].T
+            j, k = (rows, index) if self._axis == 2 else (index, rows)
+            return self._voxels(j, k, time)[columns].T
         # a plane along axis 0 takes one voxel from every line of the file, so many planes are read at once and kept
         thick = _SLAB_BYTES // (self._shape[1] * self._shape[2] * self._dtype.itemsize)
         if thick < 2:
