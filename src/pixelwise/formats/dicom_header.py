@@ -35,31 +35,20 @@ _UNCOMPRESSED = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.
 
 @dataclass(frozen=True, kw_only=True)
 class Frame:
-    """One frame of a file, which becomes one plane; what the header does not say is None.
-
-    Attributes:
-        path: the file.
-        index: of the frame in its file.
-        position: centre of the first pixel in mm, x to the left, y to the back, z to the head of the patient (LPS).
-        orientation: direction of the rows (x, y, z), then that of the columns.
-        spacing_mm: between rows, between columns.
-        depth_mm: to the next slice, as far as one slice can tell.
-        slope: a stored number times this ...
-        intercept: ... plus this is in the file's unit.
-        window: the display window as a map to 0..1.
-        order: what tells apart frames at one place, such as the time.
-    """
+    """One frame of a file, which becomes one plane; what the header does not say is None."""
 
     path: Path
-    index: int
-    position: tuple[float, ...] | None
-    orientation: tuple[float, ...] | None
-    spacing_mm: tuple[float, ...] | None
-    depth_mm: float | None
-    slope: float
-    intercept: float
-    window: Scaling | None
-    order: tuple[float, ...]
+    index: int  # in the file
+    position: (
+        tuple[float, ...] | None
+    )  # centre of the first pixel in mm: to the left, back and head of the patient (LPS)
+    orientation: tuple[float, ...] | None  # direction of the rows (x, y, z), then that of the columns
+    spacing_mm: tuple[float, ...] | None  # between rows, between columns
+    depth_mm: float | None  # to the next slice, as far as one slice can tell
+    slope: float  # a stored number times this ...
+    intercept: float  # ... plus this is in the file's unit
+    window: Scaling | None  # the display window as a map to 0..1
+    order: tuple[float, ...]  # tells apart frames at one place, such as the time
 
 
 @dataclass(frozen=True, kw_only=True)

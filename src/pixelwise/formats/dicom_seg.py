@@ -45,12 +45,7 @@ def open_segmentation(
 ) -> Source:
     """Open a DICOM-SEG of binary segments or a label map as a mask: 0 is background, other numbers are segments.
 
-    Args:
-        pydicom: the package.
-        location: the file, or a folder with this file alone.
-        headers: of it.
-        like: the DICOM series or NIfTI volume whose planes the mask has.
-        series: SeriesInstanceUID in `like`.
+    The mask has the planes of `like` (a DICOM series, of which `series` may choose one, or a NIfTI volume).
 
     Raises:
         DataError: the segments are fractions, or their frames do not lie on the planes of `like`.

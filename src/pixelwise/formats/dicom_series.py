@@ -22,7 +22,6 @@ from pixelwise.formats.raster import printable
 SEGMENTATIONS = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")
 _PARALLEL = 1e-3
 _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
-
 _NEAR = 0.05  # of the distance between planes, or of a pixel: what positions of a segmentation may differ by
 _SAME_PLACE_MM = 1e-4
 _EVEN = 0.02  # of the distance between slices; positions are written with few digits
@@ -30,46 +29,29 @@ _EVEN = 0.02  # of the distance between slices; positions are written with few d
 
 @dataclass(frozen=True, kw_only=True)
 class Volume:
-    """Frames in the order of planes, and the space they span.
+    """Frames in the order of planes, and the space they span."""
 
-    Attributes:
-        frames: all slices of the first volume, from the first along the normal on, then those of the next.
-        slices: of one volume.
-        volumes: how many images lie at each place, such as points in time.
-        affine: from (column, row, slice) to the patient in mm, RAS+ as NIfTI has it; None without a position.
-        spacing_mm: between columns, rows and slices; None where unknown.
-        warnings: what is odd about the positions, in words.
-    """
-
-    frames: tuple[Frame, ...]
-    slices: int
-    volumes: int = 1
-    affine: NDArray[np.float64] | None = None
-    spacing_mm: tuple[float, float, float] | None = None
-    warnings: tuple[str, ...] = ()
+    frames: tuple[Frame, ...]  # all slices of the first volume, along their normal, then those of the next
+    slices: int  # of one volume
+    volumes: int = 1  # images at each place, such as points in time
+    affine: NDArray[np.float64] | None = (
+        None  # (column, row, slice) to the patient in mm, RAS+; None without a position
+    )
+    spacing_mm: tuple[float, float, float] | None = None  # between columns, rows and slices; None where unknown
+    warnings: tuple[str, ...] = ()  # what is odd about the positions, in words
 
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """The planes that a segmentation shall have, in the patient's space of DICOM (LPS, mm).
+    """The planes that a segmentation shall have, in the patient's space of DICOM (LPS, mm)."""
 
-    Attributes:
-        name: what they belong to, for messages.
-        positions: centre of the first pixel of each plane.
-        orientation: direction of the rows, then that of the columns.
-        spacing_mm: between rows, between columns.
-        size: rows and columns.
-        reference_uid: frame of reference; "" if unknown.
-        known: metadata on the geometry.
-    """
-
-    name: str
-    positions: NDArray[np.float64]
-    orientation: NDArray[np.float64]
-    spacing_mm: tuple[float, float]
-    size: tuple[int, int]
-    reference_uid: str
-    known: Mapping[str, Any]
+    name: str  # what they belong to, for messages
+    positions: NDArray[np.float64]  # centre of the first pixel of each plane
+    orientation: NDArray[np.float64]  # direction of the rows, then that of the columns
+    spacing_mm: tuple[float, float]  # between rows, between columns
+    size: tuple[int, int]  # rows, columns
+    reference_uid: str  # frame of reference; "" if unknown
+    known: Mapping[str, Any]  # metadata on the geometry
 
 
 def read_headers(pydicom: Any, path: Path, series: str | None) -> tuple[Header, ...]:
