@@ -327,6 +327,15 @@ def test_without_like_it_has_the_planes_of_its_frames(tmp_path):
         assert not source.metadata["even"], "the empty slice is missing"
 
 
+def test_of_a_folder_of_both_the_segmentation_is_the_mask(tmp_path):
+    folder, _ = series(tmp_path / "ct")
+    segmentation(tmp_path / "ct" / "seg.dcm", folder, masks())
+    with open_dicom(folder) as source:
+        assert source.info.planes == 4 and source.metadata["modality"] == "CT"
+    with open_dicom(folder, labels=True, like=folder) as source:
+        assert (whole(source) == masks()).all()
+
+
 @pytest.mark.parametrize("folder", [True, False])
 def test_what_is_written_is_read_back(tmp_path, folder):
     location = series(tmp_path / "ct", gaps=(0, 2.5, 5, 2.5))[0] if folder else enhanced(tmp_path / "enhanced.dcm")

@@ -73,7 +73,7 @@ def open_dicom(
     pydicom = extra("pydicom", "medical", "DICOM")
     if like is not None and not labels:
         raise UsageError(f"{location}: like is an option of masks (labels).")
-    headers = read_headers(pydicom, Path(location), None if like else series)
+    headers = read_headers(pydicom, Path(location), None if like else series, labels)
     for header in headers:
         with dicom_errors(header.path):
             _check_decoder(header.syntax)

@@ -54,10 +54,11 @@ class Grid:
     known: Mapping[str, Any]  # metadata on the geometry
 
 
-def read_headers(pydicom: Any, path: Path, series: str | None) -> tuple[Header, ...]:
+def read_headers(pydicom: Any, path: Path, series: str | None, labels: bool = False) -> tuple[Header, ...]:
     """The headers of a file, or of the one series of a folder.
 
-    Files of a folder that are no DICOM, or hold no image, do not count, nor do segmentations beside other images.
+    Files of a folder that are no DICOM, or hold no image, do not count. Where segmentations lie beside images, images are
+    taken, or segmentations if `labels`.
 
     Raises:
         DataError: a file is damaged, the folder has no image, or several series of which none was chosen.
@@ -74,7 +75,7 @@ def read_headers(pydicom: Any, path: Path, series: str | None) -> tuple[Header, 
             inside = sorted(path.iterdir())
         files = [file for file in inside if file.is_file() and has_mark(file)]
         found = [header for file in files if (header := read_header(pydicom, file)) is not None]
-        found = [header for header in found if header.class_uid not in SEGMENTATIONS] or found
+        found = [header for header in found if (header.class_uid in SEGMENTATIONS) == labels] or found
     if not found:
         folders = [folder.name for folder in inside if folder.is_dir()]
         hint = f" It has the folders {', '.join(folders[:5])}; give the one of a series." if folders else ""

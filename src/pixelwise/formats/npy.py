@@ -72,16 +72,14 @@ class _NpySource(Source):
         if labels and channels != 1 and not is_color:
             raise DataError(f"it has {channels} channels of {self._dtype}; a mask has one, or 8-bit RGB.")
         row = width * channels * self._dtype.itemsize
-        name = {"b": "uint8", "f": "int64" if labels else ""}.get(self._dtype.kind) or self._dtype.newbyteorder(
-            "="
-        ).name
+        stored = "uint8" if self._dtype.kind == "b" else self._dtype.newbyteorder("=").name
         self.info = SourceInfo(
             location=location,
             format="npy",
             height=height,
             width=width,
             channels=channels,
-            dtype=name,
+            dtype="int64" if labels and self._dtype.kind == "f" else stored,
             planes=planes,
             block_px=(height if self._fortran else max(1, min(height, _STRIP_BYTES // row)), width),
         )
