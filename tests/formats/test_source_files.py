@@ -253,6 +253,39 @@ def test_arrays_that_are_no_images(tmp_path, array, message):
         open_npy(_npy(tmp_path / "a.npy", array))
 
 
+@pytest.mark.parametrize("fortran", [False, True])
+@pytest.mark.parametrize(
+    ("array", "planes", "dtype"),
+    [
+        (np.arange(12, dtype=np.int16).reshape(3, 4), 1, "int16"),
+        (np.arange(24).reshape(2, 3, 4), 2, "int64"),
+        (np.arange(24, dtype=np.float32).reshape(2, 3, 4, 1), 2, "int64"),
+        (np.arange(12).reshape(3, 4, 1), 1, "int64"),
+        (np.arange(36, dtype=np.uint8).reshape(3, 4, 3), 1, "uint8"),
+        (np.eye(3, 4, dtype=bool), 1, "uint8"),
+    ],
+)
+def test_npy_as_a_mask(tmp_path, array, planes, dtype, fortran):
+    channels = 3 if array.shape == (3, 4, 3) else 1
+    path = _npy(tmp_path / "a.npy", np.asfortranarray(array) if fortran else array)
+    with open_npy(path, labels=True) as source:
+        assert (source.info.planes, source.info.channels, source.info.dtype) == (planes, channels, dtype)
+        got = np.stack([source.read(0, 0, 3, 4, plane) for plane in range(planes)])
+    assert got.dtype == dtype
+    np.testing.assert_array_equal(got, array.reshape(planes, 3, 4, channels) * (255 if array.dtype == bool else 1))
+
+
+def test_npy_that_is_no_mask(tmp_path):
+    halves = _npy(tmp_path / "a.npy", np.full((3, 4), 0.5))
+    with (
+        open_npy(halves, labels=True) as source,
+        pytest.raises(DataError, match=r"a\.npy: .*float64 that are not whole"),
+    ):
+        source.read(0, 0, 3, 4)
+    with pytest.raises(DataError, match=r"a\.npy: it has 2 channels of uint8; a mask has one, or 8-bit RGB"):
+        open_npy(_npy(tmp_path / "a.npy", np.zeros((2, 3, 4, 2), np.uint8)), labels=True)
+
+
 def test_nan_in_an_array_names_the_window(tmp_path):
     array = np.zeros((9, 9), np.float32)
     array[4, 5] = np.inf
