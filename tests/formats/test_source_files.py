@@ -171,7 +171,8 @@ def test_windows_of_images_are_slices(tmp_path, form, orientation, data):
 
 def test_images_are_decoded_once_and_late(tmp_path, monkeypatch):
     decoded = []
-    monkeypatch.setattr(images, "read_image", lambda path: decoded.append(path) or read_image(path))
+    pixels = images._pixels
+    monkeypatch.setattr(images, "_pixels", lambda *given: decoded.append(given) or pixels(*given))
     Image.fromarray(RGB).save(tmp_path / "a.png")
     with open_image(str(tmp_path / "a.png")) as source:
         assert not decoded
@@ -186,12 +187,33 @@ def test_images_are_decoded_once_and_late(tmp_path, monkeypatch):
             source.check_unchanged()
 
 
-def test_an_image_that_shrinks_between_opening_and_reading(tmp_path):
+@pytest.mark.parametrize("shape", [(40, 60, 3), (400, 600, 3)])
+def test_an_image_that_is_replaced_between_opening_and_reading(tmp_path, shape):
+    Image.fromarray(RNG.integers(0, 255, shape, dtype=np.uint8)).save(tmp_path / "a.png")
+    with open_image(str(tmp_path / "a.png")) as source:
+        Image.fromarray(RGB[:9]).save(tmp_path / "a.png")
+        with pytest.raises(DataError, match=r"a\.png: the file (changed|is damaged)"):
+            source.read(0, 0, 9, 9)
+
+
+def test_an_image_that_is_not_closed_leaves_nothing_open(tmp_path):
     Image.fromarray(RGB).save(tmp_path / "a.png")
-    source = open_image(str(tmp_path / "a.png"))
-    Image.fromarray(RGB[:9]).save(tmp_path / "a.png")
-    with pytest.raises(DataError, match=r"a\.png: its header says"):
-        source.read(0, 0, 9, 9)
+    for _ in range(3):  # a file left open would be a ResourceWarning
+        open_image(str(tmp_path / "a.png"))
+    with open_image(str(tmp_path / "a.png")) as source:
+        first = source.read(0, 0, 40, 60)
+    np.testing.assert_array_equal(source.read(0, 0, 40, 60), first)  # opened again
+
+
+def test_orientation_that_stands_behind_the_pixels(tmp_path):
+    _save(tmp_path / "a.png", "PNG", 6)
+    content = (tmp_path / "a.png").read_bytes()
+    start = content.index(b"eXIf") - 4
+    end = start + 12 + int.from_bytes(content[start : start + 4], "big")
+    moved = content[:start] + content[end:-12] + content[start:end] + content[-12:]
+    (tmp_path / "b.png").write_bytes(moved)
+    np.testing.assert_array_equal(read_image(tmp_path / "b.png"), read_image(tmp_path / "a.png"))
+    assert read_image(tmp_path / "b.png").shape == (60, 40, 3)
 
 
 def _npy(path, array, **options):

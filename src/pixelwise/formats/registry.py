@@ -136,7 +136,7 @@ def _open_local(name: str, forced: str | None, options: dict[str, Any]) -> Sourc
     from pixelwise.formats.local import Stamp, readable
 
     path = Path(name)
-    if path.is_dir():
+    if os.path.isdir(path):  # noqa: PTH112  (also of names that no file can have)
         return _open(forced or _folder_format(path), name, options)
     if forced is None:
         stamp = Stamp.of(path)
