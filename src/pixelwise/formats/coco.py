@@ -39,19 +39,6 @@ def write_coco(path: Path, result: Result, *, image_id: int = 1) -> None:
     Raises:
         UsageError: the result holds no labels.
         PixelwiseError: it cannot be written.
-
-    Example:
-        >>> from pixelwise.data.labels import LabelSpec
-        >>> from pixelwise.formats import SourceInfo
-        >>> info = SourceInfo(location="a.png", format="png", height=2, width=3, channels=3, dtype="uint8")
-        >>> spec = LabelSpec(names=("sea", "land"), colors=((0, 0, 200), (0, 90, 0)), values=((0,), (1,)))
-        >>> labels = np.array([[0, 1, 1], [0, 0, 0]], dtype=np.uint8)
-        >>> result = Result(kind="labels", spec=spec, source=info, dtype=labels.dtype,
-        ...                 rows=lambda plane, top, bottom: labels[top:bottom])
-        >>> path = Path(tempfile.mkdtemp()) / "labels.json"
-        >>> write_coco(path, result)
-        >>> [(item["category_id"], item["area"], item["bbox"]) for item in json.loads(path.read_text())["annotations"]]
-        [(0, 4, [0, 0, 3, 2]), (1, 2, [1, 0, 2, 1])]
     """
     path = Path(path)
     if result.kind != LABELS:
@@ -76,12 +63,6 @@ class Runs:
     """The run-length code of one mask, made piece by piece from the places where the mask changes.
 
     Places count down the columns: x * height + y. Even changes begin the mask, odd ones end it.
-
-    Example:
-        >>> runs = Runs(height=2)
-        >>> runs.add(np.array([1, 4]))
-        >>> runs.finish(6), runs.area, runs.bbox
-        ('132', 3, [0, 0, 2, 2])
     """
 
     def __init__(self, height: int) -> None:
