@@ -15,6 +15,7 @@ from rasterio.control import GroundControlPoint
 from rasterio.transform import Affine
 
 from pixelwise.errors import DataError, UsageError
+from pixelwise.formats import open_source
 from pixelwise.formats.geotiff import is_geotiff, open_geotiff
 from pixelwise.formats.local import Identity
 from pixelwise.formats.readers import read_image
@@ -327,6 +328,49 @@ def test_a_change_while_it_is_read_is_noticed(tmp_path):
         with pytest.raises(DataError, match=r"a\.tif: the file changed"):
             source.check_unchanged()
         assert source.fingerprint() != before
+
+
+def test_a_block_larger_than_memory_costs_one_error(tmp_path):
+    path = tmp_path / "block.tif"
+    kind = {"driver": "GTiff", "width": 80_000, "height": 80_000, "count": 1, "dtype": "uint32", "sparse_ok": True}
+    with rasterio.open(path, "w", **kind, **UTM, tiled=True, blockxsize=40_000, blockysize=40_000, compress="lzw"):
+        pass
+    with pytest.raises(DataError, match=r"block\.tif: "), open_source(path) as source:
+        source.read(0, 0, 9, 9)
+    with open_source(write(tmp_path / "a.tif", random_image())) as source:
+        assert source.info.format == "geotiff" and np.array_equal(whole(source), last(random_image()))
+
+
+def test_masks_are_read_as_stored(tmp_path):
+    one, colors = random_image(1), {index: (index, 255 - index, 7, 255) for index in range(256)}
+    bits, palette = one % 2, {"colormap": colors, "nodata": 5}
+    for name, wanted, array, profile in (
+        ("palette", one, one, palette),
+        ("white is zero", one, one, {"photometric": "miniswhite"}),
+        ("16 bit", one.astype("uint16") * 300, one.astype("uint16") * 300, {"nodata": 300}),
+        ("bits", bits * 255, bits, {"nbits": 1, "photometric": "miniswhite"}),
+        ("whole floats", one, one.astype("float32"), {}),
+        ("colours", random_image(3), random_image(3), {}),
+        ("colours and opacity", random_image(4)[:3], random_image(4), {"photometric": "rgb", "alpha": "yes"}),
+    ):
+        with open_geotiff(write(tmp_path / "m.tif", array, **profile), labels=True) as source:
+            found = whole(source)
+            assert np.array_equal(found, last(wanted)), name
+            assert (found.shape[2], found.dtype.name) == (source.info.channels, source.info.dtype), name
+            assert found.dtype.kind in "ui", name
+            assert ("palette" in source.metadata) == (name == "palette"), name
+    with open_geotiff(write(tmp_path / "m.tif", one, **palette), labels=True) as source:
+        assert source.metadata["palette"][3] == (3, 252, 7)
+        assert np.array_equal(source.valid(0, 0, 70, 90), one[0] != 5)
+
+
+def test_what_is_no_mask_is_refused(tmp_path):
+    for array in (random_image(2), random_image(3, dtype="uint16")):
+        with pytest.raises(DataError, match=r"m\.tif: it has . bands of .*a mask has"):
+            open_geotiff(write(tmp_path / "m.tif", array), labels=True)
+    path = write(tmp_path / "m.tif", random_image(1, dtype="float32") / 7)
+    with pytest.raises(DataError, match=r"m\.tif: .*not whole"), open_geotiff(path, labels=True) as source:
+        whole(source)
 
 
 def try_all(path):

@@ -34,6 +34,43 @@ _PIXELS = "pixels of the image: x to the right, y down, (0, 0) is its upper left
 _DEGREES = "longitude and latitude in degrees, WGS 84"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where an image lies.
+
+    Attributes:
+        coordinates: what the coordinates of the polygons are, in words.
+        crs: rasterio's coordinate system of the image; None if the polygons stay in pixels.
+        transform: (a, b, c, d, e, f): x = a column + b row + c, y = d column + e row + f.
+        pixel_m2: the area of a pixel in square metres, if the coordinate system has a unit of length.
+        decimals: of degrees, so that they are about a hundredth of a pixel, and at least the 7 that RFC 7946 names.
+    """
+
+    coordinates: str
+    crs: Any = None
+    transform: tuple[float, ...] = ()
+    pixel_m2: float | None = None
+    decimals: int = 7
+
+    def to_world(self, rasterio: ModuleType, polygons: NDArray[Any]) -> NDArray[Any]:
+        """Polygons in pixels, in the coordinates of the file; those that cross the antimeridian are cut there."""
+        if self.crs is None or len(polygons) == 0:
+            return polygons
+        shapely, warp = (extra(name, "geo", "GeoJSON") for name in ("shapely", "rasterio.warp"))
+        local = shapely.transform(shapely.segmentize(polygons, _STRAIGHT_PX), self._to_crs)
+        world = shapely.transform(local, lambda points: np.stack(warp.transform(self.crs, _WGS84, *points.T), axis=1))
+        west, _, east, _ = shapely.bounds(world).T
+        for index in np.flatnonzero(east - west > 180):
+            cut = warp.transform_geom(self.crs, _WGS84, shapely.geometry.mapping(local[index]))
+            world[index] = shapely.geometry.shape(cut)
+        return shapely.transform(world, lambda points: np.round(points, self.decimals))
+
+    def _to_crs(self, points: NDArray[np.float64]) -> NDArray[np.float64]:
+        a, b, c, d, e, f = self.transform
+        x, y = points.T
+        return np.stack([a * x + b * y + c, d * x + e * y + f], axis=1)
+
+
 def write_geojson(path: Path, result: Result, *, simplify_px: float = 1.0, min_area_px: int = 0) -> None:
     """Write one polygon, with its holes, for each connected region of a class (pixels that share an edge).
 
@@ -58,18 +95,25 @@ def write_geojson(path: Path, result: Result, *, simplify_px: float = 1.0, min_a
         raise UsageError(f"{path}: polygons are made of labels; {result.kind} has none. Write it as GeoTIFF.")
     if not (math.isfinite(simplify_px) and simplify_px >= 0 and min_area_px >= 0):
         raise UsageError(f"simplify_px ({simplify_px}) and min_area_px ({min_area_px}) must not be negative.")
-    extra("shapely", "geo", "GeoJSON")
+    shapely = extra("shapely", "geo", "GeoJSON")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with gdal("GeoJSON") as rasterio, tempfile.TemporaryDirectory(prefix=".pixelwise-", dir=path.parent) as folder:
             place = find_place(rasterio, result)
-            spool = Path(folder, "labels.tif")
-            write_rows(rasterio, spool, result, nodata=None)
+            raster = Path(folder, "labels.tif")
+            write_rows(rasterio, raster, result, nodata=None)
+            head: dict[str, Any] = {"type": "FeatureCollection", "name": path.stem, "coordinates": place.coordinates}
+            head |= {"pixelwise": dict(result.mark)} if result.mark else {}
             with atomic_path(path) as part, part.open("w", encoding="utf-8") as file:
-                file.write(_head(path, result, place))
+                file.write(json.dumps(head, ensure_ascii=False)[:-1] + ', "features": [')
                 separator = "\n"
                 for plane in range(result.source.planes):
-                    for feature in _features(rasterio, spool, plane, result, place, simplify_px, min_area_px):
+                    polygons, labels = trace(rasterio, raster, plane + 1)
+                    areas = np.rint(shapely.area(polygons)).astype(np.int64)
+                    polygons = simplify(with_shared_corners(polygons), simplify_px)
+                    keep = (areas >= min_area_px) & (labels != (-1 if result.nodata is None else result.nodata))
+                    found = (polygons[keep], labels[keep], areas[keep])
+                    for feature in _features(rasterio, *found, plane, place, result):
                         file.write(separator + feature)
                         separator = ",\n"
                 file.write("\n]}\n")
@@ -77,42 +121,29 @@ def write_geojson(path: Path, result: Result, *, simplify_px: float = 1.0, min_a
         raise cannot_write(path, error) from error
 
 
-def _head(path: Path, result: Result, place: Place) -> str:
-    """Everything of the collection before its features."""
-    head = {"type": "FeatureCollection", "name": path.stem, "coordinates": place.coordinates}
-    if result.mark:
-        head["pixelwise"] = dict(result.mark)  # type: ignore[assignment]
-    return json.dumps(head, ensure_ascii=False, sort_keys=False)[:-1] + ', "features": ['
-
-
 def _features(
     rasterio: ModuleType,
-    spool: Path,
+    polygons: NDArray[Any],
+    labels: NDArray[np.int64],
+    areas: NDArray[np.int64],
     plane: int,
-    result: Result,
     place: Place,
-    simplify_px: float,
-    min_area_px: int,
+    result: Result,
 ) -> Iterator[str]:
     """The features of one plane as text, one after the other."""
     shapely = extra("shapely", "geo", "GeoJSON")
-    polygons, labels = trace(rasterio, spool, plane + 1)
-    areas = np.rint(shapely.area(polygons)).astype(np.int64)
-    polygons = simplify(with_shared_corners(polygons), simplify_px)
-    keep = (areas >= min_area_px) & (labels != (-1 if result.nodata is None else result.nodata))
-    polygons, labels, areas = polygons[keep], labels[keep], areas[keep]
     names = result.spec.names
     for chunk in np.array_split(np.arange(len(polygons)), -(-len(polygons) // 10_000) or 1):
         geometries = shapely.to_geojson(shapely.orient_polygons(place.to_world(rasterio, polygons[chunk])))
         for geometry, label, area in zip(geometries, labels[chunk].tolist(), areas[chunk].tolist(), strict=True):
-            properties = {"class": names[label] if label < len(names) else f"value {label}", "class_id": label}
-            properties["area_px"] = area
+            name = names[label] if label < len(names) else f"value {label}"
+            properties = {"class": name, "class_id": label, "area_px": area}
             if place.pixel_m2 is not None:
                 properties["area_m2"] = float(f"{area * place.pixel_m2:.6g}")
             if result.source.planes > 1:
                 properties["plane"] = plane
-            told = json.dumps(properties, ensure_ascii=False)
-            yield f'{{"type": "Feature", "properties": {told}, "geometry": {geometry}}}'
+            text = json.dumps(properties, ensure_ascii=False)
+            yield f'{{"type": "Feature", "properties": {text}, "geometry": {geometry}}}'
 
 
 def trace(rasterio: ModuleType, path: Path, band: int) -> tuple[NDArray[Any], NDArray[np.int64]]:
@@ -169,7 +200,7 @@ def with_shared_corners(polygons: NDArray[Any]) -> NDArray[Any]:
     towards[rings[1:] - 1] = 0  # none begins at the last of a ring
     count, first = np.zeros(len(corners), dtype=np.int64), np.zeros(len(corners), dtype=np.int64)
     side = int(corners.max()) + 1
-    orders = [_ordered(corners, axis, side) for axis in (0, 1)]
+    orders = [np.unique(_keys(corners, axis, side)) for axis in (0, 1)]
     for axis, order in enumerate(orders):
         edges = np.flatnonzero(towards[:, axis])
         here, there = (_keys(points[edges], axis, side) for points in (corners, np.roll(corners, -1, axis=0)))
@@ -188,63 +219,26 @@ def with_shared_corners(polygons: NDArray[Any]) -> NDArray[Any]:
     return shapely.from_ragged_array(kind, dense, (starts[rings], parts))
 
 
-def _ordered(corners: NDArray[np.int64], axis: int, side: int) -> NDArray[np.int64]:
-    """The keys of all corners, each once, ascending: line by line, and within the line along `axis`."""
-    return np.unique(_keys(corners, axis, side))
-
-
 def _keys(corners: NDArray[np.int64], axis: int, side: int) -> NDArray[np.int64]:
+    """A number for each corner, ascending line by line, and within the line along `axis`."""
     return corners[:, 1 - axis] * side + corners[:, axis]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Place:
-    """Where an image lies.
-
-    Attributes:
-        coordinates: what the coordinates of the polygons are, in words.
-        crs: rasterio's coordinate system of the image; None if the polygons stay in pixels.
-        transform: (a, b, c, d, e, f): x = a column + b row + c, y = d column + e row + f.
-        pixel_m2: the area of a pixel in square metres, if the coordinate system has a unit of length.
-        decimals: of degrees, so that they are about a hundredth of a pixel, and at least the 7 that RFC 7946 names.
-    """
-
-    coordinates: str
-    crs: Any = None
-    transform: tuple[float, ...] = ()
-    pixel_m2: float | None = None
-    decimals: int = 7
-
-    def to_world(self, rasterio: ModuleType, polygons: NDArray[Any]) -> NDArray[Any]:
-        """Polygons in pixels, in the coordinates of the file; those that cross the antimeridian are cut there."""
-        if self.crs is None or len(polygons) == 0:
-            return polygons
-        shapely, warp = (extra(name, "geo", "GeoJSON") for name in ("shapely", "rasterio.warp"))
-        local = shapely.transform(shapely.segmentize(polygons, _STRAIGHT_PX), self._to_crs)
-        world = shapely.transform(local, lambda points: np.stack(warp.transform(self.crs, _WGS84, *points.T), axis=1))
-        west, _, east, _ = shapely.bounds(world).T
-        for index in np.flatnonzero(east - west > 180):
-            cut = warp.transform_geom(self.crs, _WGS84, shapely.geometry.mapping(local[index]))
-            world[index] = shapely.geometry.shape(cut)
-        return shapely.transform(world, lambda points: np.round(points, self.decimals))
-
-    def _to_crs(self, points: NDArray[np.float64]) -> NDArray[np.float64]:
-        a, b, c, d, e, f = self.transform
-        x, y = points.T
-        return np.stack([a * x + b * y + c, d * x + e * y + f], axis=1)
 
 
 def find_place(rasterio: ModuleType, result: Result) -> Place:
     """The place of the image that a result was made from; to be used inside `gdal()`."""
     metadata = result.metadata if result.source.format == "geotiff" else {}
-    transform = metadata.get("transform")
+    crs_text, transform = metadata.get("crs"), metadata.get("transform")
     if metadata.get("gcps") or metadata.get("rpcs"):
         return Place(coordinates=f"{_PIXELS}; its control points or RPCs are not followed, warp the image (gdalwarp)")
-    if not metadata.get("crs") or not transform:
-        return Place(coordinates=_PIXELS + _level_in_words(result))
+    if not crs_text or not transform:
+        level = result.metadata.get("level") if result.source.format == "slide" else None
+        if not level:
+            return Place(coordinates=_PIXELS)
+        factor = f"times {result.metadata['downsample']:g} they are those of level 0"
+        return Place(coordinates=f"{_PIXELS}; of level {level} of the slide, {factor}")
     try:
         with gdal():
-            crs = rasterio.crs.CRS.from_user_input(metadata["crs"])
+            crs = rasterio.crs.CRS.from_user_input(crs_text)
             place = Place(coordinates=_DEGREES, crs=crs, transform=transform)
             pixel = _pixels_of(place, result)
     except (OSError, ValueError):  # the coordinate system of a building site, for example
@@ -253,14 +247,6 @@ def find_place(rasterio: ModuleType, result: Result) -> Place:
         return Place(coordinates=f"{_PIXELS}; parts of it have no longitude and latitude in its coordinate system")
     decimals = 2 - math.floor(math.log10(max(float(np.hypot(pixel[:, 0], pixel[:, 1]).min()), 1e-12)))
     return replace(place, pixel_m2=_plane_area(crs, transform, pixel[:, 3]), decimals=min(12, max(7, decimals)))
-
-
-def _level_in_words(result: Result) -> str:
-    """A viewer takes coordinates for those of the finest level."""
-    level = result.metadata.get("level")
-    if result.source.format != "slide" or not level:
-        return ""
-    return f"; of level {level} of the slide, times {result.metadata['downsample']:g} they are those of level 0"
 
 
 def _pixels_of(place: Place, result: Result) -> NDArray[np.float64]:

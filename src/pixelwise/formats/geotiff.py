@@ -36,16 +36,7 @@ _GEO = {  # ModelPixelScale, ModelTiepoint, ModelTransformation, GeoKeyDirectory
 _COMPRESSION, _PHOTOMETRIC, _ORIENTATION = 259, 262, 274
 _GRAY_OR_RGB, _YCBCR, _JPEG = (0, 1, 2, 3, 32803), 6, (6, 7)
 _WHITE_IS_ZERO, _PALETTE = 0, 3
-_COLOR_NAMES = {
-    4: "a mask",
-    5: "CMYK",
-    6: "YCbCr",
-    8: "CIELAB",
-    9: "ICCLAB",
-    10: "ITULAB",
-    32844: "LogL",
-    32845: "LogLuv",
-}
+_COLOR_NAMES = {4: "a mask", 5: "CMYK", 6: "YCbCr", 8: "CIELAB", 9: "ICCLAB", 10: "ITULAB"}
 _SHORT, _MAX_TAGS, _MAX_TAG_TEXT = 3, 4096, 1 << 16
 _IDENTITY = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
 
@@ -104,12 +95,8 @@ class GeoTIFF(Source):
         self._closed = False
         with readable(location), self._file() as file:
             self._photometric = _checked_photometric(_tags(file))
-        try:
-            with self._dataset("header") as dataset:
-                self._look(dataset)
-        except BaseException:
-            self.close()
-            raise
+        with self._dataset("header") as dataset:
+            self._look(dataset)
 
     def _look(self, dataset: Any) -> None:
         """Everything that is known without pixels."""
@@ -121,16 +108,14 @@ class GeoTIFF(Source):
             raise DataError(f"its numbers are of type {', '.join(dtypes)}; whole numbers and floats can be used.")
         self._stored, channels = np.dtype(dtypes[0]), len(self._bands)
         bits = str(dataset.tags(1, ns="IMAGE_STRUCTURE").get("NBITS", ""))
-        self._bits = int(bits) if bits.isdecimal() and int(bits) else 8 * self._stored.itemsize
+        self._bits = min(int(bits) if bits.isdecimal() else 64, 8 * self._stored.itemsize)
         self._masked = any(flag.name == "per_dataset" for flag in dataset.mask_flag_enums[0]) and not self._alpha
         self._nodata = _nodata(dataset.nodata, self._stored)
         metadata, dtype = _metadata(dataset), self._stored.name
         self._colors = _palette(dataset, self._stored) if self._photometric == _PALETTE and channels == 1 else None
         if self._labels:
             if channels != 1 and (channels, dtype) != (3, "uint8"):
-                raise DataError(
-                    f"it has {channels} bands of {dtype}; a mask has one band of whole numbers, or 8-bit RGB."
-                )
+                raise DataError(f"it has {channels} bands of {dtype}; a mask has one of integers, or 8-bit RGB.")
             dtype = "int64" if self._stored.kind == "f" else dtype
             if self._colors is not None:
                 metadata["palette"] = tuple(map(tuple, self._colors[: 1 << self._bits].tolist()))
@@ -154,9 +139,9 @@ class GeoTIFF(Source):
         Raises:
             DataError: it cannot be decoded, or holds NaN or infinity that are not declared as nodata.
         """
+        window = ((top, top + height), (left, left + width))
         where = f"rows {top}..{top + height}, columns {left}..{left + width}"
         with self._dataset(where) as dataset:
-            window = ((top, top + height), (left, left + width))
             pixels = np.ascontiguousarray(dataset.read(self._bands, window=window).transpose(1, 2, 0))
             if self._labels:
                 return self._as_seen(whole_numbers(pixels))
@@ -280,18 +265,15 @@ def _palette(dataset: Any, dtype: np.dtype[Any]) -> NDArray[np.uint8]:
 
 
 def _tags(file: IO[bytes]) -> dict[int, int]:
-    """The tags of the first image by their numbers, with their value where it is one short number.
-
-    Raises:
-        DataError: the tags do not lie (as a whole) in the file, or it is no TIFF.
-    """
+    """The tags of the first image by their numbers, with their value where it is a single one, else its place."""
     file.seek(0)
     start = file.read(16)
     if start[:4] not in _MAGIC:
         raise DataError("this is no TIFF.")
     order, big = "<" if start[:2] == b"II" else ">", 43 in start[2:4]
     link, length = ("Q", "Q") if big else ("I", "H")
-    entry = struct.Struct(f"{order}HH{link}H{'6x' if big else '2x'}")
+    entry = struct.Struct(f"{order}HH{link}{link}")
+    shift = 0 if order == "<" else 48 if big else 16  # of a number of two bytes in the field of a value
     try:
         file.seek(struct.unpack_from(order + link, start, 8 if big else 4)[0])
         (count,) = struct.unpack(order + length, file.read(struct.calcsize(length)))
@@ -301,7 +283,7 @@ def _tags(file: IO[bytes]) -> dict[int, int]:
     except (struct.error, OverflowError) as error:
         raise DataError("its tags are damaged or cut off.") from error
     return {
-        number: value if (kind, values) == (_SHORT, 1) else -1
+        number: value >> shift & 0xFFFF if (kind, values) == (_SHORT, 1) else value
         for number, kind, values, value in entry.iter_unpack(entries)
     }
 
