@@ -207,6 +207,15 @@ def test_the_child_ends_with_its_parent(scene):
     pytest.fail("the decoding process outlives its parent")
 
 
+def test_nothing_is_left_in_the_temporary_folder(scene, tmp_path, monkeypatch):
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
+    with open_source(scene[1]):
+        assert len(list((tmp_path / "tmp").iterdir())) == 1
+    decoding.stop()
+    assert not list((tmp_path / "tmp").iterdir())
+
+
 def test_settings_that_are_no_numbers(scene, monkeypatch):
     monkeypatch.setenv("PIXELWISE_DECODER_MEMORY", "much")
     with pytest.raises(UsageError, match="PIXELWISE_DECODER_MEMORY must be a number above 0, not 'much'"):

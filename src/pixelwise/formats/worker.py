@@ -9,6 +9,7 @@ import base64
 import contextlib
 import json
 import os
+import shutil
 import signal
 import struct
 import sys
@@ -181,8 +182,14 @@ def _answered(server: _Server, request: dict[str, Any]) -> dict[str, Any]:
         }
 
 
-def main(memory_fd: int, memory_bytes: int) -> None:
-    """Serve requests from standard input until it ends."""
+def main(memory_fd: int, memory_bytes: int, folder: str) -> None:
+    """Serve requests from standard input until it ends.
+
+    Args:
+        memory_fd: of the file in shared memory; -1 if there is none.
+        memory_bytes: that may be taken beyond what the imports take.
+        folder: of temporary files; it is removed at the end.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that asks decides when to stop
     requests, answers = FileIO(os.dup(0), "r"), FileIO(os.dup(1), "w")
     silent = os.open(os.devnull, os.O_RDWR)
@@ -201,8 +208,9 @@ def main(memory_fd: int, memory_bytes: int) -> None:
     send(answers, {"number": 0})  # ready
     while (request := receive(requests)) is not None:
         pool.submit(serve, request)
+    shutil.rmtree(folder, ignore_errors=True)  # the parent does it too, unless it was killed
     os._exit(0)  # also if a thread still decodes
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]))
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
