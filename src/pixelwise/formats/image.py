@@ -74,13 +74,18 @@ def open_image(location: str, *, labels: bool = False) -> "ImageSource":
 
 
 class ImageSource(Source):
-    """An image that is kept decoded while it is open; made by `open_image`.
+    """An image that is kept decoded while it is open.
 
     Attributes:
         cache_bytes: what the decoded image takes in memory.
+
+    Args:
+        location: its path.
+        labels: read a mask.
+        now: it is read at once, so that decoding may begin.
     """
 
-    def __init__(self, location: str, labels: bool) -> None:
+    def __init__(self, location: str, labels: bool = False, now: bool = False) -> None:
         self._identity = Identity.local(location)
         self._labels = labels
         self._lock = threading.Lock()
@@ -92,7 +97,7 @@ class ImageSource(Source):
             image = self._image
             self._is_wide = _is_wide_color(image)
             channels, dtype = _kind(image, self._is_wide, labels)
-            self._orientation = _orientation(image)
+            self._orientation = _orientation(image, now)
             colors = _colors(image) if labels else None  # which decodes the image
         height, width = image.height, image.width
         if self._orientation in (5, 6, 7, 8):
@@ -242,13 +247,14 @@ def _is_wide_color(image: Image.Image) -> bool:
     return (tile[0][3] if isinstance(tile[0][3], str) else tile[0][3][0]) in _WIDE_COLOR
 
 
-def _orientation(image: Image.Image) -> int:
+def _orientation(image: Image.Image, now: bool) -> int:
     """EXIF orientation 1..8. Only where text follows the pixels of a PNG, these are decoded to get at it."""
     if isinstance(image, PngImageFile) and image.fp is not None:
-        place = image.fp.seek(0, os.SEEK_CUR)
-        kinds = [kind for kind, _ in chunks(image.fp)]
-        image.fp.seek(place)
-        if kinds[-2:] != [b"IDAT", b"IEND"]:
+        if not now:
+            place = image.fp.seek(0, os.SEEK_CUR)
+            now = [kind for kind, _ in chunks(image.fp)][-2:] != [b"IDAT", b"IEND"]
+            image.fp.seek(place)
+        if now:
             image.load()
     with silence():
         found = Image.Image.getexif(image).get(_ORIENTATION_TAG, 1)

@@ -1,5 +1,6 @@
 """A whole image, or a whole mask, of any format that can be opened."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ from numpy.typing import NDArray
 
 from pixelwise.errors import DataError
 from pixelwise.formats.base import Source, SourceInfo
-from pixelwise.formats.image import meant, silence, whole_numbers
+from pixelwise.formats.image import ImageSource, is_image, meant, silence, whole_numbers
 from pixelwise.formats.local import Identity, readable
 from pixelwise.formats.raster import MAX_DECODED_BYTES, Palette, Raster, orient, printable
 from pixelwise.formats.registry import FORMATS, open_source
@@ -21,7 +22,7 @@ IMAGE_SUFFIXES = (*FORMATS["image"].suffixes, ".tif", ".tiff")
 
 
 def read_image(path: str | Path) -> NDArray[Any]:
-    """Read an image as it is meant to be seen, (H, W, C) in the file's number type.
+    """Read an image as it is meant to be seen, (H, W, C) in the file's number type; the array may be read-only.
 
     EXIF orientation is applied, palettes become RGB, opacity is dropped, 1-bit becomes 0 and 255. Bit depth stays.
 
@@ -29,7 +30,7 @@ def read_image(path: str | Path) -> NDArray[Any]:
         DataError: the file is missing, empty, damaged, too large, no image, a volume, or holds NaN or infinity.
     """
     with _opened(path) as source:
-        return np.require(_whole(source), requirements="W")
+        return _whole(source)
 
 
 def read_mask(path: str | Path) -> NDArray[Any]:
@@ -38,7 +39,7 @@ def read_mask(path: str | Path) -> NDArray[Any]:
     EXIF orientation is applied as to images; 1-bit becomes 0 and 255; opacity is dropped.
 
     Returns:
-        integers (H, W), or uint8 (H, W, 3).
+        integers (H, W), or uint8 (H, W, 3); the array may be read-only.
 
     Raises:
         DataError: as `read_image`, or the file holds neither whole numbers nor 8-bit colours.
@@ -49,7 +50,7 @@ def read_mask(path: str | Path) -> NDArray[Any]:
 def read_mask_file(path: str | Path) -> tuple[NDArray[Any], Raster]:
     """What `read_mask` gives, with what the file says besides: its format and palette."""
     with _opened(path, labels=True) as source:
-        array = np.require(_whole(source), requirements="W")
+        array = _whole(source)
         array = array[:, :, 0] if array.shape[2] == 1 else array
         return array, Raster(array=array, format=source.info.format.upper(), palette=source.metadata.get("palette"))
 
@@ -68,7 +69,22 @@ def image_info(path: str | Path) -> SourceInfo:
 
 def _opened(path: str | Path, labels: bool = False) -> Source:
     name = str(path)
-    return _WholeTiff(name, labels) if _is_tiff(name) else open_source(name, labels=labels or None)
+    head = _first_bytes(name)
+    if is_image(head, name):  # as `open_source` would find out, but at once: training reads thousands of them
+        return ImageSource(name, labels, now=True)
+    return _WholeTiff(name, labels) if head[:4] in _TIFF_MAGIC else open_source(name, labels=labels or None)
+
+
+def _first_bytes(name: str) -> bytes:
+    """Of a file; none of a folder, a pipe or what is not there."""
+    try:
+        handle = os.open(name, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+        try:
+            return os.read(handle, 12)
+        finally:
+            os.close(handle)
+    except (OSError, ValueError):
+        return b""
 
 
 def _whole(source: Source) -> NDArray[Any]:
@@ -85,16 +101,6 @@ def _whole(source: Source) -> NDArray[Any]:
 
 
 # From here on: TIFF as a whole, until `open_tiff` reads masks and stacks of channels as `decode_tiff` does.
-
-
-def _is_tiff(name: str) -> bool:
-    try:
-        if Path(name).is_file():
-            with Path(name).open("rb") as file:
-                return file.read(4) in _TIFF_MAGIC
-    except (OSError, ValueError):
-        pass
-    return False
 
 
 class _WholeTiff(Source):
