@@ -31,11 +31,6 @@ def write_coco(path: Path, result: Result, *, image_id: int = 1) -> None:
     numbers. `pycocotools.mask.decode(annotation["segmentation"])` gives the mask back (it counts in 32 bits, so up to 2^32
     pixels). Pixels without data belong to no annotation.
 
-    Args:
-        path: where to; replaced at the end, when all is written.
-        result: labels.
-        image_id: of the first plane.
-
     Raises:
         UsageError: the result holds no labels.
         PixelwiseError: it cannot be written.
@@ -51,8 +46,8 @@ def write_coco(path: Path, result: Result, *, image_id: int = 1) -> None:
             separator, number = "\n", 1
             for plane in range(result.source.planes):
                 for annotation in _annotations(path, result, plane):
-                    told = {"id": number, "image_id": image_id + plane} | annotation
-                    file.write(separator + json.dumps(told))
+                    annotation = {"id": number, "image_id": image_id + plane} | annotation
+                    file.write(separator + json.dumps(annotation))
                     separator, number = ",\n", number + 1
             file.write("\n]}\n")
     except OSError as error:

@@ -118,28 +118,22 @@ class _Stream:
         self._file = file
         self.failure: BaseException | None = None
 
-    def read(self, size: int = -1) -> bytes:
-        return self._attempt(b"", self._file.read, size)
+    def __getattr__(self, name: str) -> Callable[..., Any]:  # read, write, seek, tell, flush, truncate
+        def attempt(*given: Any) -> Any:
+            if self.failure is None:
+                try:
+                    return getattr(self._file, name)(*given)
+                except BaseException as error:  # noqa: BLE001 (kept for `check`, called when GDAL has returned)
+                    self.failure = error
+            return len(given[0]) if name == "write" else b"" if name == "read" else 0
 
-    def write(self, content: bytes) -> int:
-        return self._attempt(len(content), self._file.write, content)
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        return self._attempt(0, self._file.seek, offset, whence)
-
-    def tell(self) -> int:
-        return self._attempt(0, self._file.tell)
-
-    def flush(self) -> None:
-        self._attempt(None, self._file.flush)
-
-    def truncate(self, size: int | None = None) -> int:
-        return self._attempt(0, self._file.truncate, size)
+        return attempt
 
     def close(self) -> None:
-        failure, self.failure = self.failure, None
-        self._attempt(None, self._file.close)
-        self.failure = failure or self.failure
+        try:
+            self._file.close()
+        except BaseException as error:  # noqa: BLE001 (as above)
+            self.failure = self.failure or error
 
     def check(self) -> None:
         if isinstance(self.failure, Exception) and not isinstance(self.failure, OSError | PixelwiseError):
@@ -152,15 +146,6 @@ class _Stream:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _attempt(self, otherwise: Any, action: Callable[..., Any], *given: Any) -> Any:
-        if self.failure is not None:
-            return otherwise
-        try:
-            return action(*given)
-        except BaseException as error:  # noqa: BLE001 (kept for `check`, which is called when GDAL has returned)
-            self.failure = error
-            return otherwise
 
 
 def _reason(error: BaseException) -> str:

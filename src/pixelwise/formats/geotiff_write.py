@@ -28,10 +28,6 @@ _NOT_KEPT = (
 def write_geotiff(path: Path, result: Result) -> None:
     """Write a map as GeoTIFF: CRS, transform and tags of its image, class colours, nodata; one band for each plane.
 
-    Args:
-        path: where to; replaced at the end, when all is written.
-        result: the map; its rows are asked for from top to bottom, some hundred at a time.
-
     Raises:
         PixelwiseError: it cannot be written.
         UsageError: rasterio is not installed.
@@ -78,11 +74,7 @@ def read_geotiff_mark(path: str | Path) -> dict[str, Any] | None:
 
 
 def write_rows(rasterio: ModuleType, path: Path, result: Result, **profile: Any) -> None:
-    """Write the rows of all planes into a new tiled file that says nothing more; to be used inside `gdal()`.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """Write the rows of all planes into a new tiled file that says nothing more; to be used inside `gdal()`."""
     with Dataset(rasterio, path.open, mode="w", **(_shape(result) | profile)) as dataset:
         _fill(dataset, result)
 
@@ -126,7 +118,7 @@ def _shape(result: Result) -> dict[str, Any]:
 
 
 def _place(rasterio: ModuleType, result: Result) -> dict[str, Any]:
-    """Where the image lies, as rasterio wants to be told; nothing for images from other formats."""
+    """Where the image lies, as arguments of `rasterio.open`; none for images from other formats."""
     metadata = result.metadata if result.source.format == "geotiff" else {}
     place: dict[str, Any] = {}
     if crs := metadata.get("gcps_crs" if metadata.get("gcps") else "crs"):

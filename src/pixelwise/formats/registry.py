@@ -99,7 +99,7 @@ def _is_picture(path: str, format: str | None) -> bool:
     from pixelwise.formats.image import is_image
     from pixelwise.formats.local import Stamp, readable
 
-    if format is not None or Path(path).is_dir():
+    if format is not None or os.path.isdir(path):  # noqa: PTH112  (also of names that no file can have)
         return False
     Stamp.of(path)  # a pipe must not even be opened
     with readable(path), Path(path).open("rb") as file:
