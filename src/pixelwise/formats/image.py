@@ -23,7 +23,7 @@ from pixelwise.errors import DataError
 from pixelwise.formats.base import Source, SourceInfo
 from pixelwise.formats.local import Identity, readable
 from pixelwise.formats.png import SIGNATURE, chunks
-from pixelwise.formats.raster import Palette, Raster, orient
+from pixelwise.formats.raster import Palette, orient
 
 _MAGIC = (SIGNATURE, b"\xff\xd8\xff", b"BM", b"GIF87a", b"GIF89a", *(b"P%d" % kind for kind in range(1, 7)))
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "PPM")  # no others: Pillow would hand some to outside programs
@@ -228,16 +228,6 @@ def whole_numbers(array: NDArray[Any]) -> NDArray[Any]:
         if (whole == array).all():
             return whole
     raise DataError(f"it holds numbers of type {array.dtype} that are not whole; a mask has whole numbers.")
-
-
-def meant(raster: Raster) -> NDArray[Any]:
-    """The pixels (H, W, C) of a decoded file as they are meant to be seen: palette looked up, no opacity, black as 0."""
-    array = raster.array if raster.array.ndim == 3 else raster.array[:, :, None]
-    array = array[:, :, :-1] if raster.has_alpha else array
-    array = whole_numbers(array) if array.dtype == bool else array
-    if raster.inverted and array.dtype.kind == "u":
-        array = np.iinfo(array.dtype).max - array
-    return array if raster.palette is None else _look_up(array, raster.palette)
 
 
 def _is_wide_color(image: Image.Image) -> bool:

@@ -9,14 +9,11 @@ from numpy.typing import NDArray
 
 from pixelwise.errors import DataError
 from pixelwise.formats.base import Source, SourceInfo
-from pixelwise.formats.image import ImageSource, is_image, meant, silence, whole_numbers
-from pixelwise.formats.local import Identity, readable
-from pixelwise.formats.raster import MAX_DECODED_BYTES, Palette, Raster, orient, printable
+from pixelwise.formats.image import ImageSource, is_image, silence
+from pixelwise.formats.raster import MAX_DECODED_BYTES, Palette, Raster, printable
 from pixelwise.formats.registry import FORMATS, open_source
-from pixelwise.formats.tiff_decode import MAGIC as _TIFF_MAGIC
-from pixelwise.formats.tiff_decode import decode_tiff
 
-__all__ = ["IMAGE_SUFFIXES", "image_info", "meant", "palette", "read_image", "read_mask", "read_mask_file", "silence"]
+__all__ = ["IMAGE_SUFFIXES", "image_info", "palette", "read_image", "read_mask", "read_mask_file", "silence"]
 
 IMAGE_SUFFIXES = (*FORMATS["image"].suffixes, ".tif", ".tiff")
 
@@ -69,10 +66,11 @@ def image_info(path: str | Path) -> SourceInfo:
 
 def _opened(path: str | Path, labels: bool = False) -> Source:
     name = str(path)
-    head = _first_bytes(name)
-    if is_image(head, name):  # as `open_source` would find out, but at once: training reads thousands of them
+    if is_image(
+        _first_bytes(name), name
+    ):  # as `open_source` would find out, but at once: training reads thousands of them
         return ImageSource(name, labels, now=True)
-    return _WholeTiff(name, labels) if head[:4] in _TIFF_MAGIC else open_source(name, labels=labels or None)
+    return open_source(name, labels=labels or None)
 
 
 def _first_bytes(name: str) -> bytes:
@@ -98,43 +96,3 @@ def _whole(source: Source) -> NDArray[Any]:
             f"{MAX_DECODED_BYTES >> 30} GiB are read at once. Cut it into parts."
         )
     return source.read(0, 0, info.height, info.width)
-
-
-# From here on: TIFF as a whole, until `open_tiff` reads masks and stacks of channels as `decode_tiff` does.
-
-
-class _WholeTiff(Source):
-    def __init__(self, name: str, labels: bool) -> None:
-        self._identity = Identity.local(name)
-        with readable(name):
-            raster = decode_tiff(Path(name))
-            if labels:
-                array = raster.array[:, :, :-1] if raster.has_alpha else raster.array
-                array = whole_numbers(array)
-                if array.shape[2] != 1 and (array.shape[2] != 3 or array.dtype != np.uint8):
-                    raise DataError(
-                        f"it has {array.shape[2]} channels of {array.dtype}; a mask has one channel of whole numbers, or "
-                        "8-bit RGB."
-                    )
-            else:
-                array = meant(raster)
-                if array.dtype.kind not in "uif":
-                    raise DataError(f"its numbers are of type {array.dtype}; whole numbers and floats can be used.")
-                if array.dtype.kind == "f" and not np.isfinite(array).all():
-                    bad = int((~np.isfinite(array)).sum())
-                    raise DataError(f"{bad:,} of its {array.size:,} numbers are NaN or infinite. Replace them.")
-            self._pixels = np.ascontiguousarray(orient(array, raster.orientation))
-        self.metadata = {} if raster.palette is None else {"palette": raster.palette}
-        height, width, channels = self._pixels.shape
-        self.info = SourceInfo(
-            location=name, format="tiff", height=height, width=width, channels=channels, dtype=self._pixels.dtype.name
-        )
-
-    def read(self, top: int, left: int, height: int, width: int, plane: int = 0) -> NDArray[Any]:
-        return self._pixels[top : top + height, left : left + width]
-
-    def fingerprint(self) -> str:
-        return self._identity.fingerprint()
-
-    def check_unchanged(self) -> None:
-        self._identity.check()
