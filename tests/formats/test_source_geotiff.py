@@ -19,6 +19,7 @@ from pixelwise.formats import open_source
 from pixelwise.formats.geotiff import is_geotiff, open_geotiff
 from pixelwise.formats.local import Identity
 from pixelwise.formats.readers import read_image
+from pixelwise.formats.tiff import open_tiff
 
 UTM = {"crs": "EPSG:32633", "transform": Affine(10, 0, 5e5, 0, -10, 5e6)}
 TURNED = Affine(10, 0, 5e5, 0, -10, 5e6) @ Affine.rotation(30)
@@ -103,7 +104,7 @@ def test_any_window_is_that_part_of_the_whole(tiled, data):
     assert np.array_equal(source.valid(top, left, height, width), ~empty)
 
 
-def test_pixels_mean_what_they_mean_to_read_image(tmp_path):
+def test_pixels_are_those_that_the_reader_of_tiff_gives(tmp_path):
     one, colors = random_image(1), {index: (index, 255 - index, 7, 255) for index in range(256)}
     bits = {"nbits": 1}
     files = {
@@ -118,9 +119,10 @@ def test_pixels_mean_what_they_mean_to_read_image(tmp_path):
         "half floats": write(tmp_path / "h.tif", random_image(2, dtype="float32"), nbits=16),
     }
     for name, path in files.items():
-        with open_geotiff(path) as source:
-            assert np.array_equal(whole(source), read_image(path)), name
-            assert source.info.channels == read_image(path).shape[2], name
+        with open_geotiff(path) as source, open_tiff(path) as other:
+            assert np.array_equal(whole(source), whole(other)), name
+            assert source.info.channels == other.info.channels, name
+        assert np.array_equal(read_image(path), whole(open_geotiff(path))), name
 
 
 def test_jpeg_colours_are_rgb(tmp_path):
