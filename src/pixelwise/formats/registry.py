@@ -148,12 +148,14 @@ def format_of(head: bytes, name: str, opener: Callable[[], BinaryIO] | None = No
     for key in ("dicom", "nifti"):  # both exist in a form without a mark at the beginning
         if shown(name).lower().endswith(FORMATS[key].suffixes):
             return key
+    from pixelwise.formats.raster import printable
+
     what = "the file is empty (0 bytes)"
     if head:
         what = "this is no image that can be read, or its first bytes are damaged"
     raise DataError(
-        f"{shown(name)}: {what}. Known are PNG, JPEG, WebP, BMP, GIF, PNM, TIFF, OME-TIFF, GeoTIFF, slides, NumPy, NIfTI, "
-        "DICOM and Zarr."
+        f"{printable(shown(name))}: {what}. Known are PNG, JPEG, WebP, BMP, GIF, PNM, TIFF, OME-TIFF, GeoTIFF, slides, NumPy, "
+        "NIfTI, DICOM and Zarr."
     )
 
 
