@@ -6,6 +6,7 @@ import os
 import random
 from concurrent.futures import ThreadPoolExecutor
 
+import imagecodecs
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -171,7 +172,8 @@ def test_windows_of_images_are_slices(tmp_path, form, orientation, data):
 
 def test_images_are_decoded_once_and_late(tmp_path, monkeypatch):
     decoded = []
-    monkeypatch.setattr(images, "read_image", lambda path: decoded.append(path) or read_image(path))
+    pixels = images._pixels
+    monkeypatch.setattr(images, "_pixels", lambda *given: decoded.append(given) or pixels(*given))
     Image.fromarray(RGB).save(tmp_path / "a.png")
     with open_image(str(tmp_path / "a.png")) as source:
         assert not decoded
@@ -186,12 +188,64 @@ def test_images_are_decoded_once_and_late(tmp_path, monkeypatch):
             source.check_unchanged()
 
 
-def test_an_image_that_shrinks_between_opening_and_reading(tmp_path):
+def test_masks_are_read_as_stored(tmp_path):
+    grey, bits = RGB[..., 0], RGB[..., 0] > 100
+    deep, floats = grey.astype(np.uint16) * 200, Image.fromarray(grey.astype(np.float32))
+    indexed = Image.fromarray(grey % 7)
+    indexed.putpalette([value for color in range(9) for value in (color, 255 - color, 7)])
+    opaque = Image.fromarray(RGB)
+    opaque.putalpha(255)
+    for name, picture, wanted in (
+        ("p.png", indexed, grey % 7),
+        ("p.gif", indexed, grey % 7),
+        ("grey.png", Image.fromarray(grey), grey),
+        ("deep.png", Image.fromarray(deep), deep),
+        ("bits.png", Image.fromarray(bits), bits * 255),
+        ("rgba.png", opaque, RGB),
+        ("floats.pfm", floats, grey),
+    ):
+        picture.save(tmp_path / name, **({"format": "PPM"} if name.endswith("pfm") else {}))
+        with open_image(str(tmp_path / name), labels=True) as source:
+            info, found = source.info, source.read(0, 0, 40, 60)
+            np.testing.assert_array_equal(found, wanted if wanted.ndim == 3 else wanted[..., None])
+            assert found.dtype.kind in "ui" and (found.dtype.name, found.shape[2]) == (info.dtype, info.channels), name
+            assert ("palette" in source.metadata) == name.startswith("p."), name
+            assert not name.startswith("p.") or source.metadata["palette"][3] == (3, 252, 7)
+    Image.fromarray(grey.astype(np.float32) / 7).save(tmp_path / "a.pfm", format="PPM")
+    with open_image(str(tmp_path / "a.pfm"), labels=True) as source, pytest.raises(DataError, match="not whole"):
+        source.read(0, 0, 40, 60)
+    (tmp_path / "a.png").write_bytes(imagecodecs.png_encode(RGB.astype(np.uint16)))
+    with pytest.raises(DataError, match=r"a\.png: it has 3 channels of uint16; a mask has"):
+        open_image(str(tmp_path / "a.png"), labels=True)
+
+
+@pytest.mark.parametrize("shape", [(40, 60, 3), (400, 600, 3)])
+def test_an_image_that_is_replaced_between_opening_and_reading(tmp_path, shape):
+    Image.fromarray(RNG.integers(0, 255, shape, dtype=np.uint8)).save(tmp_path / "a.png")
+    with open_image(str(tmp_path / "a.png")) as source:
+        Image.fromarray(RGB[:9]).save(tmp_path / "a.png")
+        with pytest.raises(DataError, match=r"a\.png: the file (changed|is damaged)"):
+            source.read(0, 0, 9, 9)
+
+
+def test_an_image_that_is_not_closed_leaves_nothing_open(tmp_path):
     Image.fromarray(RGB).save(tmp_path / "a.png")
-    source = open_image(str(tmp_path / "a.png"))
-    Image.fromarray(RGB[:9]).save(tmp_path / "a.png")
-    with pytest.raises(DataError, match=r"a\.png: its header says"):
-        source.read(0, 0, 9, 9)
+    for _ in range(3):  # a file left open would be a ResourceWarning
+        open_image(str(tmp_path / "a.png"))
+    with open_image(str(tmp_path / "a.png")) as source:
+        first = source.read(0, 0, 40, 60)
+    np.testing.assert_array_equal(source.read(0, 0, 40, 60), first)  # opened again
+
+
+def test_orientation_that_stands_behind_the_pixels(tmp_path):
+    _save(tmp_path / "a.png", "PNG", 6)
+    content = (tmp_path / "a.png").read_bytes()
+    start = content.index(b"eXIf") - 4
+    end = start + 12 + int.from_bytes(content[start : start + 4], "big")
+    moved = content[:start] + content[end:-12] + content[start:end] + content[-12:]
+    (tmp_path / "b.png").write_bytes(moved)
+    np.testing.assert_array_equal(read_image(tmp_path / "b.png"), read_image(tmp_path / "a.png"))
+    assert read_image(tmp_path / "b.png").shape == (60, 40, 3)
 
 
 def _npy(path, array, **options):

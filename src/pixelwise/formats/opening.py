@@ -57,7 +57,7 @@ def open_source(location: str | Path, *, format: str | None = None, **options: A
 
 def _is_picture(path: str, format: str | None) -> bool:
     """Whether a file is a plain picture by its first bytes, or none that can be opened, which needs no child to find out."""
-    if format is not None or Path(path).is_dir():
+    if format is not None or os.path.isdir(path):  # noqa: PTH112  (also of names that no file can have)
         return False
     Stamp.of(path)  # a pipe must not even be opened
     with readable(path), Path(path).open("rb") as file:
@@ -79,7 +79,7 @@ def open_in_process(location: str | Path, *, format: str | None = None, **option
 
 def _open_local(name: str, forced: str | None, options: dict[str, Any]) -> Source:
     path = Path(name)
-    if path.is_dir():
+    if os.path.isdir(path):  # noqa: PTH112  (also of names that no file can have)
         return _open(forced or _folder_format(path), name, options)
     if forced is None:
         stamp = Stamp.of(path)

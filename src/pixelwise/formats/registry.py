@@ -9,6 +9,7 @@ from typing import Any, BinaryIO
 from pixelwise.errors import DataError, UsageError
 from pixelwise.files import extra
 from pixelwise.formats.base import LABELS, SourceInfo, Writer
+from pixelwise.formats.raster import printable
 
 Refusal = Callable[[SourceInfo, str, Mapping[str, Any]], str]
 HEAD_BYTES = 4096
@@ -186,7 +187,7 @@ def format_of(head: bytes, name: str, opener: Callable[[], BinaryIO] | None = No
             return key
     what = "this is no image that can be read, or its first bytes are damaged" if head else "the file is empty (0 bytes)"
     raise DataError(
-        f"{name}: {what}. Known are PNG, JPEG, WebP, BMP, GIF, PNM, TIFF, OME-TIFF, GeoTIFF, slides, NumPy, NIfTI, DICOM "
+        f"{printable(name)}: {what}. Known are PNG, JPEG, WebP, BMP, GIF, PNM, TIFF, OME-TIFF, GeoTIFF, slides, NumPy, NIfTI, DICOM "
         "and Zarr."
     )
 
