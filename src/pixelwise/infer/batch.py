@@ -5,7 +5,7 @@ from pathlib import Path, PurePath
 
 from pixelwise.errors import UsageError
 from pixelwise.files import extra
-from pixelwise.formats.protocols import is_url, local_path
+from pixelwise.formats.remote import is_url, local_path
 from pixelwise.formats.sinks import LABELS, WRITERS
 from pixelwise.infer.engines.base import ENDINGS, Batch, Job, Labeller, Outcome
 from pixelwise.infer.engines.local import prefetch

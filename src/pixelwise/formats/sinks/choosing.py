@@ -67,8 +67,8 @@ WRITERS: Mapping[str, WriterFormat] = {
     "cog": WriterFormat(".tif", "geotiff", "write_cog", ("rasterio", "geo")),
     "nifti": WriterFormat(".nii.gz", "nifti", "write_nifti", ("nibabel", "medical"), _no_space),
     "dicom-seg": WriterFormat(".dcm", "dicom_seg", "write_dicom_seg", ("highdicom", "medical"), _no_dicom),
-    "zarr": WriterFormat(".zarr", "ome_zarr", "write_zarr", ("zarr", "zarr")),
-    "ome-zarr": WriterFormat(".ome.zarr", "ome_zarr", "write_ome_zarr", ("zarr", "zarr")),
+    "zarr": WriterFormat(".zarr", "zarr", "write_zarr", ("zarr", "zarr")),
+    "ome-zarr": WriterFormat(".ome.zarr", "zarr", "write_ome_zarr", ("zarr", "zarr")),
     "npy": WriterFormat(".npy", "npy", "write_npy"),
 }
 """Every format of results, by the name that chooses it."""
@@ -123,7 +123,10 @@ and DICOM images have, not jpeg. Possible are png, tiff, ome-tiff, geotiff, cog,
         )
     if writer.package is not None:
         extra(*writer.package, f"{source_info.location}: writing {name}")
-    function: Writer = getattr(import_module(f"pixelwise.formats.sinks.{writer.module}"), writer.function)
+    function: Writer = getattr(
+        import_module(f"pixelwise.formats.{'' if writer.module == 'zarr' else 'sinks.'}{writer.module}"),
+        writer.function,
+    )
     return writer.suffix, function
 
 

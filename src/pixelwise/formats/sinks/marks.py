@@ -18,7 +18,7 @@ _READERS = {
     ".nii": (("pixelwise.formats.sinks.nifti", "read_nifti_mark"),),
     ".nii.gz": (("pixelwise.formats.sinks.nifti", "read_nifti_mark"),),
     ".dcm": (("pixelwise.formats.sinks.dicom_seg", "read_dicom_seg_mark"),),
-    ".zarr": (("pixelwise.formats.sinks.ome_zarr", "read_zarr_mark"),),
+    ".zarr": (("pixelwise.formats.zarr", "read_zarr_mark"),),
     "json": (("pixelwise.formats.sinks.marks", "read_vector_mark"),),
 }
 
