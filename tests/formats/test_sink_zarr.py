@@ -230,10 +230,8 @@ def info(format, planes=1):
 )
 def test_the_same_format_out_as_in(format, planes, kind, metadata, suffix, module):
     found, writer = choose_writer(info(format, planes), kind, metadata=metadata)
-    assert (found, writer.__module__.removeprefix("pixelwise.formats.").removeprefix("sinks.").split(".")[0]) == (
-        suffix,
-        module,
-    )
+    assert found == suffix
+    assert module in writer.__module__.split(".")
 
 
 def test_every_writer_exists():

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pixelwise.errors import DataError, UsageError
-from pixelwise.formats import SOURCE_SUFFIXES, open_source
+from pixelwise.formats import SOURCE_SUFFIXES
+from pixelwise.formats.registry import open_in_process as open_source  # where requests can be counted
 from pixelwise.formats.remote import (
     RemoteStamp,
     fingerprint,
