@@ -5,6 +5,7 @@ import json
 import re
 import threading
 import time
+import zipfile
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -420,6 +421,7 @@ def test_files_of_ranges_read_as_files(parts, block):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(objects, "BLOCK_BYTES", block)
         patch.setattr(objects, "CACHED_BLOCKS", 3)
+        patch.setattr(objects, "_UNCACHED_BYTES", 300)
         with opener("memory://ranges.bin")() as file, io.BytesIO(content) as plain:
             for start, count in parts:
                 assert file.seek(start) == plain.seek(start)
@@ -430,6 +432,27 @@ def test_files_of_ranges_read_as_files(parts, block):
             assert file.seek(-3, io.SEEK_END) == 997
             assert file.read() == content[-3:]
     assert read_range("memory://ranges.bin", 990, 2000) == content[990:]
+
+
+def test_zip_archives_and_shards_behind_urls(memory, web, tmp_path):
+    with zarr.storage.ZipStore(tmp_path / "a.zarr.zip", mode="w") as store:
+        made = zarr.create_array(store, shape=(60, 70, 3), dtype="u1", chunks=(10, 10, 3), shards=(30, 30, 3))
+        made[:] = IMAGE[:60, :70]
+    content = (tmp_path / "a.zarr.zip").read_bytes()
+    memory.pipe("/in/a.zarr.zip", content)
+    Web.files["a.zarr.zip"] = content
+    for url in ("memory://in/a.zarr.zip", f"{web}/good/a.zarr.zip"):
+        with open_source(url) as source:
+            assert np.array_equal(source.read(5, 6, 40, 50), IMAGE[5:45, 6:56])
+            assert len(source.fingerprint()) == 64
+            source.check_unchanged()
+    with zipfile.ZipFile(tmp_path / "a.zarr.zip") as archive:
+        Web.files |= {f"shards.zarr/{name}": archive.read(name) for name in archive.namelist()}
+    with open_source(f"{web}/good/shards.zarr") as source:
+        assert np.array_equal(source.read(5, 6, 4, 5), IMAGE[5:9, 6:11])
+    refused = pytest.raises(DataError, match=r"shards\.zarr.*: the server cannot send parts of it")
+    with open_source(f"{web}/plain/shards.zarr") as source, refused:  # whole shards come, whatever is asked for
+        source.read(5, 6, 4, 5)
 
 
 def test_copies_need_room(memory, monkeypatch, tmp_path):

@@ -21,6 +21,7 @@ CACHED_BLOCKS = 64
 
 _UNCACHED_BYTES = 8 * BLOCK_BYTES  # reads of this size are one request
 _MAX_ENTRIES = 20_000
+_WHOLE_ONLY = "the server cannot send parts of it. Download it first."
 _SAMPLES, _SAMPLE_BYTES, _WHOLE_BYTES = 64, 64 * 2**10, 16 * 2**20
 _CONTENT_TAGS = ("ETag", "etag", "Content-MD5", "Digest", "md5Hash", "crc32c", "blob_id", "content_md5")
 _OTHER_TAGS = (
@@ -46,11 +47,7 @@ class RemoteStamp:
 
     @classmethod
     def of(cls, location: str) -> Self:
-        """The stamp of an object.
-
-        Raises:
-            DataError: there is no such object, it is a folder, the server does not answer or does not say the size.
-        """
+        """The stamp of an object."""
         system, name = filesystem(location)
         with remote_errors(shown(location)):
             return cls.from_info(patiently(lambda: system.info(name, **bounded(system))), location)
@@ -97,11 +94,7 @@ def fingerprint(location: str, stamp: RemoteStamp | None = None) -> str:
 
 
 def read_range(location: str, start: int | None = None, stop: int | None = None) -> bytes:
-    """The bytes start..stop of an object, fewer where it ends before; all of it, or from a negative start its last ones.
-
-    Raises:
-        DataError: there is no such object, no permission, no network, or the server sends whole objects only.
-    """
+    """The bytes start..stop of an object, fewer where it ends before; all of it, or from a negative start its last ones."""
     if start is not None and start == stop:
         return b""
     system, name = filesystem(location)
@@ -110,19 +103,17 @@ def read_range(location: str, start: int | None = None, stop: int | None = None)
         if start is None or stop is None or not is_web(location):
             return bytes(system.cat_file(name, start=start, end=stop, **bounded(system)))
         with system.open(name, "rb", block_size=1, cache_type="none", size=stop) as file:  # no more than is asked for
-            file.seek(start)
-            return bytes(file.read(stop - start))
+            try:
+                file.seek(start)
+                return bytes(file.read(stop - start))
+            except ValueError:
+                raise DataError(f"{shown(location)}: {_WHOLE_ONLY}") from None
 
     with remote_errors(shown(location)):
-        try:
-            data = patiently(read)
-        except ValueError as error:
-            if "range requests" not in str(error):
-                raise
-            raise DataError(f"{shown(location)}: the server cannot send parts of it. Download it first.") from None
-    if start is None:
-        return bytes(data)
-    return bytes(data[start:] if start < 0 else data)  # servers without ranges answer with the whole
+        data: bytes = patiently(read)
+    if start is not None and stop is not None and len(data) > stop - start:
+        raise DataError(f"{shown(location)}: {_WHOLE_ONLY}")
+    return data[start:] if start is not None and start < 0 else data  # servers without ranges answer with the whole
 
 
 def sends_ranges(location: str, stamp: RemoteStamp) -> bool:
@@ -140,13 +131,10 @@ def opener(location: str, stamp: RemoteStamp | None = None) -> Opener:
 
     The files of one opener share a cache of the blocks read last, so that each thread may have its own file. Reading
     raises `DataError` where the server fails; it never gives less than is there.
-
-    Raises:
-        DataError: there is no such object, or the server cannot send parts of it.
     """
     known = stamp or RemoteStamp.of(location)
     if not sends_ranges(location, known):
-        raise DataError(f"{shown(location)}: the server cannot send parts of it. Download it first.")
+        raise DataError(f"{shown(location)}: {_WHOLE_ONLY}")
 
     def fetch(start: int, stop: int) -> bytes:
         data = read_range(location, start, min(stop, known.size))
@@ -215,11 +203,7 @@ def localise(location: str, folder: str | Path | None = None, stamp: RemoteStamp
 
 
 def localise_folder(location: str, stamps: Mapping[str, RemoteStamp], folder: str | Path | None = None) -> LocalCopy:
-    """Copy the objects of a folder, as `list_folder` gives them, to a private folder on this machine.
-
-    Raises:
-        DataError: an object is missing or cannot be read, or the disk has no room for all.
-    """
+    """Copy the objects of a folder, as `list_folder` gives them, to a private folder on this machine."""
     base = location.rstrip("/")
     return _copied(location, folder, "series", {name: (f"{base}/{name}", stamp) for name, stamp in stamps.items()})
 
@@ -258,11 +242,7 @@ def _download(location: str, stamp: RemoteStamp, path: Path) -> None:
 
 
 def list_folder(location: str) -> dict[str, RemoteStamp]:
-    """The objects right in a folder, by name, without hidden ones and those whose names no file can have.
-
-    Raises:
-        DataError: there is no such folder, or it holds more than 20,000 objects.
-    """
+    """The objects right in a folder, by name, without hidden ones and those whose names no file can have."""
     system, root = filesystem(location)
     with remote_errors(shown(location)):
         entries = system.ls(root, detail=True, **bounded(system))
@@ -280,14 +260,6 @@ def list_images(location: str, suffixes: Collection[str]) -> list[str]:
     """The images of a folder or a glob (`s3://scans/2024/*.tif`) of an object store, as URLs, sorted.
 
     Folders are read with all their sub-folders. A Zarr folder is one image. Hidden names (`.part`) are left out.
-
-    Args:
-        location: the URL; `*`, `?` and `[` make it a glob.
-        suffixes: what images end in, for example (".tif", ".zarr").
-
-    Raises:
-        DataError: there is no such folder, no permission, no network.
-        UsageError: web servers (https://) do not list their folders.
     """
     if is_web(location):
         raise UsageError(f"{shown(location)}: web servers do not list their folders. Name the images one by one.")

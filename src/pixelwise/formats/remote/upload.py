@@ -30,14 +30,6 @@ def publish(local: Path, url: str) -> None:
 
     An object store shows an object when all of it has arrived; a local file is copied beside its place and renamed. Of a
     folder the metadata of its root, without which it is no Zarr, come last; those of an older one are deleted first.
-
-    Args:
-        local: the file or folder.
-        url: its new name: s3://, gs://, az://, memory://, file://, or a path.
-
-    Raises:
-        PixelwiseError: it cannot be written: no permission, no network, no space.
-        UsageError: nothing can be written there (https://, hf://).
     """
     with _writing(url) as path:
         if path is None:
@@ -60,11 +52,7 @@ def check_writable(url: str) -> None:
 
 
 def exists(url: str) -> bool:
-    """Whether a file, or the folder of a Zarr, has this name.
-
-    Raises:
-        DataError: the server cannot be asked.
-    """
+    """Whether a file, or the folder of a Zarr, has this name."""
     path = _local(url)
     if path is not None:
         return path.exists()
@@ -74,11 +62,7 @@ def exists(url: str) -> bool:
 
 
 def read_small(url: str, limit: int = MAX_RECORD_BYTES) -> bytes | None:
-    """The content of a record; None if there is none, or it is larger than `limit` bytes.
-
-    Raises:
-        DataError: the server cannot be asked.
-    """
+    """The content of a record; None if there is none, or it is larger than `limit` bytes."""
     path = _local(url)
     try:
         if path is None:
@@ -94,12 +78,7 @@ def read_small(url: str, limit: int = MAX_RECORD_BYTES) -> bytes | None:
 
 
 def write_small(url: str, content: bytes) -> None:
-    """Write a record, as a whole or not at all.
-
-    Raises:
-        PixelwiseError: it cannot be written.
-        UsageError: nothing can be written there.
-    """
+    """Write a record, as a whole or not at all."""
     with _writing(url) as path:
         if path is not None:
             write_bytes(path, content)

@@ -75,11 +75,7 @@ def shown(location: object) -> str:
 
 
 def protocol_of(location: str) -> str:
-    """The protocol of a URL, "file" among them.
-
-    Raises:
-        UsageError: it is chained, or none that is followed.
-    """
+    """The protocol of a URL, "file" among them."""
     bare = re.sub(r"^([A-Za-z+.-]+://(?:[^/]*@)?)\[[0-9A-Fa-f:.]+\]", r"\1host", location)  # of IPv6, as [::1]
     if "::" in bare.split("?")[0]:
         raise UsageError(f"{shown(location)}: chained URLs are not followed. Name the file itself.")
@@ -94,11 +90,7 @@ def protocol_of(location: str) -> str:
 
 
 def local_path(location: str) -> str | None:
-    """The path that a `file://` URL means; None for every other URL.
-
-    Raises:
-        UsageError: it names another machine, or is none that is followed.
-    """
+    """The path that a `file://` URL means; None for every other URL."""
     if protocol_of(location) != "file":
         return None
     rest = location.partition("://")[2].removeprefix("localhost")
@@ -108,11 +100,7 @@ def local_path(location: str) -> str | None:
 
 
 def check_package(location: str) -> ModuleType:
-    """The package fsspec, if it and the one for the protocol of a URL are installed; no server is asked.
-
-    Raises:
-        UsageError: one is not installed, or the URL is none that is followed.
-    """
+    """The package fsspec, if it and the one for the protocol of a URL are installed; no server is asked."""
     protocol = protocol_of(location)
     module, package = PROTOCOLS.get(protocol, ("fsspec", ""))
     for name in ("fsspec", module):
@@ -131,9 +119,6 @@ def filesystem(location: str) -> tuple[Any, str]:
 
     Credentials come from where the packages look for them (environment, configuration files); further settings from
     `FSSPEC_<PROTOCOL>_<SETTING>`, for example `FSSPEC_S3_ANON=true` for public buckets.
-
-    Raises:
-        UsageError: the URL is none that is followed, or its package is not installed.
     """
     protocol = protocol_of(location)
     fsspec = check_package(location)
@@ -182,9 +167,6 @@ def remote_errors(name: str) -> Iterator[None]:
     """Turn what file systems raise into a `DataError` of our own words.
 
     Their texts are left out, for they repeat URLs with signatures; so is the cause, which a log would print.
-
-    Args:
-        name: the URL as it may be shown.
     """
     try:
         yield

@@ -118,12 +118,7 @@ def ome_of(attributes: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def multiscale_of(attributes: Mapping[str, Any], series: int = 0) -> Multiscale | None:
-    """The image that the attributes of a group describe; None if they describe none.
-
-    Raises:
-        DataError: what they say leads out of the group, or makes no sense; whatever else Python raises on damage, too.
-        UsageError: there is no such series.
-    """
+    """The image that the attributes of a group describe; None if they describe none."""
     within = ome_of(attributes)
     images = within.get("multiscales")
     if images is None:
@@ -151,11 +146,7 @@ def multiscale_of(attributes: Mapping[str, Any], series: int = 0) -> Multiscale 
 
 
 def inner_path(path: object) -> str:
-    """A path that stays inside its image.
-
-    Raises:
-        DataError: it does not.
-    """
+    """A path that stays inside its image."""
     parts = [part for part in str(path).split("/") if part != "."]
     if (
         not isinstance(path, str)
@@ -204,14 +195,7 @@ def plane_axes(result: Result) -> tuple[list[str], list[int]]:
 
 
 def group_attributes(result: Result, labels: str, levels: int, zarr_format: int) -> dict[str, dict[str, Any]]:
-    """The NGFF attributes of each group of a result, by its path.
-
-    Args:
-        result: what is written.
-        labels: the name of the labels, below "labels/".
-        levels: of the pyramid.
-        zarr_format: 2 for NGFF 0.4, 3 for 0.5.
-    """
+    """The NGFF attributes of each group of a result, by its path."""
     if result.kind != LABELS:
         groups: dict[str, dict[str, Any]] = {"": {"multiscales": [_image(result, levels, zarr_format, "")]}}
     else:

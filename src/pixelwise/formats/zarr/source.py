@@ -128,11 +128,7 @@ class ZarrSource(Source):
         )
 
     def read(self, top: int, left: int, height: int, width: int, plane: int = 0) -> NDArray[Any]:
-        """The window (height, width, C). Where NaN is the fill value of the array, NaN pixels are no data and read as 0.
-
-        Raises:
-            DataError: a chunk is damaged or cannot be fetched, or the window holds NaN or infinity.
-        """
+        """The window (height, width, C). Where NaN is the fill value of the array, NaN pixels are no data and read as 0."""
         where = f"rows {top}..{top + height}, columns {left}..{left + width}" + f", plane {plane}" * (
             self.info.planes > 1
         )

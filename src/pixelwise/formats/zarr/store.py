@@ -18,23 +18,11 @@ from typing import Any
 
 from pixelwise.errors import DataError
 from pixelwise.files import ZARR_DOCUMENTS, extra
+from pixelwise.formats import remote
 from pixelwise.formats.local import WHOLE_BYTES, Identity
 from pixelwise.formats.local import fingerprint as file_fingerprint
 from pixelwise.formats.readers import silence
-from pixelwise.formats.remote import (
-    NoSuchObject,
-    RemoteStamp,
-    bounded,
-    filesystem,
-    is_url,
-    is_web,
-    local_path,
-    opener,
-    read_range,
-    remote_errors,
-    shown,
-)
-from pixelwise.formats.remote import fingerprint as remote_fingerprint
+from pixelwise.formats.remote import NoSuchObject, RemoteStamp, bounded, read_range, shown
 
 DOCUMENTS = (*ZARR_DOCUMENTS, ".zattrs")
 
@@ -65,13 +53,9 @@ class Place:
 
 
 def open_place(location: str) -> Place:
-    """The store at a path or URL.
-
-    Raises:
-        DataError: there is nothing, or it is neither a folder nor a ZIP archive.
-    """
+    """The store at a path or URL."""
     storage = extra("zarr.storage", "zarr", "Zarr")
-    path = local_path(location) if is_url(location) else location
+    path = remote.local_path(location) if remote.is_url(location) else location
     if path is not None and Path(path).is_dir():
         root = Path(path)
         return Place(
@@ -94,10 +78,10 @@ def open_place(location: str) -> Place:
             identity=lambda prefix: _remote_identity(location, prefix),
         )
     stamp = RemoteStamp.of(location)
-    file = opener(location, stamp)()
+    file = remote.opener(location, stamp)()
     system = extra("fsspec.implementations.zip", "remote", "URLs").ZipFileSystem(fo=file)
     wrapper = extra("fsspec.implementations.asyn_wrapper", "remote", "URLs").AsyncFileSystemWrapper
-    of_archive = Identity(lambda: remote_fingerprint(location, stamp), lambda: stamp.check(location))
+    of_archive = Identity(lambda: remote.fingerprint(location, stamp), lambda: stamp.check(location))
     return Place(
         name=shown(location),
         store=storage.FsspecStore(wrapper(system, asynchronous=True), read_only=True, path=""),
@@ -108,11 +92,7 @@ def open_place(location: str) -> Place:
 
 
 def is_zarr_folder(url: str) -> bool:
-    """Whether the documents of a Zarr lie at a URL.
-
-    Raises:
-        DataError: the server cannot be asked.
-    """
+    """Whether the documents of a Zarr lie at a URL."""
     base, mark, query = url.partition("?")
     for name in DOCUMENTS:
         with suppress(NoSuchObject):
@@ -122,11 +102,7 @@ def is_zarr_folder(url: str) -> bool:
 
 
 def open_node(place: Place, path: str) -> Any:
-    """The array or group of zarr-python at a path.
-
-    Raises:
-        DataError: there is none, or it holds anything but numbers in known codecs.
-    """
+    """The array or group of zarr-python at a path."""
     zarr = extra("zarr", "zarr", "Zarr")
     try:
         with silence():
@@ -243,9 +219,9 @@ def _remote_identity(location: str, prefix: str) -> Identity:
 
     def stamps() -> dict[str, RemoteStamp]:
         found = {}
-        if not is_web(location):
-            system, root = filesystem(f"{base.rstrip('/')}/{prefix}".rstrip("/") + mark + query)
-            with remote_errors(shown(location)):
+        if not remote.is_web(location):
+            system, root = remote.filesystem(f"{base.rstrip('/')}/{prefix}".rstrip("/") + mark + query)
+            with remote.remote_errors(shown(location)):
                 entries = sorted(system.find(root, detail=True, **bounded(system)).items())
             found = {
                 str(path)[len(root) :].lstrip("/"): RemoteStamp.from_info(info, location) for path, info in entries

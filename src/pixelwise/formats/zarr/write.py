@@ -30,14 +30,6 @@ def write_zarr(path: Path, result: Result) -> None:
     """Write a map as a plain Zarr array: (H, W), or (…, H, W) with the axes of the source's planes.
 
     Classes, colours, nodata and the mark are its attribute "pixelwise".
-
-    Args:
-        path: the folder; an older array there is replaced at the end.
-        result: the map; its rows are asked for from top to bottom, one row of chunks at a time.
-
-    Raises:
-        PixelwiseError: it cannot be written, or something else than Zarr has that name.
-        UsageError: zarr is not installed, or `path` does not end in .zarr.
     """
     with _new_store(path) as (zarr, store):
         array = _create(zarr, store, "", result)
@@ -50,10 +42,6 @@ def write_ome_zarr(path: Path, result: Result) -> None:
     """Write a map as an OME-Zarr image with a pyramid: each level takes every second pixel of the one before.
 
     Scales, units and axes of an OME-Zarr source are kept; so is the place of its level.
-
-    Raises:
-        PixelwiseError: it cannot be written, or something else than Zarr has that name.
-        UsageError: zarr is not installed, or `path` does not end in .zarr.
     """
     inner = f"labels/{MARK}/" if result.kind == LABELS else ""
     with _new_store(path) as (zarr, store):
