@@ -15,7 +15,7 @@ from PIL import Image
 from pixelwise.errors import DataError, UsageError
 from pixelwise.formats import image as images
 from pixelwise.formats import local
-from pixelwise.formats.blocks import BlockCache, Bytes, StoredArray
+from pixelwise.formats.blocks import Bytes, StoredArray
 from pixelwise.formats.image import is_image, open_image
 from pixelwise.formats.local import Identity, Stamp, fingerprint, readable
 from pixelwise.formats.npy import is_npy, open_npy
@@ -126,24 +126,6 @@ def test_bytes_that_are_not_there():
     file.close()
     with pytest.raises(OSError, match="closed"):
         file.read(0, 1)
-
-
-def test_the_cache_forgets_the_oldest_and_makes_nothing_twice():
-    cache, made = BlockCache(max_bytes=20), []
-
-    def block(name):
-        return cache.get(name, lambda: made.append(name) or np.zeros(8, np.uint8))
-
-    for name in "abacab":
-        block(name)
-    assert made == ["a", "b", "c", "b"]
-    with pytest.raises(ValueError, match="no"):
-        cache.get("x", lambda: (_ for _ in ()).throw(ValueError("no")))
-    assert cache.get("x", lambda: np.ones(1)).tolist() == [1]
-    with ThreadPoolExecutor(8) as pool:
-        made.clear()
-        list(pool.map(block, ["z"] * 50))
-    assert made == ["z"]
 
 
 def _save(path, form, orientation):

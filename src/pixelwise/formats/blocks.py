@@ -3,8 +3,7 @@
 import io
 import math
 import threading
-from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -175,48 +174,3 @@ class StoredArray:
             return
         for index in range(result.shape[0]):
             self._fill(result[index], first + index * self._strides[axis], axis + 1)
-
-
-class BlockCache:
-    """The decoded blocks that were used last, up to a number of bytes; the newest always stays.
-
-    Example:
-        >>> cache = BlockCache(max_bytes=10)
-        >>> block = cache.get("a", lambda: np.zeros(8, dtype=np.uint8))
-        >>> cache.get("a", lambda: None) is block
-        True
-    """
-
-    def __init__(self, max_bytes: int) -> None:
-        self.max_bytes = max_bytes
-        self._blocks: OrderedDict[Hashable, NDArray[Any]] = OrderedDict()
-        self._bytes = 0
-        self._lock = threading.Lock()
-        self._making: dict[Hashable, threading.Lock] = {}
-
-    def get(self, key: Hashable, make: Callable[[], NDArray[Any]]) -> NDArray[Any]:
-        """The block of that name, made if it is not there; threads that want the same one wait for one making."""
-        with self._lock:
-            if key in self._blocks:
-                self._blocks.move_to_end(key)
-                return self._blocks[key]
-            making = self._making.setdefault(key, threading.Lock())
-        with making:
-            with self._lock:
-                if key in self._blocks:
-                    return self._blocks[key]
-            try:
-                block = make()
-                self._keep(key, block)
-            finally:
-                with self._lock:
-                    self._making.pop(key, None)
-            return block
-
-    def _keep(self, key: Hashable, block: NDArray[Any]) -> None:
-        with self._lock:
-            if key not in self._blocks:
-                self._blocks[key] = block
-                self._bytes += block.nbytes
-            while self._bytes > self.max_bytes and len(self._blocks) > 1:
-                self._bytes -= self._blocks.popitem(last=False)[1].nbytes
