@@ -14,10 +14,10 @@ from PIL import Image
 from pixelwise.data.labels import LabelSpec
 from pixelwise.errors import DataError, PixelwiseError, UsageError
 from pixelwise.formats import SourceInfo
+from pixelwise.formats.base import Result
 from pixelwise.formats.npy import open_npy, write_npy, write_probabilities
 from pixelwise.formats.png import read_mark, write_png_labels
 from pixelwise.formats.readers import read_mask
-from pixelwise.formats.base import Result
 from pixelwise.formats.tiff import open_tiff, read_tiff_mark, write_ome_tiff, write_tiff
 from pixelwise.formats.tiff import write as tiff_sink
 

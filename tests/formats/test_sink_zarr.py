@@ -11,7 +11,7 @@ from pixelwise.data.labels import LabelSpec
 from pixelwise.errors import PixelwiseError, UsageError
 from pixelwise.formats import SourceInfo, open_source
 from pixelwise.formats.sinks import LABELS, WRITERS, Result, choose_writer
-from pixelwise.formats.sinks.ome_zarr import write_ome_zarr, write_zarr
+from pixelwise.formats.zarr import write_ome_zarr, write_zarr
 
 SPEC = LabelSpec(names=("sky", "road"), colors=((10, 20, 250), (90, 80, 70)), values=((0,), (1,)))
 DRAWS = np.random.default_rng(0)
@@ -237,7 +237,7 @@ def test_every_writer_exists():
     for name, writer in WRITERS.items():
         format = {"nifti": "nifti", "dicom-seg": "dicom"}.get(name, "png")
         suffix, function = choose_writer(info(format), "labels", name)
-        assert suffix == writer.suffix
+        assert suffix == writer.suffixes[0]
         assert callable(function)
 
 
@@ -267,7 +267,7 @@ def test_refusals_list_what_is_possible(format, planes, kind, wanted, message):
 )
 def test_maps_take_another_format_where_the_one_of_the_labels_cannot_hold_them(format, wanted, suffix):
     assert choose_writer(info(format), "entropy", wanted)[0] == suffix
-    assert choose_writer(info(format), "labels", wanted)[0] == WRITERS[wanted].suffix
+    assert choose_writer(info(format), "labels", wanted)[0] == WRITERS[wanted].suffixes[0]
 
 
 def test_attributes_are_json(tmp_path):

@@ -26,8 +26,7 @@ from pixelwise.formats.dicom_header import Frame, Header, dicom_errors, safe_tex
 from pixelwise.formats.dicom_series import SEGMENTATIONS, arrange, geometry, read_headers
 from pixelwise.formats.intensity import Intensity, Scaling, by_type, check_intensity
 from pixelwise.formats.local import fingerprint
-from pixelwise.formats.raster import printable
-from pixelwise.formats.readers import _whole_numbers
+from pixelwise.formats.raster import printable, whole_numbers
 
 _CACHE_BYTES = 64 * 2**20
 _TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -140,7 +139,7 @@ class _DicomSource(Source):
         header = self._headers[frame.path]
         if self._labels:
             with dicom_errors(frame.path):
-                whole = _whole_numbers(stored == 1 if header.allocated == 1 else stored)
+                whole = whole_numbers(stored == 1 if header.allocated == 1 else stored)
             return np.ascontiguousarray(whole, dtype=self.info.dtype)
         scaling = self._scaling(frame, header)
         if scaling is not None:

@@ -20,8 +20,7 @@ from numpy.typing import NDArray
 
 from pixelwise.errors import DataError, UsageError
 from pixelwise.files import extra
-from pixelwise.formats.base import Source, SourceInfo
-from pixelwise.formats.blocks import Opener
+from pixelwise.formats.base import Opener, Source, SourceInfo
 from pixelwise.formats.gdal import Dataset, gdal
 from pixelwise.formats.geotiff_write import read_geotiff_mark, write_cog, write_geotiff
 from pixelwise.formats.image import whole_numbers

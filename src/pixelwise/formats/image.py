@@ -5,10 +5,9 @@ Pillow's own limit on pixels holds (179 million): larger files are refused befor
 
 import os
 import threading
-import warnings
 import weakref
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -23,7 +22,7 @@ from pixelwise.errors import DataError
 from pixelwise.formats.base import Source, SourceInfo
 from pixelwise.formats.local import Identity, readable
 from pixelwise.formats.png import SIGNATURE, chunks
-from pixelwise.formats.raster import Palette, orient
+from pixelwise.formats.raster import Palette, orient, silence, whole_numbers
 
 _MAGIC = (SIGNATURE, b"\xff\xd8\xff", b"BM", b"GIF87a", b"GIF89a", *(b"P%d" % kind for kind in range(1, 7)))
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "PPM")  # no others: Pillow would hand some to outside programs
@@ -35,27 +34,6 @@ _MODES = {  # Pillow's mode: channels of the image as read, number type
 }  # fmt: skip
 _TO_RGB = ("CMYK", "YCbCr", "RGBX")
 _WIDE_COLOR = ("RGB;16B", "RGBA;16B", "LA;16B")  # Pillow keeps the upper half of these only
-
-# `warnings.catch_warnings` swaps state of the whole process, so only one thread may be inside it. Only headers are read
-# there; decoding runs beside it in any number of threads.
-_header_lock = threading.Lock()
-if hasattr(os, "register_at_fork"):  # a worker must not be forked while another thread holds the lock
-    os.register_at_fork(
-        before=_header_lock.acquire, after_in_parent=_header_lock.release, after_in_child=_header_lock.release
-    )
-
-
-@contextmanager
-def silence() -> Iterator[None]:
-    """Keep warnings of libraries away from the terminal; only one thread at a time is inside, so be quick."""
-    with _header_lock, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
-def is_image(head: bytes, name: str) -> bool:
-    """Whether a file that begins with `head` is one of these formats, whatever its name."""
-    return head.startswith(_MAGIC) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP")
 
 
 def open_image(location: str, *, labels: bool = False) -> "ImageSource":
@@ -211,23 +189,6 @@ def _look_up(array: NDArray[Any], palette: Palette) -> NDArray[np.uint8]:
     colors = np.zeros((max(256, len(palette), int(array.max()) + 1), 3), dtype=np.uint8)
     colors[: len(palette)] = palette
     return colors[array[:, :, 0]]
-
-
-def whole_numbers(array: NDArray[Any]) -> NDArray[Any]:
-    """Masks are integers; 1 bit counts as black and white, and floats pass if they are whole numbers.
-
-    Raises:
-        DataError: they are not.
-    """
-    if array.dtype == bool:
-        return array.astype(np.uint8) * np.uint8(255)
-    if array.dtype.kind in "ui":
-        return array
-    if array.dtype.kind == "f" and np.isfinite(array).all() and np.abs(array).max() < 2**31:
-        whole = array.astype(np.int64)
-        if (whole == array).all():
-            return whole
-    raise DataError(f"it holds numbers of type {array.dtype} that are not whole; a mask has whole numbers.")
 
 
 def _is_wide_color(image: Image.Image) -> bool:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pixelwise.errors import UsageError
-from pixelwise.formats.readers import silence
+from pixelwise.formats.raster import silence
 
 Intensity = Literal["auto", "type"] | tuple[float, float]
 """How stored numbers become 0..1.

@@ -31,7 +31,7 @@ from pixelwise.formats import nifti_header
 from pixelwise.formats.base import LABELS, Result, Source, SourceInfo
 from pixelwise.formats.intensity import Intensity, Scaling, by_type, check_intensity, percentile_scaling
 from pixelwise.formats.local import Stamp, fingerprint, readable
-from pixelwise.formats.readers import _whole_numbers
+from pixelwise.formats.raster import whole_numbers
 
 _SLAB_BYTES = 32 * 2**20
 _SAMPLE_RUNS = 1024
@@ -150,7 +150,7 @@ class _NiftiSource(Source):
                     "numpy.nan_to_num."
                 )
             if self._labels:
-                values = _whole_numbers(self._meant(values) if self._rescaled else values)
+                values = whole_numbers(self._meant(values) if self._rescaled else values)
             elif not self._stays:
                 scaling = self._scaling
                 values = by_type(values) if scaling is None else scaling.apply(self._meant(values))

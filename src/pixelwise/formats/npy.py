@@ -14,17 +14,12 @@ from pixelwise.errors import DataError, UsageError
 from pixelwise.files import atomic_path, cannot_write
 from pixelwise.formats.base import Result, Source, SourceInfo
 from pixelwise.formats.local import Identity, readable
-from pixelwise.formats.readers import _whole_numbers, silence
+from pixelwise.formats.raster import silence, whole_numbers
 
 _MAGIC = b"\x93NUMPY"
 _STRIP_BYTES = 2**16
 _BAND_BYTES = 16 * 2**20
 _MAX_HEADER_BYTES = 10_000
-
-
-def is_npy(head: bytes, name: str) -> bool:
-    """Whether a file that begins with `head` is one of NumPy's."""
-    return head.startswith(_MAGIC)
 
 
 def open_npy(
@@ -101,7 +96,7 @@ class _NpySource(Source):
                 bad = int((~np.isfinite(array)).sum())
                 raise DataError(f"{bad:,} numbers in {where} are NaN or infinite. Replace them.")
             if array.dtype.kind == "b" or self._labels:
-                array = _whole_numbers(array)
+                array = whole_numbers(array)
             return np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("="))
 
     def fingerprint(self) -> str:

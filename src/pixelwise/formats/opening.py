@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from pixelwise.errors import DataError, PixelwiseError, UsageError
 from pixelwise.formats.base import Source
 from pixelwise.formats.local import Identity, Stamp, readable
-from pixelwise.formats.protocols import NoSuchObject, is_url, local_path, protocol_of, shown
 from pixelwise.formats.registry import FORMATS, HEAD_BYTES, format_of, function_of, is_picture, named_format
+from pixelwise.formats.remote import NoSuchObject, is_url, local_path, protocol_of, shown
 
 _HINTS = ("channels", "allow_no_affine")  # allowed for all formats: these help where a file leaves something open
 _GIVEN = ("location", "opener", "identity")
@@ -90,7 +90,7 @@ def _open_local(name: str, forced: str | None, options: dict[str, Any]) -> Sourc
 
 
 def _folder_format(path: Path) -> str:
-    from pixelwise.formats.zarr_folders import DOCUMENTS
+    from pixelwise.formats.zarr import DOCUMENTS
 
     if any((path / document).is_file() for document in DOCUMENTS):
         return "zarr"
@@ -168,10 +168,9 @@ def _open_remote(url: str, forced: str | None, options: dict[str, Any]) -> Sourc
 def _open_remote_folder(url: str, forced: str | None, options: dict[str, Any]) -> Source | None:
     """A Zarr, read by parts, or a DICOM series, of which all files are copied; None if it is neither."""
     from pixelwise.formats import remote
-    from pixelwise.formats.zarr_folders import DOCUMENTS, open_folder
+    from pixelwise.formats.zarr import is_zarr_folder
 
-    folder = open_folder(url)
-    if any(folder.read(name, 0, 1) is not None for name in DOCUMENTS):
+    if is_zarr_folder(url):
         return _open("zarr", url, options)
     if remote.protocol_of(url) in ("http", "https"):
         return None

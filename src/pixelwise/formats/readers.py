@@ -9,13 +9,14 @@ from numpy.typing import NDArray
 
 from pixelwise.errors import DataError
 from pixelwise.formats.base import Source, SourceInfo
-from pixelwise.formats.image import ImageSource, is_image, silence
+from pixelwise.formats.image import ImageSource
+from pixelwise.formats.opening import open_source
 from pixelwise.formats.raster import MAX_DECODED_BYTES, Palette, Raster, printable
-from pixelwise.formats.registry import FORMATS, open_source
+from pixelwise.formats.registry import SOURCE_SUFFIXES, is_picture
 
-__all__ = ["IMAGE_SUFFIXES", "image_info", "palette", "read_image", "read_mask", "read_mask_file", "silence"]
+__all__ = ["IMAGE_SUFFIXES", "image_info", "palette", "read_image", "read_mask", "read_mask_file"]
 
-IMAGE_SUFFIXES = (*FORMATS["image"].suffixes, ".tif", ".tiff")
+IMAGE_SUFFIXES = SOURCE_SUFFIXES
 
 
 def read_image(path: str | Path) -> NDArray[Any]:
@@ -66,9 +67,7 @@ def image_info(path: str | Path) -> SourceInfo:
 
 def _opened(path: str | Path, labels: bool = False) -> Source:
     name = str(path)
-    if is_image(
-        _first_bytes(name), name
-    ):  # as `open_source` would find out, but at once: training reads thousands of them
+    if is_picture(_first_bytes(name)):  # as `open_source` would find out, but at once: training reads thousands of them
         return ImageSource(name, labels, now=True)
     return open_source(name, labels=labels or None)
 

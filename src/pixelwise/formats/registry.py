@@ -48,19 +48,17 @@ class Format:
     """How files of a format are found, read and written.
 
     Attributes:
-        module: in this package.
-        opens: its function that opens a location; "" if the format is only written. One with the parameter `opener` reads
-            parts of files from anywhere.
-        creates: its function that writes a `Result`; "" if the format is only read.
+        opens: the module and function that opens a location; "" if the format is only written. One with the parameter
+            `opener` reads parts of files from anywhere.
+        creates: the module and function that writes a `Result`; "" if the format is only read.
         suffixes: what names end in, in lower case; the first is that of written files.
         magic: possible first bytes.
-        looks: its function (head, name, opener) that decides where the first bytes alone cannot; "" if they can.
+        looks: the module and function (head, name, opener) that decides where the first bytes cannot; "" if they can.
         package: what writing needs beside pixelwise itself, with the extra that installs it.
         becomes: the format of results of such images.
         refuses: why it cannot hold a result (of an image, of a kind, with metadata); "" where it can.
     """
 
-    module: str
     opens: str = ""
     creates: str = ""
     suffixes: tuple[str, ...] = ()
@@ -71,39 +69,34 @@ class Format:
     refuses: Refusal = lambda info, kind, metadata: ""
 
 
-def _picture(suffixes: tuple[str, ...], *magic: bytes, creates: str = "") -> Format:
-    refuses = {"refuses": _not_flat} if creates else {}
-    return Format(module="image", opens="open_image", suffixes=suffixes, magic=magic, creates=creates, **refuses)
-
-
+_PILLOW = "image.open_image"
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _MEDICAL, _GEO, _ZARR = ("nibabel", "medical"), ("rasterio", "geo"), ("zarr", "zarr")
 
 FORMATS: Mapping[str, Format] = {
-    "png": _picture((".png",), b"\x89PNG\r\n\x1a\n", creates="write_png_labels"),
-    "jpeg": _picture((".jpg", ".jpeg"), b"\xff\xd8\xff"),
-    "webp": _picture((".webp",), b"RIFF????WEBP"),
-    "bmp": _picture((".bmp",), b"BM"),
-    "gif": _picture((".gif",), b"GIF87a", b"GIF89a"),
-    "pnm": _picture((".ppm", ".pgm", ".pbm"), *(b"P%d" % kind for kind in range(1, 7))),
-    "dicom": Format(module="dicom", opens="open_dicom", suffixes=(".dcm", ".dicom"), looks="is_dicom", becomes="nifti"),
-    "dicom-seg": Format(
-        module="dicom_seg", creates="write_dicom_seg", suffixes=(".dcm",), package=("highdicom", "medical"), refuses=_no_dicom
-    ),
-    "slide": Format(module="tiff", opens="open_slide", suffixes=(".svs", ".ndpi", ".scn", ".bif"), looks="is_slide",
+    "png": Format(opens=_PILLOW, creates="png.write_png_labels", suffixes=(".png",), magic=(b"\x89PNG\r\n\x1a\n",),
+                  refuses=_not_flat),
+    "jpeg": Format(opens=_PILLOW, suffixes=(".jpg", ".jpeg"), magic=(b"\xff\xd8\xff",)),
+    "webp": Format(opens=_PILLOW, suffixes=(".webp",), magic=(b"RIFF????WEBP",)),
+    "bmp": Format(opens=_PILLOW, suffixes=(".bmp",), magic=(b"BM",)),
+    "gif": Format(opens=_PILLOW, suffixes=(".gif",), magic=(b"GIF87a", b"GIF89a")),
+    "pnm": Format(opens=_PILLOW, suffixes=(".ppm", ".pgm", ".pbm"), magic=tuple(b"P%d" % kind for kind in range(1, 7))),
+    "dicom": Format(opens="dicom.open_dicom", suffixes=(".dcm", ".dicom"), looks="dicom.is_dicom", becomes="nifti"),
+    "dicom-seg": Format(creates="dicom_seg.write_dicom_seg", suffixes=(".dcm",), package=("highdicom", "medical"),
+                        refuses=_no_dicom),
+    "slide": Format(opens="tiff.open_slide", suffixes=(".svs", ".ndpi", ".scn", ".bif"), looks="tiff.is_slide",
                     becomes="ome-tiff"),
-    "geotiff": Format(module="geotiff", opens="open_geotiff", creates="write_geotiff", suffixes=(".tif",), looks="is_geotiff",
-                      package=_GEO, becomes="geotiff"),
-    "cog": Format(module="geotiff", creates="write_cog", suffixes=(".tif",), package=_GEO),
-    "ome-tiff": Format(module="tiff", creates="write_ome_tiff", suffixes=(".ome.tif", ".ome.tiff"), becomes="ome-tiff"),
-    "tiff": Format(module="tiff", opens="open_tiff", creates="write_tiff", suffixes=(".tif", ".tiff", ".btf", ".tf8"),
+    "geotiff": Format(opens="geotiff.open_geotiff", creates="geotiff_write.write_geotiff", suffixes=(".tif",),
+                      looks="geotiff.is_geotiff", package=_GEO, becomes="geotiff"),
+    "cog": Format(creates="geotiff_write.write_cog", suffixes=(".tif",), package=_GEO),
+    "ome-tiff": Format(creates="tiff.write_ome_tiff", suffixes=(".ome.tif", ".ome.tiff"), becomes="ome-tiff"),
+    "tiff": Format(opens="tiff.open_tiff", creates="tiff.write_tiff", suffixes=(".tif", ".tiff", ".btf", ".tf8"),
                    magic=_TIFF, becomes="tiff"),
-    "npy": Format(module="npy", opens="open_npy", creates="write_npy", suffixes=(".npy",), magic=(b"\x93NUMPY",),
-                  becomes="npy"),
-    "nifti": Format(module="nifti", opens="open_nifti", creates="write_nifti", suffixes=(".nii.gz", ".nii"), looks="is_nifti",
-                    package=_MEDICAL, becomes="nifti", refuses=_no_space),
-    "ome-zarr": Format(module="zarr", creates="write_ome_zarr", suffixes=(".ome.zarr",), package=_ZARR, becomes="ome-zarr"),
-    "zarr": Format(module="zarr", opens="open_zarr", creates="write_zarr", suffixes=(".zarr", ".zarr.zip"),
+    "npy": Format(opens="npy.open_npy", creates="npy.write_npy", suffixes=(".npy",), magic=(b"\x93NUMPY",), becomes="npy"),
+    "nifti": Format(opens="nifti.open_nifti", creates="nifti.write_nifti", suffixes=(".nii.gz", ".nii"),
+                    looks="nifti.is_nifti", package=_MEDICAL, becomes="nifti", refuses=_no_space),
+    "ome-zarr": Format(creates="zarr.write_ome_zarr", suffixes=(".ome.zarr",), package=_ZARR, becomes="ome-zarr"),
+    "zarr": Format(opens="zarr.open_zarr", creates="zarr.write_zarr", suffixes=(".zarr", ".zarr.zip"),
                    magic=(b"PK\x03\x04",), package=_ZARR, becomes="zarr"),
 }  # fmt: skip
 """Every format by its name, in the order in which files are compared with them."""
@@ -157,14 +150,14 @@ def named_format(name: str) -> str:
 
 def function_of(key: str, kind: str) -> Callable[..., Any]:
     """The function of a format that "opens", "creates" or "looks"; its module is imported now."""
-    known = FORMATS[key]
-    function: Callable[..., Any] = getattr(import_module(f"pixelwise.formats.{known.module}"), getattr(known, kind))
+    module, name = getattr(FORMATS[key], kind).split(".")
+    function: Callable[..., Any] = getattr(import_module(f"pixelwise.formats.{module}"), name)
     return function
 
 
 def is_picture(head: bytes) -> bool:
     """Whether a file that begins with `head` is one of the formats that Pillow decodes."""
-    return any(known.module == "image" and _begins(head, known) for known in FORMATS.values())
+    return any(known.opens == _PILLOW and _begins(head, known) for known in FORMATS.values())
 
 
 def format_of(head: bytes, name: str, opener: Callable[[], BinaryIO] | None = None, level: int | None = None) -> str:
@@ -180,15 +173,19 @@ def format_of(head: bytes, name: str, opener: Callable[[], BinaryIO] | None = No
         DataError: none fits.
     """
     for key, known in FORMATS.items():
-        if _begins(head, known) or (known.looks and function_of(key, "looks")(head, name, opener)):
+        if _begins(head, known) or (
+            known.looks and function_of(key, "looks")(head, name, *[opener] * (key == "geotiff"))
+        ):
             return "slide" if level is not None and key in ("tiff", "geotiff") else key
     for key in ("dicom", "nifti"):  # both exist in a form without a mark at the beginning
         if name.lower().endswith(FORMATS[key].suffixes):
             return key
-    what = "this is no image that can be read, or its first bytes are damaged" if head else "the file is empty (0 bytes)"
+    what = (
+        "this is no image that can be read, or its first bytes are damaged" if head else "the file is empty (0 bytes)"
+    )
     raise DataError(
-        f"{printable(name)}: {what}. Known are PNG, JPEG, WebP, BMP, GIF, PNM, TIFF, OME-TIFF, GeoTIFF, slides, NumPy, NIfTI, DICOM "
-        "and Zarr."
+        f"{printable(name)}: {what}. Known are PNG, JPEG, WebP, BMP, GIF, PNM, TIFF, OME-TIFF, GeoTIFF, slides, NumPy, "
+        "NIfTI, DICOM and Zarr."
     )
 
 
