@@ -21,7 +21,7 @@ from PIL import Image
 
 from pixelwise.errors import DataError, UsageError
 from pixelwise.formats import SOURCE_SUFFIXES
-from pixelwise.formats.registry import open_in_process as open_source  # where requests can be counted
+from pixelwise.formats.opening import open_in_process as open_source  # where requests can be counted
 from pixelwise.formats.remote import (
     RemoteStamp,
     fingerprint,
