@@ -550,7 +550,3 @@ def test_damaged_files_give_pixels_or_a_data_error(tmp_path):
 def test_what_is_a_tiff():
     heads = {b"II+\0": "tiff", b"MM\0*": "tiff", b"\x89PNG\r\n\x1a\n": "png"}
     assert {head: format_of(head.ljust(16, b"\0"), "a.png") for head in heads} == heads
-        "tiff",
-        "tiff",
-        "png",
-    ]
