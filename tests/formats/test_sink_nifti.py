@@ -14,7 +14,7 @@ from pixelwise.data.labels import LabelSpec
 from pixelwise.errors import PixelwiseError, UsageError
 from pixelwise.formats import nifti as sink
 from pixelwise.formats.base import Result, SourceInfo
-from pixelwise.formats.nifti import open_nifti, read_nifti_mark, write_nifti
+from pixelwise.formats.nifti import open_nifti, write_nifti
 
 SPEC = LabelSpec(
     names=("background", "liver", "tumour"), colors=((0, 0, 0), (200, 30, 30), (9, 8, 7)), values=((0,), (1,), (2,))
@@ -88,8 +88,6 @@ def test_what_the_file_says_of_itself(tmp_path):
     text = json.loads(written.header.extensions[0].get_content())
     assert text["classes"][1] == {"label": 1, "name": "liver", "color": [200, 30, 30]}
     assert text["pixelwise"] == mark and text["nodata"] == 255 and text["kind"] == "labels"
-    assert read_nifti_mark(tmp_path / "b.nii.gz") == mark
-    assert read_nifti_mark(tmp_path / "a.nii") is None
 
 
 def test_equal_labels_give_equal_files_from_pairs_too(tmp_path):
@@ -155,19 +153,3 @@ def test_nothing_half_written_stays(tmp_path, error):
         with pytest.raises(PixelwiseError, match=r"No space left|out of rows"):
             write_nifti(tmp_path / "b.nii.gz", broken)
     assert [path.name for path in tmp_path.iterdir()] == ["a.nii"]
-
-
-def test_marks_of_damaged_files_are_none(tmp_path):
-    nib.Nifti1Image(np.zeros((3, 4, 5), dtype=np.int16), OBLIQUE).to_filename(tmp_path / "a.nii")
-    with open_nifti(str(tmp_path / "a.nii")) as source:
-        write_nifti(tmp_path / "b.nii.gz", result_of(source, mark={"model": "abc"})[0])
-        write_nifti(tmp_path / "b.nii", result_of(source, mark={"model": "abc"})[0])
-    random = np.random.default_rng(0)
-    for trial in range(60):
-        name = ("b.nii", "b.nii.gz")[trial % 2]
-        content = bytearray((tmp_path / name).read_bytes())
-        for place in random.integers(0, min(len(content), 600), 6):
-            content[place] = random.integers(256)
-        path = tmp_path / f"damaged_{name}"
-        path.write_bytes(content[: random.integers(0, len(content))] if trial % 3 else content)
-        assert read_nifti_mark(path) is None or isinstance(read_nifti_mark(path), dict)

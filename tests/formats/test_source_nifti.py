@@ -219,7 +219,7 @@ def test_fingerprint_and_change(tmp_path):
         assert source.fingerprint() != before
         with pytest.raises(DataError, match=r"a\.img: the file changed"):
             source.check_unchanged()
-        with pytest.raises(DataError, match=r"a\.img: the file ends before its voxels"):
+        with pytest.raises(DataError, match=r"a\.img: the file ends before its numbers"):
             source.read(0, 0, 4, 3, plane=4)
 
 

@@ -4,6 +4,7 @@ Only elements that describe pixels are read, never those that describe a person,
 could be one.
 """
 
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from pixelwise.errors import DataError
-from pixelwise.formats.intensity import Scaling, display_window, quiet
+from pixelwise.formats.intensity import Scaling, display_window
 from pixelwise.formats.local import Stamp
-from pixelwise.formats.raster import DECODE_ERRORS, printable
+from pixelwise.formats.raster import DECODE_ERRORS, printable, silence
 
 LOGGER = "pydicom"
 
@@ -79,6 +80,23 @@ class Header:
     def largest(self) -> int:
         """The largest number that can be stored."""
         return int(2 ** (self.bits - self.signed) - 1)
+
+
+@contextmanager
+def quiet(*packages: str) -> Iterator[None]:
+    """Drop the warnings and the log lines of some packages; only one thread at a time is inside."""
+    loggers = [
+        logging.getLogger(name) for name in tuple(logging.root.manager.loggerDict) if name.partition(".")[0] in packages
+    ]
+    with silence():
+        levels = [logger.level for logger in loggers]
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL + 1)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
 
 
 @contextmanager

@@ -20,9 +20,8 @@ from numpy.typing import NDArray
 from pixelwise.errors import DataError, PixelwiseError, UsageError
 from pixelwise.files import atomic_path, cannot_write, extra
 from pixelwise.formats.base import LABELS, Result, Source, SourceInfo
-from pixelwise.formats.dicom_header import LOGGER, Header, dicom_errors, safe_text
+from pixelwise.formats.dicom_header import LOGGER, Header, dicom_errors, quiet, safe_text
 from pixelwise.formats.dicom_series import Grid, grid_of, on_planes, own_grid
-from pixelwise.formats.intensity import quiet
 from pixelwise.formats.local import Stamp, fingerprint
 from pixelwise.formats.raster import DECODE_ERRORS, printable
 

@@ -4,18 +4,18 @@ A scanner stores Hounsfield units or counts of any height. Networks want 0..1, a
 changes the labels, so the range in use stands in the source's metadata.
 """
 
-import logging
+import hashlib
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pixelwise.errors import UsageError
-from pixelwise.formats.raster import silence
+from pixelwise.formats.base import Source
+from pixelwise.formats.local import Stamp, fingerprint
 
 Intensity = Literal["auto", "type"] | tuple[float, float]
 """How stored numbers become 0..1.
@@ -26,33 +26,44 @@ Intensity = Literal["auto", "type"] | tuple[float, float]
 """
 
 
+class LocalSource(Source):
+    """An image in one or several local files that must not change while it is read."""
+
+    _stamps: dict[Path, Stamp]  # in the order of the planes
+
+    def fingerprint(self) -> str:
+        """Of the file, or of all files together."""
+        found = [fingerprint(path) for path in self._stamps]
+        return found[0] if len(found) == 1 else hashlib.sha256("".join(found).encode()).hexdigest()
+
+    def check_unchanged(self) -> None:
+        """Raise `DataError` if a file has changed."""
+        for path, stamp in self._stamps.items():
+            stamp.check(path)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Scaling:
-    """A map of numbers to 0..1.
+    """A map of numbers to 0..1: a line, or the sigmoid of PS3.3 C.11.2.1.3.1."""
 
-    Attributes:
-        low: the number that becomes 0, or the centre of a sigmoid.
-        high: the number that becomes 1, or the centre plus the width of a sigmoid.
-        sigmoid: whether the map is PS3.3 C.11.2.1.3.1's curve instead of a line.
-        inverted: whether the largest number is black (MONOCHROME1).
-    """
-
-    low: float
-    high: float
+    low: float  # becomes 0, or is the centre of a sigmoid
+    high: float  # becomes 1, or is the centre plus the width of a sigmoid
     sigmoid: bool = False
-    inverted: bool = False
+    inverted: bool = False  # the largest number is black (MONOCHROME1)
 
     def apply(self, values: NDArray[Any]) -> NDArray[np.float32]:
         """Float32 in 0..1, of the same shape; where low is high, the numbers above it are 1 and all others 0."""
-        exact = values.astype(np.float64)
         if self.sigmoid:
-            turn = np.clip(-4.0 * (exact - self.low) / (self.high - self.low), -700, 700)  # exp stays finite
-            unit = 1.0 / (1.0 + np.exp(turn))
+            turn = np.clip(-4.0 * (values.astype(np.float64) - self.low) / (self.high - self.low), -700, 700)
+            unit = 1.0 / (1.0 + np.exp(turn))  # which stays finite
         elif self.high > self.low:
             # halves, because the difference of two of the largest floats is no float any more
-            unit = np.clip((exact / 2 - self.low / 2) / (self.high / 2 - self.low / 2), 0.0, 1.0)
+            unit = np.multiply(values, 0.5, dtype=np.float64)
+            unit -= self.low / 2
+            unit /= self.high / 2 - self.low / 2
+            np.clip(unit, 0.0, 1.0, out=unit)
         else:
-            unit = (exact > self.low).astype(np.float64)
+            unit = (values > self.low).astype(np.float64)
         return (1.0 - unit if self.inverted else unit).astype(np.float32)
 
     def to_dict(self) -> dict[str, Any]:
@@ -65,15 +76,9 @@ class Scaling:
 
 
 def check_intensity(value: Any) -> Intensity:
-    """What a user wrote, as an `Intensity`; a pair may also be text such as "-160,240".
-
-    Raises:
-        UsageError: it is none of the three, or low is not below high.
-    """
-    if value == "auto":
-        return "auto"
-    if value == "type":
-        return "type"
+    """What a user wrote, as an `Intensity`; a pair may also be text such as "-160,240"."""
+    if value in ("auto", "type"):
+        return value
     parts = value.split(",") if isinstance(value, str) else value
     try:
         low, high = (float(part) for part in parts)
@@ -88,28 +93,17 @@ def check_intensity(value: Any) -> Intensity:
 
 
 def display_window(center: float, width: float, function: str = "LINEAR", inverted: bool = False) -> Scaling | None:
-    """DICOM's display window as a map to 0..1 (PS3.3 C.11.2.1.2 and C.11.2.1.3).
-
-    Args:
-        center: Window Center (0028,1050).
-        width: Window Width (0028,1051); at least 1 for LINEAR, above 0 for the others.
-        function: VOI LUT Function (0028,1056): LINEAR, LINEAR_EXACT or SIGMOID.
-        inverted: whether the largest number is black.
-
-    Returns:
-        the map; None if the numbers are no window.
-    """
+    """DICOM's display window as a map to 0..1 (PS3.3 C.11.2.1.2 and C.11.2.1.3); None if the numbers are no window."""
     least = 1.0 if function == "LINEAR" else np.nextafter(0.0, 1.0)
     if not (math.isfinite(center) and math.isfinite(width) and width >= least):
         return None
     if function == "SIGMOID":
         return Scaling(low=center, high=center + width, sigmoid=True, inverted=inverted)
-    if function == "LINEAR_EXACT":
-        return Scaling(low=center - width / 2, high=center + width / 2, inverted=inverted)
-    if function != "LINEAR":
+    if function == "LINEAR":
+        center, width = center - 0.5, width - 1
+    elif function != "LINEAR_EXACT":
         return None
-    half = (width - 1) / 2
-    return Scaling(low=center - 0.5 - half, high=center - 0.5 + half, inverted=inverted)
+    return Scaling(low=center - width / 2, high=center + width / 2, inverted=inverted)
 
 
 def percentile_scaling(sample: NDArray[Any]) -> Scaling:
@@ -131,20 +125,3 @@ def by_type(values: NDArray[Any], largest: int | None = None) -> NDArray[np.floa
     if values.dtype.kind == "f":
         return values.astype(np.float32)
     return (values / np.float64(largest or np.iinfo(values.dtype).max)).astype(np.float32)
-
-
-@contextmanager
-def quiet(*packages: str) -> Iterator[None]:
-    """Drop the warnings and the log lines of some packages; only one thread at a time is inside."""
-    loggers = [
-        logging.getLogger(name) for name in tuple(logging.root.manager.loggerDict) if name.partition(".")[0] in packages
-    ]
-    with silence():
-        levels = [logger.level for logger in loggers]
-        for logger in loggers:
-            logger.setLevel(logging.CRITICAL + 1)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)

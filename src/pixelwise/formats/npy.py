@@ -1,8 +1,9 @@
 """NumPy's .npy files of any size, window by window. Files that hold Python objects are refused."""
 
+import itertools
 import math
 import tokenize
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -16,9 +17,9 @@ from pixelwise.formats.base import Result, Source, SourceInfo
 from pixelwise.formats.local import Identity, readable
 from pixelwise.formats.raster import silence, whole_numbers
 
-_MAGIC = b"\x93NUMPY"
 _STRIP_BYTES = 2**16
 _BAND_BYTES = 16 * 2**20
+_GAP_BYTES = 2**14  # reading so much takes as long as another read
 _MAX_HEADER_BYTES = 10_000
 
 
@@ -31,28 +32,18 @@ def open_npy(
 ) -> Source:
     """Open an array (H, W), (H, W, C) or (planes, H, W, C); only its header is read.
 
-    Args:
-        location: path, or the name of what `opener` opens.
-        opener: opens the file anew at each call, for reading, seekable; None opens the path.
-        identity: how to tell whether it changed; needed with `opener`.
-        labels: whether it is read as a mask. Then three axes are (planes, H, W), unless the last one has length 1, or
-            length 3 in 8 bits.
-
-    Raises:
-        DataError: the file is missing, truncated, or holds something else than images of numbers.
-        UsageError: an opener without an identity.
+    Of masks (`labels`) three axes are (planes, H, W), unless the last one has length 1, or length 3 in 8 bits. An `opener`
+    opens the file anew at each call, for reading, seekable; `identity` tells whether it changed.
     """
     if opener is None:
         identity = Identity.local(location)
     elif identity is None:
         raise UsageError(f"{location}: a file that is opened by a function needs an identity as well.")
     with readable(location):
-        return _NpySource(location, opener or (lambda: Path(location).open("rb")), identity, labels)
+        return _NpySource(location, opener or (lambda: Path(location).open("rb", buffering=0)), identity, labels)
 
 
 class _NpySource(Source):
-    """An array in a file, of which nothing is kept in memory."""
-
     def __init__(self, location: str, opener: Callable[[], BinaryIO], identity: Identity, labels: bool) -> None:
         self._opener, self._identity, self._labels = opener, identity, labels
         with opener() as file:
@@ -66,32 +57,24 @@ class _NpySource(Source):
         planes, height, width, channels = self._shape = (1, *shape)[-4:]
         if labels and channels != 1 and not is_color:
             raise DataError(f"it has {channels} channels of {self._dtype}; a mask has one, or 8-bit RGB.")
-        row = width * channels * self._dtype.itemsize
+        strip = max(1, min(height, _STRIP_BYTES // (width * channels * self._dtype.itemsize)))
         stored = "uint8" if self._dtype.kind == "b" else self._dtype.newbyteorder("=").name
+        dtype = "int64" if labels and self._dtype.kind == "f" else stored
         self.info = SourceInfo(
-            location=location,
-            format="npy",
-            height=height,
-            width=width,
-            channels=channels,
-            dtype="int64" if labels and self._dtype.kind == "f" else stored,
-            planes=planes,
-            block_px=(height if self._fortran else max(1, min(height, _STRIP_BYTES // row)), width),
-        )
+            location=location, format="npy", height=height, width=width, channels=channels, dtype=dtype, planes=planes,
+            block_px=(height if self._fortran else strip, width),
+        )  # fmt: skip
         self._idle: list[BinaryIO] = []
 
     def read(self, top: int, left: int, height: int, width: int, plane: int = 0) -> NDArray[Any]:
         where = f"rows {top}..{top + height}, columns {left}..{left + width}"
-        planes, rows, columns, channels = self._shape
-        with readable(self.info.location, where), self._file() as file:
-            if self._fortran:  # rows follow each other, then columns, then channels, with the planes in between
-                lines = [channel * columns + left + n for channel in range(channels) for n in range(width)]
-                found = self._lines(file, lines, rows * planes, top * planes, height * planes)
-                array = found.reshape(channels, width, height, planes)[..., plane].T
-            else:
-                lines = [plane * rows + top + n for n in range(height)]
-                found = self._lines(file, lines, columns * channels, left * channels, width * channels)
-                array = found.reshape(height, width, channels)
+        box = ((plane, plane + 1), (top, top + height), (left, left + width), (0, self._shape[3]))
+        with readable(self.info.location, where):
+            with self._file() as file:
+                if self._fortran:
+                    array = read_box(file, self._offset, self._dtype, self._shape[::-1], box[::-1])[..., 0].T
+                else:
+                    array = read_box(file, self._offset, self._dtype, self._shape, box)[0]
             if array.dtype.kind == "f" and not np.isfinite(array).all():
                 bad = int((~np.isfinite(array)).sum())
                 raise DataError(f"{bad:,} numbers in {where} are NaN or infinite. Replace them.")
@@ -121,19 +104,39 @@ class _NpySource(Source):
         finally:
             self._idle.append(file)
 
-    def _lines(self, file: BinaryIO, lines: list[int], line: int, start: int, length: int) -> NDArray[Any]:
-        """The numbers from `start` on of some lines of `line` numbers each; whole neighbouring lines are read at once."""
-        array = np.empty((len(lines), length), dtype=self._dtype)
-        at_once = length == line and lines[-1] - lines[0] == len(lines) - 1
-        for index, target in [(lines[0], array)] if at_once else zip(lines, array, strict=True):
-            file.seek(self._offset + (index * line + start) * self._dtype.itemsize)
-            view = target.view(np.uint8).reshape(-1).data
+
+def read_box(
+    file: BinaryIO, offset: int, dtype: np.dtype[Any], shape: Sequence[int], box: Sequence[tuple[int, int]]
+) -> NDArray[Any]:
+    """A box (start and stop along each axis) of an array that lies in a file in C order, from `offset` on.
+
+    Short gaps are read along, because few long reads are faster than many short ones.
+    """
+    found = np.empty([stop - start for start, stop in box], dtype)
+    level, step = 0, math.prod(shape[1:]) * dtype.itemsize  # the axis along which neighbours are read at once
+    wanted = found.nbytes // found.shape[0]
+    outer = []
+    while (gap := step - wanted) > _GAP_BYTES:
+        outer.append(range(box[level][0] * step, box[level][1] * step, step))
+        level += 1
+        step, wanted = step // shape[level], wanted // found.shape[level]
+    start, stop = box[level]
+    crop = (slice(None), *(slice(*ends) for ends in box[level + 1 :]))
+    count = min(stop - start, max(1, _BAND_BYTES // step)) if gap else stop - start
+    lines = np.empty((count, *shape[level + 1 :]), dtype) if gap else found[:0]
+    for target, places in zip(found.reshape(-1, *found.shape[level:]), itertools.product(*outer), strict=True):
+        for first in range(0, stop - start, count):
+            part = target[first : first + count]
+            read = lines[: len(part)] if gap else part
+            file.seek(offset + sum(places) + (start + first) * step)
+            view = read.view(np.uint8).reshape(-1).data
             while view:
-                count = file.readinto(view)  # type: ignore[attr-defined]
-                if not count:
-                    raise EOFError("the file ends before its numbers do")
-                view = view[count:]
-        return array
+                if not (size := file.readinto(view)):  # type: ignore[attr-defined]
+                    raise DataError("the file ends before its numbers do; it was shortened while it was read.")
+                view = view[size:]
+            if gap:
+                part[...] = read[crop]
+    return found
 
 
 def _header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
@@ -159,11 +162,7 @@ def _header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
 
 
 def write_npy(path: Path, result: Result) -> None:
-    """Write an array (H, W) or (planes, H, W), a band of rows at a time; `numpy.load(path, mmap_mode="r")` reads it.
-
-    Raises:
-        PixelwiseError: the file cannot be written.
-    """
+    """Write an array (H, W) or (planes, H, W), a band of rows at a time; `numpy.load(path, mmap_mode="r")` reads it."""
     planes, height, width = result.source.planes, result.source.height, result.source.width
     _write(path, result, (height, width) if planes == 1 else (planes, height, width), np.dtype(result.dtype))
 
@@ -172,9 +171,6 @@ def write_probabilities(path: Path, result: Result) -> None:
     """Write the probabilities of all classes as .npy, float32 (K, H, W), or (planes, K, H, W) of several planes.
 
     The planes of the result are the classes of the first plane of the image, then those of the next.
-
-    Raises:
-        PixelwiseError: it cannot be written.
     """
     info, classes = result.source, result.spec.num_classes
     shape: tuple[int, ...] = (classes, info.height, info.width)
