@@ -160,6 +160,8 @@ class _NiftiSource(LocalSource):
             self._slab.cache_clear()
 
     def _meant(self, values: NDArray[Any]) -> NDArray[np.float64]:
+        if (self._slope, self._intercept) == (1.0, 0.0):
+            return values.astype(np.float64)
         with np.errstate(all="ignore"):
             return values.astype(np.float64) * self._slope + self._intercept
 
@@ -168,7 +170,7 @@ class _NiftiSource(LocalSource):
         if self._dtype.names:
             stored = np.ascontiguousarray(stored)
             return stored.view(np.uint8).reshape(*stored.shape, -1)[..., :3]
-        return stored.astype(stored.dtype.newbyteorder("="), copy=False)[..., None]
+        return (stored if stored.dtype.isnative else stored.astype(stored.dtype.newbyteorder("=")))[..., None]
 
     def _stored(self, rows: tuple[int, int], columns: tuple[int, int], index: int, time: int) -> NDArray[Any]:
         """The voxels (height, width) of a window."""

@@ -112,31 +112,38 @@ def read_box(
 
     Short gaps are read along, because few long reads are faster than many short ones.
     """
-    found = np.empty([stop - start for start, stop in box], dtype)
-    level, step = 0, math.prod(shape[1:]) * dtype.itemsize  # the axis along which neighbours are read at once
-    wanted = found.nbytes // found.shape[0]
-    outer = []
-    while (gap := step - wanted) > _GAP_BYTES:
+    lengths = [stop - start for start, stop in box]
+    step, wanted = math.prod(shape[1:]) * dtype.itemsize, math.prod(lengths[1:]) * dtype.itemsize
+    level, outer = 0, []  # along the axes before `level` neighbours are read one by one
+    while step - wanted > _GAP_BYTES:
         outer.append(range(box[level][0] * step, box[level][1] * step, step))
         level += 1
-        step, wanted = step // shape[level], wanted // found.shape[level]
-    start, stop = box[level]
-    crop = (slice(None), *(slice(*ends) for ends in box[level + 1 :]))
-    count = min(stop - start, max(1, _BAND_BYTES // step)) if gap else stop - start
-    lines = np.empty((count, *shape[level + 1 :]), dtype) if gap else found[:0]
-    for target, places in zip(found.reshape(-1, *found.shape[level:]), itertools.product(*outer), strict=True):
-        for first in range(0, stop - start, count):
-            part = target[first : first + count]
-            read = lines[: len(part)] if gap else part
-            file.seek(offset + sum(places) + (start + first) * step)
-            view = read.view(np.uint8).reshape(-1).data
-            while view:
-                if not (size := file.readinto(view)):  # type: ignore[attr-defined]
-                    raise DataError("the file ends before its numbers do; it was shortened while it was read.")
-                view = view[size:]
-            if gap:
-                part[...] = read[crop]
+        step, wanted = step // shape[level], wanted // lengths[level]
+    (start, stop), crop = box[level], (slice(None), *(slice(*ends) for ends in box[level + 1 :]))
+    count = max(1, _BAND_BYTES // step)
+    if lengths[level] <= count or step == wanted:
+        count = lengths[level]
+        if math.prod(lengths[:level]) == 1:
+            first = offset + sum(steps[0] for steps in outer) + start * step
+            lines = _read_into(np.empty((count, *shape[level + 1 :]), dtype), file, first)
+            return lines[(*[None] * level, *crop)]
+    found = np.empty(lengths, dtype)
+    lines = np.empty((count, *shape[level + 1 :]), dtype)
+    for target, places in zip(found.reshape(-1, *lengths[level:]), itertools.product(*outer), strict=True):
+        for first in range(start, stop, count):
+            read = lines[: stop - first]
+            target[first - start : first - start + count] = _read_into(read, file, offset + sum(places) + first * step)[crop]
     return found
+
+
+def _read_into(target: NDArray[Any], file: BinaryIO, position: int) -> NDArray[Any]:
+    file.seek(position)
+    view = target.view(np.uint8).reshape(-1).data
+    while view:
+        if not (size := file.readinto(view)):  # type: ignore[attr-defined]
+            raise DataError("the file ends before its numbers do; it was shortened while it was read.")
+        view = view[size:]
+    return target
 
 
 def _header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
