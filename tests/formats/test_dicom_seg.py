@@ -19,7 +19,7 @@ from pixelwise.formats import dicom_seg as sink
 from pixelwise.formats import open_source
 from pixelwise.formats.base import Result, SourceInfo
 from pixelwise.formats.dicom import open_dicom
-from pixelwise.formats.dicom_seg import read_dicom_seg_mark, write_dicom_seg
+from pixelwise.formats.dicom_seg import write_dicom_seg
 from pixelwise.formats.nifti import write_nifti
 
 SPEC = LabelSpec(
@@ -122,7 +122,6 @@ def test_highdicom_reads_the_labels_back(tmp_path, folder):
         got = seg.get_pixels_by_source_frame(uid, numbers, combine_segments=True, ignore_spatial_locations=False)
     assert (got == planes).all()  # class k is segment k, for only class 0 is background
     assert [item.SegmentLabel for item in seg.SegmentSequence] == ["liver", "tumour"]
-    assert read_dicom_seg_mark(tmp_path / "seg.dcm") == {"model": "0123abc", "input": "x"}
 
 
 def test_space_and_origin_are_those_of_the_source(tmp_path):
@@ -256,22 +255,6 @@ def test_nothing_half_written_stays(tmp_path, monkeypatch):
     with open_dicom(location) as source, pytest.raises(PixelwiseError, match=r"seg\.dcm: cannot be written \(No space"):
         write_dicom_seg(tmp_path / "seg.dcm", result_of(source)[0])
     assert [path.name for path in tmp_path.iterdir()] == ["ct"]
-
-
-def test_marks_of_damaged_files_are_none(tmp_path, capfd):
-    location, _ = series(tmp_path / "ct")
-    with open_dicom(location) as source:
-        write_dicom_seg(tmp_path / "seg.dcm", result_of(source, mark={"model": "abc"})[0])
-    content = (tmp_path / "seg.dcm").read_bytes()
-    random = np.random.default_rng(0)
-    for trial in range(60):
-        damaged = bytearray(content)
-        for place in random.integers(132, len(content), 12):
-            damaged[place] = random.integers(256)
-        (tmp_path / "damaged.dcm").write_bytes(damaged[: random.integers(0, len(content))] if trial % 3 else damaged)
-        mark = read_dicom_seg_mark(tmp_path / "damaged.dcm")
-        assert mark is None or isinstance(mark, dict)
-    assert capfd.readouterr() == ("", "")
 
 
 def masks(seed=0):

@@ -9,8 +9,8 @@ Planes are slices along the normal of the images, rows and columns are those of 
 leave out (JPEG lossless, JPEG of 12 bits, High-Throughput JPEG 2000, JPEG 2000 of wide colours) imagecodecs decodes.
 """
 
-import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import astuple
 from functools import cached_property, lru_cache
 from pathlib import Path
 from types import MappingProxyType
@@ -24,8 +24,7 @@ from pixelwise.files import extra
 from pixelwise.formats.base import Source, SourceInfo
 from pixelwise.formats.dicom_header import Frame, Header, dicom_errors, safe_text
 from pixelwise.formats.dicom_series import SEGMENTATIONS, arrange, geometry, read_headers
-from pixelwise.formats.intensity import Intensity, Scaling, by_type, check_intensity
-from pixelwise.formats.local import fingerprint
+from pixelwise.formats.intensity import Intensity, LocalSource, Scaling, by_type, check_intensity
 from pixelwise.formats.raster import printable, whole_numbers
 
 _CACHE_BYTES = 64 * 2**20
@@ -46,27 +45,17 @@ def open_dicom(
     labels: bool = False,
     like: str | None = None,
 ) -> Source:
-    """Open an image or a series of which the headers are read.
+    """Open a file, or the one series of a folder (folders inside it do not count), of which the headers are read.
 
-    Args:
-        location: a file, or the folder of a series (files in folders inside it do not count).
-        intensity: how the numbers become 0..1; "auto" takes the display window of each file, or the range of the whole
-            series where there is none; 8-bit numbers without a window, and colours, stay as they are.
-        series: SeriesInstanceUID of the one to take of a folder that holds several.
-        labels: whether it is read as a mask: the numbers as stored, of a segmentation the numbers of its segments.
-        like: of a segmentation, the series or NIfTI volume whose planes it shall have; without it these are the planes
-            that the segmentation has frames for. Of other masks it changes nothing.
+    `intensity` "auto" takes the display window of each file, or the range of the whole series where there is none; 8-bit
+    numbers without a window, and colours, stay as they are. `series` is the SeriesInstanceUID of the one to take of a
+    folder that holds several. Masks (`labels`) are the numbers as stored, of a segmentation the numbers of its segments;
+    `like` is the series or NIfTI volume whose planes a segmentation shall have, by default those it has frames for.
 
-    Returns:
-        uint8 as stored where 8-bit numbers need no change, else float32 in 0..1. Its metadata: `affine` (4, 4; RAS+) and
-        `zooms` in mm, `shape` (columns, rows, slices[, volumes]), `even` distances, `warnings`, `files` and `stamps`, the
-        plane's file and frame in `frames`, and the `intensity` in use; of masks no intensity, of segmentations `segments`
-        (label of each number), of palettes `palette`.
-
-    Raises:
-        DataError: a file is missing, damaged or compressed in a way that cannot be decoded; the folder holds no image or
-            several series; images differ in size or direction, or are there twice; segments overlap or are fractions.
-        UsageError: an option is wrong, or pydicom is not installed.
+    Pixels are uint8 as stored where 8-bit numbers need no change, else float32 in 0..1. Metadata: `affine` (4, 4; RAS+) and
+    `zooms` in mm, `shape` (columns, rows, slices[, volumes]), `even` distances, `warnings`, `files` and `stamps`, the
+    plane's file and frame in `frames`, and the `intensity` in use; of masks no intensity, of segmentations `segments`
+    (label of each number), of palettes `palette`.
     """
     checked = check_intensity(intensity)
     pydicom = extra("pydicom", "medical", "DICOM")
@@ -97,34 +86,27 @@ def is_dicom(head: bytes, name: str) -> bool:
     return head[128:132] == b"DICM" and not is_named_tiff
 
 
-class _DicomSource(Source):
+class _DicomSource(LocalSource):
     def __init__(
         self, pydicom: Any, location: str, headers: Sequence[Header], intensity: Intensity, labels: bool
     ) -> None:
         self._pydicom, self._intensity, self._labels = pydicom, intensity, labels
         self._headers = {header.path: header for header in headers}
         self._volume = arrange(printable(location), headers)
-        first = headers[0]
-        has_window = any(frame.window is not None for frame in self._volume.frames)
+        frames, first = self._volume.frames, headers[0]
+        self._stamps = {frame.path: self._headers[frame.path].stamp for frame in frames}
         is_8_bit = all(header.bits == 8 and not header.signed and not header.palette for header in headers)
         is_color = first.channels == 3
-        same = is_color or all((frame.slope, frame.intercept) == (1.0, 0.0) for frame in self._volume.frames)
-        auto = intensity == "auto" and same and (is_color or not has_window)
+        same = all((frame.slope, frame.intercept, frame.window) == (1.0, 0.0, None) for frame in frames)
         self._stays = any(header.palette for header in headers) or is_8_bit
-        self._stays = self._stays and (auto or intensity == "type")
-        channels = 1 if labels and first.palette else first.channels
-        dtype = np.dtype("uint8" if self._stays else "float32")
+        self._stays = self._stays and (intensity == "type" or (intensity == "auto" and (is_color or same)))
+        dtype = np.result_type(*map(_stored_type, headers)).name if labels else "uint8" if self._stays else "float32"
         self.info = SourceInfo(
-            location=location,
-            format="dicom",
-            height=first.height,
-            width=first.width,
-            channels=channels,
-            dtype=(np.result_type(*map(_stored_type, headers)) if labels else dtype).name,
-            planes=len(self._volume.frames),
+            location=location, format="dicom", height=first.height, width=first.width,
+            channels=1 if labels and first.palette else first.channels, dtype=dtype, planes=len(frames),
             block_px=(first.height, first.width),
-        )
-        nbytes = first.height * first.width * channels * max(1, first.allocated // 8)
+        )  # fmt: skip
+        nbytes = first.height * first.width * self.info.channels * max(1, first.allocated // 8)
         self._stored = lru_cache(maxsize=max(1, _CACHE_BYTES // nbytes))(self._decoded)
 
     @property
@@ -147,16 +129,6 @@ class _DicomSource(Source):
         if header.inverted:
             stored = header.largest - stored if not header.signed else -1 - stored.astype(np.int64)
         return np.ascontiguousarray(stored) if self._stays else by_type(stored, header.largest)
-
-    def fingerprint(self) -> str:
-        """Of the file, or of all files of the series in the order of their planes."""
-        found = [fingerprint(path) for path in dict.fromkeys(frame.path for frame in self._volume.frames)]
-        return found[0] if len(found) == 1 else hashlib.sha256("".join(found).encode()).hexdigest()
-
-    def check_unchanged(self) -> None:
-        """Raise `DataError` if a file has changed."""
-        for header in self._headers.values():
-            header.stamp.check(header.path)
 
     def close(self) -> None:
         """Forget the decoded frames."""
@@ -217,10 +189,9 @@ class _DicomSource(Source):
     @cached_property
     def _known(self) -> dict[str, Any]:
         first = next(iter(self._headers.values()))
-        stamps = [header.stamp for header in self._headers.values()]
         known = geometry(tuple(self._headers.values()), self._volume) | {
-            "files": tuple(str(path) for path in self._headers),
-            "stamps": tuple((stamp.size, stamp.mtime_ns, stamp.inode) for stamp in stamps),
+            "files": tuple(map(str, self._stamps)),
+            "stamps": tuple(map(astuple, self._stamps.values())),
             "frames": tuple((str(frame.path), frame.index) for frame in self._volume.frames),
         }
         if self._labels and first.palette:
@@ -277,11 +248,7 @@ def is_available(uid: str) -> bool:
 
 
 def decode(source: bytes, runner: Any) -> bytes:
-    """Decode one frame, as pydicom asks of a plugin.
-
-    Raises:
-        ValueError: the frame has another size than the header says.
-    """
+    """Decode one frame, as pydicom asks of a plugin."""
     import imagecodecs
 
     if source[:2] != b"\xff\xd8":  # JPEG 2000

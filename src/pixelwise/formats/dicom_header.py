@@ -14,7 +14,7 @@ from typing import Any
 
 from pixelwise.errors import DataError
 from pixelwise.formats.intensity import Scaling, display_window
-from pixelwise.formats.local import Stamp
+from pixelwise.formats.local import Stamp, readable
 from pixelwise.formats.raster import DECODE_ERRORS, printable, silence
 
 LOGGER = "pydicom"
@@ -40,9 +40,7 @@ class Frame:
 
     path: Path
     index: int  # in the file
-    position: (
-        tuple[float, ...] | None
-    )  # centre of the first pixel in mm: to the left, back and head of the patient (LPS)
+    position: tuple[float, ...] | None  # centre of the first pixel in mm: left, back and head of the patient (LPS)
     orientation: tuple[float, ...] | None  # direction of the rows (x, y, z), then that of the columns
     spacing_mm: tuple[float, ...] | None  # between rows, between columns
     depth_mm: float | None  # to the next slice, as far as one slice can tell
@@ -110,8 +108,6 @@ def dicom_errors(path: Path) -> Iterator[None]:
             yield
     except DataError as error:
         raise DataError(f"{name}: {error}") from None
-    except MemoryError:
-        raise DataError(f"{name}: there is not enough memory to decode it.") from None
     except (*DECODE_ERRORS, BytesLengthException, InvalidDicomError) as error:
         told = error.strerror if isinstance(error, OSError) else None
         reason = told or "it ends too early, or what its headers say makes no sense"
@@ -120,11 +116,9 @@ def dicom_errors(path: Path) -> Iterator[None]:
 
 def has_mark(path: Path) -> bool:
     """Whether a file starts as DICOM does: any 128 bytes, then DICM."""
-    try:
-        with path.open("rb") as file:
-            return file.read(132)[128:] == b"DICM"
-    except OSError:
-        return False
+    Stamp.of(path)  # a pipe must not even be opened
+    with readable(path), path.open("rb") as file:
+        return file.read(132)[128:] == b"DICM"
 
 
 def safe_text(value: Any) -> str:
@@ -133,11 +127,7 @@ def safe_text(value: Any) -> str:
 
 
 def read_header(pydicom: Any, path: Path) -> Header | None:
-    """The header of a file; None if it holds no image (a report, a directory).
-
-    Raises:
-        DataError: the file is missing or damaged, or its pixels are stored in a way that cannot be read.
-    """
+    """The header of a file; None if it holds no image (a report, a directory)."""
     stamp = Stamp.of(path)
     with dicom_errors(path):
         if not has_mark(path):
@@ -176,7 +166,7 @@ def _header(dataset: Any, path: Path, stamp: Stamp, syntax: Any) -> Header:
             f"its header says {count} frames of {rows} x {columns} pixels of {bits} bits, which a file of "
             f"{stamp.size:,} bytes cannot hold. It is truncated or damaged."
         )
-    inverted, padding = photometric == "MONOCHROME1", first(dataset.get("PixelPaddingValue"))
+    inverted, padding = photometric == "MONOCHROME1", _number(dataset.get("PixelPaddingValue"))
     names = (
         "SOPInstanceUID",
         "SeriesInstanceUID",
@@ -187,26 +177,13 @@ def _header(dataset: Any, path: Path, stamp: Stamp, syntax: Any) -> Header:
     )
     instance, series, kind, description, modality, reference = (safe_text(dataset.get(name) or "") for name in names)
     return Header(
-        path=path,
-        stamp=stamp,
-        syntax=syntax,
-        instance_uid=instance,
-        series_uid=series,
-        class_uid=kind,
-        description=description,
-        modality=modality,
-        reference_uid=reference,
-        height=rows,
-        width=columns,
-        channels=1 if photometric in _GREYS else 3,
-        palette=photometric == "PALETTE COLOR",
-        inverted=inverted,
-        allocated=allocated,
-        bits=int(dataset.get("BitsStored") or allocated),
-        signed=bool(dataset.get("PixelRepresentation") or 0),
-        padding=None if padding is None else int(padding),
+        path=path, stamp=stamp, syntax=syntax, instance_uid=instance, series_uid=series, class_uid=kind,
+        description=description, modality=modality, reference_uid=reference, height=rows, width=columns,
+        channels=1 if photometric in _GREYS else 3, palette=photometric == "PALETTE COLOR", inverted=inverted,
+        allocated=allocated, bits=int(dataset.get("BitsStored") or allocated),
+        signed=bool(dataset.get("PixelRepresentation") or 0), padding=None if padding is None else int(padding),
         frames=tuple(_frames(dataset, path, count, inverted)),
-    )
+    )  # fmt: skip
 
 
 def _frames(dataset: Any, path: Path, count: int, inverted: bool) -> Iterator[Frame]:
@@ -250,24 +227,17 @@ def _value(places: Sequence[Any], top: Any, group: str, keyword: str) -> Any:
 
 
 def _numbers(value: Any, count: int) -> tuple[float, ...] | None:
-    if value is None or isinstance(value, str | float | int) or len(value) != count:
-        return None
-    found = tuple(float(part) for part in value)
-    return found if all(math.isfinite(part) for part in found) else None
-
-
-def first(value: Any) -> float | None:
-    """The first number of an element that may hold none, one or several."""
+    """So many finite numbers, the first of an element; None if it does not have them."""
     if value is None or value == "":
         return None
-    if not isinstance(value, str | float | int):
-        return float(value[0]) if len(value) else None
-    return float(value)
+    values = [value] if isinstance(value, str | float | int) else list(value)
+    found = tuple(float(part) for part in values[:count])
+    return found if len(found) == count and all(map(math.isfinite, found)) else None
 
 
 def _number(value: Any) -> float | None:
-    found = first(value)
-    return None if found is None or not math.isfinite(found) else found
+    found = _numbers(value, 1)
+    return None if found is None else found[0]
 
 
 def _window(places: Sequence[Any], top: Any, inverted: bool) -> Scaling | None:
@@ -281,6 +251,6 @@ def _window(places: Sequence[Any], top: Any, inverted: bool) -> Scaling | None:
 def _order(own: Any, dataset: Any, index: int) -> tuple[float, ...]:
     content = own.get("FrameContentSequence")
     if content:
-        return (first(content[0].get("TemporalPositionIndex")) or 0.0, float(index))
+        return (_number(content[0].get("TemporalPositionIndex")) or 0.0, float(index))
     keywords = ("TemporalPositionIdentifier", "AcquisitionNumber", "TriggerTime", "InstanceNumber")
-    return (*(first(dataset.get(keyword)) or 0.0 for keyword in keywords), float(index))
+    return (*(_number(dataset.get(keyword)) or 0.0 for keyword in keywords), float(index))

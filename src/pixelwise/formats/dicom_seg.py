@@ -22,7 +22,8 @@ from pixelwise.files import atomic_path, cannot_write, extra
 from pixelwise.formats.base import LABELS, Result, Source, SourceInfo
 from pixelwise.formats.dicom_header import LOGGER, Header, dicom_errors, quiet, safe_text
 from pixelwise.formats.dicom_series import Grid, grid_of, on_planes, own_grid
-from pixelwise.formats.local import Stamp, fingerprint
+from pixelwise.formats.intensity import LocalSource
+from pixelwise.formats.local import Stamp
 from pixelwise.formats.raster import DECODE_ERRORS, printable
 
 NO_SEGMENT = ("background", "void", "unlabeled", "unlabelled")
@@ -45,9 +46,6 @@ def open_segmentation(
     """Open a DICOM-SEG of binary segments or a label map as a mask: 0 is background, other numbers are segments.
 
     The mask has the planes of `like` (a DICOM series, of which `series` may choose one, or a NIfTI volume).
-
-    Raises:
-        DataError: the segments are fractions, or their frames do not lie on the planes of `like`.
     """
     if len(headers) > 1:
         raise DataError(f"{printable(location)}: there are {len(headers)} segmentations in this folder. Give one file.")
@@ -71,7 +69,7 @@ def open_segmentation(
     return _SegmentationSource(pydicom, location, header, labels, segments, grid)
 
 
-class _SegmentationSource(Source):
+class _SegmentationSource(LocalSource):
     """A label map of as many planes as the grid has; where the segmentation has no frame, it is background."""
 
     def __init__(
@@ -84,17 +82,12 @@ class _SegmentationSource(Source):
         grid: Grid,
     ) -> None:
         self._pydicom, self._header, self._labels, self._segments = pydicom, header, labels, segments
-        height, width = grid.size
+        self._stamps = {header.path: header.stamp}
+        (height, width), dtype = grid.size, "uint8" if max(labels, default=0) < 256 else "uint16"
         self.info = SourceInfo(
-            location=location,
-            format="dicom",
-            height=height,
-            width=width,
-            channels=1,
-            dtype="uint8" if max(labels, default=0) < 256 else "uint16",
-            planes=len(grid.positions),
-            block_px=(height, width),
-        )
+            location=location, format="dicom", height=height, width=width, channels=1, dtype=dtype,
+            planes=len(grid.positions), block_px=(height, width),
+        )  # fmt: skip
         self._frames = on_planes(printable(location), header, grid)
         self.metadata = MappingProxyType(
             dict(grid.known)
@@ -107,12 +100,6 @@ class _SegmentationSource(Source):
     def read(self, top: int, left: int, height: int, width: int, plane: int = 0) -> NDArray[Any]:
         """The window as (height, width, 1): numbers of segments, 0 where there is none."""
         return np.ascontiguousarray(self._plane(plane)[top : top + height, left : left + width, None])
-
-    def fingerprint(self) -> str:
-        return fingerprint(self._header.path)
-
-    def check_unchanged(self) -> None:
-        self._header.stamp.check(self._header.path)
 
     def close(self) -> None:
         self._plane.cache_clear()
@@ -164,11 +151,6 @@ def write_dicom_seg(path: Path, result: Result) -> None:
     """Write labels as a DICOM Segmentation (.dcm) of binary segments, one per class.
 
     The object belongs to the study, patient and frame of reference of the source; each frame names the image it lies on.
-
-    Raises:
-        UsageError: the result is no labels, the source is no DICOM, or the name does not end in .dcm.
-        DataError: a source file changed since it was opened.
-        PixelwiseError: the source has no position in space, the labels are too large, or the file cannot be written.
     """
     path = Path(path)
     _check(path, result)
@@ -184,19 +166,6 @@ def write_dicom_seg(path: Path, result: Result) -> None:
             segmentation.save_as(part)
     except OSError as error:
         raise cannot_write(path, error) from error
-
-
-def read_dicom_seg_mark(path: str | Path) -> dict[str, Any] | None:
-    """The mark of a file that `write_dicom_seg` wrote; None for every other file, however damaged."""
-    pydicom = extra("pydicom", "medical", "DICOM-SEG")
-    try:
-        with dicom_errors(Path(path)):
-            found = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["SegmentSequence"])
-            text = found.SegmentSequence[0].SegmentationAlgorithmIdentificationSequence[0].AlgorithmParameters
-            mark = json.loads(str(text).partition(f"{_MARK}=")[2])
-    except DataError:
-        return None
-    return mark if isinstance(mark, dict) else None
 
 
 def _check(path: Path, result: Result) -> None:

@@ -34,9 +34,7 @@ class Volume:
     frames: tuple[Frame, ...]  # all slices of the first volume, along their normal, then those of the next
     slices: int  # of one volume
     volumes: int = 1  # images at each place, such as points in time
-    affine: NDArray[np.float64] | None = (
-        None  # (column, row, slice) to the patient in mm, RAS+; None without a position
-    )
+    affine: NDArray[np.float64] | None = None  # (column, row, slice) to the patient in mm, RAS+; None without positions
     spacing_mm: tuple[float, float, float] | None = None  # between columns, rows and slices; None where unknown
     warnings: tuple[str, ...] = ()  # what is odd about the positions, in words
 
@@ -59,10 +57,6 @@ def read_headers(pydicom: Any, path: Path, series: str | None, labels: bool = Fa
 
     Files of a folder that are no DICOM, or hold no image, do not count. Where segmentations lie beside images, images are
     taken, or segmentations if `labels`.
-
-    Raises:
-        DataError: a file is damaged, the folder has no image, or several series of which none was chosen.
-        UsageError: the chosen series is not there.
     """
     inside: list[Path] = []
     if not path.is_dir():
@@ -84,11 +78,7 @@ def read_headers(pydicom: Any, path: Path, series: str | None, labels: bool = Fa
 
 
 def arrange(location: str, headers: Sequence[Header]) -> Volume:
-    """The frames of a series in the order of their places.
-
-    Raises:
-        DataError: images differ in size or direction, one is there twice, or their places are unknown or incomplete.
-    """
+    """The frames of a series in the order of their places."""
     _check_alike(location, headers)
     frames = [frame for header in headers for frame in header.frames]
     if any(frame.position is None or frame.orientation is None for frame in frames):

@@ -132,7 +132,9 @@ def read_box(
     for target, places in zip(found.reshape(-1, *lengths[level:]), itertools.product(*outer), strict=True):
         for first in range(start, stop, count):
             read = lines[: stop - first]
-            target[first - start : first - start + count] = _read_into(read, file, offset + sum(places) + first * step)[crop]
+            target[first - start : first - start + count] = _read_into(read, file, offset + sum(places) + first * step)[
+                crop
+            ]
     return found
 
 
