@@ -23,7 +23,7 @@ from pixelwise.errors import DataError, UsageError
 from pixelwise.files import extra
 from pixelwise.formats.base import Source, SourceInfo
 from pixelwise.formats.dicom_header import Frame, Header, dicom_errors, safe_text
-from pixelwise.formats.dicom_series import SEGMENTATIONS, arrange, geometry, read_headers
+from pixelwise.formats.dicom_series import SEGMENTATIONS, arrange, read_headers
 from pixelwise.formats.intensity import Intensity, LocalSource, Scaling, by_type, check_intensity
 from pixelwise.formats.raster import printable, whole_numbers
 
@@ -189,7 +189,7 @@ class _DicomSource(LocalSource):
     @cached_property
     def _known(self) -> dict[str, Any]:
         first = next(iter(self._headers.values()))
-        known = geometry(tuple(self._headers.values()), self._volume) | {
+        known = dict(self._volume.known) | {
             "files": tuple(map(str, self._stamps)),
             "stamps": tuple(map(astuple, self._stamps.values())),
             "frames": tuple((str(frame.path), frame.index) for frame in self._volume.frames),

@@ -43,11 +43,11 @@ class Frame:
     position: tuple[float, ...] | None  # centre of the first pixel in mm: left, back and head of the patient (LPS)
     orientation: tuple[float, ...] | None  # direction of the rows (x, y, z), then that of the columns
     spacing_mm: tuple[float, ...] | None  # between rows, between columns
-    depth_mm: float | None  # to the next slice, as far as one slice can tell
-    slope: float  # a stored number times this ...
-    intercept: float  # ... plus this is in the file's unit
-    window: Scaling | None  # the display window as a map to 0..1
-    order: tuple[float, ...]  # tells apart frames at one place, such as the time
+    depth_mm: float | None = None  # to the next slice, as far as one slice can tell
+    slope: float = 1.0  # a stored number times this ...
+    intercept: float = 0.0  # ... plus this is in the file's unit
+    window: Scaling | None = None  # the display window as a map to 0..1
+    order: tuple[float, ...] = ()  # tells apart frames at one place, such as the time
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ from pixelwise.errors import DataError, PixelwiseError, UsageError
 from pixelwise.files import atomic_path, cannot_write, extra
 from pixelwise.formats.base import LABELS, Result, Source, SourceInfo
 from pixelwise.formats.dicom_header import LOGGER, Header, dicom_errors, quiet, safe_text
-from pixelwise.formats.dicom_series import Grid, grid_of, on_planes, own_grid
+from pixelwise.formats.dicom_series import Volume, on_planes, own_planes, planes_of
 from pixelwise.formats.intensity import LocalSource
 from pixelwise.formats.local import Stamp
 from pixelwise.formats.raster import DECODE_ERRORS, printable
@@ -65,12 +65,12 @@ def open_segmentation(
         labels = {int(item.SegmentNumber): safe_text(item.get("SegmentLabel", "")) for item in dataset.SegmentSequence}
         labels = {number: labels[number] for number in sorted(labels) if number > 0}
         segments = _segments(dataset, len(header.frames)) if kind == "BINARY" else ()
-    grid = own_grid(location, header) if like is None else grid_of(pydicom, like, series)
-    return _SegmentationSource(pydicom, location, header, labels, segments, grid)
+    volume = own_planes(location, header) if like is None else planes_of(pydicom, like, series)
+    return _SegmentationSource(pydicom, location, header, labels, segments, volume)
 
 
 class _SegmentationSource(LocalSource):
-    """A label map of as many planes as the grid has; where the segmentation has no frame, it is background."""
+    """A label map of as many planes as the volume has; where the segmentation has no frame, it is background."""
 
     def __init__(
         self,
@@ -79,18 +79,18 @@ class _SegmentationSource(LocalSource):
         header: Header,
         labels: Mapping[int, str],
         segments: Sequence[int],
-        grid: Grid,
+        volume: Volume,
     ) -> None:
         self._pydicom, self._header, self._labels, self._segments = pydicom, header, labels, segments
         self._stamps = {header.path: header.stamp}
-        (height, width), dtype = grid.size, "uint8" if max(labels, default=0) < 256 else "uint16"
+        (height, width), dtype = volume.size, "uint8" if max(labels, default=0) < 256 else "uint16"
         self.info = SourceInfo(
             location=location, format="dicom", height=height, width=width, channels=1, dtype=dtype,
-            planes=len(grid.positions), block_px=(height, width),
+            planes=len(volume.frames), block_px=(height, width),
         )  # fmt: skip
-        self._frames = on_planes(printable(location), header, grid)
+        self._frames = on_planes(printable(location), header, volume)
         self.metadata = MappingProxyType(
-            dict(grid.known)
+            dict(volume.known)
             | {"modality": "SEG", "series_uid": header.series_uid}
             | {"segments": {str(number): label for number, label in labels.items()}}
         )

@@ -6,9 +6,9 @@ Names of files and instance numbers say nothing reliable of that order; position
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,27 +29,13 @@ _EVEN = 0.02  # of the distance between slices; positions are written with few d
 
 @dataclass(frozen=True, kw_only=True)
 class Volume:
-    """Frames in the order of planes, and the space they span."""
+    """Frames in the order of planes: all slices of the first volume, along their normal, then those of the next."""
 
-    frames: tuple[Frame, ...]  # all slices of the first volume, along their normal, then those of the next
-    slices: int  # of one volume
-    volumes: int = 1  # images at each place, such as points in time
-    affine: NDArray[np.float64] | None = None  # (column, row, slice) to the patient in mm, RAS+; None without positions
-    spacing_mm: tuple[float, float, float] | None = None  # between columns, rows and slices; None where unknown
-    warnings: tuple[str, ...] = ()  # what is odd about the positions, in words
-
-
-@dataclass(frozen=True, kw_only=True)
-class Grid:
-    """The planes that a segmentation shall have, in the patient's space of DICOM (LPS, mm)."""
-
-    name: str  # what they belong to, for messages
-    positions: NDArray[np.float64]  # centre of the first pixel of each plane
-    orientation: NDArray[np.float64]  # direction of the rows, then that of the columns
-    spacing_mm: tuple[float, float]  # between rows, between columns
+    name: str  # for messages
+    frames: tuple[Frame, ...]
     size: tuple[int, int]  # rows, columns
     reference_uid: str  # frame of reference; "" if unknown
-    known: Mapping[str, Any]  # metadata on the geometry
+    known: Mapping[str, Any]  # metadata on geometry and origin
 
 
 def read_headers(pydicom: Any, path: Path, series: str | None, labels: bool = False) -> tuple[Header, ...]:
@@ -87,7 +73,7 @@ def arrange(location: str, headers: Sequence[Header]) -> Volume:
                 f"{location}: of {len(headers)} images some have no ImagePositionPatient or ImageOrientationPatient, so "
                 "their order is unknown. Give them one by one."
             )
-        return Volume(frames=tuple(frames), slices=len(frames))
+        return _volume(location, headers[0], frames, len(frames))
     normal = _normal(location, frames)
     groups = _places(frames, normal)
     counts = Counter(len(group) for group in groups)
@@ -96,11 +82,32 @@ def arrange(location: str, headers: Sequence[Header]) -> Volume:
             f"{location}: {len(frames)} images lie at {len(groups)} places, {min(counts)} at some and {max(counts)} at "
             "others, so slices are missing or there twice. Give a folder with one complete series."
         )
-    volumes = len(groups[0])
     ordered = [sorted(group, key=lambda frame: (*frame.order, str(frame.path))) for group in groups]
-    planes = tuple(group[volume] for volume in range(volumes) for group in ordered)
-    volume = Volume(frames=planes, slices=len(groups), volumes=volumes)
-    return _with_affine(volume, np.array([group[0].position for group in ordered]), normal)
+    planes = [group[time] for time in range(len(groups[0])) for group in ordered]
+    return _volume(location, headers[0], planes, len(groups), normal)
+
+
+def _volume(
+    name: str, header: Header, frames: Sequence[Frame], slices: int, normal: NDArray[np.float64] | None = None
+) -> Volume:
+    times = len(frames) // slices
+    space, warnings = ({}, ()) if normal is None else _space(frames[:slices], normal)
+    known = {
+        "axis": 2,
+        "shape": (header.width, header.height, slices, times)[: 4 if times > 1 else 3],
+        "slices": slices,
+        "time_points": times,
+        "even": not warnings,
+        "warnings": warnings,
+        "modality": header.modality,
+        "series_uid": header.series_uid,
+        "frame_of_reference_uid": header.reference_uid,
+        **space,
+    }
+    if space and times > 1:
+        known["zooms"] = (*space["zooms"], 1.0)
+    size = (header.height, header.width)
+    return Volume(name=name, frames=tuple(frames), size=size, reference_uid=header.reference_uid, known=known)
 
 
 def _one_series(path: Path, headers: list[Header], series: str | None) -> tuple[Header, ...]:
@@ -172,16 +179,18 @@ def _places(frames: Sequence[Frame], normal: NDArray[np.float64]) -> list[list[F
     return groups
 
 
-def _with_affine(volume: Volume, positions: NDArray[np.float64], normal: NDArray[np.float64]) -> Volume:
-    """The space of a volume; a tilted gantry shifts each slice sideways, so the step is taken from the positions."""
-    first = volume.frames[0]
-    if first.spacing_mm is None or any(frame.spacing_mm != first.spacing_mm for frame in volume.frames):
-        return replace(volume, warnings=("PixelSpacing is missing or differs between slices",))
-    count = len(positions)
+def _space(frames: Sequence[Frame], normal: NDArray[np.float64]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The affine of a volume, (column, row, slice) to the patient in mm (RAS+), and what is odd about the positions.
+
+    A tilted gantry shifts each slice sideways, so the step is taken from the positions.
+    """
+    first, count = frames[0], len(frames)
+    if first.spacing_mm is None or any(frame.spacing_mm != first.spacing_mm for frame in frames):
+        return {}, ("PixelSpacing is missing or differs between slices",)
+    positions, orientation = np.array([frame.position for frame in frames]), np.array(first.orientation)
     step = normal * (first.depth_mm or 1.0) if count == 1 else (positions[-1] - positions[0]) / (count - 1)
     length = float(np.linalg.norm(step))
     affine = np.eye(4)
-    orientation = np.array(first.orientation)
     affine[:3, 0], affine[:3, 1] = orientation[:3] * first.spacing_mm[1], orientation[3:] * first.spacing_mm[0]
     affine[:3, 2], affine[:3, 3] = step, positions[0]
     off = np.abs(positions - (positions[0] + np.arange(count)[:, None] * step)).max()
@@ -192,106 +201,66 @@ def _with_affine(volume: Volume, positions: NDArray[np.float64], normal: NDArray
             f"the distances between its {count} slices are uneven ({gaps.min():.3f} to {gaps.max():.3f} mm); slices may be "
             "missing. NIfTI cannot hold such a volume; without --format its labels become DICOM-SEG",
         )
-    spacing = (first.spacing_mm[1], first.spacing_mm[0], length)
-    return replace(volume, affine=_LPS_TO_RAS @ affine, spacing_mm=spacing, warnings=warnings)
+    zooms = (first.spacing_mm[1], first.spacing_mm[0], length)
+    return {"affine": _LPS_TO_RAS @ affine, "zooms": zooms, "units": ("mm", "unknown")}, warnings
 
 
-def geometry(headers: Sequence[Header], volume: Volume) -> dict[str, Any]:
-    """What a source says of the space and origin of its planes."""
-    first = headers[0]
-    shape = (first.width, first.height, volume.slices)
-    known: dict[str, Any] = {
-        "axis": 2,
-        "shape": shape if volume.volumes == 1 else (*shape, volume.volumes),
-        "slices": volume.slices,
-        "time_points": volume.volumes,
-        "even": not volume.warnings,
-        "warnings": volume.warnings,
-        "modality": first.modality,
-        "series_uid": first.series_uid,
-        "frame_of_reference_uid": first.reference_uid,
-    }
-    if volume.affine is not None and volume.spacing_mm is not None:
-        zooms = (*volume.spacing_mm, 1.0) if volume.volumes > 1 else volume.spacing_mm
-        known |= {"affine": volume.affine, "zooms": zooms, "units": ("mm", "unknown")}
-    return known
-
-
-def own_grid(location: str, header: Header) -> Grid:
+def own_planes(location: str, header: Header) -> Volume:
     """The planes that the segmentation itself has frames for."""
     normal = _normal(printable(location), header.frames)
-    places = _places(header.frames, normal)
-    positions = np.array([place[0].position for place in places])
-    volume = _with_affine(Volume(frames=tuple(place[0] for place in places), slices=len(places)), positions, normal)
-    return _grid(header, positions, geometry((header,), volume))
+    frames = [group[0] for group in _places(header.frames, normal)]
+    return _volume("it", header, frames, len(frames), normal)
 
 
-def grid_of(pydicom: Any, like: str, series: str | None) -> Grid:
+def planes_of(pydicom: Any, like: str, series: str | None) -> Volume:
     """The planes of a DICOM series, or of a NIfTI volume cut along its third axis."""
-    if Path(like).is_dir() or has_mark(Path(like)):
-        headers = read_headers(pydicom, Path(like), series)
-        volume = arrange(printable(like), headers)
-        if volume.affine is None:
-            raise DataError(
-                f"{printable(like)}: it does not say where its planes lie, so no segmentation can follow them."
-            )
-        positions = np.array([frame.position for frame in volume.frames])
-        return _grid(headers[0], positions, geometry(headers, volume), name=printable(like))
+    name, path = printable(like), Path(like)
+    if path.is_dir() or has_mark(path):
+        volume = arrange(name, read_headers(pydicom, path, series))
+        if "affine" not in volume.known:
+            raise DataError(f"{name}: it does not say where its planes lie, so no segmentation can follow them.")
+        return volume
     with open_nifti(like, intensity="type") as source:
         info, known = source.info, {key: value for key, value in source.metadata.items() if key != "intensity"}
     affine = _LPS_TO_RAS @ known["affine"]
     lengths = np.linalg.norm(affine[:3, :2], axis=0)
-    planes = np.arange(info.planes) % known["slices"]
-    return Grid(
-        name=printable(like),
-        positions=affine[:3, 3] + planes[:, None] * affine[:3, 2],
-        orientation=(affine[:3, :2] / lengths).T.reshape(6),
-        spacing_mm=(float(lengths[1]), float(lengths[0])),
-        size=(info.height, info.width),
-        reference_uid="",
-        known=known,
-    )
+    orientation, spacing = (affine[:3, :2] / lengths).T.reshape(6).tolist(), lengths[::-1].tolist()
+    places = [affine[:3, 3] + (plane % known["slices"]) * affine[:3, 2] for plane in range(info.planes)]
+    frames = [
+        Frame(path=path, index=index, position=tuple(place), orientation=tuple(orientation), spacing_mm=tuple(spacing))
+        for index, place in enumerate(places)
+    ]
+    return Volume(name=name, frames=tuple(frames), size=(info.height, info.width), reference_uid="", known=known)
 
 
-def _grid(header: Header, positions: NDArray[np.float64], known: Mapping[str, Any], name: str = "it") -> Grid:
-    first = header.frames[0]
-    return Grid(
-        name=name,
-        positions=positions,
-        orientation=np.array(first.orientation),
-        spacing_mm=cast(tuple[float, float], first.spacing_mm),
-        size=(header.height, header.width),
-        reference_uid=header.reference_uid,
-        known=known,
-    )
-
-
-def on_planes(location: str, header: Header, grid: Grid) -> list[list[int]]:
-    """For each plane of the grid the frames that lie on it; all frames lie on one."""
+def on_planes(location: str, header: Header, volume: Volume) -> list[list[int]]:
+    """For each plane of a volume the frames that lie on it; all frames lie on one."""
     differing = ""
-    if (header.height, header.width) != grid.size:
-        differing = f"{header.height} x {header.width} pixels, that one {grid.size[0]} x {grid.size[1]}"
-    elif header.reference_uid and grid.reference_uid and header.reference_uid != grid.reference_uid:
+    spacing, orientation = volume.frames[0].spacing_mm or (1.0, 1.0), np.array(volume.frames[0].orientation)
+    positions = np.array([frame.position for frame in volume.frames])
+    if (header.height, header.width) != volume.size:
+        differing = f"{header.height} x {header.width} pixels, that one {volume.size[0]} x {volume.size[1]}"
+    elif header.reference_uid and volume.reference_uid and header.reference_uid != volume.reference_uid:
         differing = "another frame of reference (FrameOfReferenceUID)"
-    elif any(np.abs(np.array(frame.orientation) - grid.orientation).max() > _PARALLEL for frame in header.frames):
+    elif any(np.abs(np.array(frame.orientation) - orientation).max() > _PARALLEL for frame in header.frames):
         differing = "planes of another direction, or turned or mirrored ones"
-    elif any(not np.allclose(frame.spacing_mm or 0, grid.spacing_mm, rtol=1e-3) for frame in header.frames):
-        differing = f"pixels of {header.frames[0].spacing_mm} mm, that one of {grid.spacing_mm}"
+    elif any(not np.allclose(frame.spacing_mm or 0, spacing, rtol=1e-3) for frame in header.frames):
+        differing = f"pixels of {header.frames[0].spacing_mm} mm, that one of {spacing}"
     if differing:
-        raise DataError(f"{location}: the segmentation does not lie on the grid of {grid.name}: it has {differing}.")
-    normal = np.cross(grid.orientation[:3], grid.orientation[3:])
-    distances = grid.positions @ normal
+        raise DataError(f"{location}: the segmentation does not lie on the grid of {volume.name}: it has {differing}.")
+    normal = np.cross(orientation[:3], orientation[3:])
+    distances = positions @ normal
     gaps = np.diff(np.unique(distances.round(4)))
-    near = _NEAR * (gaps.min() if len(gaps) else min(grid.spacing_mm))
-    found: list[list[int]] = [[] for _ in grid.positions]
+    near = _NEAR * (gaps.min() if len(gaps) else min(spacing))
+    found: list[list[int]] = [[] for _ in positions]
     for frame in header.frames:
         position = np.array(frame.position)
         planes = np.flatnonzero(np.abs(distances - position @ normal) <= near)
-        shifts = np.linalg.norm(grid.positions[planes] - position, axis=1)
-        if not len(planes) or shifts.max() > near + _NEAR * min(grid.spacing_mm):
+        shifts = np.linalg.norm(positions[planes] - position, axis=1)
+        if not len(planes) or shifts.max() > near + _NEAR * min(spacing):
             raise DataError(
                 f"{location}: frame {frame.index} of the segmentation, at {', '.join(f'{part:g}' for part in position)} mm, "
-                f"lies on no plane of {grid.name}. Is it the series that was segmented?"
+                f"lies on no plane of {volume.name}. Is it the series that was segmented?"
             )
         for plane in planes:
             found[plane].append(frame.index)
