@@ -80,12 +80,7 @@ def window_of(map_: fx.Node, value: Tensor, grid: Grid, dilation: int, graph: fx
 
 
 class Head:
-    """Turns the steps of a classifier's head, one by one.
-
-    Args:
-        new: the network that is built.
-        per_cell: leave poolings out, so that each cell of the map gets its own scores.
-    """
+    """Turns the steps of a classifier's head, one by one; `per_cell` leaves poolings out, so that each cell gets scores."""
 
     def __init__(self, new: NewNetwork, per_cell: bool) -> None:
         self.new, self.capture, self.graph, self.per_cell = new, new.capture, new.graph, per_cell

@@ -31,11 +31,6 @@ class Spread:
         stride: of the step; it is removed by doing the step at every cell.
         own: rows and columns of a phase at the classifier's own image size.
         rounds_up: the step gives ceil(length / stride) cells for every length, as padding like TensorFlow's "SAME" does.
-
-    Example:
-        >>> rows = torch.arange(4.0).reshape(1, 1, 4, 1).expand(1, 1, 4, 4)
-        >>> Spread(spacing=2).run(lambda x: nn.functional.avg_pool2d(x, 2, stride=1), rows)[0, 0, :, 0]
-        tensor([1., 2.])
     """
 
     spacing: int
@@ -124,12 +119,7 @@ class Here:
 
 
 class FunctionStep(nn.Module):
-    """A function or method of tensors as a module, its other arguments fixed; `args` and `kwargs` hold `Here` once.
-
-    Example:
-        >>> FunctionStep(torch.clamp, (Here,), {"min": 1.0})(torch.tensor([0.0, 2.0]))
-        tensor([1., 2.])
-    """
+    """A function or method of tensors as a module, its other arguments fixed; `args` and `kwargs` hold `Here` once."""
 
     def __init__(self, function: Callable[..., Any] | str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         super().__init__()
@@ -155,12 +145,7 @@ def _forward_spread(self: Any, x: Tensor) -> Tensor:
 
 
 def crop_alike(maps: Sequence[Tensor], axes: Axes = (2, 3)) -> list[Tensor]:
-    """The first rows and columns of each map, as many as the smallest has: branches may differ in their last phases.
-
-    Example:
-        >>> [tuple(item.shape) for item in crop_alike([torch.zeros(1, 1, 5, 4), torch.zeros(1, 1, 4, 4)])]
-        [(1, 1, 4, 4), (1, 1, 4, 4)]
-    """
+    """The first rows and columns of each map, as many as the smallest has: branches may differ in their last phases."""
     for axis in axes:
         length = min(item.shape[axis] for item in maps)
         maps = [item if item.shape[axis] == length else item.narrow(axis, 0, length) for item in maps]
