@@ -154,12 +154,7 @@ def create_model(name: str, *, num_classes: int, in_channels: int = 3, tiny: boo
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Trainable numbers in `model`.
-
-    Example:
-        >>> count_parameters(nn.Linear(3, 2))
-        8
-    """
+    """Trainable numbers in `model`."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
@@ -174,10 +169,6 @@ def describe_model(
         in_channels: image channels in.
         size: height and width in pixels of the image that the multiply-adds are counted for (CamVid's by default).
         **config: fields of the network's configuration.
-
-    Example:
-        >>> describe_model("unet")["parameters"]
-        31032395
     """
     with torch.device("meta"):
         model = create_model(name, num_classes=num_classes, in_channels=in_channels, **config)

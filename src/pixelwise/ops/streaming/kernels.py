@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pixelwise.ops.streaming.axes import Sliding, Spreading
 from pixelwise.ops.streaming.graph import Call
-from pixelwise.ops.streaming.pointwise import Part
+from pixelwise.ops.streaming.pointwise import Chunk
 from pixelwise.ops.streaming.windows import Span, Window
 
 
@@ -170,8 +170,8 @@ class MaxUnpooling:
 
     def __init__(self, call: Call) -> None:
         _last_two(call)
-        part = call.source_rules[1]
-        pooling = part.whole if isinstance(part, Part) else None
+        places = call.source_rules[1]
+        pooling = places.whole if isinstance(places, Chunk) else None
         if not isinstance(pooling, MaxPooling):
             raise call.refusal("its places do not come straight from a pooling")
         size = tuple(call.argument(2, "output_size"))
