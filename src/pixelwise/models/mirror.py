@@ -14,7 +14,7 @@ Shapes: N batch, C channels, K classes, H W image size.
 from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -130,20 +130,18 @@ class Mirror(nn.Module):
 
     def _keep_indices(self, chain: Chain) -> dict[str, MaxPoolKeepingIndices]:
         """Let the encoder's poolings remember where the maxima stood; returns them by path."""
-        pools = {}
+        pools, body = {}, self.encoder.body
         for part in chain.parts:
             if part.keeps_places:
-                pool = MaxPoolKeepingIndices(
-                    self.encoder.body.get_submodule(part.path), channels=chain.width(part.output)
-                )
-                self.encoder.body.set_submodule(part.path, pool)
-                pools[part.path] = pool
+                pool: Any = body.get_submodule(part.path)
+                pools[part.path] = MaxPoolKeepingIndices(pool, channels=chain.width(part.output))
+                body.set_submodule(part.path, pools[part.path])
         return pools
 
     def _smallest_px(self, config: MirrorConfig) -> int:
         """The least multiple of the stride that the network takes; unpadded ones (AlexNet) need more than one."""
-        self.smallest_px, reason = 0, ""
-        hollow = without_memory(self)
+        reason = ""
+        hollow: Any = without_memory(self)
         for size_px in range(self.stride, PROBE_PX + 1, self.stride):
             hollow.smallest_px = size_px
             try:

@@ -51,8 +51,8 @@ class Part:
     def geometry(self) -> tuple[int, int, int]:
         """Kernel, stride and padding of a `pool` part, the larger of height and width."""
         names = ("kernel_size", "stride", "padding")
-        placed = dict(zip(names, self.node.args[1:4], strict=False)) | self.node.kwargs
-        given = [getattr(self.layer, name, None) if self.layer else placed.get(name) for name in names]
+        placed: dict[str, Any] = dict(zip(names, self.node.args[1:4], strict=False)) | self.node.kwargs
+        given: list[Any] = [getattr(self.layer, name, None) if self.layer else placed.get(name) for name in names]
         kernel, stride, padding = (max(item) if isinstance(item, list | tuple) else item for item in given)
         return kernel or 2, stride or kernel or 2, padding or 0
 

@@ -30,24 +30,17 @@ REDUCTIONS = ("mean", "sum", "amax", torch.mean, torch.sum, torch.amax)  # these
 class Windows:
     """What a value (N, ...) of the classifier's head is in the new graph.
 
-    Attributes:
-        map: the step that gives a map (N, C, H', W').
-        channels: C.
-        numbers: for each value of two images at the classifier's own size, which one of the window (C, h, w) it is;
-            those of the second image go on where those of the first end.
-        window: h, w in cells; (1, 1) where a cell of the map is all there is.
-        dilation: cells of the map between neighbours in a window.
-        bins: a, b where the window is to be averaged to (C, a, b) first, which `numbers` then number.
-        begun: steps that have reduced the window by one axis, waiting for the other: `x.mean(3).mean(2)`.
+    `numbers` tells, for each value of two images at the classifier's own size, which one of the window (C, h, w) it is;
+    those of the second image go on where those of the first end.
     """
 
-    map: fx.Node
-    channels: int
+    map: fx.Node  # the step that gives a map (N, C, H', W')
+    channels: int  # C
     numbers: Tensor
-    window: Size = (1, 1)
-    dilation: int = 1
-    bins: Size | None = None
-    begun: tuple[Run, ...] = ()
+    window: Size = (1, 1)  # h, w in cells; (1, 1) where a cell of the map is all there is
+    dilation: int = 1  # cells of the map between neighbours in a window
+    bins: Size | None = None  # a, b where the window is to be averaged to (C, a, b) first, which `numbers` then number
+    begun: tuple[Run, ...] = ()  # steps that have reduced the window by one axis: `x.mean(3).mean(2)`
 
     @property
     def is_cell(self) -> bool:

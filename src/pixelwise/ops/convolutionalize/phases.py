@@ -21,25 +21,15 @@ Parts = dict[tuple[int, int], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Spread:
-    """How a step is done on an interleaved map.
+    """How a step is done on an interleaved map."""
 
-    Attributes:
-        spacing: cells between neighbours of a phase.
-        axes: where the map has its rows and columns.
-        axes_out: where the result has them.
-        least: rows and columns that the step needs; a phase with fewer has no cells in the result.
-        stride: of the step; it is removed by doing the step at every cell.
-        own: rows and columns of a phase at the classifier's own image size.
-        rounds_up: the step gives ceil(length / stride) cells for every length, as padding like TensorFlow's "SAME" does.
-    """
-
-    spacing: int
-    axes: Axes = (2, 3)
-    axes_out: Axes = (2, 3)
-    least: tuple[int, int] = (1, 1)
-    stride: int = 1
-    own: tuple[int, int] = (1, 1)
-    rounds_up: bool = False
+    spacing: int  # cells between neighbours of a phase
+    axes: Axes = (2, 3)  # where the map has its rows and columns
+    axes_out: Axes = (2, 3)  # where the result has them
+    least: tuple[int, int] = (1, 1)  # rows and columns that the step needs; smaller phases have no cells in the result
+    stride: int = 1  # of the step; it is removed by doing the step at every cell
+    own: tuple[int, int] = (1, 1)  # rows and columns of a phase at the classifier's own image size
+    rounds_up: bool = False  # it gives ceil(length / stride) cells for every length, as TensorFlow's "SAME" does
 
     def run(self, step: Step, x: Tensor) -> Tensor:
         """The result of `step`, which takes and gives single maps, for all phases of `x`, interleaved as they were."""
