@@ -158,10 +158,8 @@ def _remember_pools(encoder: Backbone, in_channels: int) -> dict[int, MaxPoolKee
         )
     pools = {}
     for name, (stride, width) in found.items():
-        parent, _, child = name.rpartition(".")
-        pool = MaxPoolKeepingIndices(encoder.get_submodule(name), channels=width)  # type: ignore[arg-type]
-        setattr(encoder.get_submodule(parent), child, pool)
-        pools[stride] = pool
+        pools[stride] = MaxPoolKeepingIndices(encoder.get_submodule(name), channels=width)  # type: ignore[arg-type]
+        encoder.set_submodule(name, pools[stride])
     return pools
 
 

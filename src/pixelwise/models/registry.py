@@ -15,21 +15,13 @@ from pixelwise.ops.cost import multiply_adds
 
 @dataclass(frozen=True, kw_only=True)
 class ModelInfo:
-    """What the registry knows of a network.
+    """What the registry knows of a network."""
 
-    Attributes:
-        name: what `create_model` takes.
-        paper: authors, title, venue, year.
-        build: makes the network from its configuration.
-        config: the default configuration, a frozen dataclass with `num_classes` and `in_channels`.
-        tiny: the fields that make it small enough for a test.
-    """
-
-    name: str
-    paper: str
-    build: Callable[[Any], nn.Module]
-    config: Any
-    tiny: Mapping[str, Any] = field(default_factory=dict)
+    name: str  # what `create_model` takes
+    paper: str  # authors, title, venue, year
+    build: Callable[[Any], nn.Module]  # makes the network from its configuration
+    config: Any  # the default configuration, a frozen dataclass with `num_classes` and `in_channels`
+    tiny: Mapping[str, Any] = field(default_factory=dict)  # the fields that make it small enough for a test
 
 
 _MODELS: dict[str, ModelInfo] = {}
