@@ -12,7 +12,7 @@ from pixelwise.infer.overlay import OVERLAY_PX
 from pixelwise.infer.reading import kept_bytes
 from pixelwise.infer.tiling.base import Scorer
 from pixelwise.infer.tiling.options import Tiling
-from pixelwise.ops.streaming.heap import resident_bytes
+from pixelwise.ops.streaming.allocator import resident_bytes
 
 PROCESS_BYTES = 2 << 30
 """What a process may take in all on a CPU, unless the user says otherwise."""

@@ -40,7 +40,7 @@ from pixelwise.infer.predictor import Predictor
 from pixelwise.infer.reading import AheadReader
 from pixelwise.infer.tiling import Region, Scorer, Scores
 from pixelwise.infer.tiling.options import Tiling
-from pixelwise.ops.streaming.heap import return_freed_memory
+from pixelwise.ops.streaming.allocator import return_freed_memory
 
 Note = Callable[[str], None]
 Progress = Callable[[int, int], None]

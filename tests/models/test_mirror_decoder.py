@@ -1,14 +1,15 @@
 """The rule on small networks made for it: with tied weights and without norms, the mirror image is the exact adjoint."""
 
+import operator
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from pixelwise.errors import UsageError
-from pixelwise.models.chain import Chain
-from pixelwise.models.reflection import IMAGE, Level, plan
-from pixelwise.ops.watch import watch
+from pixelwise.models.mirror_chain import Chain
+from pixelwise.models.mirror_decoder import Level, plan
 
 
 def conv(channels, width, kernel=3, stride=1, **options):
@@ -52,10 +53,9 @@ class Inception(nn.Module):
         return torch.cat([self.b(inner) + self.c(inner), F.avg_pool2d(x, 2), self.pool(inner)], 1)
 
 
-def mirror_of(network, num_classes=3, shape=(1, 3, 32, 64)):
-    seen = watch(network, torch.zeros(shape))
-    chain = Chain(network, seen, seen.returned[-1], "toy")
-    level = Level(chain, IMAGE, {}, num_classes)
+def mirror_of(network, num_classes=3):
+    chain = Chain(network, (3, 32, 64), "toy")
+    level = Level(chain, chain.image, {}, num_classes)
     steps = plan(chain)
     for step in steps:
         level.write(step)
@@ -187,7 +187,7 @@ def test_functions_stand_for_layers():
     decoder, *_ = mirror_of(Functions())
     assert decoder(torch.randn(1, 6, 4, 5), torch.zeros(1, 3, 8, 10)).shape == (1, 3, 8, 10)
     product, relu = (node for node in decoder.graph.nodes if node.op == "call_function")
-    assert product.target is torch.Tensor.mul and product.args[1] == 0.5
+    assert product.target is operator.mul and product.args[1] == 0.5
     assert relu.target is F.relu and relu.kwargs == {"inplace": False}
 
 
@@ -218,3 +218,30 @@ class Times(Flat):
 def test_what_has_no_mirror_image_is_named(network, message):
     with pytest.raises(UsageError, match=message):
         mirror_of(network)
+
+
+def test_reading_a_network_changes_nothing_and_draws_no_random_number():
+    network = nn.Sequential(conv(3, 8), nn.BatchNorm2d(8), nn.Dropout(), conv(8, 4)).train()
+    network[1].eval()
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    state = torch.get_rng_state()
+    Chain(network, (3, 32, 64), "toy")
+    assert torch.equal(torch.get_rng_state(), state)
+    assert network.training and not network[1].training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+
+
+def test_a_map_changed_in_place_is_a_new_map():
+    class InPlace(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two, self.same = conv(3, 8), conv(3, 8), nn.Identity()
+
+        def forward(self, image):
+            y = self.same(self.one(image))
+            y += self.two(image)
+            return F.relu(y, inplace=True)
+
+    _, chain, _ = mirror_of(InPlace())
+    ways, relu = chain.parts
+    assert [part.kind for part in ways.inner] == ["conv", "conv", "add"] and relu.inputs == (ways.output,)

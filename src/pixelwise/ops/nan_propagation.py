@@ -18,42 +18,26 @@ Module = TypeVar("Module", bound=nn.Module)
 
 aten = torch.ops.aten
 # What treats all channels alike, so that where those of its maps are one and the same, one needs to be computed.
+_BY_CHANNEL_NAMES = (
+    "relu", "relu_", "leaky_relu", "leaky_relu_", "sigmoid", "hardtanh", "hardtanh_", "clamp_min", "clamp_min_",
+    "gelu", "silu", "silu_", "hardswish", "hardswish_", "elu", "native_batch_norm", "add.Tensor",
+    "add_.Tensor", "mul.Tensor", "mul_.Tensor", "max_pool2d_with_indices", "max_unpool2d", "avg_pool2d", "clone",
+    "upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d", "upsample_nearest2d.vec",
+    "upsample_bilinear2d.vec", "upsample_bicubic2d.vec", "reflection_pad2d", "replication_pad2d",
+)  # fmt: skip
 _BY_CHANNEL = {
-    *(aten.relu.default, aten.relu_.default, aten.leaky_relu.default, aten.leaky_relu_.default, aten.sigmoid.default),
-    *(
-        aten.hardtanh.default,
-        aten.hardtanh_.default,
-        aten.clamp_min.default,
-        aten.clamp_min_.default,
-        aten.gelu.default,
-    ),
-    *(aten.silu.default, aten.silu_.default, aten.hardswish.default, aten.hardswish_.default, aten.elu.default),
-    *(aten.native_batch_norm.default, aten.add.Tensor, aten.add_.Tensor, aten.mul.Tensor, aten.mul_.Tensor),
-    *(aten.max_pool2d_with_indices.default, aten.max_unpool2d.default, aten.avg_pool2d.default, aten.clone.default),
-    *(aten.upsample_nearest2d.default, aten.upsample_bilinear2d.default, aten.upsample_bicubic2d.default),
-    *(aten.upsample_nearest2d.vec, aten.upsample_bilinear2d.vec, aten.upsample_bicubic2d.vec),
-    *(aten.reflection_pad2d.default, aten.replication_pad2d.default),
+    getattr(getattr(aten, operator), overload or "default")
+    for operator, _, overload in (name.partition(".") for name in _BY_CHANNEL_NAMES)
 }
 
 
-class Reach(TorchDispatchMode):
+class NanPropagation(TorchDispatchMode):
     """Runs a network so that NaN reaches everything that could depend on where it was put, whatever the weights are.
 
     A convolution does not multiply: its sums are NaN where one of the numbers that it adds is, else arbitrary. Channels of
     a group share that, so one stands for all. Unpooling puts a value at one place of its window, which others would have
-    got it; here NaN goes to all of them. Everything else runs as it is.
-
-    Args:
-        thrifty: whether channels that are one and the same share their memory. Networks that write to some of the channels
-            of a map end in a RuntimeError then, and a norm over equal channels without a smallest variance is NaN.
-
-    Example:
-        >>> image = torch.zeros(1, 3, 1, 6)
-        >>> image[..., 2] = torch.nan
-        >>> with torch.no_grad(), Reach():
-        ...     out = nn.Conv2d(3, 1, 3, padding=1)(image)
-        >>> out.isnan().int().flatten().tolist()
-        [0, 1, 1, 1, 0, 0]
+    got it; here NaN goes to all of them. Everything else runs as it is. With `thrifty`, equal channels share their memory:
+    networks that write to some of them end in a RuntimeError, and a norm over them without a smallest variance is NaN.
     """
 
     def __init__(self, *, thrifty: bool = True) -> None:
@@ -152,19 +136,9 @@ def _convolved(
 
 
 def structure(model: Module) -> Module:
-    """A copy of a network for `Reach`: in eval mode, in float32 on the CPU, without the weights of its convolutions.
+    """A copy of a network for `NanPropagation`: in eval mode, in float32 on the CPU, its convolutions without weights.
 
-    Args:
-        model: on any device. Weights on `meta` become ones, as their values do not matter here.
-
-    Raises:
-        UsageError: whole numbers on `meta`, whose values may matter.
-
-    Example:
-        >>> with torch.device("meta"):
-        ...     large = nn.Conv2d(4096, 4096, 7)
-        >>> structure(large).weight.untyped_storage().nbytes()
-        4
+    Weights on `meta` become ones; whole numbers on `meta`, whose values may matter, are a UsageError.
     """
     copies: dict[int, Any] = {}
     for module in model.modules():

@@ -16,8 +16,8 @@ The rule, part by part and from the last part to the first:
 
 import operator
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from functools import reduce
 from itertools import groupby
 from typing import Any
@@ -25,26 +25,11 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from pixelwise.models.chain import Chain, Part
-from pixelwise.models.reflected_layers import at_width, has_width, reflect_conv, reflect_pool
+from pixelwise.models.mirror_chain import Chain, Part
+from pixelwise.models.mirror_layers import at_width, has_width, reflect_conv, reflect_pool
+from pixelwise.ops.convolutionalize.tracer import is_settled
 from pixelwise.ops.resize import crop_like
 from pixelwise.ops.unpool import MaxPoolKeepingIndices
-from pixelwise.ops.watch import Map
-
-IMAGE = 0  # the number of the map that goes into the network
-
-
-@dataclass(frozen=True, eq=False)
-class Step:
-    """A part's mirror image, planned.
-
-    Attributes:
-        part: of the encoder.
-        width: of a `keep` part, the channels of the map it is to act on.
-    """
-
-    part: Part
-    width: int = 0
 
 
 class Unpool(nn.Module):
@@ -58,24 +43,24 @@ class Unpool(nn.Module):
         return self.pool[0].unpool(x)
 
 
-def plan(chain: Chain) -> list[Step]:
+def plan(chain: Chain) -> list[Part]:
     """The decoder's steps in the order in which they run, from the trunk's last map to the scores."""
     for part in (chain.parts[0], *chain.parts[0].inner):
-        if 0 in part.inputs and part.kind not in ("conv", "ways"):
-            raise chain.refuse(part.calls[0], "comes first, where only a convolution can be reflected into a scorer")
+        if chain.image in part.inputs and part.kind not in ("conv", "ways"):
+            raise chain.refuse(part.node, "comes first, where only a convolution can be reflected into a scorer")
     steps = list(_reflect(chain, chain.parts))
-    start = next(index for index, step in enumerate(steps) if step.part.kind not in ("keep", "pool"))
-    return [step for step in steps[:start] if step.part.kind != "keep"] + steps[start:]
+    start = next(index for index, step in enumerate(steps) if step.kind not in ("keep", "pool"))
+    return [step for step in steps[:start] if step.kind != "keep"] + steps[start:]
 
 
-def _reflect(chain: Chain, parts: Iterable[Part]) -> Iterator[Step]:
+def _reflect(chain: Chain, parts: Iterable[Part]) -> Iterator[Part]:
     """The steps for a chain: blocks and parts with several ways by themselves, what is between them run by run."""
     runs = [(is_run, list(run)) for is_run, run in groupby(parts, lambda part: part.kind not in ("block", "ways"))]
     for is_run, run in reversed(runs):
-        yield from _reflect_run(chain, run) if is_run else (Step(part) for part in reversed(run))
+        yield from _reflect_run(chain, run) if is_run else reversed(run)
 
 
-def _reflect_run(chain: Chain, run: list[Part]) -> Iterator[Step]:
+def _reflect_run(chain: Chain, run: list[Part]) -> Iterator[Part]:
     movers: list[Part] = []
     keeps: list[list[Part]] = [[]]  # those before the first mover, those after it, those after the second, ...
     for part in run:
@@ -89,39 +74,36 @@ def _reflect_run(chain: Chain, run: list[Part]) -> Iterator[Step]:
         if movers[index].kind == "pool":
             keeps[index], keeps[index + 1] = [], keeps[index] + keeps[index + 1]
     if not movers:
-        yield from (Step(part, chain.width(part.output)) for part in run)
+        yield from (replace(part, width=chain.width(part.output)) for part in run)
         return
-    narrow, wide = chain.width(run[0].source), chain.width(run[-1].target)
-    yield from _at_the_end(chain, stays=keeps[-1], comes=keeps[0], width=wide)
+    yield from _at_the_end(stays=keeps[-1], comes=keeps[0], width=chain.width(run[-1].target))
     for index in range(len(movers) - 1, 0, -1):
-        yield Step(movers[index])
-        yield from (Step(part, chain.width(part.output)) for part in keeps[index])
-    yield Step(movers[0])
-    if run[0].source != IMAGE:  # the scorer's map is left as it is
-        yield from _at_the_end(chain, stays=keeps[0], comes=keeps[-1], width=narrow)
+        yield movers[index]
+        yield from (replace(part, width=chain.width(part.output)) for part in keeps[index])
+    yield movers[0]
+    if run[0].source is not chain.image:  # the scorer's map is left as it is
+        yield from _at_the_end(stays=keeps[0], comes=keeps[-1], width=chain.width(run[0].source))
 
 
-def _at_the_end(chain: Chain, *, stays: Iterable[Part], comes: Iterable[Part], width: int) -> Iterator[Step]:
+def _at_the_end(*, stays: Iterable[Part], comes: Iterable[Part], width: int) -> Iterator[Part]:
     """At one end of a way: gates, which hold matrices for their map's width, stay; the rest comes from the other end."""
-    yield from (Step(part, width) for part in stays if not _can_widen(chain, part))
-    yield from (Step(part, width) for part in comes if _can_widen(chain, part))
+    chosen = (*(part for part in stays if not _can_widen(part)), *(part for part in comes if _can_widen(part)))
+    yield from (replace(part, width=width) for part in chosen)
 
 
-def _can_widen(chain: Chain, part: Part) -> bool:
-    return part.is_function or has_width(chain.network.get_submodule(part.path))
+def _can_widen(part: Part) -> bool:
+    return part.layer is None or has_width(part.layer)
 
 
 class Level:
-    """Writes the steps between two joins as one graph: a module that maps (x, like) to the map of the finer level.
+    """Writes the steps between two joins as one graph: a module that maps (x, like) to the map of the finer level, `target`.
 
-    Args:
-        chain: what is reflected; its layers are used up.
-        target: number of the encoder's map that lies at the level's end.
-        pools: the encoder's poolings that keep their indices, by path.
-        num_classes: how many maps to give in place of the image's channels.
+    The chain's layers are used up. `pools` are the encoder's poolings that keep their indices, by path.
     """
 
-    def __init__(self, chain: Chain, target: int, pools: dict[str, MaxPoolKeepingIndices], num_classes: int) -> None:
+    def __init__(
+        self, chain: Chain, target: fx.Node, pools: dict[str, MaxPoolKeepingIndices], num_classes: int
+    ) -> None:
         self.chain, self.target, self.pools, self.num_classes = chain, target, pools, num_classes
         self.graph = fx.Graph()
         self.layers: dict[str, nn.Module] = {}
@@ -133,83 +115,76 @@ class Level:
         self.graph.output(self.x)
         return fx.GraphModule(self.layers, self.graph, class_name="Level")
 
-    def write(self, step: Step, *, extra_in: int = 0) -> None:
+    def write(self, part: Part, *, extra_in: int = 0) -> None:
         """Add one step; `extra_in` channels are stacked upon its input."""
-        self.x = self._write(step, self.x, extra_in=extra_in)
+        self.x = self._write(part, self.x, extra_in=extra_in)
 
-    def _write(self, step: Step, x: fx.Node, *, extra_in: int = 0) -> fx.Node:
-        part, chain = step.part, self.chain
+    def _write(self, part: Part, x: fx.Node, *, extra_in: int = 0) -> fx.Node:
+        chain = self.chain
         if part.kind == "keep":
-            return self._keep(part, step.width, x)
+            return self._keep(part, x)
         if part.kind == "block":
-            return self._call(part.path, chain.network.get_submodule(part.path), x)
+            return self._call(part.path, part.layer, x)
         if part.kind == "ways":
             return self._ways(part, x)
-        if part.kind == "pool" and part.path in self.pools:
+        if part.path in self.pools:
             return self._call(part.path, Unpool(self.pools[part.path]), x)
+        before, after = chain.size(part.inputs[0]), chain.size(part.output)
+        stride = part.geometry[1]
+        exact = before == tuple(stride * length for length in after)
         if part.kind == "pool":
-            kernel, stride, padding = part.geometry
-            exact = self._is_exact(part, stride)
-            layer, crop = reflect_pool(chain.width(part.output), kernel, stride, padding, exact=exact)
-            path = f"{part.path}.{part.calls[0].name}" if part.is_function else part.path
-            return self._crop(part, self._call(path, layer, x), crop)
-        exact = self._is_exact(part, max(part.conv.stride))
-        out_channels = self.num_classes if part.inputs[0] == IMAGE else None
-        reflected, crop = reflect_conv(part.conv, exact=exact, extra_in=extra_in, out_channels=out_channels)
-        return self._crop(part, self._call(part.path, reflected, x), crop)
+            layer, crop = reflect_pool(chain.width(part.output), *part.geometry, exact=exact)
+        else:
+            classes = self.num_classes if part.inputs[0] is chain.image else None
+            layer, crop = reflect_conv(part.layer, exact=exact, extra_in=extra_in, out_channels=classes)
+        x = self._call(part.path if part.layer else f"{part.path}.{chain.name(part.node)}", layer, x)
+        if crop and before != chain.size(self.target):
+            raise chain.refuse(part.node, "cuts its map in a way that the mirrored one cannot know")
+        return self.graph.call_function(crop_like, (x, self.like)) if crop else x
 
-    def _is_exact(self, part: Part, stride: int) -> bool:
-        before, after = self.chain.size(part.inputs[0]), self.chain.size(part.output)
-        return before == tuple(stride * length for length in after)
-
-    def _crop(self, part: Part, x: fx.Node, crop: bool) -> fx.Node:
-        if not crop:
-            return x
-        if self.chain.size(part.inputs[0]) != self.chain.size(self.target):
-            raise self.chain.refuse(part.calls[0], "cuts its map in a way that the mirrored one cannot know")
-        return self.graph.call_function(crop_like, (x, self.like))
-
-    def _keep(self, part: Part, width: int, x: fx.Node) -> fx.Node:
-        if not part.is_function:
-            own = self.chain.width(part.output)
-            layer = at_width(self.chain.network.get_submodule(part.path), own, width)
+    def _keep(self, part: Part, x: fx.Node) -> fx.Node:
+        if part.layer is not None:
+            layer = at_width(part.layer, self.chain.width(part.output), part.width)
             activation: Any
             for activation in layer.modules():
                 if hasattr(activation, "inplace"):
                     activation.inplace = False  # the map it acts on may go other ways, too
             return self._call(part.path, layer, x)
-        (call,) = part.calls
-        if call.function is None or any(isinstance(item, torch.Tensor) for item in (*call.args, *call.kwargs.values())):
-            raise self.chain.refuse(call, "takes a tensor that is no map")
-        args = tuple(x if isinstance(item, Map) else item for item in call.args)
-        kwargs = {key: x if isinstance(item, Map) else item for key, item in call.kwargs.items()}
+
+        def given(item: fx.Node) -> Any:
+            if item is part.inputs[0]:
+                return x
+            if not is_settled(item):
+                raise self.chain.refuse(part.node, "takes a tensor that is no map")
+            return item.meta["own"]
+
+        args, kwargs = fx.map_arg(part.node.args, given), dict(fx.map_arg(part.node.kwargs, given))
         if "inplace" in kwargs:
             kwargs["inplace"] = False
-        return self.graph.call_function(_out_of_place(call.function), args, kwargs)
+        return self.graph.create_node(part.node.op, _out_of_place(part.node.target), args, kwargs)
 
     def _ways(self, part: Part, x: fx.Node) -> fx.Node:
         """In reverse order; each map is the sum of what those that used it give back."""
         chain = self.chain
-        narrow, wide = chain.width(part.source), chain.width(part.target)
-        for step in _at_the_end(chain, stays=part.trail, comes=part.lead, width=wide):
+        for step in _at_the_end(stays=part.trail, comes=part.lead, width=chain.width(part.target)):
             x = self._write(step, x)
-        owed: dict[int, list[fx.Node]] = defaultdict(list, {part.output: [x]})
+        owed: dict[fx.Node, list[fx.Node]] = defaultdict(list, {part.output: [x]})
         for run in reversed(_ways_through(part)):
             total = self._sum(owed.pop(run[-1].output))
             if run[-1].kind == "add":
-                for number in run[-1].inputs:
-                    owed[number].append(total)
+                for item in run[-1].inputs:
+                    owed[item].append(total)
             elif run[-1].kind == "cat":
-                for number, piece in zip(run[-1].inputs, self._split(total, run[-1]), strict=True):
-                    owed[number].append(piece)
+                for item, piece in zip(run[-1].inputs, self._split(total, run[-1]), strict=True):
+                    owed[item].append(piece)
             else:
                 for step in _reflect(chain, run):
                     total = self._write(step, total)
                 owed[run[0].inputs[0]].append(total)
         x = self._sum(owed[part.inputs[0]])
-        if part.source == IMAGE:
+        if part.source is chain.image:
             return x
-        for step in _at_the_end(chain, stays=part.lead, comes=part.trail, width=narrow):
+        for step in _at_the_end(stays=part.lead, comes=part.trail, width=chain.width(part.source)):
             x = self._write(step, x)
         return x
 
@@ -217,7 +192,7 @@ class Level:
         return reduce(lambda one, other: self.graph.call_function(operator.add, (one, other)), nodes)
 
     def _split(self, x: fx.Node, part: Part) -> Iterator[fx.Node]:
-        widths = [self.chain.width(number) for number in part.inputs]
+        widths = [self.chain.width(item) for item in part.inputs]
         pieces = self.graph.call_function(torch.split, (x, widths, 1))
         for index in range(len(widths)):
             yield self.graph.call_function(operator.getitem, (pieces, index))
@@ -232,8 +207,8 @@ class Level:
 def _ways_through(part: Part) -> list[list[Part]]:
     """The parts inside, cut into ways without forks; sums and concatenations stand alone."""
     inner = _nested_cats(part.inner)
-    uses = Counter(number for item in inner for number in item.inputs)
-    ways: dict[int, list[Part]] = {}  # by the map they have led to
+    uses = Counter(item for step in inner for item in step.inputs)
+    ways: dict[fx.Node, list[Part]] = {}  # by the map they have led to
     for item in inner:
         goes_on = item.kind not in ("add", "cat") and uses[item.inputs[0]] == 1 and item.inputs[0] in ways
         way = ways[item.inputs[0]] if goes_on and ways[item.inputs[0]][-1].kind not in ("add", "cat") else []
@@ -243,15 +218,19 @@ def _ways_through(part: Part) -> list[list[Part]]:
     return list(ways.values())
 
 
-def _out_of_place(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`mul` for `mul_`."""
-    name = function.__name__
-    return getattr(torch.Tensor, name[:-1]) if name.endswith("_") and not name.endswith("__") else function
+def _out_of_place(target: Any) -> Any:
+    """`mul` for `mul_` and `imul`."""
+    if isinstance(target, str):
+        return target.removesuffix("_") if not target.endswith("__") else target
+    name = target.__name__
+    if getattr(operator, name, None) is target:
+        return getattr(operator, name[1:], target)
+    return getattr(torch, name[:-1]) if name.endswith("_") else target
 
 
 def _nested_cats(parts: Iterable[Part]) -> list[Part]:
     """A dense block concatenates all maps again for every layer; each time, what was concatenated before stays together."""
-    known: dict[tuple[int, ...], int] = {}
+    known: dict[tuple[fx.Node, ...], fx.Node] = {}
     nested = []
     for part in parts:
         if part.kind == "cat":

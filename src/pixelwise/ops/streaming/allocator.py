@@ -1,31 +1,31 @@
-"""Memory for the rows that wait, apart from that of the passing maps.
+"""Memory of a process that streams: where rows wait, and how freed memory returns to the system.
 
 Rows of a skip wait for many stripes. Were they to lie among the maps that come and go, what is freed between them would
-be of no size that is asked for next, and the process would take two or three times what the maps do.
+be of no size that is asked for next, and the process would take two or three times what the maps do: `Allocator` keeps them
+apart. Freed memory of one size is of no use for the next map, which is a little larger, so malloc asks the system for more.
+It is fastest to let it, within a limit; beyond that `malloc_trim` returns all that is free (`MemoryLimit`).
 """
 
+import ctypes
 import math
+import os
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+_STATM = Path("/proc/self/statm")
+_MARGIN = 0.05  # of the limit: how much is freed in vain before the next attempt
 _ARENA_BYTES = 1 << 26  # more than malloc ever takes from its heap; what is not used of it takes no memory
 _STEPS = 8  # sizes between one power of two and the next
 _LEAST_BYTES = 1 << 9
 
 
-class Pool:
-    """Gives and takes back tensors in system memory. Memory that was given back is given again for the same size, rounded.
-
-    Example:
-        >>> pool = Pool()
-        >>> copy, place = pool.copy(torch.ones(1, 3, 4, 5))
-        >>> tuple(copy.shape), pool.holds(copy), pool.holds(torch.ones(1))
-        ((1, 3, 4, 5), True, False)
-        >>> pool.give_back(place)
-        >>> pool.copy(torch.zeros(1, 3, 4, 5))[0].data_ptr() == copy.data_ptr()
-        True
-    """
+class Allocator:
+    """Gives and takes back tensors in system memory; what was given back is used again for the same size, rounded."""
 
     def __init__(self) -> None:
         self._arenas: dict[int, Tensor] = {}  # by the address of their storage
@@ -69,3 +69,42 @@ def rounded(size: int) -> int:
     """The next of the sizes that are kept apart: an eighth of a power of two, 512 bytes at least."""
     step = max(_LEAST_BYTES, 1 << max(0, math.ceil(math.log2(max(size, 1))) - 1) >> int(math.log2(_STEPS)))
     return -(-size // step) * step
+
+
+def return_freed_memory() -> None:
+    """Give back to the system what was freed but is kept by the C library for reuse; nothing happens where it cannot."""
+    if (trim := _malloc_trim()) is not None:
+        trim(0)
+
+
+class MemoryLimit:
+    """Holds the growth of the process, from now on, to a number of bytes, as far as freed memory allows; on Linux only."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit = resident_bytes() + limit_bytes if _malloc_trim() else 0
+        self._margin = int(_MARGIN * limit_bytes)
+        self._alarm = self._limit
+
+    def hold(self) -> None:
+        """Return what is free to the system if the process has grown beyond the limit."""
+        if not self._limit or resident_bytes() <= self._alarm:
+            return
+        return_freed_memory()
+        # What is in use cannot be returned, and trying takes time.
+        self._alarm = max(self._limit, resident_bytes() + self._margin)
+
+
+def resident_bytes() -> int:
+    """Bytes of this process that lie in memory now; Linux only."""
+    return int(_STATM.read_bytes().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@cache
+def _malloc_trim() -> Any:
+    """The function of glibc; None elsewhere."""
+    if sys.platform != "linux":
+        return None
+    try:
+        return ctypes.CDLL("libc.so.6").malloc_trim
+    except (OSError, AttributeError):  # another C library
+        return None

@@ -23,21 +23,11 @@ SCORE_GAIN = 0.01  # in place of He's 2: at the start, no class is much likelier
 def reflect_conv(
     conv: nn.Conv2d, *, exact: bool, extra_in: int = 0, out_channels: int | None = None
 ) -> tuple[nn.Module, bool]:
-    """A convolution that takes the map that `conv` gives, and gives one like that which `conv` takes.
+    """A convolution from the map that `conv` gives to one like that which it takes, and whether its result must be cropped.
 
-    Args:
-        conv: to reflect; its weights stay as they are and are not used.
-        exact: whether its input is exactly stride times as large as its output, for every image the network takes.
-        extra_in: channels of a second map, stacked upon the first; for convolutions of one group.
-        out_channels: another number of maps to give, scores: the convolution then has a bias and small weights.
-
-    Returns:
-        The convolution, and whether its result may be too large and must be cropped at the bottom and right.
-
-    Example:
-        >>> layer, crop = reflect_conv(nn.Conv2d(64, 128, 3, stride=2, padding=1, bias=False), exact=True)
-        >>> tuple(layer(torch.zeros(1, 128, 5, 7)).shape), crop
-        ((1, 64, 10, 14), False)
+    `exact` says that the input of `conv` is always stride times as large as its output; else the result may be too large at
+    the bottom and right. `extra_in` channels are stacked upon the map. With `out_channels` it gives scores: it has a bias
+    and small weights.
     """
     channels, out = conv.out_channels + extra_in, out_channels or conv.in_channels
     options: dict[str, Any] = {
@@ -66,16 +56,7 @@ def reflect_conv(
 
 
 def reflect_pool(channels: int, kernel: int, stride: int, padding: int, *, exact: bool) -> tuple[nn.Module, bool]:
-    """A transposed convolution of each channel by itself, that starts as interpolation, for a pooling of this geometry.
-
-    Returns:
-        The convolution, and whether its result may be too large and must be cropped at the bottom and right.
-
-    Example:
-        >>> layer, crop = reflect_pool(1, kernel=2, stride=2, padding=0, exact=True)
-        >>> layer(torch.tensor([[[[1.0, 2.0]]]])).tolist(), crop
-        ([[[[1.0, 1.0, 2.0, 2.0], [1.0, 1.0, 2.0, 2.0]]]], False)
-    """
+    """A transposed convolution of each channel by itself, that starts as interpolation; crop as of `reflect_conv`."""
     kernel = max(kernel, stride)
     more, crop = _output_padding([kernel] * 2, (stride, stride), (padding, padding), exact)
     layer = nn.ConvTranspose2d(channels, channels, kernel, stride, padding, more, groups=channels, bias=False)
@@ -88,12 +69,7 @@ def reflect_pool(channels: int, kernel: int, stride: int, padding: int, *, exact
 
 
 def at_width(layer: nn.Module, channels: int, width: int) -> nn.Module:
-    """A copy of a norm or an activation with its starting values, for `width` channels in place of `channels`.
-
-    Example:
-        >>> at_width(nn.BatchNorm2d(64), 64, 32)
-        BatchNorm2d(32, eps=1e-05, momentum=0.1, affine=True, bias=True, track_running_stats=True)
-    """
+    """A copy of a norm or an activation with its starting values, for `width` channels in place of `channels`."""
     layer = copy.deepcopy(layer)
     for module in layer.modules() if channels != width else ():
         for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from pixelwise.errors import PixelwiseError
-from pixelwise.ops.streaming.pool import order_of_axes, rounded
+from pixelwise.ops.streaming.allocator import order_of_axes, rounded
 
 
 @dataclass(frozen=True)
-class Shelved:
+class Spilled:
     """Where rows lie in the file, and what they are: `order` is that of their axes, largest stride first."""
 
     offset: int
@@ -26,58 +26,48 @@ class Shelved:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
-class Shelf:
-    """Puts tensors of the CPU into a file and gives them back; the nameless file goes when it is closed or the process ends.
+class SpillFile:
+    """Puts tensors of the CPU into a nameless file in `folder` and gives them back; `size` is its length in bytes.
 
-    Args:
-        folder: on whose disk; it must exist.
-
-    Attributes:
-        size: bytes of the file.
+    The file goes when it is closed or the process ends.
 
     Raises:
         PixelwiseError: the file cannot be made.
-
-    Example:
-        >>> with Shelf(Path(tempfile.gettempdir())) as shelf:
-        ...     item = shelf.put(torch.arange(6.0).view(2, 3).T)
-        ...     shelf.take(item).tolist(), shelf.size
-        ([[0.0, 3.0], [1.0, 4.0], [2.0, 5.0]], 512)
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         try:
-            self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 - open as long as the shelf
+            self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 - open as long as the spill file
         except OSError as error:
             raise PixelwiseError(f"{folder}: rows that wait cannot be stored there ({error.strerror}).") from error
         self.size = 0
         self._free: dict[int, list[int]] = {}  # offsets, by size
 
-    def __enter__(self) -> "Shelf":
+    def __enter__(self) -> "SpillFile":
         return self
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
-    def put(self, rows: Tensor) -> Shelved:
+    def put(self, rows: Tensor) -> Spilled:
         """Store a copy.
 
         Raises:
             PixelwiseError: the disk is full, or fails.
         """
         order = order_of_axes(rows)
-        item = Shelved(self._place(rounded(rows.nbytes)), tuple(rows.shape), order, rows.dtype)
+        item = Spilled(self._place(rounded(rows.nbytes)), tuple(rows.shape), order, rows.dtype)
         self._write(item.offset, rows.permute(order))
         return item
 
-    def take(self, item: Shelved) -> Tensor:
+    def take(self, item: Spilled) -> Tensor:
         """What was put, in memory of its own; its place is given to others."""
         rows = self._read(item)
         self.give_back(item)
         return rows
 
-    def give_back(self, item: Shelved) -> None:
+    def give_back(self, item: Spilled) -> None:
         """Forget it."""
         self._free.setdefault(rounded(item.count), []).append(item.offset)
 
@@ -99,7 +89,7 @@ class Shelf:
                 "allow more memory."
             ) from error
 
-    def _read(self, item: Shelved) -> Tensor:
+    def _read(self, item: Spilled) -> Tensor:
         data = torch.empty(item.count, dtype=torch.uint8)
         rest, got = data.numpy().data, 1
         try:
@@ -117,7 +107,7 @@ class Shelf:
         return rows.permute([item.order.index(axis) for axis in range(len(item.order))])
 
 
-class EmptyShelf(Shelf):
+class EmptySpillFile(SpillFile):
     """Counts what would be stored, of tensors without content."""
 
     def __init__(self) -> None:
@@ -127,5 +117,5 @@ class EmptyShelf(Shelf):
     def _write(self, offset: int, rows: Tensor) -> None:
         pass
 
-    def _read(self, item: Shelved) -> Tensor:
+    def _read(self, item: Spilled) -> Tensor:
         return torch.empty(item.shape, dtype=item.dtype, device="meta")
