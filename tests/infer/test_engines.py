@@ -19,6 +19,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from pixelwise.infer.engines.base import Job, Labeller, Outcome, OutputError
+from pixelwise.infer.engines.ledger import Ledger
+from pixelwise.infer.engines.pieces import pieces
+from pixelwise.infer.engines.ray_worker import Worker, network_of
+from pixelwise.infer.engines.shared import SharedParts
+from pixelwise.infer.engines.work import jobs_of, rows_of_images, unpacked
+from pixelwise.infer.parts import Parts
+from pixelwise.infer.tools import Tools
 
 from pixelwise.data.labels import LabelSpec
 from pixelwise.errors import PixelwiseError, UsageError
@@ -27,19 +35,10 @@ from pixelwise.infer.batch import plan_batch, run_batch
 from pixelwise.infer.bundle import ModelCard, save_bundle
 from pixelwise.infer.engines import ray as ray_engine
 from pixelwise.infer.engines import ray_cluster, ray_worker
-from pixelwise.infer.engines.base import Job, Labeller, Outcome, OutputError
-from pixelwise.infer.engines.ledger import Ledger
 from pixelwise.infer.engines.local import run as run_local
-from pixelwise.infer.engines.pieces import pieces
-from pixelwise.infer.engines.ray_worker import Worker, network_of
-from pixelwise.infer.engines.shared import SharedParts
-from pixelwise.infer.engines.work import jobs_of, rows_of_images, unpacked
-from pixelwise.infer.options import JobOptions
-from pixelwise.infer.parts import Parts
+from pixelwise.infer.options import JobOptions, Tiling
 from pixelwise.infer.predictor import load
 from pixelwise.infer.tiling import Region, Scores
-from pixelwise.infer.tiling.options import Tiling
-from pixelwise.infer.tools import Tools
 from pixelwise.models import create_model
 
 SPEC = LabelSpec(names=("a", "b", "c"), colors=((250, 0, 0), (0, 250, 0), (0, 0, 250)), values=((0,), (1,), (2,)))
@@ -63,7 +62,7 @@ class SlowRows:
         for top in range(region.top, region.bottom, step):
             bottom = min(top + step, region.bottom)
             y, end = max(0, top - HALO), min(self.height, bottom + HALO)
-            scores = self.predictor.network(read(y, 0, end - y, self.width)[None])[0]
+            scores = self.predictor.scores(read(y, 0, end - y, self.width)[None])[0]
             if self.height > 100 and os.environ.get(LOG):
                 with Path(os.environ[LOG]).open("a") as file:
                     file.write(f"{os.getpid()} {region.top} {region.left} {top}\n")

@@ -189,11 +189,11 @@ def predict(
 
 def _label(predictor: Any, batch: Any, **how: Any) -> "list[Outcome]":
     """Label the batch below one bar; what goes wrong, and what is to be known, stands above it."""
-    from pixelwise.infer.batch import run_batch
+    from pixelwise.infer.engines.local import run_batch
 
     outcomes: list[Outcome] = []
     with _progress() as progress:
-        task = progress.add_task("labelling", total=len(batch.jobs) + len(batch.missing))
+        task = progress.add_task("labelling", total=len(batch.tasks) + len(batch.missing))
 
         def show(text: str) -> None:
             progress.console.print(_printable(text), markup=False, highlight=False, soft_wrap=True)

@@ -114,8 +114,7 @@ def job_options(
     Raises:
         UsageError: a word cannot be understood, a number is not allowed, or options exclude each other.
     """
-    from pixelwise.infer.options import JobOptions
-    from pixelwise.infer.tiling.options import Tiling
+    from pixelwise.infer.options import JobOptions, Tiling
 
     if overlap is not None and blend is None:
         raise UsageError("--overlap is that of blended tiles; add --blend gaussian, or leave it out.")
