@@ -189,7 +189,7 @@ def predict(
 
 def _label(predictor: Any, batch: Any, **how: Any) -> "list[Outcome]":
     """Label the batch below one bar; what goes wrong, and what is to be known, stands above it."""
-    from pixelwise.infer.engines.local import run_batch
+    from pixelwise.infer.engines import run_batch
 
     outcomes: list[Outcome] = []
     with _progress() as progress:

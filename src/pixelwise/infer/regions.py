@@ -1,11 +1,12 @@
-"""Rectangles of an image: which are missing, and small ones joined to large ones."""
+"""Rectangles of an image: which are missing, small ones joined to large ones, large images cut into blocks."""
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,56 @@ MOST_BYTES = 4 * FLUSH_BYTES  # one that grows, one as it is joined, two that wa
 Arrays = Mapping[str, NDArray[Any]]
 Add = Callable[[Region, Arrays], None]
 """Takes what was found in a window, (height, width) of each kind."""
+
+LEAST_PX, MOST_PX = 4 << 20, 64 << 20
+"""Smaller blocks would repeat too much of their surroundings; of larger ones too much is lost with a worker."""
+
+_LEAST_ROWS = 256
+_STRIP_ROWS = 2048  # of blocks of files that are stored in rows: each block decodes the rows of its neighbours too
+_ROUND = 64  # block borders on multiples of this suit the strides of networks and the blocks of files
+
+
+class Block(NamedTuple):
+    """A rectangle of one plane, or of several that follow each other."""
+
+    plane: int
+    planes: int
+    region: Region
+
+
+def blocks_of(
+    height: int,
+    width: int,
+    planes: int,
+    workers: int,
+    block_px: int | None = None,
+    stored_px: tuple[int, int] = (_ROUND, _ROUND),
+) -> list[Block]:
+    """Rectangles that cover every plane once, about three for each worker; of small planes several together.
+
+    Neighbours compute what surrounds a block again; squares have the least of it, so blocks are as square as the file,
+    which stores `stored_px` rows and columns together, allows. `block_px` pixels each, if that is given.
+    """
+    share = block_px or min(MOST_PX, max(LEAST_PX, height * width * planes // (3 * workers)))
+    rows = math.sqrt(share)
+    if stored_px[1] >= width:
+        rows = max(share / width, _STRIP_ROWS)
+    down = max(1, round(height / max(rows, min(_LEAST_ROWS, share / width))))
+    rows = min(height, _rounded(height / down))
+    columns = min(width, _rounded(width / max(1, round(rows * width / share))))
+    together = max(1, share // (height * width)) if (rows, columns) == (height, width) else 1
+    return [
+        Block(
+            plane, min(together, planes - plane), Region(top, left, min(rows, height - top), min(columns, width - left))
+        )
+        for plane in range(0, planes, together)
+        for top in range(0, height, rows)
+        for left in range(0, width, columns)
+    ]
+
+
+def _rounded(length: float) -> int:
+    return max(_ROUND, math.ceil(length / _ROUND) * _ROUND)
 
 
 class Joiner:

@@ -21,7 +21,6 @@ from pixelwise.formats.sinks import choose_writer
 from pixelwise.formats.sinks.npy import write_probabilities
 from pixelwise.infer.batch import Batch, Outcome, OutputError, Task, real, stem_of
 from pixelwise.infer.decide import Decision
-from pixelwise.infer.engines import ray as ray_engine
 from pixelwise.infer.network import Network
 from pixelwise.infer.outputs import Location, OutFolder, write_outputs
 from pixelwise.infer.overlay import write_overlay
@@ -179,47 +178,6 @@ class Labeller:
                 self.note(text)
 
         return state
-
-
-def run_batch(
-    network: Network,
-    batch: Batch,
-    *,
-    overwrite: bool = False,
-    engine: str = "local",
-    address: str | None = None,
-    workers: int | None = None,
-    note: Note = lambda text: None,
-    progress: Progress = lambda done, total: None,
-) -> Iterator[Outcome]:
-    """Label every image of the batch, one outcome each; while one is computed the next is decoded.
-
-    An output that is finished is skipped: it was written by the same network from an input with the same content. One
-    from another network or input is made again. A file that pixelwise did not write is never replaced. A run that was
-    killed goes on where it was.
-
-    Args:
-        network: The predictor.
-        batch: From `plan_batch`.
-        overwrite: Do everything again, and replace whatever has the name of an output.
-        engine: "local" (this process) or "ray" (workers of a cluster, or of this machine).
-        address: of the Ray cluster; None starts Ray in this process.
-        workers: of Ray; for the local engine, threads that decode. None chooses.
-        note: Takes what the user should know, one line each.
-        progress: Takes (pixels done, pixels in all) of large images.
-
-    Raises:
-        UsageError: there is no such engine, or its package is not installed; samples of a network without dropout.
-        PixelwiseError: an output cannot be written (disk full, no permission). Nothing half-written stays.
-    """
-    labeller = Labeller(network=network, batch=batch, overwrite=overwrite, note=note, progress=progress)
-    yield from batch.missing
-    if engine == "local":
-        yield from run_local(labeller, batch.tasks, threads=workers)
-    elif engine == "ray":
-        yield from ray_engine.run(labeller, address=address, workers=workers)
-    else:
-        raise UsageError(f"there is no engine {engine!r}; there are local and ray.")
 
 
 def run_local(labeller: Labeller, tasks: Sequence[Task], *, threads: int | None = None) -> Iterator[Outcome]:
