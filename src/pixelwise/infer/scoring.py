@@ -83,6 +83,11 @@ class _Labelled:
             its.height, its.width, its.channels, its.dtype, its.planes
         )  # fmt: skip
 
+    @property
+    def plane(self) -> int | None:
+        """The one plane that is meant; None is all."""
+        return getattr(self.pair, "plane", None)
+
     def truth(self, plane: int, region: Region, step: int = 1) -> NDArray[np.uint8]:
         """Class ids in a region, or of every `step`-th row and column of it, and void."""
         raw = self.mask.read(region.top, region.left, region.height, region.width, plane)[::step, ::step]
@@ -200,7 +205,7 @@ def _label(predictor: Predictor, group: Sequence[_Labelled], stores: Sequence[St
     if len(group) > 1 or (predictor.batch_statistics and group[0].image.info.planes == 1):
         compute_together(pipelines, stores)
     else:
-        pipelines[0].compute(stores[0], plane=plane)
+        pipelines[0].compute(stores[0], plane=group[0].plane if plane is None else plane)
 
 
 def _image_score(name: str, scores: Scores) -> ImageScore:
@@ -231,9 +236,10 @@ def write_examples(
             info = group[0].image.info
             step = 1 if info.height * info.width <= THINNED_PX else -(-max(info.height, info.width) // EXAMPLE_PX)
             stores = [_Thinned(labelled, step) for labelled in group]
-            _label(predictor, group, stores, plane=info.planes // 2)
+            shown = info.planes // 2 if group[0].plane is None else group[0].plane
+            _label(predictor, group, stores, plane=shown)
             for place, key in keys.items():
-                _write_example(pictures / key, group[place], stores[place], info.planes // 2)
+                _write_example(pictures / key, group[place], stores[place], shown)
 
 
 def _write_example(folder: Path, labelled: _Labelled, store: _Thinned, plane: int) -> None:

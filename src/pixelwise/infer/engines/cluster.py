@@ -17,14 +17,13 @@ from pixelwise.files import extra
 _MOST_CORES = 8  # of a worker
 _CORES = 2  # of a worker without a GPU: one computes, one decodes and writes
 _ANSWER_S = 5.0
-_STORE_BYTES = 256 << 20  # jobs are small; the windows of blocks that come back are spilled to the disk beyond it
+_STORE_BYTES = 100 << 20  # jobs are small; the windows of blocks that come back are spilled to the disk beyond it
 _ENVIRONMENT = {  # read when Ray is imported and when it starts
     "RAY_USAGE_STATS_ENABLED": "0",  # nothing phones home
-    "RAY_BACKEND_LOG_LEVEL": "fatal",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_worker_niceness": "0",  # workers do the work; 15 by default, which a busy machine starves
 }
-_ALONE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_TOKEN": secrets.token_hex(32)}  # listen on 127.0.0.1 only
+_ALONE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_TOKEN": secrets.token_hex(32)}  # for nobody else
 
 
 @dataclass(frozen=True)
@@ -61,6 +60,8 @@ def started(address: str | None, workers: int | None, *, use_gpus: bool = True) 
         PixelwiseError: no cluster answers at the address.
     """
     address = address or os.environ.get("RAY_ADDRESS") or None
+    if address is not None:
+        _check_address(address)  # before Ray is imported, which settles where a Ray that is started here listens
     with _environment(_ENVIRONMENT | (_ALONE if address is None else {})):
         ray = extra("ray", "cluster", "--engine ray")
         is_ours = not ray.is_initialized()
@@ -104,29 +105,36 @@ def _start(ray: ModuleType, workers: int | None, use_gpus: bool) -> None:
         raise PixelwiseError(f"engine ray: Ray cannot be started on this machine ({_line(error)}).") from error
 
 
-def _connect(ray: ModuleType, address: str) -> None:
+def _check_address(address: str) -> None:
+    """Refuse an address at which nothing listens; Ray itself would try for a minute."""
     if "://" in address:
         raise UsageError(
             f"--address {address}: give HOST:PORT of the cluster's head (6379, not Ray's client), or auto on one of its "
             "machines. From elsewhere, submit the command: ray job submit -- pixelwise predict ..."
         )
-    try:
-        if address != "auto":
-            _refuse_silence(address)
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        raise PixelwiseError(
-            f"--address {address}: no Ray cluster answers there ({_line(error)}). Start one with `ray start --head`, or "
-            "leave --address out to use this machine alone. One that asks for a token wants RAY_AUTH_MODE=token."
-        ) from error
-
-
-def _refuse_silence(address: str) -> None:
-    """Raise `OSError` or `ValueError` if nothing listens at an address; Ray itself would try for a minute."""
+    if address == "auto":
+        return
     host, _, port = address.rpartition(":")
     if not host or not port.isascii() or not port.isdigit() or not 0 < int(port) < 2**16:
-        raise ValueError("it must be HOST:PORT, or auto")
-    socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_S).close()
+        raise PixelwiseError(f"--address {address}: it must be HOST:PORT, or auto.")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_S).close()
+    except OSError as error:
+        raise _no_answer(address, error) from error
+
+
+def _connect(ray: ModuleType, address: str) -> None:
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        raise _no_answer(address, error) from error
+
+
+def _no_answer(address: str, error: BaseException) -> PixelwiseError:
+    return PixelwiseError(
+        f"--address {address}: no Ray cluster answers there ({_line(error)}). Start one with `ray start --head`, or "
+        "leave --address out to use this machine alone. One that asks for a token wants RAY_AUTH_MODE=token."
+    )
 
 
 def _measured(ray: ModuleType, workers: int | None) -> Cluster:
