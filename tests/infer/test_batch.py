@@ -320,7 +320,7 @@ def test_another_format_can_be_wanted(tmp_path):
         assert label_names(batch, tmp_path / name) == [f"a{ending}"]
         assert statuses(run_batch(make_predictor(), batch)) == ["done"]
         assert (tmp_path / name / f"a{ending}").is_file()
-    with pytest.raises(UsageError, match="there is no format 'jpeg' for labels; there are png, tiff"):
+    with pytest.raises(UsageError, match="there is no format 'jpeg' for labels; there are png, "):
         plan_batch([tmp_path / "a.png"], tmp_path / "out", options=JobOptions(format="jpeg"))
     batch = plan_batch([tmp_path / "a.png"], tmp_path / "out", options=JobOptions(format="nifti"))
     (outcome,) = run_batch(make_predictor(), batch)

@@ -12,10 +12,8 @@ from urllib.parse import unquote
 from pixelwise.errors import PixelwiseError, UsageError
 from pixelwise.files import extra
 from pixelwise.formats.base import LABELS
-from pixelwise.formats.protocols import is_url, local_path, protocol_of, shown
-from pixelwise.formats.registry import SOURCE_SUFFIXES
-from pixelwise.formats.remote import list_images
-from pixelwise.formats.sinks import WRITERS
+from pixelwise.formats.registry import SOURCE_SUFFIXES, WRITERS
+from pixelwise.formats.remote import is_url, list_images, local_path, protocol_of, shown
 from pixelwise.infer.options import JobOptions
 from pixelwise.infer.outputs import Location, OutFolder
 
@@ -133,7 +131,7 @@ def _output_name(name: PurePath, path: str, kind: str, wanted: str | None) -> Pu
         return name.with_name(name.name + ENDINGS[kind])
     name_of_image = path.rstrip("/").lower()
     likely = next((suffix for end, suffix in _LIKELY.items() if name_of_image.endswith(end)), ".png")
-    suffix = WRITERS[wanted].suffix if wanted else likely
+    suffix = WRITERS[wanted].suffixes[0] if wanted else likely
     if kind == LABELS:
         return name.with_name(name.name + suffix)
     return name.with_name(f"{name.name}_{kind}{'.tif' if suffix == '.png' else suffix}")

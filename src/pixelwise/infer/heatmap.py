@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from pixelwise.data.samples import to_tensor
 from pixelwise.errors import DataError, PixelwiseError, UsageError
-from pixelwise.formats.registry import open_source
+from pixelwise.formats import open_source
 from pixelwise.infer.network import is_out_of_memory, resolve_device
 from pixelwise.infer.overlay import displayable
 from pixelwise.models.backbones import backbone_normalisation, resolve_backbone, torchvision_classifier

@@ -20,13 +20,20 @@ from numpy.typing import NDArray
 
 from pixelwise.errors import DataError, PixelwiseError
 from pixelwise.formats.base import LABELS, Result, Writer
-from pixelwise.formats.protocols import check_package, is_url
-from pixelwise.formats.remote import RemoteStamp
-from pixelwise.formats.sinks.upload import check_writable, exists, publish, read_small, write_small
+from pixelwise.formats.remote import (
+    RemoteStamp,
+    check_package,
+    check_writable,
+    exists,
+    is_url,
+    publish,
+    read_small,
+    write_small,
+)
 from pixelwise.infer.cleanup import remove_small
 from pixelwise.infer.pipeline import Pipeline
 from pixelwise.infer.store import DiskStore, Store
-from pixelwise.ops.streaming.heap import return_freed_memory
+from pixelwise.ops.streaming.allocator import return_freed_memory
 
 Location = Path | str
 """A path, or a URL as text."""

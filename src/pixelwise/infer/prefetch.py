@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pixelwise.errors import UsageError
+from pixelwise.formats import open_source
 from pixelwise.formats.base import Source, SourceInfo
-from pixelwise.formats.registry import open_source
 from pixelwise.infer.bundle import ModelCard
 from pixelwise.infer.network import Read, Region
 

@@ -15,9 +15,9 @@ from PIL import Image
 from pixelwise.data.labels import IGNORE_INDEX, LabelSpec
 from pixelwise.data.layouts import DataFolder, Pair
 from pixelwise.errors import DataError, UsageError
+from pixelwise.formats import open_source
 from pixelwise.formats.base import LABELS, Source, SourceInfo
 from pixelwise.formats.readers import read_mask
-from pixelwise.formats.registry import open_source
 from pixelwise.formats.writers import label_image, write_png
 from pixelwise.infer.network import Region
 from pixelwise.infer.overlay import displayable, thinned

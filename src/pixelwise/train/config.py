@@ -73,7 +73,7 @@ class RunConfig(BaseModel):
 
     class_weights: ClassWeights = Field(
         default="sqrt_median_frequency",
-        description="none, median_frequency, its square root, or enet; or one number per class",
+        description="none, median_frequency, its square root, enet, or linknet; or one number per class",
     )
     reduction: Reduction = Field(default="mean", description="divide the loss by the labelled pixels, or only sum")
     separation: float = Field(default=0.0, ge=0, description="U-Net's w0: weight of the gaps between touching objects")

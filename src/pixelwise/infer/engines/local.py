@@ -17,8 +17,8 @@ from typing import Any
 
 from pixelwise.errors import DataError, PixelwiseError, UsageError
 from pixelwise.formats.base import LABELS, MAPS, Source, SourceInfo, Writer
-from pixelwise.formats.sinks import choose_writer
-from pixelwise.formats.sinks.npy import write_probabilities
+from pixelwise.formats.npy import write_probabilities
+from pixelwise.formats.registry import choose_writer
 from pixelwise.infer.batch import Batch, Outcome, OutputError, Task, real, stem_of
 from pixelwise.infer.decide import Decision
 from pixelwise.infer.network import Network

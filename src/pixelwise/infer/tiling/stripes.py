@@ -21,9 +21,9 @@ from torch import nn
 from pixelwise.infer.network import Read, Region, Scorer, Scores
 from pixelwise.infer.prefetch import NextRows
 from pixelwise.ops.streaming import WindowedNetwork
+from pixelwise.ops.streaming.allocator import MemoryLimit
 from pixelwise.ops.streaming.forecast import Peaks, cost_of, item_sizes, peaks, scratch_bytes
-from pixelwise.ops.streaming.heap import HeapLimit
-from pixelwise.ops.streaming.shelf import Shelf
+from pixelwise.ops.streaming.spill import SpillFile
 from pixelwise.ops.streaming.windows import Span, Window
 
 BUDGET_BYTES = 2**30
@@ -31,8 +31,9 @@ _STRIPE_PX = 2**19  # pixels of a stripe that keep the cores busy; more only tak
 _LEAST_ROWS, _MOST_ROWS = 8, 512
 _COLUMNS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 20, 24, 32, 48, 64, 96, 128)
 # malloc keeps what maps leave, and maps of changing sizes do not fit into the gaps: the process takes up to three times what
-# its maps do, unless it is held to less (`HeapLimit`). Held to so many times, networks of several depths, widths and stripes
-# run as fast as they can; held to the least, up to a third slower, but with wider columns, so that less is computed twice.
+# its maps do, unless it is held to less (`MemoryLimit`). Held to so many times, networks of several depths, widths and
+# stripes run as fast as they can; held to the least, up to a third slower, but with wider columns, so that less is
+# computed twice.
 # The disk comes last: rows that wait for long leave the memory to wider columns.
 _CPU_WAYS = ((1.9, False), (1.35, False), (1.35, True))
 _GPU_WAYS = ((1.1, False),)
@@ -109,7 +110,7 @@ class Stripes(Scorer):
         self.height, self.width = height, width
         self._sizes = item_sizes(self.network.graph, compute_bytes)
         self._is_cpu = device is None or device.type == "cpu"
-        self._heap: HeapLimit | None = None  # what the process is held to, from the first score on
+        self._heap: MemoryLimit | None = None  # what the process is held to, from the first score on
         self._reordered = scratch_bytes(self.network.graph) if self._is_cpu else 0
         self._maps = lru_cache(maxsize=None)(self._maps_peaks)
         self.scratch = scratch
@@ -123,7 +124,7 @@ class Stripes(Scorer):
     def score(self, read: Read, region: Region) -> Iterator[Scores]:
         """As `Scorer.score`: column by column, from top to bottom."""
         if self._heap is None and self._is_cpu:
-            self._heap = HeapLimit(self._heap_bytes() + self.beside_bytes)
+            self._heap = MemoryLimit(self._heap_bytes() + self.beside_bytes)
         for left, right in pairwise(self.cuts):
             left, right = max(left, region.left), min(right, region.right)
             if left < right:
@@ -133,9 +134,11 @@ class Stripes(Scorer):
         needed = self.network.windows(Window(Span(part.top, part.bottom), Span(part.left, part.right)))[0]
         place = {"top": part.top, "left": part.left, "height": part.height, "width": part.width}
         # A file for each column, for its rows are of other sizes than those of the next.
-        on_disk = Shelf(self.scratch) if self.scratch and self._plan.has_shelf else contextlib.nullcontext()
+        on_disk = SpillFile(self.scratch) if self.scratch and self._plan.has_shelf else contextlib.nullcontext()
         with NextRows(read, needed.rows.stop) as ahead, on_disk as shelf:
-            parts = self.network.stripes(ahead, **place, stripe_px=self.stripe_px, heap=self._heap, shelf=shelf)
+            parts = self.network.stripes(
+                ahead, **place, stripe_px=self.stripe_px, memory_limit=self._heap, spill_file=shelf
+            )
             for top, logits in parts:
                 yield Scores(Region(top, part.left, logits.shape[1], part.width), logits.float())
 
@@ -216,7 +219,7 @@ class Stripes(Scorer):
         return Peaks(int(plan.factor * maps.memory) + self._reordered, maps.disk)
 
     def _maps_peaks(self, window: Window, rows: int, has_shelf: bool) -> Peaks:
-        maps = peaks(self.network.graph, window, rows, self._sizes, has_shelf=has_shelf)
+        maps = peaks(self.network.graph, window, rows, self._sizes, has_spill_file=has_shelf)
         logits = 4 * self.network.num_classes * rows * window.columns.length
         return maps._replace(memory=maps.memory + 3 * logits)  # they, and what is made of them
 

@@ -1,0 +1,232 @@
+"""Which URLs are followed, by which package, for how long; and errors of servers in words that hold no secret.
+
+Only plain URLs of the table below are opened, each by the file system of its own protocol. Nothing else is: a chain
+(`zip::`, `simplecache::`) or a manifest (`reference::`) could make one name mean any file of this machine.
+"""
+
+import errno
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+from urllib.parse import unquote
+
+from pixelwise.errors import DataError, PixelwiseError, UsageError
+from pixelwise.files import extra
+
+PROTOCOLS = {  # the module of the file system, and the package that pip installs beside the extra, if any
+    "s3": ("s3fs", ""), "s3a": ("s3fs", ""), "gs": ("gcsfs", "gcsfs"), "gcs": ("gcsfs", "gcsfs"),
+    "az": ("adlfs", "adlfs"), "abfs": ("adlfs", "adlfs"), "abfss": ("adlfs", "adlfs"),
+    "hf": ("huggingface_hub", ""), "http": ("aiohttp", ""), "https": ("aiohttp", ""), "memory": ("fsspec", ""),
+}  # fmt: skip
+"""Every protocol that is followed, besides `file`, which is a local path."""
+
+CONNECT_S, READ_S, REQUEST_S = 10, 60, 300
+"""The longest wait for a connection, for the next bytes, and for a whole request, in seconds."""
+
+_TRIES = 3
+_MISSING = "there is no such object."
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+_FOREIGN_ERRORS = {  # what file systems raise that is none of Python's own errors, by the module that defines it
+    "aiohttp": ("ClientError",),
+    "botocore.exceptions": ("BotoCoreError", "ClientError"),
+    "huggingface_hub.errors": ("HfHubHTTPError",),
+    "httpx": ("HTTPError",),
+    "gcsfs.retry": ("HttpError",),
+    "google.auth.exceptions": ("GoogleAuthError",),
+    "azure.core.exceptions": ("AzureError",),
+}
+_BROKEN_LINES = {"ClientPayloadError", "ServerDisconnectedError", "ClientOSError"}  # of aiohttp
+_NO_CREDENTIALS = {
+    "NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "GoogleAuthError", "TokenRetrievalError",
+}  # fmt: skip
+_TIMEOUTS = {"ConnectTimeoutError", "ReadTimeoutError", "TimeoutException"}
+
+
+class NoSuchObject(DataError):
+    """There is nothing of that name, which for a chunk of an array is no error."""
+
+
+def is_url(location: object) -> bool:
+    """Whether a name is a URL, not a path; "C:/scans/a.tif" is a path."""
+    text = str(location)
+    return bool(_SCHEME.match(text)) or ("::" in text and "://" in text)
+
+
+def is_web(location: str) -> bool:
+    """Whether a URL belongs to a web server, which neither lists folders nor takes results."""
+    return protocol_of(location) in ("http", "https")
+
+
+def shown(location: object) -> str:
+    """A URL without its user, password and query, which may be secrets; a path as it is."""
+    text = str(location)
+    if not is_url(text):
+        return text
+    match = _SCHEME.match(text)
+    head, rest = ("", text) if match is None else (match[0], text[match.end() :])
+    host, slash, path = rest.split("?")[0].partition("/")
+    if head.lower().startswith("http"):
+        path = path.split("#")[0]
+    return head + host.rpartition("@")[2] + slash + path
+
+
+def protocol_of(location: str) -> str:
+    """The protocol of a URL, "file" among them."""
+    bare = re.sub(r"^([A-Za-z+.-]+://(?:[^/]*@)?)\[[0-9A-Fa-f:.]+\]", r"\1host", location)  # of IPv6, as [::1]
+    if "::" in bare.split("?")[0]:
+        raise UsageError(f"{shown(location)}: chained URLs are not followed. Name the file itself.")
+    match = _SCHEME.match(location)
+    name = match[1].lower() if match else ""
+    if name in ("file", "local"):
+        return "file"
+    if name not in PROTOCOLS:
+        known = ", ".join(f"{key}://" for key in ("file", *PROTOCOLS))
+        raise UsageError(f"{shown(location)}: URLs of this kind are not followed. Possible are {known}.")
+    return name
+
+
+def local_path(location: str) -> str | None:
+    """The path that a `file://` URL means; None for every other URL."""
+    if protocol_of(location) != "file":
+        return None
+    rest = location.partition("://")[2].removeprefix("localhost")
+    if not rest.startswith("/"):
+        raise UsageError(f"{shown(location)}: write file:/// and a full path, or the path alone.")
+    return unquote(rest)
+
+
+def check_package(location: str) -> ModuleType:
+    """The package fsspec, if it and the one for the protocol of a URL are installed; no server is asked."""
+    protocol = protocol_of(location)
+    module, package = PROTOCOLS.get(protocol, ("fsspec", ""))
+    for name in ("fsspec", module):
+        try:
+            extra(name, "remote", f"{protocol}://")
+        except UsageError:
+            command = f'pip install "pixelwise[remote]" {package}'.rstrip()
+            raise UsageError(
+                f"{shown(location)}: {protocol}:// needs the package {name}. Install it: {command}"
+            ) from None
+    return extra("fsspec", "remote", f"{protocol}://")
+
+
+def filesystem(location: str) -> tuple[Any, str]:
+    """The file system of a URL, with limits of time, and the name that the URL has there.
+
+    Credentials come from where the packages look for them (environment, configuration files); further settings from
+    `FSSPEC_<PROTOCOL>_<SETTING>`, for example `FSSPEC_S3_ANON=true` for public buckets.
+    """
+    protocol = protocol_of(location)
+    fsspec = check_package(location)
+    with remote_errors(shown(location)):
+        configured = fsspec.config.conf.get(protocol, {})
+        options = {key: value for key, value in _options(protocol).items() if key not in configured}
+        system = fsspec.filesystem(protocol, **options)
+        if hasattr(system, "retries"):
+            system.retries = _TRIES  # of s3fs; botocore's own are switched off, for the two would multiply
+        return system, str(system._strip_protocol(location))
+
+
+def _options(protocol: str) -> dict[str, Any]:
+    if protocol in ("s3", "s3a"):
+        waiting = {"connect_timeout": CONNECT_S, "read_timeout": READ_S, "retries": {"max_attempts": 0}}
+        return {"use_listings_cache": False, "config_kwargs": waiting}
+    if protocol in ("http", "https"):
+        aiohttp = extra("aiohttp", "remote", "https://")
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S, sock_read=READ_S)
+        return {"client_kwargs": {"timeout": timeout, "trust_env": True}}
+    return {"use_listings_cache": False, "requests_timeout": READ_S} if protocol in ("gs", "gcs") else {}
+
+
+def bounded(system: Any) -> dict[str, float]:
+    """The argument that ends a request of an asynchronous file system after a while."""
+    return {"timeout": REQUEST_S} if getattr(system, "async_impl", False) else {}
+
+
+def patiently(work: Callable[[], Any]) -> Any:
+    """Do it again, a little later, where a line broke or a server is busy."""
+    for attempt in range(_TRIES - 1):
+        try:
+            return work()
+        except (OSError, ValueError, RuntimeError) as error:
+            cause = _unwrapped(error)
+            status = _status(cause)
+            broke = isinstance(cause, ConnectionError) or bool(_names(cause) & _BROKEN_LINES)
+            if status not in (429, 500, 502, 503, 504) and (status is not None or not broke):
+                raise
+        time.sleep(0.3 * 4**attempt)
+    return work()
+
+
+@contextmanager
+def remote_errors(name: str) -> Iterator[None]:
+    """Turn what file systems raise into a `DataError` of our own words.
+
+    Their texts are left out, for they repeat URLs with signatures; so is the cause, which a log would print.
+    """
+    try:
+        yield
+    except PixelwiseError:
+        raise
+    except _errors() as error:
+        why = _explain(_unwrapped(error))
+        raise (NoSuchObject if why == _MISSING else DataError)(f"{name}: {why}") from None
+
+
+def _errors() -> tuple[type[BaseException], ...]:
+    """What file systems raise; asked for after the fact, when the module that defines an error is surely imported."""
+    found: list[type[BaseException]] = [OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError]
+    for module, names in _FOREIGN_ERRORS.items():
+        if module in sys.modules:
+            found += [getattr(sys.modules[module], name) for name in names if hasattr(sys.modules[module], name)]
+    return tuple(found)
+
+
+def _status(error: BaseException | None) -> int | None:
+    """The HTTP status an error stands for, wherever its package keeps that; causes are asked too."""
+    for _ in range(5):
+        response = getattr(error, "response", None)
+        if isinstance(response, dict):
+            response = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+        for value in (getattr(error, "status", None), getattr(response, "status_code", response)):
+            if isinstance(value, int) and 100 <= value < 600:
+                return value
+        error = getattr(error, "__cause__", None)
+    return None
+
+
+def _names(error: BaseException) -> set[str]:
+    return {kind.__name__ for kind in type(error).__mro__}
+
+
+def _unwrapped(error: BaseException) -> BaseException:
+    """What happened, where a file system says of every failure that there is no such file."""
+    cause = error.__cause__
+    if not isinstance(error, FileNotFoundError) or cause is None or isinstance(cause, LookupError):
+        return error
+    return cause
+
+
+def _explain(error: BaseException) -> str:
+    status, names = _status(error), _names(error)
+    if status in (401, 403) or isinstance(error, PermissionError):
+        return "you have no permission, or it does not exist. Check the credentials and the name."
+    if names & _NO_CREDENTIALS:
+        return "no credentials were found. Set them in the environment; FSSPEC_S3_ANON=true opens public buckets of S3."
+    if status in (404, 410) or isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError):
+        return _MISSING
+    if isinstance(error, TimeoutError) or names & _TIMEOUTS:
+        return f"the server did not answer in time ({CONNECT_S} s to connect, {READ_S} s to send). Try again later."
+    if status in (412, 416):
+        return "the object changed while it was read. Run again when nothing writes to it."
+    if status is not None:
+        return f"the server answered with HTTP status {status}. Try again later, or check the name."
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "it cannot be copied: the disk is full. Free some space, or set TMPDIR to a larger disk."
+    if isinstance(error, OSError) or any("Connect" in name or "HTTPClientError" in name for name in names):
+        return "the server cannot be reached or broke off. Check the name, the network and the endpoint."
+    return f"the server's answer cannot be used ({type(error).__name__}). Check the name of the object."
