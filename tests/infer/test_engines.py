@@ -78,6 +78,18 @@ def choose(predictor, height, width, tiling, note):
     return SlowRows(predictor, height, width)
 
 
+class SlowWorker(worker.Worker):
+    """A worker that computes large images in bands; in its own process nothing is replaced."""
+
+    def __init__(self, setting):
+        import pixelwise.infer.pipeline
+        import pixelwise.infer.prefetch
+
+        pixelwise.infer.pipeline.choose_scorer = choose
+        pixelwise.infer.pipeline.ONE_PASS_PX = pixelwise.infer.prefetch.ONE_PASS_PX = 10_000
+        super().__init__(setting)
+
+
 def labeller_of(predictor, images, out, **changes):
     return Labeller(network=predictor, batch=plan_batch([images], out, options=SMALL_MEMORY), **changes)
 
@@ -424,7 +436,7 @@ def ray(tmp_path_factory):
             yield cluster.ray
             cluster.ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
     assert not cluster.ray.is_initialized()
-    deadline = time.monotonic() + 60  # of a busy machine; they end by themselves
+    deadline = time.monotonic() + 120  # of a busy machine; they end by themselves
     while (left := processes_with(str(log))) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert left == []
@@ -441,9 +453,10 @@ def kill_one(log, stop):
         time.sleep(0.005)
 
 
-def test_a_worker_of_ray_that_is_killed_loses_nothing(ray, predictor, images, tmp_path):
+def test_a_worker_of_ray_that_is_killed_loses_nothing(ray, predictor, images, tmp_path, monkeypatch):
     log, stop = Path(os.environ[LOG]), threading.Event()
     labeller = labeller_of(predictor, images, tmp_path / "out")
+    monkeypatch.setattr(ray_engine, "Worker", SlowWorker)
     killer = threading.Thread(target=kill_one, args=(log, stop))
     killer.start()
     try:

@@ -31,6 +31,7 @@ from pixelwise.infer.tiling import Region, Scorer, Scores, plan
 from pixelwise.ops.receptive_field import ReceptiveField
 
 SPEC = LabelSpec(names=("a", "b", "c"), colors=((250, 0, 0), (0, 250, 0), (0, 0, 250)), values=((0,), (1,), (2,)))
+OURS = ("pixelwise-window", "pixelwise-write", "pixelwise-read")
 MARK = {"model": "1" * 64, "input": "abc"}
 
 
@@ -164,7 +165,7 @@ def test_reading_and_writing_have_their_own_threads(tmp_path):
     source = ArraySource(random_pixels())
     label_source(make_job(source), outputs_in(tmp_path), MARK)
     assert all(name.startswith("pixelwise-window") for name in source.threads)
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("pixelwise-")]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith(OURS)]
 
 
 def test_the_user_is_told_before_it_starts(tmp_path):
@@ -199,7 +200,7 @@ def test_a_damaged_row_leaves_no_output_and_no_parts(tmp_path):
     with pytest.raises(DataError, match=r"scene\.tif: .*row 38"):
         label_source(job, outputs_in(tmp_path), MARK)
     assert list(tmp_path.iterdir()) == []
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("pixelwise-")]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith(OURS)]
 
 
 def test_a_file_that_changes_leaves_no_output_and_no_parts(tmp_path):
