@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from pixelwise.data.check import Inspection
-from pixelwise.infer.devices import peak_memory_bytes, resolve_device, resolve_precision
+from pixelwise.infer.network import peak_memory_bytes, resolve_device, resolve_precision
 from pixelwise.losses import cross_entropy
 from pixelwise.models.registry import count_parameters
 from pixelwise.ops.depthwise import speed_up_depthwise
