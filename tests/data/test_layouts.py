@@ -13,7 +13,7 @@ from pixelwise.data.check import inspect_data
 from pixelwise.data.labels import CAMVID_NAMES, LabelSpec
 from pixelwise.data.layouts import open_data
 from pixelwise.data.matching import relative
-from pixelwise.data.splits import assign_splits
+from pixelwise.data.pairs import assign_splits
 from pixelwise.errors import DataError, UsageError
 
 

@@ -7,10 +7,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from pixelwise.data.labels import IGNORE_INDEX, LabelSpec
-from pixelwise.data.looks import ImageLook, PairLook, look_at
 from pixelwise.data.pairs import SPLITS, DataFolder, Problem
 from pixelwise.data.problems import find_problems
-from pixelwise.data.scan import in_threads
+from pixelwise.data.scan import ImageLook, PairLook, in_threads, look_at
 from pixelwise.errors import DataError
 
 __all__ = ["Inspection", "SplitStats", "inspect_data"]

@@ -6,12 +6,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pixelwise.data.csv_pairs import find_csv, read_csv
 from pixelwise.data.labels import LabelSpec, Value, load_labels, propose_labels
-from pixelwise.data.matching import Match, Source, match_source
-from pixelwise.data.pairs import SPLITS, DataFolder, Pair, Problem
+from pixelwise.data.matching import Match, Source, find_csv, match_source, read_csv
+from pixelwise.data.pairs import (
+    SPLIT_ALIASES,
+    SPLITS,
+    VAL_OF_TRAIN,
+    DataFolder,
+    Pair,
+    Problem,
+    assign_splits,
+    compile_group_by,
+    group_of,
+)
 from pixelwise.data.scan import MaskScan, in_threads, scan_mask
-from pixelwise.data.splits import SPLIT_ALIASES, VAL_OF_TRAIN, assign_splits, compile_group_by, group_of
 from pixelwise.errors import DataError, UsageError
 from pixelwise.formats.raster import Palette
 from pixelwise.formats.readers import IMAGE_SUFFIXES

@@ -1,12 +1,14 @@
 """Which mask belongs to which image: names are matched by stem, with the usual suffixes left out."""
 
+import csv
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pixelwise.data.pairs import Problem
+from pixelwise.data.pairs import SPLIT_ALIASES, Problem
+from pixelwise.errors import DataError
 from pixelwise.formats.raster import printable
 from pixelwise.formats.readers import IMAGE_SUFFIXES
 
@@ -76,12 +78,7 @@ def image_files(folder: Path) -> list[tuple[str, Path]]:
 
 
 def listing(paths: Sequence[Path], root: Path, limit: int = 5) -> str:
-    """The first few names below `root`, and how many more there are.
-
-    Example:
-        >>> listing([Path(f"/d/{i}.png") for i in range(7)], Path("/d"), limit=2)
-        '0.png, 1.png and 5 more'
-    """
+    """The first few names below `root`, and how many more there are."""
     shown = ", ".join(relative(path, root) for path in paths[:limit])
     return shown + (f" and {len(paths) - limit:,} more" if len(paths) > limit else "")
 
@@ -139,3 +136,91 @@ def _lonely(where: str, lonely: list[Path], total: int, root: Path, split: str |
         f"{where}: {count}: {listing(lonely, root)}. Add a mask of the same name for each, or remove them.",
         files,
     )
+
+
+_NEEDED = {"image", "mask"}
+
+
+def find_csv(root: Path) -> list[Path]:
+    """The CSV files that list pairs: `root` itself, or those directly in it with an image and a mask column."""
+    if root.is_file():
+        return [root]
+    found = [path for path in sorted(root.glob("*.csv")) if path.is_file() and _columns(path) >= _NEEDED]
+    if len(found) > 1 and not all(path.stem.lower() in SPLIT_ALIASES for path in found):
+        names = ", ".join(path.name for path in found)
+        raise DataError(f"{root}: several CSV files list pairs ({names}). Give the one to use instead of the folder.")
+    return found
+
+
+def read_csv(path: Path) -> tuple[list[Match], list[Problem]]:
+    """Read one list of pairs. A file named train.csv, val.csv or test.csv needs no column for the split.
+
+    Raises:
+        DataError: the file is no such list; the message names the line.
+    """
+    own = SPLIT_ALIASES.get(path.stem.lower())
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            matches = [_match(path, line, row, own) for line, row in _rows(path, csv.reader(file, strict=True))]
+    except (OSError, csv.Error, ValueError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{path}: cannot be read as CSV ({error}).") from error
+    if not matches:
+        raise DataError(f"{path}: lists no pairs; below the line `image,mask` one line for each pair is wanted.")
+    if len({match.split is None for match in matches}) > 1:
+        raise DataError(f"{path}: some lines give a split and some do not. Give one for all of them or for none.")
+    return matches, _problems(path, matches)
+
+
+def _rows(path: Path, reader: Iterator[list[str]]) -> Iterator[tuple[int, dict[str, str]]]:
+    header = [name.strip().lower() for name in next(reader, [])]
+    if not set(header) >= _NEEDED:
+        shown = ", ".join(header)[:200] or "nothing"
+        raise DataError(
+            f"{path}: the first line must name the columns image and mask (and perhaps split); it has {shown}."
+        )
+    for line, cells in enumerate(reader, start=2):
+        if any(cell.strip() for cell in cells):
+            if len(cells) != len(header):
+                raise DataError(
+                    f"{path}, line {line}: {len(cells)} cells, but the first line names {len(header)} columns."
+                )
+            yield line, {name: cell.strip() for name, cell in zip(header, cells, strict=True)}
+
+
+def _match(path: Path, line: int, row: dict[str, str], own_split: str | None) -> Match:
+    if not row["image"]:
+        raise DataError(f"{path}, line {line}: no image is named.")
+    given = row.get("split", "")
+    split = SPLIT_ALIASES.get(given.lower()) if given else own_split
+    if given and split is None:
+        raise DataError(f"{path}, line {line}: split {given!r} is not one of train, val, test.")
+    image = path.parent / row["image"]
+    key = Path(row["image"]).with_suffix("").as_posix()
+    return Match(split=split, image=image, mask=path.parent / row["mask"] if row["mask"] else None, key=key)
+
+
+def _problems(path: Path, matches: list[Match]) -> list[Problem]:
+    problems, seen = [], set()
+    for match in matches:
+        name = relative(match.image, path.parent)
+        if (match.split, match.key) in seen:
+            message = f"{path.name}: {name} stands in two lines (suffixes do not count). Keep one of them."
+            problems.append(Problem("fatal", message, (name,)))
+        seen.add((match.split, match.key))
+    lonely = [relative(match.image, path.parent) for match in matches if match.mask is None]
+    if lonely:
+        count = f"{len(lonely):,} images have no mask" if len(lonely) > 1 else "1 image has no mask"
+        message = f"{path.name}: {count}, the first is {lonely[0]}. Name a mask for each, or take the lines out."
+        problems.append(Problem("fatal", message, tuple(lonely)))
+    return problems
+
+
+def _columns(path: Path) -> set[str]:
+    """The names in the first line; none for a file that is no CSV."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            return {name.strip().lower() for name in next(csv.reader(file), [])}
+    except (OSError, csv.Error, ValueError):
+        return set()

@@ -5,9 +5,9 @@ from collections.abc import Callable, Sequence
 from itertools import combinations
 
 from pixelwise.data.labels import IGNORE_INDEX, LabelSpec, Value
-from pixelwise.data.looks import PairLook
 from pixelwise.data.matching import listing, relative
 from pixelwise.data.pairs import SPLITS, DataFolder, Problem
+from pixelwise.data.scan import PairLook
 from pixelwise.formats.raster import printable
 
 _LISTED = 20

@@ -41,10 +41,6 @@ def to_tensor(array: np.ndarray, channels: int | None = None) -> torch.Tensor:
 
     Raises:
         DataError: the image has another number of channels.
-
-    Example:
-        >>> to_tensor(np.full((2, 2, 1), 65535, dtype=np.uint16), channels=3).shape
-        torch.Size([3, 2, 2])
     """
     found = array.shape[2]
     if channels is not None and found != channels:
@@ -71,19 +67,6 @@ def load_sample(pair: Pair, labels: LabelSpec, channels: int | None = None) -> S
 
     Raises:
         DataError: a file cannot be used, the sizes differ, or the mask holds values that are no class.
-
-    Example:
-        >>> import tempfile
-        >>> from pathlib import Path
-        >>> from PIL import Image
-        >>> root = Path(tempfile.mkdtemp())
-        >>> Image.new("L", (4, 3)).save(root / "a.png")
-        >>> Image.new("L", (4, 3), 1).save(root / "b.png")
-        >>> pair = Pair(image=root / "a.png", mask=root / "b.png", split="train", group="a", name="a")
-        >>> labels = LabelSpec(names=("no", "yes"), colors=((0, 0, 0), (9, 9, 9)), values=((0,), (1,)))
-        >>> sample = load_sample(pair, labels, channels=3)
-        >>> tuple(sample.image.shape), tuple(sample.mask.shape)
-        ((3, 3, 4), (3, 4))
     """
     array = read_image(pair.image)
     try:

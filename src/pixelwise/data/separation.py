@@ -48,10 +48,6 @@ def separation_weights(
 
     Raises:
         UsageError: labels that are not a plane of whole numbers from 0 on, w0 or sigma out of range, too few class weights.
-
-    Example:
-        >>> separation_weights(np.array([[1, 0, 2, 0, 0]]), is_instances=True).round(1)
-        array([[ 1. , 11. ,  1. , 10.2,  8.3]], dtype=float32)
     """
     _check_plane(labels)
     if not (w0 >= 0 and sigma_px > 0):
@@ -86,10 +82,6 @@ def separate_touching(instances: NDArray[Any], *, width_px: int = 1) -> NDArray[
 
     Raises:
         UsageError: labels that are not a plane of whole numbers from 0 on, or another width.
-
-    Example:
-        >>> separate_touching(np.array([[5, 5, 5, 7, 7]])).tolist()
-        [[5, 5, 0, 7, 7]]
     """
     if width_px not in (1, 2):
         raise UsageError(f"separate touching cells: width_px must be 1 or 2, not {width_px}.")

@@ -15,7 +15,7 @@ from torchvision.transforms.v2 import functional as F
 
 from pixelwise.data.elastic import RandomElastic
 from pixelwise.data.labels import IGNORE_INDEX
-from pixelwise.data.windows import RandomWindow, draw_pixel
+from pixelwise.ops.mirror import mirror_crop
 
 Flips = Literal["none", "horizontal", "both", "dihedral"]
 
@@ -40,13 +40,6 @@ class RandomScaleCrop(v2.Transform):
         scale: smallest and largest magnification.
         focus: probability in [0, 1] of choosing the window by a class.
         fill: one value per channel, in the image's own units.
-
-    Example:
-        >>> image = tv_tensors.Image(torch.zeros(3, 40, 60, dtype=torch.uint8))
-        >>> mask = tv_tensors.Mask(torch.ones(40, 60, dtype=torch.uint8))
-        >>> out_image, out_mask = RandomScaleCrop(32, scale=(0.5, 2.0))(image, mask)
-        >>> tuple(out_image.shape), tuple(out_mask.shape)
-        ((3, 32, 32), (32, 32))
     """
 
     def __init__(
@@ -173,14 +166,6 @@ def training_transform(
         fill: what lies outside the image, per channel in unit scale (the training mean, so that it is 0 to the network).
         is_uint8: whether the images come as uint8; `fill` is then scaled to 0..255.
         elastic: standard deviation in crop pixels of the 3x3 random vectors of the deformation; 0 leaves it out.
-
-    Example:
-        >>> transform = training_transform(crop_px=16, scale=(0.5, 2), focus=0.5, flips="horizontal",
-        ...                                photometric=0.2, fill=(0.5,), is_uint8=True)
-        >>> image = tv_tensors.Image(torch.zeros(1, 9, 30, dtype=torch.uint8))
-        >>> mask = tv_tensors.Mask(torch.zeros(9, 30, dtype=torch.uint8))
-        >>> [tuple(item.shape) for item in transform(image, mask)]
-        [(1, 16, 16), (16, 16)]
     """
     fill = tuple(value * 255 if is_uint8 else value for value in fill)
     steps: list[v2.Transform] = [RandomScaleCrop(crop_px, scale=scale, focus=focus, fill=fill)]
@@ -190,15 +175,7 @@ def training_transform(
 
 
 def window_transform(*, window_px: int, flips: Flips, photometric: float) -> v2.Transform:
-    """The augmentation of training on windows: one around a pixel of an evenly drawn class, flips, photometric.
-
-    Example:
-        >>> transform = window_transform(window_px=9, flips="dihedral", photometric=0.2)
-        >>> image = tv_tensors.Image(torch.zeros(1, 9, 30, dtype=torch.uint8))
-        >>> mask = tv_tensors.Mask(torch.zeros(9, 30, dtype=torch.uint8))
-        >>> [tuple(item.shape) for item in transform(image, mask)]
-        [(1, 9, 9), (1, 1)]
-    """
+    """The augmentation of training on windows: one around a pixel of an evenly drawn class, flips, photometric."""
     return v2.Compose([RandomWindow(window_px), *_in_place(flips, photometric)])
 
 
@@ -215,3 +192,44 @@ def _in_place(flips: Flips, photometric: float) -> list[v2.Transform]:
     if photometric:
         steps.append(RandomPhotometric(photometric))
     return steps
+
+
+class RandomWindow(v2.Transform):
+    """The window around a pixel of a class that is drawn evenly from the classes of the mask, and that pixel's class.
+
+    So each class of an image is seen as often as any other, however few its pixels (Ciresan et al., NIPS 2012, draw as many
+    windows of one class as of the other). Outside the image the window shows its mirror image. Of a mask that is all void
+    any pixel is drawn, and its label is void.
+
+    The window of row i begins at row i - window_px // 2, columns alike, as in `pixelwise.models.patch_classifier`. A flip
+    keeps the centre of an odd window; that of an even one moves by a pixel.
+
+    Args:
+        window_px: side of the window in pixels, of any size.
+    """
+
+    def __init__(self, window_px: int) -> None:
+        super().__init__()
+        self.window_px = window_px
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        mask = next(item for item in flat_inputs if type(item) is tv_tensors.Mask)
+        row, column = draw_pixel(mask.as_subclass(Tensor))
+        return {"row": row, "column": column}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        row, column = params["row"], params["column"]
+        plain = inpt.as_subclass(Tensor)
+        if isinstance(inpt, tv_tensors.Mask):
+            return tv_tensors.wrap(plain[..., row : row + 1, column : column + 1].clone(), like=inpt)
+        before = self.window_px // 2
+        return tv_tensors.Image(mirror_crop(plain, row - before, column - before, self.window_px, self.window_px))
+
+
+def draw_pixel(mask: Tensor) -> tuple[int, int]:
+    """Row and column of a pixel of a class drawn evenly from those in `mask`, uint8 (H, W); of any pixel if all is void."""
+    cells = mask.flatten()
+    classes = torch.bincount(cells, minlength=IGNORE_INDEX + 1)[:IGNORE_INDEX].nonzero().flatten()
+    wanted = classes[torch.randint(len(classes), ())] if len(classes) else IGNORE_INDEX
+    places = (cells == wanted).nonzero().flatten()
+    return divmod(int(places[torch.randint(len(places), ())]), mask.shape[-1])

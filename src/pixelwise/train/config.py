@@ -197,10 +197,6 @@ def parse_settings(settings: list[str]) -> dict[str, Any]:
 
     Raises:
         UsageError: no `=`, or a value that is not YAML.
-
-    Example:
-        >>> parse_settings(["lr=0.01", "options.widths=[64, 32]"])
-        {'lr': 0.01, 'options': {'widths': [64, 32]}}
     """
     values: dict[str, Any] = {}
     for setting in settings:

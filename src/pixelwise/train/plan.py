@@ -2,6 +2,7 @@
 
 import copy
 import math
+import os
 import statistics
 import time
 from dataclasses import asdict, dataclass
@@ -19,7 +20,6 @@ from pixelwise.train.config import RunConfig
 from pixelwise.train.inputs import batch_size, draws_per_image, label_px, training_logits, window_px
 from pixelwise.train.separation import where_objects_come_from
 from pixelwise.train.start import Start
-from pixelwise.train.stream import default_workers
 
 CROP_STEP_PX = 32  # the stride of nearly every encoder: crops of its multiples need no padding
 LARGEST_CROP_PX = 352
@@ -87,12 +87,7 @@ class Plan:
 
 
 def choose_crop_px(sizes: dict[str, int]) -> int:
-    """The largest multiple of 32 px that fits the shorter side of the median image, at most 352 and at least 32.
-
-    Example:
-        >>> choose_crop_px({"480x360": 701})
-        352
-    """
+    """The largest multiple of 32 px that fits the shorter side of the median image, at most 352 and at least 32."""
     shorter = [min(map(int, size.split("x"))) for size, count in sizes.items() for _ in range(count)]
     fitting = int(statistics.median(shorter)) // CROP_STEP_PX * CROP_STEP_PX
     return max(CROP_STEP_PX, min(LARGEST_CROP_PX, fitting))
@@ -211,11 +206,12 @@ def _average_pixels(inspection: Inspection) -> float:
 
 
 def image_area(size: str) -> int:
-    """The pixels of a "WIDTHxHEIGHT".
-
-    Example:
-        >>> image_area("480x360")
-        172800
-    """
+    """The pixels of a "WIDTHxHEIGHT"."""
     width, height = map(int, size.split("x"))
     return width * height
+
+
+def default_workers(device_type: str) -> int:
+    """Processes to prepare crops: one where the CPU computes the network too, up to eight beside a GPU."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(1, cores - 1) if device_type == "cpu" else min(8, max(1, cores - 1))

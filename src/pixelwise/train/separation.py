@@ -45,17 +45,7 @@ def separate(pair: Pair, sample: Sample, *, w0: float, sigma_px: float) -> tuple
 
 
 def instance_file(pair: Pair) -> Path | None:
-    """The instance map that belongs to a pair, or None; splits may lie above or below the folders.
-
-    Example:
-        >>> import tempfile
-        >>> root = Path(tempfile.mkdtemp())
-        >>> (root / "instances").mkdir()
-        >>> (root / "instances" / "a.png").touch()
-        >>> pair = Pair(image=root / "images/a.png", mask=root / "masks/a.png", split="train", group="a", name="a")
-        >>> instance_file(pair).relative_to(root).as_posix()
-        'instances/a.png'
-    """
+    """The instance map that belongs to a pair, or None; splits may lie above or below the folders."""
     if pair.mask is None:
         return None
     folder, name = pair.mask.parent, pair.mask.name

@@ -10,19 +10,25 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+from pixelwise.data.check import Inspection
 from pixelwise.data.labels import LabelSpec
 from pixelwise.data.layouts import Pair
 from pixelwise.data.samples import Sample, load_sample
 from pixelwise.data.transforms import PixelWeight
+from pixelwise.train.config import RunConfig
+from pixelwise.train.inputs import input_transform
+from pixelwise.train.plan import Plan, image_area
+from pixelwise.train.separation import separate
 
 Weigh = Callable[[Pair, Sample], tuple[Sample, Tensor]]  # a sample as it is trained on, and its pixels' weights (H, W)
 
@@ -87,14 +93,7 @@ class CropSet(Dataset[tuple[Tensor, ...]]):
 
 
 class BatchStream(Sampler[list[tuple[int, int]]]):
-    """Endless batches of (index, position): one shuffled epoch after the other, from `first_step` on.
-
-    Example:
-        >>> whole = iter(BatchStream(5, batch_size=2, seed=0))
-        >>> later = iter(BatchStream(5, batch_size=2, seed=0, first_step=2))
-        >>> [next(whole) for _ in range(3)][2] == next(later)
-        True
-    """
+    """Endless batches of (index, position): one shuffled epoch after the other, from `first_step` on."""
 
     def __init__(
         self, images: int, *, batch_size: int, seed: int, first_step: int = 0, rank: int = 0, world: int = 1
@@ -148,12 +147,6 @@ def _print_unless_hung_up(kind: type[BaseException], error: BaseException, trace
         sys.__excepthook__(kind, error, trace)
 
 
-def default_workers(device_type: str) -> int:
-    """Processes to prepare crops: one where the CPU computes the network too, up to eight beside a GPU."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(1, cores - 1) if device_type == "cpu" else min(8, max(1, cores - 1))
-
-
 def fits_in_cache(images_bytes: int) -> bool:
     """Whether decoded images of this size may be kept in memory."""
     try:
@@ -161,3 +154,33 @@ def fits_in_cache(images_bytes: int) -> bool:
     except (AttributeError, OSError, ValueError):
         return images_bytes < 1 << 30  # a machine that does not tell its memory gets a cautious gigabyte
     return images_bytes < CACHE_SHARE * memory
+
+
+def make_dataset(config: RunConfig, plan: Plan, inspection: Inspection, model: nn.Module) -> CropSet:
+    """What the steps draw from; the images are read here if they fit into memory."""
+    folder = inspection.folder
+    pairs = folder.split("train")
+    is_uint8 = set(inspection.dtypes) == {"uint8"}
+    transform = input_transform(config, model, crop_px=plan.crop_px, fill=plan.mean, is_uint8=is_uint8)
+    pixels = sum(count * image_area(size) for size, count in inspection.sizes.items())
+    share = len(pairs) / max(1, sum(inspection.sizes.values()))
+    bytes_of_pixel = inspection.channels * (1 if is_uint8 else 4) + 1 + (4 if config.separation else 0)
+    cache = fits_in_cache(int(pixels * share * bytes_of_pixel))
+    weigh = None
+    if config.separation:
+        weigh = partial(separate, w0=config.separation, sigma_px=config.separation_sigma_px)
+    return CropSet(pairs, folder.labels, inspection.channels, transform, config.seed, cache, weigh)
+
+
+def make_stream(config: RunConfig, plan: Plan, dataset: CropSet, first_step: int) -> Any:
+    """The loader of endless batches, entered at `first_step`."""
+    rank = int(os.environ.get("LOCAL_RANK", 0))
+    stream = BatchStream(
+        len(dataset),
+        batch_size=plan.batch_size,
+        seed=config.seed,
+        first_step=first_step,
+        rank=rank,
+        world=config.devices,
+    )
+    return make_loader(dataset, stream, workers=plan.workers, pin_memory=plan.device.startswith("cuda"))

@@ -1,30 +1,39 @@
 """What happens after every step: log, validate, keep the best weights, checkpoint, stop. In this order, in one place."""
 
+import logging
+import platform
 import signal
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
 
+from pixelwise.data.check import Inspection
 from pixelwise.data.layouts import DataFolder
 from pixelwise.infer.bundle import ModelCard, save_bundle
 from pixelwise.infer.evaluate import Evaluation, evaluate
 from pixelwise.infer.predictor import Predictor
-from pixelwise.train.checkpoints import LAST_NAME
+from pixelwise.train.checkpoints import LAST_NAME, SafeCheckpointIO
+from pixelwise.train.config import RunConfig
 from pixelwise.train.history import History
+from pixelwise.train.module import SegmentationModule
 from pixelwise.train.plan import Plan
-from pixelwise.train.task import SegmentationTask
 
 LOG_EVERY = 10  # steps
 Report = Callable[[dict[str, Any]], None]
 
 
-class Conductor(pl.Callback):
-    """Runs the affairs of a training run between its steps.
+class TrainingLoop(pl.Callback):
+    """Logs, validates, keeps the best weights and writes checkpoints between the steps of a run.
 
     Args:
         folder: the data; its val split is validated on, without resizing.
@@ -51,9 +60,9 @@ class Conductor(pl.Callback):
     # -- the course of a run ------------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        task = _task(pl_module)
-        self._before_s, self._resumed_at = task.progress.elapsed_s, time.monotonic()
-        self._window = (trainer.global_step, task.progress.elapsed_s)
+        module = _module(pl_module)
+        self._before_s, self._resumed_at = module.progress.elapsed_s, time.monotonic()
+        self._window = (trainer.global_step, module.progress.elapsed_s)
         for number in (signal.SIGINT, signal.SIGTERM):
             try:
                 self._handlers[number] = signal.signal(number, self._on_signal)
@@ -62,38 +71,38 @@ class Conductor(pl.Callback):
         if (
             trainer.global_step
             and self._is_due(trainer.global_step)
-            and task.progress.validated_step != trainer.global_step
+            and module.progress.validated_step != trainer.global_step
         ):
-            self._validate(trainer, task)  # the run was killed between a step and its validation
+            self._validate(trainer, module)  # the run was killed between a step and its validation
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, _batch: Any, _index: int
     ) -> None:
-        task, step = _task(pl_module), trainer.global_step
+        module, step = _module(pl_module), trainer.global_step
         loss = outputs["loss"].detach()
-        task.after_step(loss)
-        task.progress.elapsed_s = self._elapsed()
+        module.after_step(loss)
+        module.progress.elapsed_s = self._elapsed()
         self._losses.append(loss)
-        self._log(trainer, task)
+        self._log(trainer, module)
         if self.interrupted:
             trainer.should_stop = True
         elif self._is_due(step):
             self.checkpoint(trainer)  # a validation may be long: nothing is lost if it is killed
-            self._validate(trainer, task)
-            if task.config.patience and task.progress.stale >= task.config.patience:
+            self._validate(trainer, module)
+            if module.config.patience and module.progress.stale >= module.config.patience:
                 trainer.should_stop = True
-        seconds = task.budget.seconds
+        seconds = module.budget.seconds
         if seconds is not None and self._elapsed() >= seconds:
             trainer.should_stop = True
-        is_time = time.monotonic() - self._saved_at >= 60 * task.config.checkpoint_minutes
+        is_time = time.monotonic() - self._saved_at >= 60 * module.config.checkpoint_minutes
         if trainer.should_stop or is_time:
             self.checkpoint(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        task = _task(pl_module)
+        module = _module(pl_module)
         if not self.interrupted:
-            if task.progress.validated_step != trainer.global_step:
-                self._validate(trainer, task)
+            if module.progress.validated_step != trainer.global_step:
+                self._validate(trainer, module)
             self.checkpoint(trainer)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -111,53 +120,53 @@ class Conductor(pl.Callback):
     def _is_due(self, step: int) -> bool:
         return bool(self.plan.validate_every_steps) and step % self.plan.validate_every_steps == 0
 
-    def _validate(self, trainer: pl.Trainer, task: SegmentationTask) -> None:
+    def _validate(self, trainer: pl.Trainer, module: SegmentationModule) -> None:
         """Score the network on the val split and keep it if it is the best so far."""
-        progress, step = task.progress, trainer.global_step
+        progress, step = module.progress, trainer.global_step
         miou = accuracy = float("nan")
         if trainer.is_global_zero and self.plan.validate_every_steps:
-            was_training = task.evaluated.training
-            predictor = Predictor(task.evaluated, self.card, device=task.device, precision=self.plan.precision)
-            self.last = evaluate(predictor, self._val_folder(task), split="val")
-            task.evaluated.train(was_training)
+            was_training = module.evaluated.training
+            predictor = Predictor(module.evaluated, self.card, device=module.device, precision=self.plan.precision)
+            self.last = evaluate(predictor, self._val_folder(module), split="val")
+            module.evaluated.train(was_training)
             miou, accuracy = self.last.scores.miou, self.last.scores.global_accuracy
         miou = trainer.strategy.broadcast(miou)
         progress.validated_step, progress.elapsed_s = step, self._elapsed()
         # Without validation images the newest weights are the ones to keep.
         if miou > progress.best_miou or miou != miou or progress.best_step < 0:
             progress.best_miou, progress.best_step, progress.stale = (miou if miou == miou else -1.0), step, 0
-            self._save_best(trainer, task)
+            self._save_best(trainer, module)
         else:
             progress.stale += 1
         if trainer.is_global_zero and miou == miou:
-            self.history.add(**self._row(trainer, task), val_miou=miou, val_global_accuracy=accuracy)
+            self.history.add(**self._row(trainer, module), val_miou=miou, val_global_accuracy=accuracy)
             if trainer.logger is not None:
                 trainer.logger.log_metrics({"val/miou": miou, "val/global_accuracy": accuracy}, step)
             self.report({"validated": step, "miou": miou, "best_miou": progress.best_miou})
 
-    def _val_folder(self, task: SegmentationTask) -> DataFolder:
-        pairs, most = self.folder.split("val"), task.config.max_val_images
+    def _val_folder(self, module: SegmentationModule) -> DataFolder:
+        pairs, most = self.folder.split("val"), module.config.max_val_images
         if most is not None and most < len(pairs):
             pairs = tuple(pairs[index * len(pairs) // most] for index in range(most))
         return replace(self.folder, pairs=pairs)
 
-    def _save_best(self, trainer: pl.Trainer, task: SegmentationTask) -> None:
+    def _save_best(self, trainer: pl.Trainer, module: SegmentationModule) -> None:
         if trainer.is_global_zero:
             scores = {"val": self.last.scores.to_dict()} if self.last else {}
-            save_bundle(self.run, task.evaluated, replace(self.card, scores=scores | {"step": trainer.global_step}))
+            save_bundle(self.run, module.evaluated, replace(self.card, scores=scores | {"step": trainer.global_step}))
 
-    def _log(self, trainer: pl.Trainer, task: SegmentationTask) -> None:
-        step, elapsed = trainer.global_step, task.progress.elapsed_s
+    def _log(self, trainer: pl.Trainer, module: SegmentationModule) -> None:
+        step, elapsed = trainer.global_step, module.progress.elapsed_s
         done, since = step - self._window[0], elapsed - self._window[1]
         images = self.plan.batch_size * trainer.world_size
-        spent = task.budget.progress(step=step, elapsed_s=elapsed)
+        spent = module.budget.progress(step=step, elapsed_s=elapsed)
         self.report({"step": step, "spent": spent, "elapsed_s": elapsed, "loss": self._losses[-1]})
         if step % LOG_EVERY or not done:
             return
         loss = sum(float(value) for value in self._losses) / len(self._losses)
         self._losses.clear()
         self._window = (step, elapsed)
-        row = self._row(trainer, task) | {"train_loss": loss, "images_per_s": done * images / max(since, 1e-9)}
+        row = self._row(trainer, module) | {"train_loss": loss, "images_per_s": done * images / max(since, 1e-9)}
         if trainer.is_global_zero:
             self.history.add(**row)
             if trainer.logger is not None:
@@ -166,10 +175,15 @@ class Conductor(pl.Callback):
                 )
             self.report({"images_per_s": row["images_per_s"], "mean_loss": loss})
 
-    def _row(self, trainer: pl.Trainer, task: SegmentationTask) -> dict[str, Any]:
+    def _row(self, trainer: pl.Trainer, module: SegmentationModule) -> dict[str, Any]:
         step = trainer.global_step
-        lr = task.config.lr * task.lr_factor()
-        return {"step": step, "epoch": step / self.plan.steps_per_epoch, "elapsed_s": task.progress.elapsed_s, "lr": lr}
+        lr = module.config.lr * module.lr_factor()
+        return {
+            "step": step,
+            "epoch": step / self.plan.steps_per_epoch,
+            "elapsed_s": module.progress.elapsed_s,
+            "lr": lr,
+        }
 
     def _elapsed(self) -> float:
         return self._before_s + time.monotonic() - self._resumed_at
@@ -180,7 +194,66 @@ class Conductor(pl.Callback):
         self.interrupted = signal.Signals(number).name
 
 
-def _task(module: pl.LightningModule) -> SegmentationTask:
-    if not isinstance(module, SegmentationTask):
-        raise TypeError(f"the conductor conducts a SegmentationTask, not a {type(module).__name__}")
+def _module(module: pl.LightningModule) -> SegmentationModule:
+    if not isinstance(module, SegmentationModule):
+        raise TypeError(f"the loop trains a SegmentationModule, not a {type(module).__name__}")
     return module
+
+
+def make_loop(plan: Plan, inspection: Inspection, out: Path, first_step: int, report: Report) -> TrainingLoop:
+    """What happens between the steps; the log begins here."""
+    folder = inspection.folder
+    card = ModelCard(
+        model=plan.model,
+        config=plan.config,
+        labels=folder.labels,
+        mean=plan.mean,
+        std=plan.std,
+        data={**plan.data, "root": Path(plan.data["root"]).name, "group_by": folder.group_by},
+        versions={
+            "pixelwise": metadata.version("pixelwise"),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+    )
+    history = History(out / "metrics.csv", first_step=first_step)
+    return TrainingLoop(folder, plan, card, out, history, report)
+
+
+def make_trainer(config: RunConfig, plan: Plan, loop: TrainingLoop, out: Path) -> pl.Trainer:
+    """Lightning's trainer, without what the loop does itself."""
+    index = torch.device(plan.device).index
+    with quiet():
+        return pl.Trainer(
+            accelerator="cpu" if plan.device == "cpu" else "auto",
+            devices=config.devices if index is None else [index],
+            strategy="ddp" if config.devices > 1 else "auto",
+            precision="bf16-mixed" if plan.precision == "bf16" else "32-true",
+            max_epochs=-1,
+            max_steps=-1 if config.minutes else plan.steps,
+            gradient_clip_val=config.clip_norm or None,
+            callbacks=[loop],
+            plugins=[SafeCheckpointIO()],
+            logger=TensorBoardLogger(out, name="tensorboard", version=""),
+            limit_val_batches=0,
+            num_sanity_val_steps=0,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+        )
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Lightning's hints about options that are set on purpose are not for the user of pixelwise."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"lightning\..*")
+            warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+            yield
+    finally:
+        logger.setLevel(level)
