@@ -58,7 +58,7 @@ def test_fatal_problems_are_shown_and_exit_2(data):
     text = " ".join(result.stdout.split())
     assert "mask c.png holds value 255 (48 px), but there are 2 classes (0..1). Pass --ignore 255" in text
     assert "image d.png cannot be used: the file is empty" in text
-    assert "2 problems must be mended before training." in text
+    assert "2 problems must be fixed before training." in text
     assert "void" in run(data, "--ignore", "255", "--ignore", "254").stdout
 
 

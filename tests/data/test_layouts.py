@@ -291,8 +291,8 @@ def test_folders_that_are_not_understood(tmp_path):
     with pytest.raises(DataError, match="no folder of masks beside it"):
         open_data(tmp_path)
     (tmp_path / "masks").mkdir()
-    (tmp_path / "images/a.npy").write_bytes(b"x")
-    with pytest.raises(DataError, match=r"without images \(1 x \.npy\)"):
+    (tmp_path / "images/a.txt").write_bytes(b"x")
+    with pytest.raises(DataError, match=r"without images \(1 x \.txt\)"):
         open_data(tmp_path)
     write(tmp_path / "images/a.png")
     write(tmp_path / "masks/b.png")

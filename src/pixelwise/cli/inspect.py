@@ -33,7 +33,7 @@ def inspect(
 ) -> None:
     r"""Show what is in a data folder: layout, images, classes, problems, class weights. Writes nothing.
 
-    Exit code 2 means that something must be mended before training.
+    Exit code 2 means that something must be fixed before training.
 
     Example: pixelwise inspect data/camvid
 
@@ -130,7 +130,7 @@ def _problem_list(inspection: "Inspection") -> Text:
         lines.append(f"{problem.severity}: ", style=style).append(f"{problem.message}\n")
     fatal = sum(problem.severity == "fatal" for problem in inspection.problems)
     if fatal:
-        lines.append(f"{fatal} {'problem' if fatal == 1 else 'problems'} must be mended before training.", style="bold")
+        lines.append(f"{fatal} {'problem' if fatal == 1 else 'problems'} must be fixed before training.", style="bold")
     return lines
 
 

@@ -21,8 +21,8 @@ from pixelwise.data.pairs import (
 )
 from pixelwise.data.scan import MaskScan, in_threads, scan_mask
 from pixelwise.errors import DataError, UsageError
+from pixelwise.formats import SOURCE_SUFFIXES
 from pixelwise.formats.raster import Palette
-from pixelwise.formats.readers import IMAGE_SUFFIXES
 
 __all__ = ["SPLITS", "DataFolder", "Pair", "Problem", "open_data"]
 
@@ -309,7 +309,7 @@ def _no_images(root: Path, words: str, sources: list[Source]) -> str:
         if path.is_file() and not path.name.startswith(".")
     )
     found = ", ".join(f"{count:,} x {suffix}" for suffix, count in other.most_common(5)) or "no files"
-    return f"{root}: {words} is there, but without images ({found}). Readable are {', '.join(IMAGE_SUFFIXES)}."
+    return f"{root}: {words} is there, but without images ({found}). Readable are {', '.join(SOURCE_SUFFIXES)}."
 
 
 def _nothing_matches(root: Path, layout: _Layout) -> str:

@@ -1,16 +1,16 @@
-"""Which mask belongs to which image: names are matched by stem, with the usual suffixes left out."""
+"""Which mask belongs to which image: names are matched by stem, with the usual endings left out, or listed in a CSV file."""
 
 import csv
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from pixelwise.data.pairs import SPLIT_ALIASES, Problem
 from pixelwise.errors import DataError
+from pixelwise.formats import FORMATS, SOURCE_SUFFIXES
 from pixelwise.formats.raster import printable
-from pixelwise.formats.readers import IMAGE_SUFFIXES
 
 _MASK_SUFFIX = re.compile(
     r"[_\-. ](masks?|labels?|gt|gtfine_labelids|gtfine_labeltrainids|label_?ids|label_?trainids|seg|segmentation|annot"
@@ -18,6 +18,10 @@ _MASK_SUFFIX = re.compile(
     re.IGNORECASE,
 )
 _IMAGE_SUFFIX = re.compile(r"[_\-. ](leftimg8bit|image|img|sat|rgb)$", re.IGNORECASE)
+_DOUBLE = (".nii.gz", ".ome.tif", ".ome.tiff", ".ome.zarr", ".zarr.zip")
+_ZARR_FILES = ("zarr.json", ".zgroup", ".zarray")
+_BARE = re.compile(r"(?!dicomdir$)[^.]*|.*\.(?:\d+|ima)")  # names that scanners give to DICOM files
+_MAX_LOOKS = 20  # files of such names in a folder that are opened
 _NO_MASK = re.compile(r"_gtfine_(color|instanceids|instancetrainids)$", re.IGNORECASE)
 
 
@@ -47,9 +51,11 @@ def match_source(source: Source, root: Path) -> tuple[list[Match], list[Problem]
         source: the folders.
         root: what file names in messages are relative to.
     """
-    images, doubled = _by_key(image_files(source.images))
     masks, doubled_masks = _by_key(image_files(source.masks) if source.masks else [])
     masks = {key: path for key, path in masks.items() if not _NO_MASK.search(key)}
+    images, doubled = _by_key(image_files(source.images, masks))
+    if list(images) == ["."]:  # the folder itself is a series: it has one mask, whatever its name
+        images = {(next(iter(masks)) if len(masks) == 1 else source.images.name): source.images}
     where = source.split or source.images.name
     problems = [_twice(where, what, root) for what in (*doubled, *doubled_masks)]
     chosen, orphans, rivals = _choose(images, masks)
@@ -65,16 +71,67 @@ def match_source(source: Source, root: Path) -> tuple[list[Match], list[Problem]
     return matches, problems
 
 
-def image_files(folder: Path) -> list[tuple[str, Path]]:
-    """The image files below a folder as (path below it without suffix, file), sorted; hidden ones are left out."""
+def image_files(folder: Path, mask_keys: Container[str] = ()) -> list[tuple[str, Path]]:
+    """The images below a folder as (path below it without suffix, file), sorted; hidden ones are left out.
+
+    A Zarr is one image, and so is a folder of DICOM files that is one series, unless its files have masks of their own.
+
+    Args:
+        folder: where to look.
+        mask_keys: the paths, without suffix, of the masks that there are.
+    """
     found = []
     for parent, folders, names in os.walk(folder):
+        here = Path(parent)
+        inner = here.relative_to(folder)
+        files = [(inner / stem_of(name)).as_posix() for name in names]
+        if here != folder and is_zarr(here):
+            folders.clear()
+            found.append((inner.with_name(stem_of(inner.name)).as_posix(), here))
+            continue
         folders[:] = [name for name in folders if not name.startswith((".", "__MACOSX"))]
-        for name in names:
-            path = Path(parent, name)
-            if path.suffix.lower() in IMAGE_SUFFIXES and not name.startswith("."):
-                found.append((path.relative_to(folder).with_suffix("").as_posix(), path))
+        if is_series(here, names) and not any(key in mask_keys for key in files):
+            found.append((inner.as_posix(), here))
+            continue
+        for key, name in zip(files, names, strict=True):
+            if name.lower().endswith(SOURCE_SUFFIXES) and not name.startswith("."):
+                found.append((key, here / name))
     return sorted(found)
+
+
+def stem_of(name: str) -> str:
+    """A file name without its suffix; the double ones of the formats are one."""
+    double = next((suffix for suffix in _DOUBLE if name.lower().endswith(suffix)), None)
+    return name[: -len(double)] if double and len(name) > len(double) else PurePath(name).stem
+
+
+def is_zarr(folder: Path) -> bool:
+    """Whether a folder is an array, by what is in it or, so that a damaged one is missed, by its name."""
+    return folder.name.lower().endswith(".zarr") or any((folder / name).is_file() for name in _ZARR_FILES)
+
+
+def is_series(folder: Path, names: Iterable[str]) -> bool:
+    """Whether the files right in a folder are one DICOM series.
+
+    They are if there are no other images, and either several files are named .dcm, or some without a suffix, or with a
+    number as suffix, are DICOM by their content.
+    """
+    names = [name for name in names if not name.startswith(".")]
+    images = [name for name in names if name.lower().endswith(SOURCE_SUFFIXES)]
+    if any(not name.lower().endswith(FORMATS["dicom"].suffixes) for name in images):
+        return False
+    bare = [name for name in names if _BARE.fullmatch(name.lower())]
+    return len(images) > 1 or any(_is_dicom(folder / name) for name in sorted(bare)[:_MAX_LOOKS])
+
+
+def _is_dicom(path: Path) -> bool:
+    try:
+        if not path.is_file():
+            return False
+        with path.open("rb") as file:
+            return file.read(132)[128:] == b"DICM"
+    except OSError:
+        return False
 
 
 def listing(paths: Sequence[Path], root: Path, limit: int = 5) -> str:
@@ -106,6 +163,8 @@ def _choose(
     for key, path in masks.items():
         stem = _MASK_SUFFIX.sub("", key)
         target = next((name for name in (key, stem) if name in images), None) or by_stem.get(stem) or by_stem.get(key)
+        folder = key.rpartition("/")[0]
+        target = target or (folder if folder in images else None)  # a mask in a folder named as the image
         if target is None:
             orphans.append(path)
         else:
@@ -197,7 +256,8 @@ def _match(path: Path, line: int, row: dict[str, str], own_split: str | None) ->
     if given and split is None:
         raise DataError(f"{path}, line {line}: split {given!r} is not one of train, val, test.")
     image = path.parent / row["image"]
-    key = Path(row["image"]).with_suffix("").as_posix()
+    named = Path(row["image"])
+    key = named.with_name(stem_of(named.name)).as_posix()
     return Match(split=split, image=image, mask=path.parent / row["mask"] if row["mask"] else None, key=key)
 
 

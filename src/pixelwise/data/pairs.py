@@ -23,6 +23,7 @@ class Pair:
         split: "train", "val" or "test".
         group: what must not be divided between splits, for example the patient; the name, if nothing was asked for.
         name: unique inside the folder: the path below the folder of images, without suffix.
+        plane: the one plane of a volume that is meant; None means all of the file.
     """
 
     image: Path
@@ -30,11 +31,12 @@ class Pair:
     split: str
     group: str
     name: str
+    plane: int | None = None
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Something wrong with the data; "fatal" ones must be mended before training."""
+    """Something wrong with the data; "fatal" ones must be fixed before training."""
 
     severity: Literal["fatal", "warning"]
     message: str

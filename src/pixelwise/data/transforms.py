@@ -1,10 +1,12 @@
 """Augmentation of image and mask together, with torchvision's v2 transforms.
 
 Masks are resampled by nearest neighbour only, and pixels that a crop takes from outside the image are void. Every transform
-draws from torch's global generator, so seeding that generator decides the result (see `pixelwise.data.dataset`).
+draws from torch's global generator, so seeding that generator decides the result. The crop comes first and takes images
+and masks that lie in files too (`Windowed`), of which it reads no more than its window.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -24,11 +26,41 @@ class PixelWeight(tv_tensors.Mask):
     """A float32 weight per pixel that goes through the same geometry as the mask; nearest neighbour, 0 outside the image."""
 
 
+class Windowed:
+    """An image that is too large to load: its size is known, windows of it are read.
+
+    Args:
+        shape: (height, width).
+        read: (top, left, height, width) -> the window, as `tv_tensors.Image` or `tv_tensors.Mask`.
+        draw_pixel: of a mask: row and column of a pixel of a class drawn evenly, None if all is void.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        read: Callable[[int, int, int, int], Tensor],
+        draw_pixel: Callable[[], tuple[int, int] | None] | None = None,
+    ) -> None:
+        self.shape, self.read, self.draw_pixel = shape, read, draw_pixel
+
+
+class _Crop(v2.Transform):
+    """A transform that may come first: all inputs are images and masks, in memory or `Windowed`."""
+
+    def forward(self, *inputs: Any) -> Any:
+        params = self.make_params(list(inputs))
+        return tuple(self.transform(item, params) for item in inputs)
+
+
+def _labels_of(inputs: list[Any]) -> Any:
+    return next(item for item in inputs if type(item) is tv_tensors.Mask or getattr(item, "draw_pixel", None))
+
+
 def _uniform(low: float, high: float) -> float:
     return float(torch.empty(()).uniform_(low, high))
 
 
-class RandomScaleCrop(v2.Transform):
+class RandomScaleCrop(_Crop):
     """A square crop of `crop_px` from the image magnified by a random factor, in one resampling of the needed window only.
 
     The factor is drawn log-uniformly from `scale`. With probability `focus` the window holds a pixel of a class drawn
@@ -54,26 +86,31 @@ class RandomScaleCrop(v2.Transform):
         self.crop_px, self.scale, self.focus, self.fill = crop_px, scale, focus, fill
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        mask = next(item for item in flat_inputs if type(item) is tv_tensors.Mask)
+        mask = _labels_of(flat_inputs)
         height, width = mask.shape[-2:]
         window = max(1, round(self.crop_px / math.exp(_uniform(*map(math.log, self.scale)))))
         row, column = self._centre(mask) if _uniform(0, 1) < self.focus else (None, None)
         return {"window": window, "top": _start(height, window, row), "left": _start(width, window, column)}
 
-    def _centre(self, mask: Tensor) -> tuple[int, int] | tuple[None, None]:
+    def _centre(self, mask: Tensor | Windowed) -> tuple[int, int] | tuple[None, None]:
         """A pixel of a class drawn evenly from those present."""
+        if isinstance(mask, Windowed):
+            return (mask.draw_pixel and mask.draw_pixel()) or (None, None)
         return draw_pixel(mask) if bool((mask != IGNORE_INDEX).any()) else (None, None)
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        is_mask = isinstance(inpt, tv_tensors.Mask)
         top, left, window = params["top"], params["left"], params["window"]
         height, width = inpt.shape[-2:]
         # Cut what exists, then pad: a window far larger than the image must not be filled twice.
-        inside = inpt[..., max(top, 0) : min(top + window, height), max(left, 0) : min(left + window, width)]
+        rows, columns = (max(top, 0), min(top + window, height)), (max(left, 0), min(left + window, width))
         below, right = max(top + window - height, 0), max(left + window - width, 0)
         padding = (max(-left, 0), max(-top, 0), right, below)
+        if isinstance(inpt, Windowed):
+            inside = inpt = inpt.read(rows[0], columns[0], rows[1] - rows[0], columns[1] - columns[0])
+        else:
+            inside = inpt[..., slice(*rows), slice(*columns)]
         out = inside.as_subclass(torch.Tensor)
-        if is_mask:
+        if isinstance(inpt, tv_tensors.Mask):
             out = _pad(out[None], padding, (0,) if isinstance(inpt, PixelWeight) else (IGNORE_INDEX,))
             out = F.resize(out, [self.crop_px] * 2, interpolation=v2.InterpolationMode.NEAREST_EXACT)
             return tv_tensors.wrap(out[0], like=inpt)
@@ -194,7 +231,7 @@ def _in_place(flips: Flips, photometric: float) -> list[v2.Transform]:
     return steps
 
 
-class RandomWindow(v2.Transform):
+class RandomWindow(_Crop):
     """The window around a pixel of a class that is drawn evenly from the classes of the mask, and that pixel's class.
 
     So each class of an image is seen as often as any other, however few its pixels (Ciresan et al., NIPS 2012, draw as many
@@ -213,12 +250,21 @@ class RandomWindow(v2.Transform):
         self.window_px = window_px
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        mask = next(item for item in flat_inputs if type(item) is tv_tensors.Mask)
-        row, column = draw_pixel(mask.as_subclass(Tensor))
+        mask = _labels_of(flat_inputs)
+        if isinstance(mask, Windowed):
+            row, column = (mask.draw_pixel and mask.draw_pixel()) or _any_pixel(mask.shape)
+        else:
+            row, column = draw_pixel(mask.as_subclass(Tensor))
         return {"row": row, "column": column}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         row, column = params["row"], params["column"]
+        if isinstance(inpt, Windowed) and inpt.draw_pixel:
+            return inpt.read(row, column, 1, 1)
+        if isinstance(inpt, Windowed):  # with room for what is mirrored at its borders
+            top, left, side = max(row - self.window_px, 0), max(column - self.window_px, 0), 2 * self.window_px + 1
+            inpt = inpt.read(top, left, min(side, inpt.shape[0] - top), min(side, inpt.shape[1] - left))
+            row, column = row - top, column - left
         plain = inpt.as_subclass(Tensor)
         if isinstance(inpt, tv_tensors.Mask):
             return tv_tensors.wrap(plain[..., row : row + 1, column : column + 1].clone(), like=inpt)
@@ -233,3 +279,7 @@ def draw_pixel(mask: Tensor) -> tuple[int, int]:
     wanted = classes[torch.randint(len(classes), ())] if len(classes) else IGNORE_INDEX
     places = (cells == wanted).nonzero().flatten()
     return divmod(int(places[torch.randint(len(places), ())]), mask.shape[-1])
+
+
+def _any_pixel(shape: tuple[int, int]) -> tuple[int, int]:
+    return divmod(int(torch.randint(shape[0] * shape[1], ())), shape[1])

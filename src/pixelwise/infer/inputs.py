@@ -3,10 +3,11 @@
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path, PurePath, PurePosixPath
 from urllib.parse import unquote
 
+from pixelwise.data.matching import is_series, is_zarr, stem_of
 from pixelwise.errors import PixelwiseError, UsageError
 from pixelwise.formats.protocols import is_url, local_path, protocol_of, shown
 from pixelwise.formats.registry import SOURCE_SUFFIXES
@@ -15,58 +16,7 @@ from pixelwise.formats.remote import list_images
 Location = Path | str
 """A path, or a URL as text."""
 
-_DOUBLE = (".nii.gz", ".ome.tif", ".ome.tiff", ".ome.zarr", ".zarr.zip")
-_ZARR_FILES = ("zarr.json", ".zgroup", ".zarray")
 _DICOM = (".dcm", ".dicom")
-_BARE = re.compile(r"(?!dicomdir$)[^.]*|.*\.(?:\d+|ima)")  # names that scanners give to DICOM files
-_LOOKS = 20  # files of such names in a folder that are looked into
-
-
-def stem_of(name: str) -> str:
-    """A file name without its suffix; the double ones of the formats are one.
-
-    Example:
-        >>> [stem_of(name) for name in ("a.png", "brain.v2.nii.gz", "cells.ome.tif", "IM0001")]
-        ['a', 'brain.v2', 'cells', 'IM0001']
-    """
-    double = next((suffix for suffix in _DOUBLE if name.lower().endswith(suffix)), None)
-    return name[: -len(double)] if double and len(name) > len(double) else PurePath(name).stem
-
-
-def is_zarr(folder: Path) -> bool:
-    """Whether a folder is an array, by what is in it or, so that a damaged one is missed, by its name.
-
-    Example:
-        >>> is_zarr(Path("no/such/folder.zarr"))
-        True
-    """
-    return folder.name.lower().endswith(".zarr") or any((folder / name).is_file() for name in _ZARR_FILES)
-
-
-def is_series(folder: Path, names: Iterable[str]) -> bool:
-    """Whether the files right in a folder are one DICOM series: no other images, and either several named .dcm, or some
-    without a suffix, or with a number as suffix, that are DICOM by their content.
-
-    Example:
-        >>> is_series(Path("scans"), ["1.dcm", "2.dcm", "notes.txt"]), is_series(Path("scans"), ["1.dcm", "a.png"])
-        (True, False)
-    """
-    names = [name for name in names if not name.startswith(".")]
-    images = [name for name in names if name.lower().endswith(SOURCE_SUFFIXES)]
-    if any(not name.lower().endswith(_DICOM) for name in images):
-        return False
-    bare = [name for name in names if _BARE.fullmatch(name.lower())]
-    return len(images) > 1 or any(_is_dicom(folder / name) for name in sorted(bare)[:_LOOKS])
-
-
-def _is_dicom(path: Path) -> bool:
-    try:
-        if not path.is_file():
-            return False
-        with path.open("rb") as file:
-            return file.read(132)[128:] == b"DICM"
-    except OSError:
-        return False
 
 
 class Finder:
