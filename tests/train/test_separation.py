@@ -13,14 +13,19 @@ from PIL import Image
 import pixelwise
 from pixelwise.data.layouts import Pair, open_data
 from pixelwise.data.samples import load_sample
-from pixelwise.data.separation import separate_touching, separation_weights
+from pixelwise.data.separation import (
+    instance_file,
+    separate,
+    separate_touching,
+    separation_weights,
+    where_objects_come_from,
+)
 from pixelwise.errors import DataError
 from pixelwise.losses import cross_entropy
 from pixelwise.models import create_model
 from pixelwise.train import make_config, train
 from pixelwise.train.module import SegmentationModule
 from pixelwise.train.schedule import Budget
-from pixelwise.train.separation import instance_file, separate, where_objects_come_from
 
 TINY = {
     "model": "unet",

@@ -5,12 +5,14 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from pixelwise.data.labels import IGNORE_INDEX, LabelSpec
 from pixelwise.data.pairs import SPLITS, DataFolder, Pair, Problem
+from pixelwise.data.places import Places
 from pixelwise.data.problems import find_problems
-from pixelwise.data.samples import crs_name
+from pixelwise.data.samples import are_pictures, crs_name
 from pixelwise.data.scan import ImageScan, PairScan, in_threads, scan_pair
 from pixelwise.errors import DataError
 
@@ -78,6 +80,15 @@ class Inspection:
                 made += [replace(scan.pair, plane=plane, name=f"{scan.pair.name}:{plane}") for plane in range(planes)]
         return tuple(made)
 
+    def places(self) -> dict[tuple[Path | None, int], Places]:
+        """Where the values lie in the training masks that are read by windows, by file and plane."""
+        return {
+            (scan.pair.mask, plane): places
+            for scan in self.scans
+            if scan.pair.split == "train" and scan.mask and not are_pictures(scan.pair)
+            for plane, places in enumerate(scan.mask.places)
+        }
+
     def describe_images(self) -> dict[str, dict[str, int]]:
         """How many images there are of each format, and of each size of a pixel and coordinate system that is known."""
         images = [scan.image for scan in self.scans if scan.image]
@@ -115,7 +126,7 @@ class Inspection:
             "mean": list(self.mean),
             "std": list(self.std),
             "fingerprint": self.fingerprint,
-            "reading": dict(self.reading),
+            "reading": _lists(dict(self.reading)),
             **self.describe_images(),
             "problems": [_lists(asdict(problem)) for problem in self.problems],
         }

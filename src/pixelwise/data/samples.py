@@ -172,7 +172,7 @@ def load_sample(pair: Pair, labels: LabelSpec, channels: int | None = None, read
     Raises:
         DataError: a file cannot be used, the grids differ, or the mask holds values that are no class.
     """
-    if reading or not all(is_picture(path) for path in (pair.image, pair.mask) if path is not None):
+    if reading or not are_pictures(pair):
         with OpenPair(pair, labels, channels, reading) as opened:
             if pair.plane is None and opened.image.info.planes > 1:
                 name = printable(pair.image)
@@ -185,6 +185,11 @@ def load_sample(pair: Pair, labels: LabelSpec, channels: int | None = None, read
     raw = read_mask(pair.mask)
     check_grids(pair, *(Grid(width=pixels.shape[1], height=pixels.shape[0]) for pixels in (array, raw)))
     return Sample(image, from_numpy(_encode(pair.mask, labels, raw)), pair.name)
+
+
+def are_pictures(pair: Pair) -> bool:
+    """Whether both files of a pair are read fastest as a whole, in this process."""
+    return is_picture(pair.image) and (pair.mask is None or is_picture(pair.mask))
 
 
 def to_tensor(array: np.ndarray, channels: int | None = None) -> torch.Tensor:

@@ -243,13 +243,20 @@ def _scan_source(source: Source, with_sums: bool) -> ImageScan:
 def _scan_mask(path: Path, axis: int | None, _mtime_ns: int, _size: int) -> MaskScan:
     if is_picture(path):
         raw, raster = read_mask_file(path)
+        grid, found = Grid(width=raw.shape[1], height=raw.shape[0]), value_counts(raw)
+        whole = (
+            [Places(grid.height, grid.width)] if grid.pixels > WHOLE_PX and len(found) <= MAX_VALUES_OF_LARGE else []
+        )
+        for place in whole:
+            place.add(0, raw, found)
         return MaskScan(
-            grid=Grid(width=raw.shape[1], height=raw.shape[0]),
+            grid=grid,
             kind="rgb" if raw.ndim == 3 else "index",
-            counts=_checked(path, value_counts(raw)),
+            counts=_checked(path, found),
             palette=raster.palette,
             digest=pixel_digest(raw.shape, iter([raw])),
             format=raster.format,
+            places=tuple(whole),
         )
     with open_mask(path, {"axis": axis}) as source:
         info, counts = source.info, Counter[Value]()

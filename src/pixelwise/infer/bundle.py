@@ -55,6 +55,7 @@ class ModelCard:
         data: Where it was trained (fingerprint, name of the folder, counts).
         versions: Versions of pixelwise, torch and python that trained it.
         scores: What it scored, by split.
+        reading: The options with which its images were read; those of `open_source`, and `slices`.
         weights_sha256: Of `model.safetensors`, 64 hex digits; filled in by `save_bundle`.
         format: Version of this layout.
 
@@ -75,6 +76,7 @@ class ModelCard:
     data: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, Any] = field(default_factory=dict)
     scores: dict[str, Any] = field(default_factory=dict)
+    reading: Mapping[str, Any] = field(default_factory=dict)
     weights_sha256: str = ""
     format: int = FORMAT
 
@@ -86,7 +88,11 @@ class ModelCard:
     def to_dict(self) -> dict[str, Any]:
         """The card as plain values that JSON can hold."""
         values = {item.name: getattr(self, item.name) for item in fields(self)}
-        values |= {"config": _lists(self.config), "labels": self.labels.to_dict()}
+        values |= {
+            "config": _lists(self.config),
+            "labels": self.labels.to_dict(),
+            "reading": _lists(dict(self.reading)),
+        }
         return values | {"mean": list(self.mean), "std": list(self.std)}
 
     @classmethod
@@ -96,13 +102,15 @@ class ModelCard:
         Raises:
             DataError: a key is missing or unknown, or a value has the wrong type or is out of range.
         """
+        if isinstance(values, dict):
+            values = {"reading": {}} | values  # cards of earlier versions have none
         _check_keys(values, cls)
         if not isinstance(values["model"], str) or not re.fullmatch(r"\w[\w.-]{0,99}", values["model"]):
             raise DataError(f"'model' must be the name of a registered model, not {_short(values['model'])}.")
         digest = values["weights_sha256"]
         if not isinstance(digest, str) or not re.fullmatch(r"([0-9a-f]{64})?", digest):
             raise DataError(f"'weights_sha256' must be 64 hex digits, not {_short(digest)}.")
-        for key in ("config", "data", "versions", "scores"):
+        for key in ("config", "data", "versions", "scores", "reading"):
             if not isinstance(values[key], dict) or not all(isinstance(name, str) for name in values[key]):
                 raise DataError(f"'{key}' must be a mapping, not {_short(values[key])}.")
         card = cls(
@@ -112,6 +120,7 @@ class ModelCard:
                 "labels": LabelSpec.from_dict(values["labels"]),
                 "mean": _numbers("mean", values["mean"]),
                 "std": _numbers("std", values["std"]),
+                "reading": {key: _config_value(key, value) for key, value in values["reading"].items()},
             }
         )
         _check_agreement(card)

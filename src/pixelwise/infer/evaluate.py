@@ -273,7 +273,7 @@ def _predictions(
     """The pairs' samples, with masks, and predicted labels (H, W): those that share a pass together."""
 
     def read(pair: Pair) -> Sample:
-        return load_sample(pair, folder.labels, predictor.card.in_channels)
+        return load_sample(pair, folder.labels, predictor.card.in_channels, predictor.card.reading)
 
     def label(group: list[tuple[Pair, Sample]]) -> list[tuple[Sample, NDArray[np.uint8]]]:
         samples, names = [sample for _, sample in group], [str(pair.image) for pair, _ in group]

@@ -36,7 +36,7 @@ class TrainingLoop(pl.Callback):
     """Logs, validates, keeps the best weights and writes checkpoints between the steps of a run.
 
     Args:
-        folder: the data; its val split is validated on, without resizing.
+        inspection: the data; the val split is validated on, without resizing.
         plan: when to validate, on what.
         card: what is written beside the best weights.
         run: the run folder.
@@ -45,9 +45,9 @@ class TrainingLoop(pl.Callback):
     """
 
     def __init__(
-        self, folder: DataFolder, plan: Plan, card: ModelCard, run: Path, history: History, report: Report
+        self, inspection: Inspection, plan: Plan, card: ModelCard, run: Path, history: History, report: Report
     ) -> None:
-        self.folder, self.plan, self.card = folder, plan, card
+        self.inspection, self.plan, self.card = inspection, plan, card
         self.run, self.history, self.report = run, history, report
         self.interrupted: str | None = None
         self.last: Evaluation | None = None
@@ -145,10 +145,10 @@ class TrainingLoop(pl.Callback):
             self.report({"validated": step, "miou": miou, "best_miou": progress.best_miou})
 
     def _val_folder(self, module: SegmentationModule) -> DataFolder:
-        pairs, most = self.folder.split("val"), module.config.max_val_images
+        pairs, most = self.inspection.samples("val"), module.config.max_val_images
         if most is not None and most < len(pairs):
             pairs = tuple(pairs[index * len(pairs) // most] for index in range(most))
-        return replace(self.folder, pairs=pairs)
+        return replace(self.inspection.folder, pairs=pairs)
 
     def _save_best(self, trainer: pl.Trainer, module: SegmentationModule) -> None:
         if trainer.is_global_zero:
@@ -215,9 +215,10 @@ def make_loop(plan: Plan, inspection: Inspection, out: Path, first_step: int, re
             "torch": torch.__version__,
             "python": platform.python_version(),
         },
+        reading=inspection.reading,
     )
     history = History(out / "metrics.csv", first_step=first_step)
-    return TrainingLoop(folder, plan, card, out, history, report)
+    return TrainingLoop(inspection, plan, card, out, history, report)
 
 
 def make_trainer(config: RunConfig, plan: Plan, loop: TrainingLoop, out: Path) -> pl.Trainer:

@@ -95,7 +95,7 @@ def train(
     out = Path(out)
     config = settle_config(out, config, resume)
     folder = data if isinstance(data, DataFolder) else open_data(data)
-    inspection = inspect_data(folder)
+    inspection = inspect_data(folder, reading=config.reading)
     inspection.raise_if_fatal()
     if not folder.split("train"):
         raise DataError(f"{folder.root}: holds no training images. Give it a train split.")

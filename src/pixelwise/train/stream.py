@@ -8,9 +8,12 @@ import hashlib
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -23,12 +26,15 @@ from torchvision.transforms import v2
 from pixelwise.data.check import Inspection
 from pixelwise.data.labels import LabelSpec
 from pixelwise.data.layouts import Pair
-from pixelwise.data.samples import Sample, load_sample
-from pixelwise.data.transforms import PixelWeight
+from pixelwise.data.places import ClassPlaces, Places
+from pixelwise.data.samples import OpenPair, Sample, are_pictures, load_sample
+from pixelwise.data.separation import separate
+from pixelwise.data.slices import Reading
+from pixelwise.data.transforms import PixelWeight, Windowed
+from pixelwise.errors import UsageError
 from pixelwise.train.config import RunConfig
 from pixelwise.train.inputs import input_transform
-from pixelwise.train.plan import Plan, image_area
-from pixelwise.train.separation import separate
+from pixelwise.train.plan import Plan, epoch_pairs
 
 Weigh = Callable[[Pair, Sample], tuple[Sample, Tensor]]  # a sample as it is trained on, and its pixels' weights (H, W)
 
@@ -45,13 +51,15 @@ class CropSet(Dataset[tuple[Tensor, ...]]):
     """Augmented crops by (index of the pair, position in the stream): image, mask and, if asked for, pixel weights.
 
     Args:
-        pairs: with masks.
+        pairs: with masks; of volumes, single planes.
         labels: what their values mean.
         channels: of the network's images.
         transform: from `training_transform`.
         seed: of the run.
         cache: keep the decoded images in memory (shared with the workers where processes fork), and their weights too.
         weigh: computes the weights of an image's pixels.
+        reading: the run's options of reading.
+        places: by mask and plane, where the values of masks lie that are read by windows, as their images are.
     """
 
     def __init__(
@@ -63,33 +71,105 @@ class CropSet(Dataset[tuple[Tensor, ...]]):
         seed: int,
         cache: bool,
         weigh: Weigh | None = None,
+        reading: Reading | None = None,
+        places: Mapping[tuple[Path | None, int], Places] | None = None,
     ) -> None:
-        self.pairs, self.labels, self.channels = pairs, labels, channels
+        self.pairs, self.labels, self.channels, self.reading = pairs, labels, channels, reading
         self.transform, self.seed, self.weigh = transform, seed, weigh
-        self._samples: list[tuple[Tensor, ...]] | None = None
+        self._places = {key: ClassPlaces(found, labels) for key, found in (places or {}).items()}
+        self._opened = OpenPairs(partial(OpenPair, labels=labels, channels=channels, reading=reading))
+        self._samples: dict[int, tuple[Tensor, ...]] = {}
         if cache:
+            whole = [index for index, pair in enumerate(pairs) if (pair.mask, pair.plane or 0) not in self._places]
             with ThreadPoolExecutor(os.cpu_count()) as pool:
-                self._samples = list(pool.map(self._load, range(len(pairs))))
+                self._samples = dict(zip(whole, pool.map(self._load, whole), strict=True))
+        self._opened.close()  # the workers open their own
 
-    def _load(self, index: int) -> tuple[Tensor, ...]:
-        pair = self.pairs[index]
-        sample, weights = load_sample(pair, self.labels, self.channels), None
+    def _load(self, index: int) -> tuple[Any, ...]:
+        """The sample as tensors, or as `Windowed` images where it is read by windows."""
+        pair, plane = self.pairs[index], self.pairs[index].plane or 0
+        if (places := self._places.get((pair.mask, plane))) is not None:
+            return self._windowed(self._opened.get(pair), plane, places)
+        if are_pictures(pair) and not self.reading:
+            sample = load_sample(pair, self.labels, self.channels)
+        else:
+            sample = self._opened.get(pair).read(plane)
+        weights = None
         if self.weigh is not None:
             sample, weights = self.weigh(pair, sample)
         given = (tv_tensors.Image(sample.image), tv_tensors.Mask(sample.mask))
         return given if weights is None else (*given, PixelWeight(weights))
+
+    def _windowed(self, opened: OpenPair, plane: int, places: ClassPlaces) -> tuple[Windowed, Windowed]:
+        if self.weigh is not None:
+            raise UsageError(
+                f"separation: {opened.pair.image} is too large for it, since the distances are measured in whole images. "
+                "Cut it into images of at most 16 million pixels, or leave separation out."
+            )
+        shape = opened.image.info.height, opened.image.info.width
+
+        def read_image(top: int, left: int, height: int, width: int) -> Tensor:
+            return tv_tensors.Image(opened.read_image(top, left, height, width, plane))
+
+        def read_mask(top: int, left: int, height: int, width: int) -> Tensor:
+            return tv_tensors.Mask(opened.read_mask(top, left, height, width, plane))
+
+        return Windowed(shape, read_image), Windowed(shape, read_mask, partial(places.draw, read_mask))
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, ...]:
         index, position = key
-        sample = self._samples[index] if self._samples is not None else self._load(index)
+        sample = self._samples.get(index) or self._load(index)
         with torch.random.fork_rng(devices=[]):
             # Not torch.manual_seed: that also prepares the seed of every GPU, which takes longer than cutting a window.
             torch.default_generator.manual_seed(seed_of(self.seed, "crop", position))
             drawn = self.transform(*sample)
         return tuple(item.as_subclass(Tensor) for item in drawn)
+
+
+class OpenPairs:
+    """The open files of the last few pairs; every process opens its own.
+
+    Args:
+        open_pair: opens one.
+    """
+
+    def __init__(self, open_pair: Callable[[Pair], OpenPair]) -> None:
+        self._open_pair = open_pair
+        self._most = max(8, 2 * (os.cpu_count() or 1))  # more than threads that read at a time
+        self._reset()
+
+    def _reset(self) -> None:
+        self._pairs: OrderedDict[tuple[Path, Path | None], OpenPair] = OrderedDict()
+        self._lock, self._owner = threading.Lock(), os.getpid()
+
+    def get(self, pair: Pair) -> OpenPair:
+        """The open files of a pair."""
+        if self._owner != os.getpid():  # forked: what is open belongs to the parent
+            self._reset()
+        key = (pair.image, pair.mask)
+        with self._lock:
+            if key not in self._pairs:
+                self._pairs[key] = self._open_pair(pair)
+            self._pairs.move_to_end(key)
+            if len(self._pairs) > self._most:
+                self._pairs.popitem(last=False)[1].close()
+            return self._pairs[key]
+
+    def close(self) -> None:
+        """Close all files."""
+        for pair in self._pairs.values():
+            pair.close()
+        self._reset()
+
+    def __getstate__(self) -> dict[str, Any]:  # to a process that is spawned
+        return {"_open_pair": self._open_pair, "_most": self._most}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._reset()
 
 
 class BatchStream(Sampler[list[tuple[int, int]]]):
@@ -158,18 +238,29 @@ def fits_in_cache(images_bytes: int) -> bool:
 
 def make_dataset(config: RunConfig, plan: Plan, inspection: Inspection, model: nn.Module) -> CropSet:
     """What the steps draw from; the images are read here if they fit into memory."""
-    folder = inspection.folder
-    pairs = folder.split("train")
     is_uint8 = set(inspection.dtypes) == {"uint8"}
     transform = input_transform(config, model, crop_px=plan.crop_px, fill=plan.mean, is_uint8=is_uint8)
-    pixels = sum(count * image_area(size) for size, count in inspection.sizes.items())
-    share = len(pairs) / max(1, sum(inspection.sizes.values()))
+    pairs, places = epoch_pairs(inspection, plan.crop_px), inspection.places()
     bytes_of_pixel = inspection.channels * (1 if is_uint8 else 4) + 1 + (4 if config.separation else 0)
-    cache = fits_in_cache(int(pixels * share * bytes_of_pixel))
+    whole = [
+        scan.image.grid.pixels
+        for scan in inspection.scans
+        if scan.pair.split == "train" and scan.image and (scan.pair.mask, 0) not in places
+    ]
     weigh = None
     if config.separation:
-        weigh = partial(separate, w0=config.separation, sigma_px=config.separation_sigma_px)
-    return CropSet(pairs, folder.labels, inspection.channels, transform, config.seed, cache, weigh)
+        weigh = partial(separate, w0=config.separation, sigma_px=config.separation_sigma_px, reading=inspection.reading)
+    return CropSet(
+        pairs,
+        inspection.folder.labels,
+        inspection.channels,
+        transform,
+        config.seed,
+        fits_in_cache(sum(whole) * bytes_of_pixel),
+        weigh,
+        inspection.reading,
+        places,
+    )
 
 
 def make_stream(config: RunConfig, plan: Plan, dataset: CropSet, first_step: int) -> Any:
