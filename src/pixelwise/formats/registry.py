@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from pixelwise.errors import DataError, PixelwiseError, UsageError
 from pixelwise.formats.base import Source
-from pixelwise.formats.protocols import NoSuchObject, is_url, local_path, shown
+from pixelwise.formats.protocols import NoSuchObject, is_url, local_path, protocol_of, shown
 
 _PICTURES = ("png", "jpg", "jpeg", "webp", "bmp", "gif", "ppm", "pgm", "pbm")
 
@@ -64,6 +64,8 @@ _GIVEN = ("location", "opener", "identity")
 def open_source(location: str | Path, *, format: str | None = None, **options: Any) -> Source:
     """Open an image of any format; only its header is read.
 
+    Plain pictures are decoded in this process, within Pillow's limits; all others in a child process (`decoding`).
+
     Args:
         location: a path, or the URL of a file or Zarr folder.
         format: its format, if the content should not decide: a name of `FORMATS`.
@@ -83,6 +85,29 @@ def open_source(location: str | Path, *, format: str | None = None, **options: A
         ...     source.info.format, source.info.height, source.info.width
         ('npy', 4, 5)
     """
+    from pixelwise.formats.decoding import WorkerSource
+
+    name = str(location)
+    path = local_path(name) if is_url(name) else name
+    if (path is None and protocol_of(name) == "memory") or (path is not None and _is_picture(path, format)):
+        return open_in_process(location, format=format, **options)  # the memory is that of this process
+    return WorkerSource(name, format, {k: v for k, v in options.items() if v is not None}, is_remote=path is None)
+
+
+def _is_picture(path: str, format: str | None) -> bool:
+    """Whether a file is a plain picture by its first bytes, or none that can be opened, which needs no child to find out."""
+    from pixelwise.formats.image import is_image
+    from pixelwise.formats.local import Stamp, readable
+
+    if format is not None or Path(path).is_dir():
+        return False
+    Stamp.of(path)  # a pipe must not even be opened
+    with readable(path), Path(path).open("rb") as file:
+        return is_image(file.read(12), path)
+
+
+def open_in_process(location: str | Path, *, format: str | None = None, **options: Any) -> Source:
+    """As `open_source`, in this process whatever the format: for the child, and for files that are trusted."""
     name = str(location)
     given = {key: value for key, value in options.items() if value is not None}
     if format is not None and _ALIASES.get(format, format) not in FORMATS:
