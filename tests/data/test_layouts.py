@@ -12,7 +12,7 @@ from PIL import Image
 from pixelwise.data.check import inspect_data
 from pixelwise.data.labels import CAMVID_NAMES, LabelSpec
 from pixelwise.data.layouts import open_data
-from pixelwise.data.matching import relative
+from pixelwise.data.matching import Source, match_source, relative
 from pixelwise.data.pairs import assign_splits
 from pixelwise.errors import DataError, UsageError
 
@@ -315,3 +315,45 @@ def test_names_that_are_no_text_can_be_printed(tmp_path):
     problems = [*folder.problems, *inspect_data(folder).problems]
     assert any("\\udcff.png" in problem.message for problem in problems)
     json.dumps([problem.message for problem in problems], ensure_ascii=False).encode()
+
+
+# -- volumes, folders that are one image --
+
+
+def touch(root, *names):
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"")
+
+
+def found(folder, masks):
+    matches, problems = match_source(Source(split=None, images=folder, masks=masks), folder.parent)
+    assert not problems, problems
+    return {match.key: (match.image.name, match.mask.name) for match in matches}
+
+
+def test_double_suffixes_and_zarr_folders_are_one_name(tmp_path):
+    touch(
+        tmp_path, "images/a.nii.gz", "images/b.ome.tif", "images/c.ome.zarr/0/zarr.json", "images/c.ome.zarr/zarr.json"
+    )
+    touch(tmp_path, "masks/a_seg.nii", "masks/b.zarr/.zarray", "masks/c.npy")
+    assert found(tmp_path / "images", tmp_path / "masks") == {
+        "a": ("a.nii.gz", "a_seg.nii"),
+        "b": ("b.ome.tif", "b.zarr"),
+        "c": ("c.ome.zarr", "c.npy"),
+    }
+
+
+def test_a_folder_of_dicom_files_is_one_image_unless_its_files_have_masks(tmp_path):
+    touch(tmp_path, *(f"images/{case}/{index}.dcm" for case in "ab" for index in range(3)))
+    touch(tmp_path, "masks/a.nii.gz", "masks/b/seg.dcm")
+    assert found(tmp_path / "images", tmp_path / "masks") == {"a": ("a", "a.nii.gz"), "b": ("b", "seg.dcm")}
+    touch(tmp_path, *(f"slices/{case}/{index}.png" for case in "ab" for index in range(3)))
+    assert found(tmp_path / "images", tmp_path / "slices") == {
+        f"{case}/{index}": (f"{index}.dcm", f"{index}.png") for case in "ab" for index in range(3)
+    }
+
+
+def test_the_folder_of_images_may_be_one_series(tmp_path):
+    touch(tmp_path, "images/1.dcm", "images/2.dcm", "masks/liver.nii.gz")
+    assert found(tmp_path / "images", tmp_path / "masks") == {"liver": ("images", "liver.nii.gz")}

@@ -255,7 +255,8 @@ class _WholeMask(Source):
             channels=channels,
             dtype=self._pixels.dtype.name,
         )
-        self.metadata = {} if raster.palette is None else {"palette": raster.palette}
+        with open_source(path) as source:
+            self.metadata = dict(source.metadata) | ({} if raster.palette is None else {"palette": raster.palette})
 
     def read(self, top: int, left: int, height: int, width: int, plane: int = 0) -> NDArray[Any]:
         return self._pixels[top : top + height, left : left + width]

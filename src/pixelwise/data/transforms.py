@@ -261,10 +261,10 @@ class RandomWindow(_Crop):
         row, column = params["row"], params["column"]
         if isinstance(inpt, Windowed) and inpt.draw_pixel:
             return inpt.read(row, column, 1, 1)
-        if isinstance(inpt, Windowed):  # with room for what is mirrored at its borders
-            top, left, side = max(row - self.window_px, 0), max(column - self.window_px, 0), 2 * self.window_px + 1
-            inpt = inpt.read(top, left, min(side, inpt.shape[0] - top), min(side, inpt.shape[1] - left))
-            row, column = row - top, column - left
+        if isinstance(inpt, Windowed):
+            top, bottom = _mirrored_span(row - self.window_px // 2, self.window_px, inpt.shape[0])
+            left, right = _mirrored_span(column - self.window_px // 2, self.window_px, inpt.shape[1])
+            inpt, row, column = inpt.read(top, left, bottom - top, right - left), row - top, column - left
         plain = inpt.as_subclass(Tensor)
         if isinstance(inpt, tv_tensors.Mask):
             return tv_tensors.wrap(plain[..., row : row + 1, column : column + 1].clone(), like=inpt)
@@ -283,3 +283,11 @@ def draw_pixel(mask: Tensor) -> tuple[int, int]:
 
 def _any_pixel(shape: tuple[int, int]) -> tuple[int, int]:
     return divmod(int(torch.randint(shape[0] * shape[1], ())), shape[1])
+
+
+def _mirrored_span(start: int, count: int, length: int) -> tuple[int, int]:
+    """The first and one after the last row that `mirror_crop` shows of an image of `length` rows."""
+    if count >= length:
+        return 0, length
+    low, high = min(start, 2 * length - 1 - start - count), max(start + count, 1 - start)
+    return max(low, 0) if start + count > length else max(start, 0), min(high, length)

@@ -24,7 +24,7 @@ from pixelwise.train.start import Start
 
 CROP_STEP_PX = 32  # the stride of nearly every encoder: crops of its multiples need no padding
 LARGEST_CROP_PX = 352
-LARGEST_TRIAL_PX = 2048  # side of the image whose validation is timed
+LARGEST_TRIAL_PX = 1024  # side of the image whose validation is timed
 READING = 1.5  # a validated image takes so many times as long as the network alone
 VALIDATION_SHARE = 0.08  # of a time budget; more would be taken from learning
 
