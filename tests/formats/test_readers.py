@@ -153,7 +153,7 @@ def test_binary_and_whole_float_masks(tmp_path):
     np.testing.assert_array_equal(read_mask(tmp_path / "float.tif"), GREY)
     for bad in (GREY + 0.5, np.full((3, 3), np.inf), BANDS, DEEP[..., None].repeat(3, 2)):
         tifffile.imwrite(tmp_path / "bad.tif", bad)
-        with pytest.raises(DataError, match=r"bad\.tif: .*mask has"):
+        with pytest.raises(DataError, match=r"bad\.tif: .*(mask has|infinite)"):
             read_mask(tmp_path / "bad.tif")
 
 
@@ -196,7 +196,7 @@ def _encoded(form, pixels=RGB, **options):
         (b"II*\0" + b"\0" * 90, "damaged or truncated"),
         (_bomb_png(60_000, 60_000), "too large"),
         (_bomb_png(0, 9), "no image"),
-        (_bomb_tiff(), "cannot hold"),
+        (_bomb_tiff(), "only be decoded as a whole"),
     ],
 )
 @pytest.mark.parametrize("read", [read_image, read_mask, image_info, palette])
@@ -230,7 +230,7 @@ def test_numbers_that_are_none_are_refused_and_counted(tmp_path):
     values = np.zeros((4, 5), dtype=np.float32)
     values[0, :2] = np.nan, np.inf
     tifffile.imwrite(tmp_path / "a.tif", values)
-    with pytest.raises(DataError, match=r"a\.tif: 2 of its 20 numbers are NaN or infinite"):
+    with pytest.raises(DataError, match=r"a\.tif: 2 .*numbers .*are NaN or infinite"):
         read_image(tmp_path / "a.tif")
     tifffile.imwrite(tmp_path / "a.tif", values.astype(np.complex64))
     with pytest.raises(DataError, match="complex64"):
@@ -239,7 +239,7 @@ def test_numbers_that_are_none_are_refused_and_counted(tmp_path):
 
 def test_stacks_and_foreign_colours_are_refused(tmp_path):
     tifffile.imwrite(tmp_path / "a.tif", np.zeros((3, 4, 20, 30), np.uint8), photometric="minisblack")
-    with pytest.raises(DataError, match="more than three dimensions"):
+    with pytest.raises(DataError, match="12 planes"):
         read_image(tmp_path / "a.tif")
     Image.new("CMYK", (4, 4)).save(tmp_path / "b.tif")
     with pytest.raises(DataError, match="SEPARATED"):

@@ -17,11 +17,10 @@ from pixelwise.formats import SourceInfo
 from pixelwise.formats.npy import open_npy
 from pixelwise.formats.readers import read_mask
 from pixelwise.formats.sinks import Result
-from pixelwise.formats.sinks import tiff as tiff_sink
 from pixelwise.formats.sinks.npy import write_npy
 from pixelwise.formats.sinks.png import write_png_labels
-from pixelwise.formats.sinks.tiff import read_tiff_mark, write_ome_tiff, write_tiff
-from pixelwise.formats.tiff import open_tiff
+from pixelwise.formats.tiff import open_tiff, read_tiff_mark, write_ome_tiff, write_tiff
+from pixelwise.formats.tiff import write as tiff_sink
 from pixelwise.formats.writers import read_mark
 
 RNG = np.random.default_rng(0)

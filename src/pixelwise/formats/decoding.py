@@ -9,7 +9,6 @@ becomes one `DataError` that names the file; the requests of other files that we
 
 import atexit
 import contextlib
-import mmap
 import os
 import shutil
 import signal
@@ -18,7 +17,6 @@ import sys
 import tempfile
 import threading
 import weakref
-from collections import defaultdict
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from io import FileIO
@@ -30,6 +28,7 @@ from numpy.typing import NDArray
 
 from pixelwise.errors import DataError, UsageError
 from pixelwise.formats.base import Source, SourceInfo
+from pixelwise.formats.shared_memory import SharedMemory
 from pixelwise.formats.worker import ERRORS, OUT_OF_MEMORY, packed, receive, send, unpacked
 
 MEMORY_BYTES = 2 << 30
@@ -37,8 +36,6 @@ DEADLINE_S = 300.0
 _TRIES = 2  # of a child that works on one request at a time, before a file is blamed for its end
 _REMOTE_PATIENCE = 12  # requests to servers have time limits of their own
 _START_S = 60  # that a child on a busy machine may take before its first deadline begins
-_MOST_MAPS = 256  # of shared memory, each of which takes a file handle
-_KEPT_BYTES = 64 << 20  # free shared memory that is kept for the next windows
 
 
 class _Died(Exception):
@@ -56,51 +53,6 @@ def _setting(name: str, default: float) -> float:
     return value
 
 
-class _Memory:
-    """A file in memory that both processes can reach: the child writes pixels into it, this process maps them."""
-
-    def __init__(self) -> None:
-        if hasattr(os, "memfd_create"):
-            self.fd = os.memfd_create("pixelwise")
-        else:
-            with tempfile.TemporaryFile() as file:
-                self.fd = os.dup(file.fileno())
-        weakref.finalize(self, os.close, self.fd)
-        self._end = 0
-        self._free: dict[int, list[tuple[int, mmap.mmap]]] = defaultdict(list)
-        self._kept = self._taken = 0
-        self._lock = threading.Lock()
-
-    def take(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[int, NDArray[Any]]:
-        """Where the child shall write, and the array that will have its pixels."""
-        size = max(1 << 16, 1 << (int(np.prod(shape)) * dtype.itemsize - 1).bit_length())
-        with self._lock:
-            self._taken += 1
-            if self._free[size]:
-                offset, view = self._free[size].pop()
-                self._kept -= size if size <= _KEPT_BYTES else 0
-            else:
-                offset, self._end = self._end, self._end + size
-                os.truncate(self.fd, self._end)
-                view = mmap.mmap(self.fd, size, offset=offset)
-        array: NDArray[Any] = np.ndarray(shape, dtype, buffer=view)
-        weakref.finalize(array, self._give_back, size, offset, view)
-        return offset, array
-
-    def leave(self, array: NDArray[Any]) -> NDArray[Any]:
-        """The array itself, or a copy if so many are in use that the file handles of their maps become scarce."""
-        return array if self._taken <= _MOST_MAPS else array.copy()
-
-    def _give_back(self, size: int, offset: int, view: mmap.mmap) -> None:
-        with self._lock:
-            self._taken -= 1
-            if (size > _KEPT_BYTES or self._kept + size > _KEPT_BYTES) and hasattr(mmap, "MADV_REMOVE"):
-                view.madvise(mmap.MADV_REMOVE)
-            if size <= _KEPT_BYTES:
-                self._kept += size
-            self._free[size].append((offset, view))
-
-
 class _Child:
     """A running child process, its requests and their answers."""
 
@@ -108,7 +60,7 @@ class _Child:
         self.environment = dict(os.environ)
         self.deadline_s = _setting("PIXELWISE_DECODER_SECONDS", DEADLINE_S)
         memory = int(_setting("PIXELWISE_DECODER_MEMORY", MEMORY_BYTES))
-        self.memory = _Memory() if os.name == "posix" else None
+        self.memory = SharedMemory() if os.name == "posix" else None
         self._folder = tempfile.mkdtemp(prefix="pixelwise-")  # of its temporary files, which it may leave behind
         self._process = subprocess.Popen(
             # -P: nothing is imported from the folder that the user happens to be in

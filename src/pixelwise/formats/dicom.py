@@ -28,7 +28,7 @@ from pixelwise.formats.dicom_series import arrange, read_headers
 from pixelwise.formats.intensity import Intensity, Scaling, by_type, check_intensity
 from pixelwise.formats.local import Stamp, fingerprint
 from pixelwise.formats.raster import printable
-from pixelwise.formats.tiff_decode import MAGIC
+from pixelwise.formats.tiff import MAGIC
 
 _CACHE_BYTES = 64 * 2**20
 _TIFF_NAMES = (".tif", ".tiff", ".btf", ".tf8", ".svs", ".ndpi", ".scn", ".bif")

@@ -25,7 +25,7 @@ from pixelwise.formats.gdal import Handle, gdal
 from pixelwise.formats.geotiff_tags import check_tags, geo_metadata, is_geo, read_tags
 from pixelwise.formats.local import Identity, readable
 from pixelwise.formats.raster import MAX_DECODED_BYTES
-from pixelwise.formats.tiff_decode import MAGIC
+from pixelwise.formats.tiff import MAGIC
 
 __all__ = ["GeoTIFF", "is_geotiff", "open_geotiff"]
 

@@ -7,7 +7,7 @@ from typing import Any, BinaryIO, NamedTuple
 from xml.parsers import expat
 
 from pixelwise.errors import DataError
-from pixelwise.formats.tiff_decode import MAGIC
+from pixelwise.formats.tiff import MAGIC
 
 _GEO = {
     33550: "ModelPixelScale", 33922: "ModelTiepoint", 34264: "ModelTransformation", 34735: "GeoKeyDirectory",

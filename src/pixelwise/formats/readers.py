@@ -17,9 +17,10 @@ import numpy as np
 from PIL import Image
 
 from pixelwise.errors import DataError
+from pixelwise.formats.base import Source
 from pixelwise.formats.raster import DECODE_ERRORS, ImageInfo, Palette, Raster, in_words, orient, printable
-from pixelwise.formats.tiff_decode import MAGIC as TIFF_MAGIC
-from pixelwise.formats.tiff_decode import decode_tiff, tiff_header
+from pixelwise.formats.registry import open_source
+from pixelwise.formats.tiff import MAGIC as TIFF_MAGIC
 
 __all__ = ["IMAGE_SUFFIXES", "ImageInfo", "image_info", "palette", "read_image", "read_mask"]
 
@@ -68,6 +69,8 @@ def read_image(path: str | Path) -> np.ndarray:
     """
     path = Path(path)
     with _readable(path):
+        if _is_tiff(path):
+            return _read_tiff(path)
         raster = _decode(path)
         array = meant(raster)
         if array.dtype.kind not in "uif":
@@ -103,6 +106,8 @@ def read_mask_file(path: str | Path) -> tuple[np.ndarray, Raster]:
     """What `read_mask` gives, with the decoded file, which knows its palette and format."""
     path = Path(path)
     with _readable(path):
+        if _is_tiff(path):
+            return _read_tiff_mask(path)
         raster = _decode(path)
         array = _whole_numbers(_without_alpha(raster))
         channels = array.shape[2]
@@ -124,7 +129,9 @@ def palette(path: str | Path) -> Palette | None:
     path = Path(path)
     with _readable(path):
         if _is_tiff(path):
-            return tiff_header(path).palette
+            with open_source(path, format="tiff") as source:
+                found: Palette | None = source.metadata.get("palette")
+            return found
         with _opened(path) as image:
             return _colors(image)
 
@@ -155,6 +162,8 @@ def _readable(path: Path) -> Iterator[None]:
         _check_file(path)
         yield
     except DataError as error:
+        if str(error).startswith(f"{name}: "):
+            raise
         raise DataError(f"{name}: {error}") from error
     except Image.DecompressionBombError as error:
         raise DataError(
@@ -191,7 +200,7 @@ def _is_tiff(path: Path) -> bool:
 
 
 def _decode(path: Path) -> Raster:
-    raster = decode_tiff(path) if _is_tiff(path) else _decode_pillow(path)
+    raster = _decode_pillow(path)
     if raster.array.size == 0:
         raise DataError("it has no pixels.")
     return raster
@@ -287,12 +296,29 @@ def _whole_numbers(array: np.ndarray) -> np.ndarray:
 
 
 def _tiff_info(path: Path) -> ImageInfo:
-    header = tiff_header(path)
-    turned = header.orientation in (5, 6, 7, 8)
-    width, height = (header.height, header.width) if turned else (header.width, header.height)
-    channels = 3 if header.palette is not None else header.channels - header.has_alpha
-    dtype = "uint8" if header.palette is not None or header.dtype == bool else header.dtype.newbyteorder("=").name
-    return ImageInfo(width=width, height=height, channels=channels, dtype=dtype, format="TIFF")
+    with open_source(path, format="tiff") as source:
+        info = _one_plane(source).info
+    return ImageInfo(width=info.width, height=info.height, channels=info.channels, dtype=info.dtype, format="TIFF")
+
+
+def _read_tiff(path: Path) -> np.ndarray:
+    with open_source(path, format="tiff") as source:
+        info = _one_plane(source).info
+        return source.read(0, 0, info.height, info.width)
+
+
+def _read_tiff_mask(path: Path) -> tuple[np.ndarray, Raster]:
+    with open_source(path, format="tiff", labels=True) as source:
+        info = _one_plane(source).info
+        array = source.read(0, 0, info.height, info.width)
+        array = array[:, :, 0] if info.channels == 1 else array
+        return array, Raster(array=array, format="TIFF", palette=source.metadata.get("palette"))
+
+
+def _one_plane(source: Source) -> Source:
+    if source.info.planes > 1:
+        raise DataError(f"it holds {source.info.planes:,} planes; a single image is needed.")
+    return source
 
 
 def _pillow_info(path: Path) -> ImageInfo:

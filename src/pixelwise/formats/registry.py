@@ -39,7 +39,7 @@ class Format:
 
 FORMATS: Mapping[str, Format] = {
     "dicom": Format("dicom", "open_dicom", "is_dicom", (".dcm", ".dicom")),
-    "slide": Format("slide", "open_slide", "is_slide", (".svs", ".ndpi", ".scn", ".bif")),
+    "slide": Format("tiff", "open_slide", "is_slide", (".svs", ".ndpi", ".scn", ".bif")),
     "geotiff": Format("geotiff", "open_geotiff", "is_geotiff", ()),
     "tiff": Format("tiff", "open_tiff", "is_tiff", (".tif", ".tiff", ".btf", ".tf8")),
     "image": Format("image", "open_image", "is_image", tuple(f".{name}" for name in _PICTURES)),

@@ -1,0 +1,285 @@
+"""TIFF, BigTIFF and OME-TIFF of any size, window by window, through tifffile.
+
+Of a file with several images the first is read, at its full resolution; a stack of equal pages gives planes.
+"""
+
+import math
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+from xml.etree import ElementTree
+
+import numpy as np
+import tifffile
+from numpy.typing import NDArray
+
+from pixelwise.errors import DataError
+from pixelwise.formats.base import Source, SourceInfo
+from pixelwise.formats.local import Identity, readable
+from pixelwise.formats.raster import orient
+from pixelwise.formats.tiff.windows import Handles, Opener, Span, Stack, arrange, opening
+
+MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+NODATA_TAG = 42113  # GDAL's
+DIALECTS = ("avs", "bif", "eer", "fluoview", "lsm", "mdgel", "micromanager", "mmstack", "ndpi", "ndtiff", "nih", "philips",
+            "qpi", "scanimage", "scn", "sis", "stk", "svs")  # fmt: skip
+"""Of microscopes: not followed outside slides, since they may name other files."""
+
+_ORIENTATION_TAG = 274
+_WHITE_IS_ZERO, _PALETTE, _YCBCR = 0, 3, 6
+_GRAY_OR_RGB = (_WHITE_IS_ZERO, 1, 2, _PALETTE, 32803)  # 32803, colour filter array, is one raw channel
+_JPEG = (6, 7)  # decoding these turns YCbCr into RGB
+_OPACITY = (1, 2)
+_UNITS_UM = {2: 25_400.0, 3: 10_000.0}  # resolution unit: micrometres in an inch, in a centimetre
+_UNIT_NAMES = {1: "none", 2: "inch", 3: "centimeter"}
+_MICROMETRES = {"µm": 1.0, "μm": 1.0, "um": 1.0, "micron": 1.0, "nm": 1e-3, "pm": 1e-6, "Å": 1e-4, "mm": 1e3, "cm": 1e4,
+                "dm": 1e5, "m": 1e6, "in": 25_400.0, "inch": 25_400.0}  # fmt: skip
+
+
+def is_tiff(head: bytes, name: str) -> bool:
+    """Whether a file that begins with `head` is a TIFF or BigTIFF, whatever its name."""
+    return head[:4] in MAGIC
+
+
+def open_tiff(
+    location: str,
+    opener: Opener | None = None,
+    *,
+    identity: Identity | None = None,
+    channels: int | None = None,
+    labels: bool = False,
+) -> "TiffSource":
+    """Open a TIFF; only its tags are read.
+
+    Args:
+        location: path, or the name of what `opener` opens.
+        opener: opens the file anew at each call, for reading, seekable; None opens the path.
+        identity: how to tell whether it changed; needed with `opener`.
+        channels: how many the network takes; decides where a file leaves open whether a stack of pages is channels or
+            planes.
+        labels: read it as a mask, see `Rendering`.
+
+    Raises:
+        DataError: it is missing, damaged, or of a kind that cannot be read in windows.
+        UsageError: an opener without an identity.
+    """
+    with opening(location, opener, identity) as file:
+        flags: Any = {f"is_{name}": False for name in DIALECTS}
+        tiff = tifffile.TiffFile(file.buffered, name=file.name, _multifile=False, **flags)
+        check_pages(tiff)
+        series = tiff.series[0]
+        page = series.keyframe
+        ome = ome_metadata(tiff.ome_metadata)
+        layout = arrange(series.axes, tuple(series.shape), channels)
+        planes, height, width, stored = layout.size
+        rendering = Rendering.of(page, np.dtype(series.dtype), stored, labels)
+        stack = Stack(series, layout, file)
+        info = rendering.info(location, "tiff" if ome is None else "ome-tiff", (planes, height, width), stack.block)
+        metadata = {**_tag_metadata(page, rendering), **(ome or {})}
+        if layout.planes:
+            metadata["plane_axes"] = "".join(layout.axes[axis] for axis in layout.planes)
+            metadata["plane_shape"] = tuple(layout.shape[axis] for axis in layout.planes)
+        return TiffSource(file, stack, rendering, info, metadata)
+
+
+def check_pages(tiff: tifffile.TiffFile) -> None:
+    """Raise `DataError` where the list of pages breaks off or runs in a circle, which tifffile takes for its end."""
+    form, file = tiff.tiff, tiff.filehandle
+    last = tiff.pages[len(tiff.pages) - 1].offset
+    file.seek(last)
+    (tags,) = struct.unpack(form.tagnoformat, file.read(form.tagnosize))
+    file.seek(last + form.tagnosize + tags * form.tagsize)
+    if any(file.read(form.offsetsize)):
+        raise DataError(f"after its page {len(tiff.pages):,} its pages form a circle, or the file is truncated.")
+
+
+class TiffSource(Source):
+    """The first image, or stack of images, of a TIFF; made by `open_tiff`.
+
+    Attributes:
+        metadata: where the file knows them: "resolution" (pixels per unit, x and y), "resolution_unit", "pixel_size_um",
+            "channel_names", "image_name", "time_increment_s", "plane_axes" (as "TZ") and "plane_shape", "nodata",
+            "palette".
+    """
+
+    def __init__(
+        self, file: Handles, stack: Stack, rendering: "Rendering", info: SourceInfo, metadata: Mapping[str, Any]
+    ) -> None:
+        self._file, self._stack, self._rendering = file, stack, rendering
+        self.info, self.metadata = info, metadata
+        self._nodata: float | None = metadata.get("nodata")
+
+    def read(self, top: int, left: int, height: int, width: int, plane: int = 0) -> NDArray[Any]:
+        where = f"rows {top}..{top + height}, columns {left}..{left + width}"
+        with readable(self.info.location, where if self.info.planes == 1 else f"plane {plane}, {where}"):
+            pixels = self._rendering.without_opacity(self._stored(plane, top, left, height, width))
+            if pixels.dtype.kind == "f" and not np.isfinite(pixels).all():
+                if self._nodata is not None and math.isnan(self._nodata):
+                    pixels[np.isnan(pixels)] = 0
+                bad = int((~np.isfinite(pixels)).sum())
+                if bad:
+                    raise DataError(f"{bad:,} numbers in {where} are NaN or infinite. Replace them.")
+            return self._rendering.apply(pixels)
+
+    def valid(self, top: int, left: int, height: int, width: int, plane: int = 0) -> NDArray[np.bool_] | None:
+        if self._nodata is None:
+            return None
+        with readable(self.info.location):
+            stored = self._rendering.without_opacity(self._stored(plane, top, left, height, width))
+        there = ~np.isnan(stored).any(axis=2) if math.isnan(self._nodata) else (stored != self._nodata).any(axis=2)
+        return np.ascontiguousarray(orient(np.asarray(there), self._rendering.orientation))
+
+    def fingerprint(self) -> str:
+        return self._file.identity.fingerprint()
+
+    def check_unchanged(self) -> None:
+        self._file.identity.check()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _stored(self, plane: int, top: int, left: int, height: int, width: int) -> NDArray[Any]:
+        """A window as the file holds it, with opacity, not turned yet."""
+        rows, columns = self._rendering.as_stored(self.info, (top, top + height), (left, left + width))
+        return self._stack.read(plane, rows, columns)
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """How stored numbers become the pixels that are meant: palettes are looked up, opacity is dropped, black is 0.
+
+    With `labels` the numbers stay as they are stored: no palette, no inversion; whole floats become integers. 1 bit gives
+    0 and 255 in both.
+    """
+
+    stored: np.dtype[Any]
+    channels: int  # without opacity
+    palette: NDArray[np.uint8] | None
+    has_opacity: bool
+    inverted: bool
+    orientation: int
+    labels: bool
+
+    @classmethod
+    def of(cls, page: Any, dtype: np.dtype[Any], channels: int, labels: bool) -> Self:
+        """From the tags of a page.
+
+        Raises:
+            DataError: its colours are neither grey, RGB nor a palette, or it cannot be a mask.
+        """
+        photometric = int(page.photometric)
+        if photometric not in _GRAY_OR_RGB and not (photometric == _YCBCR and int(page.compression) in _JPEG):
+            name = tifffile.PHOTOMETRIC(photometric).name
+            raise DataError(f"its colours are stored as {name}. Convert it to RGB or grey.")
+        if dtype.kind not in "buif":
+            raise DataError(f"its numbers are of type {dtype}; whole numbers and floats can be used.")
+        samples = [int(sample) for sample in page.extrasamples]
+        has_opacity = channels in (2, 4) and len(samples) == 1 and samples[0] in _OPACITY
+        channels -= has_opacity
+        if labels and channels != 1 and (channels != 3 or dtype != np.uint8):
+            raise DataError(
+                f"it has {channels} channels of {dtype}; a mask has one channel of whole numbers, or 8-bit RGB."
+            )
+        return cls(
+            stored=dtype,
+            channels=channels,
+            palette=(page.colormap >> 8).T.astype(np.uint8) if photometric == _PALETTE and channels == 1 else None,
+            has_opacity=has_opacity,
+            inverted=photometric == _WHITE_IS_ZERO,
+            orientation=page.tags.valueof(_ORIENTATION_TAG, 1),
+            labels=labels,
+        )
+
+    def info(self, location: str, form: str, size: tuple[int, int, int], block: Span) -> SourceInfo:
+        """Of an image whose planes, rows and columns are stored so."""
+        planes, height, width = size
+        is_turned = self.orientation in (5, 6, 7, 8)
+        is_colored = self.palette is not None and not self.labels
+        dtype = "int64" if self.labels and self.stored.kind == "f" else self.stored.newbyteorder("=").name
+        return SourceInfo(
+            location=location,
+            format=form,
+            height=width if is_turned else height,
+            width=height if is_turned else width,
+            channels=3 if is_colored else self.channels,
+            dtype="uint8" if is_colored or self.stored.kind == "b" else dtype,
+            planes=planes,
+            block_px=(block[1], block[0]) if is_turned else block,
+        )
+
+    def without_opacity(self, array: NDArray[Any]) -> NDArray[Any]:
+        """The channels that are colours or measurements."""
+        return array[:, :, :-1] if self.has_opacity else array
+
+    def apply(self, array: NDArray[Any]) -> NDArray[Any]:
+        """The pixels of a window (rows, columns, channels) as stored, without opacity."""
+        if array.dtype.kind == "b":
+            array = array.astype(np.uint8) * np.uint8(255)
+        if self.labels and array.dtype.kind == "f":
+            if (np.abs(array) >= 2**31).any() or (array != np.trunc(array)).any():
+                raise DataError(f"it holds numbers of type {array.dtype} that are not whole; a mask has whole numbers.")
+            array = array.astype(np.int64)
+        elif self.inverted and array.dtype.kind == "u" and not self.labels:
+            array = np.iinfo(array.dtype).max - array
+        elif self.palette is not None and not self.labels:
+            array = self.palette[array[:, :, 0]]
+        return np.ascontiguousarray(orient(array, self.orientation))
+
+    def as_stored(self, info: SourceInfo, rows: Span, columns: Span) -> tuple[Span, Span]:
+        """Where a window lies before it is turned: `orient` backwards."""
+        if self.orientation in (3, 4, 7, 8):
+            rows = info.height - rows[1], info.height - rows[0]
+        if self.orientation in (2, 3, 6, 7):
+            columns = info.width - columns[1], info.width - columns[0]
+        return (columns, rows) if self.orientation in (5, 6, 7, 8) else (rows, columns)
+
+
+def _tag_metadata(page: Any, rendering: Rendering) -> dict[str, Any]:
+    """Resolution, pixel size, number for missing data and palette, where the tags of a page give them."""
+    metadata: dict[str, Any] = {}
+    unit = int(page.resolutionunit)
+    x, y = page.resolution[::-1] if rendering.orientation in (5, 6, 7, 8) else page.resolution
+    if 282 in page.tags and 283 in page.tags and min(x, y) > 0:
+        metadata["resolution"], metadata["resolution_unit"] = (x, y), _UNIT_NAMES.get(unit, "none")
+        if unit in _UNITS_UM:
+            metadata["pixel_size_um"] = {"x": _UNITS_UM[unit] / x, "y": _UNITS_UM[unit] / y}
+    nodata = _number(str(page.tags.valueof(NODATA_TAG, "")).strip(" \0"))
+    if nodata is not None:
+        metadata["nodata"] = nodata
+    if rendering.palette is not None:
+        metadata["palette"] = tuple(map(tuple, rendering.palette.tolist()))
+    return metadata
+
+
+def ome_metadata(text: str | None) -> dict[str, Any] | None:
+    """Name, pixel size, channel names and time step of the first image of OME-XML; None without an image."""
+    image = None if text is None else ElementTree.fromstring(text).find("{*}Image")
+    pixels = None if image is None else image.find("{*}Pixels")
+    if image is None or pixels is None:
+        return None
+    metadata: dict[str, Any] = {"image_name": image.get("Name")} if image.get("Name") else {}
+    sizes = {axis.lower(): _length(pixels, f"PhysicalSize{axis}") for axis in "XYZ"}
+    known = {axis: size for axis, size in sizes.items() if size is not None}
+    if known:
+        metadata["pixel_size_um"] = known
+    names = [channel.get("Name") for channel in pixels.findall("{*}Channel")]
+    if names and all(names):
+        metadata["channel_names"] = tuple(map(str, names))
+    step = _number(pixels.get("TimeIncrement"))
+    if step is not None and 0 < step < math.inf and pixels.get("TimeIncrementUnit", "s") == "s":
+        metadata["time_increment_s"] = step
+    return metadata
+
+
+def _length(pixels: ElementTree.Element, name: str) -> float | None:
+    """In micrometres."""
+    size, unit = _number(pixels.get(name)), _MICROMETRES.get(pixels.get(f"{name}Unit", "µm"))
+    return size * unit if size is not None and 0 < size < math.inf and unit is not None else None
+
+
+def _number(text: str | None) -> float | None:
+    try:
+        return float(text or "")
+    except ValueError:
+        return None
