@@ -195,7 +195,7 @@ def test_formats_in_any_mixture(tmp_path: Path, kind: str) -> None:
     [
         (lambda labels: (labels[:-1], AFFINE), r"is 23 x 20 px, but its image \S+train0.nii.gz is 24 x 20 px"),
         (lambda labels: (labels[:, :, :4], AFFINE), r"has 4 planes, but its image \S+train0.nii.gz has 5 planes"),
-        (lambda labels: (labels, np.diag([0.7, 0.8, 5, 1])), r"affine \(0.7.*, 5, .*\), but its image .* has \(.*2.5,"),
+        (lambda labels: (labels, np.diag([0.7, 0.8, 5, 1])), r"affine \(0.7, 0, .*, 5, .*\), but its image .* has \(.*2.5,"),
     ],
 )  # fmt: skip
 def test_a_mask_on_another_grid_is_an_error_that_shows_both(scans: Path, change: object, message: str) -> None:

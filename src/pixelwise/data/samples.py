@@ -318,7 +318,8 @@ def _same_crs(one: str, other: str) -> bool:
 
 
 def _numbers(values: tuple[float, ...]) -> str:
-    return f"({', '.join(f'{value:.10g}' for value in values)})"
+    digits = 6 if len(values) == 16 else 10  # of an affine, which is stored as float32
+    return f"({', '.join(f'{value:.{digits}g}' for value in values)})"
 
 
 def _count(planes: int) -> str:
