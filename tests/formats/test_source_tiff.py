@@ -464,9 +464,7 @@ def test_tiles_that_are_images_of_their_own(tmp_path, codec):
 def test_tiles_that_are_giant_images_are_refused(tmp_path, codec):
     small, large = tmp_path / "a.tif", tmp_path / "b.tif"
     tifffile.imwrite(small, RGB, photometric="rgb", tile=(32, 32), compression=codec)
-    tifffile.imwrite(
-        large, np.zeros((256, 256, 3), np.uint8), photometric="rgb", tile=(256, 256), compression=codec
-    )
+    tifffile.imwrite(large, np.zeros((256, 256, 3), np.uint8), photometric="rgb", tile=(256, 256), compression=codec)
     with tifffile.TiffFile(large) as tiff:
         offset, count = tiff.pages.first.dataoffsets[0], tiff.pages.first.databytecounts[0]
     block = large.read_bytes()[offset : offset + count]

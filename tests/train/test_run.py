@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -137,7 +138,7 @@ def start(data: Path, run: Path, *options: str) -> subprocess.Popen[str]:
 def wait_for_step(process: subprocess.Popen[str], run: Path, step: int) -> None:
     """Until the checkpoint has seen `step` steps; the test's own time limit ends a wait that is in vain."""
     path = run / "checkpoints" / checkpoints.LAST_NAME
-    while not path.exists() or checkpoints.checkpoint_step(path) < step:
+    while not path.exists() or checkpoints.checkpoint_step(Path(shutil.copy(path, run))) < step:  # it is being replaced
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
 

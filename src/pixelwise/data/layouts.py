@@ -238,7 +238,7 @@ def _find_labels(
     beside = (root if root.is_dir() else root.parent) / "classes.yaml"
     if classes is not None or beside.is_file():
         return load_labels(classes or beside).with_ignored(ignore)
-    scans = [scan for scan in in_threads(_scan_or_none, [pair.mask for pair in pairs if pair.mask]) if scan]
+    scans = [scan for scan in in_threads(_scan_or_none, [pair for pair in pairs if pair.mask]) if scan]
     if not scans:
         raise DataError(f"{root}: none of its masks can be read, for example {_first_error(pairs)}")
     kind = Counter(scan.kind for scan in scans).most_common(1)[0][0]
@@ -257,10 +257,10 @@ def _find_labels(
         raise DataError(f"{root}: {error}") from error
 
 
-def _scan_or_none(mask: Path) -> MaskScan | None:
+def _scan_or_none(pair: Pair) -> MaskScan | None:
     """None for a file that cannot be read; checking the data tells it with its reason."""
     try:
-        return scan_mask(mask)
+        return scan_mask(pair)
     except DataError:
         return None
 
@@ -268,7 +268,7 @@ def _scan_or_none(mask: Path) -> MaskScan | None:
 def _first_error(pairs: list[Pair]) -> str:
     for pair in pairs:
         try:
-            read = scan_mask(pair.mask) if pair.mask else None
+            read = scan_mask(pair) if pair.mask else None
         except DataError as error:
             return str(error)
         if read:

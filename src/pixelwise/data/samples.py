@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, from_numpy
 
 from pixelwise.data.label_spec import IGNORE_INDEX, LabelSpec
+from pixelwise.data.matching import is_zarr
 from pixelwise.data.pairs import Pair
 from pixelwise.data.slices import Reading, is_picture, open_image
 from pixelwise.errors import DataError, PixelwiseError, UsageError
@@ -120,7 +121,7 @@ class OpenPair:
         self.mask: Source | None = None
         try:
             if pair.mask is not None:
-                self.mask = open_mask(pair.mask, reading)
+                self.mask = open_mask(pair.mask, reading, pair.image)
                 check_grids(pair, Grid.of(self.image), Grid.of(self.mask))
         except PixelwiseError:
             self.close()
@@ -221,8 +222,13 @@ def to_tensor(array: np.ndarray, channels: int | None = None) -> torch.Tensor:
     return torch.from_numpy(planes if planes.flags.writeable else planes.copy())
 
 
-def open_mask(path: str | Path, reading: Reading | None = None) -> Source:
-    """Open a mask: the numbers as they are stored, or 8-bit colours; a volume is cut along the axis of its image.
+def open_mask(path: str | Path, reading: Reading | None = None, image: str | Path | None = None) -> Source:
+    """Open a mask: the numbers as they are stored, or 8-bit colours.
+
+    Args:
+        path: the mask.
+        reading: the run's options of reading; a volume is cut along their `axis`.
+        image: what is labelled; a DICOM segmentation gets its planes.
 
     Raises:
         DataError: the file is missing, damaged, or holds neither whole numbers nor 8-bit colours.
@@ -230,14 +236,22 @@ def open_mask(path: str | Path, reading: Reading | None = None) -> Source:
     options: dict[str, Any] = {"allow_no_affine": True}
     if str(path).lower().endswith(FORMATS["nifti"].suffixes):
         options["axis"] = (reading or {}).get("axis")
+    if may_be_segmentation(path):
+        options["like"] = None if image is None else str(image)
     try:
         return open_source(path, labels=True, **options)
     except UsageError as error:
-        if "no option labels" not in str(error):
+        if "no option labels" not in str(error) and "no option like" not in str(error):
             raise
+        options.pop("like", None)
     if is_picture(path) or str(path).lower().endswith(FORMATS["tiff"].suffixes):
         return _WholeMask(path)
     return open_source(path, **options)
+
+
+def may_be_segmentation(path: str | Path) -> bool:
+    """Whether a mask is DICOM, by its name or because it is a folder that is no Zarr."""
+    return str(path).lower().endswith(FORMATS["dicom"].suffixes) or (Path(path).is_dir() and not is_zarr(Path(path)))
 
 
 class _WholeMask(Source):

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from pixelwise.data.label_spec import Value, pack_value, value_counts
 from pixelwise.data.pairs import Pair
 from pixelwise.data.places import Places
-from pixelwise.data.samples import Grid, mask_values, open_mask
+from pixelwise.data.samples import Grid, mask_values, may_be_segmentation, open_mask
 from pixelwise.data.slices import Reading, is_picture, open_image
 from pixelwise.errors import DataError
 from pixelwise.formats import Source
@@ -108,23 +108,25 @@ def scan_pair(pair: Pair, reading: Reading | None = None) -> PairScan:
     except DataError as error:
         image_error = _reason(error, pair.image)
     try:
-        mask = scan_mask(pair.mask, reading) if pair.mask is not None else None
+        mask = scan_mask(pair, reading) if pair.mask is not None else None
     except DataError as error:
         mask_error = _reason(error, pair.mask)
     return PairScan(pair=pair, image=image, mask=mask, image_error=image_error, mask_error=mask_error)
 
 
-def scan_mask(path: Path, reading: Reading | None = None) -> MaskScan:
-    """Read a mask and count its values; asked again about an unchanged file, it answers from memory.
+def scan_mask(pair: Pair, reading: Reading | None = None) -> MaskScan:
+    """Read the mask of a pair and count its values; asked again about an unchanged file, it answers from memory.
 
     Raises:
         DataError: as `open_mask`, or the mask holds so many values that they cannot be classes.
     """
+    path, axis = Path(pair.mask or ""), (reading or {}).get("axis")
+    image = pair.image if may_be_segmentation(path) else None
     try:
         status = path.stat()
     except (OSError, ValueError):
-        return _scan_mask(path, None, 0, 0)  # which raises the reader's own message
-    return _scan_mask(path, (reading or {}).get("axis"), status.st_mtime_ns, status.st_size)
+        return _scan_mask(path, image, axis, 0, 0)  # which raises the reader's own message
+    return _scan_mask(path, image, axis, status.st_mtime_ns, status.st_size)
 
 
 def strips(source: Source) -> Iterator[tuple[int, int]]:
@@ -240,7 +242,7 @@ def _scan_source(source: Source, with_sums: bool) -> ImageScan:
 
 
 @lru_cache(maxsize=50_000)
-def _scan_mask(path: Path, axis: int | None, _mtime_ns: int, _size: int) -> MaskScan:
+def _scan_mask(path: Path, image: Path | None, axis: int | None, _mtime_ns: int, _size: int) -> MaskScan:
     if is_picture(path):
         raw, raster = read_mask_file(path)
         grid, found = Grid(width=raw.shape[1], height=raw.shape[0]), value_counts(raw)
@@ -258,7 +260,7 @@ def _scan_mask(path: Path, axis: int | None, _mtime_ns: int, _size: int) -> Mask
             format=raster.format,
             places=tuple(whole),
         )
-    with open_mask(path, {"axis": axis}) as source:
+    with open_mask(path, {"axis": axis}, image) as source:
         info, counts = source.info, Counter[Value]()
         is_large = info.height * info.width > WHOLE_PX
         places = [Places(info.height, info.width) for _ in range(info.planes if is_large else 0)]

@@ -55,7 +55,7 @@ class ModelCard:
         data: Where it was trained (fingerprint, name of the folder, counts).
         versions: Versions of pixelwise, torch and python that trained it.
         scores: What it scored, by split.
-        reading: The options with which its images were read; those of `open_source`, and `slices`.
+        reading: How its images were opened (axis, intensity window, slices, ...), if not by the defaults.
         weights_sha256: Of `model.safetensors`, 64 hex digits; filled in by `save_bundle`.
         format: Version of this layout.
 
