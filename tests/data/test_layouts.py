@@ -356,4 +356,10 @@ def test_a_folder_of_dicom_files_is_one_image_unless_its_files_have_masks(tmp_pa
 
 def test_the_folder_of_images_may_be_one_series(tmp_path):
     touch(tmp_path, "images/1.dcm", "images/2.dcm", "masks/liver.nii.gz")
-    assert found(tmp_path / "images", tmp_path / "masks") == {"liver": ("images", "liver.nii.gz")}
+    assert found(tmp_path / "images", tmp_path / "masks") == {"images": ("images", "liver.nii.gz")}
+
+
+def test_several_segmentations_are_no_series(tmp_path):
+    touch(tmp_path, *(f"images/{case}/{index}.dcm" for case in "ab" for index in range(3)))
+    touch(tmp_path, "masks/a.dcm", "masks/b_seg.dcm")
+    assert found(tmp_path / "images", tmp_path / "masks") == {"a": ("a", "a.dcm"), "b": ("b", "b_seg.dcm")}

@@ -51,11 +51,13 @@ def match_source(source: Source, root: Path) -> tuple[list[Match], list[Problem]
         source: the folders.
         root: what file names in messages are relative to.
     """
-    masks, doubled_masks = _by_key(image_files(source.masks) if source.masks else [])
+    wanted = {key for key, _ in image_files(source.images)}
+    masks, doubled_masks = _by_key(image_files(source.masks, wanted) if source.masks else [])
     masks = {key: path for key, path in masks.items() if not _NO_MASK.search(key)}
     images, doubled = _by_key(image_files(source.images, masks))
     if list(images) == ["."]:  # the folder itself is a series: it has one mask, whatever its name
-        images = {(next(iter(masks)) if len(masks) == 1 else source.images.name): source.images}
+        images = {source.images.name: source.images}
+        masks = {source.images.name: next(iter(masks.values()))} if len(masks) == 1 else masks
     where = source.split or source.images.name
     problems = [_twice(where, what, root) for what in (*doubled, *doubled_masks)]
     chosen, orphans, rivals = _choose(images, masks)
@@ -71,14 +73,14 @@ def match_source(source: Source, root: Path) -> tuple[list[Match], list[Problem]
     return matches, problems
 
 
-def image_files(folder: Path, mask_keys: Container[str] = ()) -> list[tuple[str, Path]]:
+def image_files(folder: Path, other_keys: Container[str] = ()) -> list[tuple[str, Path]]:
     """The images below a folder as (path below it without suffix, file), sorted; hidden ones are left out.
 
-    A Zarr is one image, and so is a folder of DICOM files that is one series, unless its files have masks of their own.
+    A Zarr is one image, and so is a folder of DICOM files that is one series, unless its files have partners of their own.
 
     Args:
         folder: where to look.
-        mask_keys: the paths, without suffix, of the masks that there are.
+        other_keys: the paths, without suffix, of the files that are to be paired with these.
     """
     found = []
     for parent, folders, names in os.walk(folder):
@@ -90,7 +92,9 @@ def image_files(folder: Path, mask_keys: Container[str] = ()) -> list[tuple[str,
             found.append((inner.with_name(stem_of(inner.name)).as_posix(), here))
             continue
         folders[:] = [name for name in folders if not name.startswith((".", "__MACOSX"))]
-        if is_series(here, names) and not any(key in mask_keys for key in files):
+        if is_series(here, names) and not any(
+            key in other_keys or _MASK_SUFFIX.sub("", key) in other_keys for key in files
+        ):
             found.append((inner.as_posix(), here))
             continue
         for key, name in zip(files, names, strict=True):
