@@ -74,8 +74,11 @@ class Reader:
         layout = "formats" if (source / "pixelwise/formats").exists() else "data.sources"
         self._process = subprocess.Popen(
             [sys.executable, __file__, "--serve", layout],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={"PYTHONPATH": str(source), "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={"PYTHONPATH": str(source), "OMP_NUM_THREADS": "1"},
+        )
 
     def seconds(self, path: Path, kind: str) -> float:
         assert self._process.stdin and self._process.stdout

@@ -5,13 +5,18 @@ import importlib
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from pixelwise.errors import DataError, PixelwiseError, UsageError
+
+ZARR_DOCUMENTS = ("zarr.json", ".zarray", ".zgroup")
+"""A folder with one of these is a Zarr."""
 
 
 @contextmanager
@@ -40,6 +45,55 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder beside `path`, which takes its place when the block ends without an error; for Zarr.
+
+    An older folder steps aside for the moment of the rename and is deleted then. Whatever is killed when, `path` is the
+    old folder, the new one, or missing; never a mixture.
+
+    Raises:
+        PixelwiseError: the name belongs to something that is no Zarr.
+    """
+    if os.path.lexists(path) and not any((path / name).is_file() for name in ZARR_DOCUMENTS):
+        raise PixelwiseError(f"{path}: exists and is no Zarr, so it is kept. Choose another name.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    token = secrets.token_hex(4)
+    part, old = (path.with_name(f".{path.name}.{token}.{end}") for end in ("part", "old"))
+    try:
+        part.mkdir()
+        yield part
+        _flush(part)
+        if path.is_symlink():
+            path.unlink()
+        elif path.exists():
+            path.rename(old)
+        try:
+            part.rename(path)
+        except OSError:
+            if old.exists():
+                old.rename(path)
+            raise
+    finally:
+        for rest in (part, old):
+            shutil.rmtree(rest, ignore_errors=True)
+
+
+def _flush(folder: Path) -> None:
+    """Wait until the disk has all files, so that a power cut cannot leave empty ones under the final name."""
+
+    def flush(item: Path) -> None:
+        handle = os.open(item, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+    with ThreadPoolExecutor(8, thread_name_prefix="pixelwise-flush") as pool:  # the disk sees many waits as one
+        for _ in pool.map(flush, (item for item in folder.rglob("*") if item.is_file())):
+            pass
 
 
 def cannot_write(path: str | Path, error: OSError, more: str = "") -> PixelwiseError:

@@ -14,14 +14,12 @@ from PIL import Image
 from pixelwise.data.labels import LabelSpec
 from pixelwise.errors import DataError, PixelwiseError, UsageError
 from pixelwise.formats import SourceInfo
-from pixelwise.formats.npy import open_npy
+from pixelwise.formats.base import Result
+from pixelwise.formats.npy import open_npy, write_npy, write_probabilities
+from pixelwise.formats.png import read_mark, write_png_labels
 from pixelwise.formats.readers import read_mask
-from pixelwise.formats.sinks import Result
-from pixelwise.formats.sinks.npy import write_npy
-from pixelwise.formats.sinks.png import write_png_labels
 from pixelwise.formats.tiff import open_tiff, read_tiff_mark, write_ome_tiff, write_tiff
 from pixelwise.formats.tiff import write as tiff_sink
-from pixelwise.formats.writers import read_mark
 
 RNG = np.random.default_rng(0)
 SPEC = LabelSpec(
@@ -233,6 +231,15 @@ def test_an_npy_can_be_read_as_a_source(tmp_path):
     write_npy(tmp_path / "a.npy", _result(array, "entropy"))
     with open_npy(str(tmp_path / "a.npy")) as source:
         np.testing.assert_array_equal(source.read(3, 4, 10, 20)[..., 0], array[0, 3:13, 4:24])
+
+
+@pytest.mark.parametrize(("planes", "shape"), [(2, (2, 5, 6)), (4, (2, 2, 5, 6))])
+def test_probabilities_have_an_axis_of_classes(tmp_path, planes, shape):
+    array = RNG.random((planes, 5, 6))
+    write_probabilities(tmp_path / "a.npy", _result(array, "probabilities"))
+    written = np.load(tmp_path / "a.npy")
+    assert (written.shape, written.dtype) == (shape, np.float32)
+    np.testing.assert_allclose(written.reshape(array.shape), array, rtol=1e-6)
 
 
 @pytest.mark.parametrize(

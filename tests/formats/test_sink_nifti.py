@@ -12,10 +12,9 @@ from hypothesis import strategies as st
 
 from pixelwise.data.labels import LabelSpec
 from pixelwise.errors import PixelwiseError, UsageError
+from pixelwise.formats import nifti as sink
 from pixelwise.formats.base import Result, SourceInfo
-from pixelwise.formats.nifti import open_nifti
-from pixelwise.formats.sinks import nifti as sink
-from pixelwise.formats.sinks.nifti import read_nifti_mark, write_nifti
+from pixelwise.formats.nifti import open_nifti, read_nifti_mark, write_nifti
 
 SPEC = LabelSpec(
     names=("background", "liver", "tumour"), colors=((0, 0, 0), (200, 30, 30), (9, 8, 7)), values=((0,), (1,), (2,))

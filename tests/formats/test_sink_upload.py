@@ -8,9 +8,9 @@ import zarr
 from pixelwise.data.labels import LabelSpec
 from pixelwise.errors import DataError, PixelwiseError, UsageError
 from pixelwise.formats import SourceInfo, open_source
+from pixelwise.formats.remote import check_writable, exists, publish, read_small, write_small
 from pixelwise.formats.sinks import Result
-from pixelwise.formats.sinks.ome_zarr import write_ome_zarr, write_zarr
-from pixelwise.formats.sinks.upload import check_writable, exists, publish, read_small, write_small
+from pixelwise.formats.zarr import write_ome_zarr, write_zarr
 
 SPEC = LabelSpec(names=("sky", "road"), colors=((10, 20, 250), (90, 80, 70)), values=((0,), (1,)))
 CONTENT = np.random.default_rng(0).bytes(100_000)
@@ -60,14 +60,6 @@ def test_files_on_s3(s3, tmp_path):
         publish(local, "s3://nowhere/a.png")
 
 
-def test_large_files_in_parts_on_s3(s3, tmp_path, monkeypatch):
-    monkeypatch.setattr("pixelwise.formats.sinks.upload._BATCH_BYTES", 1000)
-    local = tmp_path / "b.tif"
-    local.write_bytes(CONTENT)
-    publish(local, "s3://scans/b.tif")
-    assert stored(s3, "b.tif") == CONTENT
-
-
 def test_records_on_s3(s3):
     assert read_small("s3://scans/done/a.json") is None
     write_small("s3://scans/done/a.json", b'{"a": 1}')
@@ -104,21 +96,21 @@ def test_a_folder_is_no_zarr_until_all_of_it_is_there(memory, tmp_path, monkeypa
     first[:], second[:] = 1, 2
     url = "memory://out/a.zarr"
     publish(tmp_path / "a.zarr", url)
-    plain = type(memory).pipe_file
+    plain = type(memory).put_file
 
     for broken_at in range(17):
         left = [broken_at]
 
-        def breaking(self, path, value, *args, left=left, **kwargs):
+        def breaking(self, local, path, *args, left=left, **kwargs):
             left[0] -= 1
             if left[0] < 0:
                 raise ConnectionError("the line broke")
-            return plain(self, path, value, *args, **kwargs)
+            return plain(self, local, path, *args, **kwargs)
 
-        monkeypatch.setattr(type(memory), "pipe_file", breaking)
+        monkeypatch.setattr(type(memory), "put_file", breaking)
         with pytest.raises(DataError, match=r"^memory://out/a\.zarr: the server cannot be reached or broke off"):
             publish(tmp_path / "b.zarr", url)
-        monkeypatch.setattr(type(memory), "pipe_file", plain)
+        monkeypatch.setattr(type(memory), "put_file", plain)
         with pytest.raises(DataError, match=r"no Zarr array"):
             open_source(url)
     publish(tmp_path / "b.zarr", url)
@@ -128,7 +120,7 @@ def test_a_folder_is_no_zarr_until_all_of_it_is_there(memory, tmp_path, monkeypa
 
 def test_files_are_whole_or_not_there(memory, tmp_path, monkeypatch):
     (tmp_path / "a.png").write_bytes(CONTENT)
-    monkeypatch.setattr(type(memory), "pipe_file", lambda self, path, value, **kwargs: self.store.update({path: None}))
+    monkeypatch.setattr(type(memory), "put_file", lambda self, local, path, **kwargs: self.store.update({path: None}))
     monkeypatch.setattr(type(memory), "info", lambda self, path, **kwargs: {"size": 7, "type": "file"})
     with pytest.raises(DataError, match="holds 7 bytes after 100,000 were sent"):
         publish(tmp_path / "a.png", "memory://out/a.png")

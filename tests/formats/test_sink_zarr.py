@@ -11,7 +11,7 @@ from pixelwise.data.labels import LabelSpec
 from pixelwise.errors import PixelwiseError, UsageError
 from pixelwise.formats import SourceInfo, open_source
 from pixelwise.formats.sinks import LABELS, WRITERS, Result, choose_writer
-from pixelwise.formats.sinks.ome_zarr import write_ome_zarr, write_zarr
+from pixelwise.formats.zarr import write_ome_zarr, write_zarr
 
 SPEC = LabelSpec(names=("sky", "road"), colors=((10, 20, 250), (90, 80, 70)), values=((0,), (1,)))
 DRAWS = np.random.default_rng(0)
@@ -208,36 +208,36 @@ def info(format, planes=1):
 
 
 @pytest.mark.parametrize(
-    ("format", "planes", "kind", "metadata", "suffix", "module"),
+    ("format", "planes", "kind", "metadata", "suffix", "function"),
     [
-        ("png", 1, "labels", {}, ".png", "png"),
-        ("jpeg", 1, "labels", {}, ".png", "png"),
-        ("jpeg", 1, "entropy", {}, ".tif", "tiff"),
-        ("gif", 2, "labels", {}, ".tif", "tiff"),
-        ("tiff", 1, "labels", {}, ".tif", "tiff"),
-        ("ome-tiff", 3, "labels", {}, ".ome.tif", "tiff"),
-        ("slide", 1, "labels", {}, ".ome.tif", "tiff"),
-        ("geotiff", 1, "entropy", {}, ".tif", "geotiff"),
-        ("nifti", 9, "labels", {}, ".nii.gz", "nifti"),
-        ("dicom", 9, "labels", {"affine": 1}, ".nii.gz", "nifti"),
-        ("dicom", 9, "labels", {"affine": 1, "even": False}, ".dcm", "dicom_seg"),
-        ("dicom", 9, "entropy", {"affine": 1, "even": False}, ".tif", "tiff"),
-        ("dicom", 1, "labels", {"rows": 1}, ".png", "png"),
-        ("zarr", 2, "labels", {}, ".zarr", "ome_zarr"),
-        ("ome-zarr", 2, "labels", {}, ".ome.zarr", "ome_zarr"),
-        ("npy", 1, "labels", {}, ".npy", "npy"),
+        ("png", 1, "labels", {}, ".png", "write_png_labels"),
+        ("jpeg", 1, "labels", {}, ".png", "write_png_labels"),
+        ("jpeg", 1, "entropy", {}, ".tif", "write_tiff"),
+        ("gif", 2, "labels", {}, ".tif", "write_tiff"),
+        ("tiff", 1, "labels", {}, ".tif", "write_tiff"),
+        ("ome-tiff", 3, "labels", {}, ".ome.tif", "write_ome_tiff"),
+        ("slide", 1, "labels", {}, ".ome.tif", "write_ome_tiff"),
+        ("geotiff", 1, "entropy", {}, ".tif", "write_geotiff"),
+        ("nifti", 9, "labels", {}, ".nii.gz", "write_nifti"),
+        ("dicom", 9, "labels", {"affine": 1}, ".nii.gz", "write_nifti"),
+        ("dicom", 9, "labels", {"affine": 1, "even": False}, ".dcm", "write_dicom_seg"),
+        ("dicom", 9, "entropy", {"affine": 1, "even": False}, ".tif", "write_tiff"),
+        ("dicom", 1, "labels", {"rows": 1}, ".png", "write_png_labels"),
+        ("zarr", 2, "labels", {}, ".zarr", "write_zarr"),
+        ("ome-zarr", 2, "labels", {}, ".ome.zarr", "write_ome_zarr"),
+        ("npy", 1, "labels", {}, ".npy", "write_npy"),
     ],
 )
-def test_the_same_format_out_as_in(format, planes, kind, metadata, suffix, module):
+def test_the_same_format_out_as_in(format, planes, kind, metadata, suffix, function):
     found, writer = choose_writer(info(format, planes), kind, metadata=metadata)
-    assert (found, writer.__module__) == (suffix, f"pixelwise.formats.sinks.{module}")
+    assert (found, writer.__name__) == (suffix, function)
 
 
 def test_every_writer_exists():
     for name, writer in WRITERS.items():
         format = {"nifti": "nifti", "dicom-seg": "dicom"}.get(name, "png")
         suffix, function = choose_writer(info(format), "labels", name)
-        assert suffix == writer.suffix
+        assert suffix == writer.suffixes[0]
         assert callable(function)
 
 
@@ -267,7 +267,7 @@ def test_refusals_list_what_is_possible(format, planes, kind, wanted, message):
 )
 def test_maps_take_another_format_where_the_one_of_the_labels_cannot_hold_them(format, wanted, suffix):
     assert choose_writer(info(format), "entropy", wanted)[0] == suffix
-    assert choose_writer(info(format), "labels", wanted)[0] == WRITERS[wanted].suffix
+    assert choose_writer(info(format), "labels", wanted)[0] == WRITERS[wanted].suffixes[0]
 
 
 def test_attributes_are_json(tmp_path):

@@ -428,7 +428,7 @@ def test_only_a_few_frames_are_kept(tmp_path, monkeypatch):
     path = saved(image(frames[0], NumberOfFrames=6, PixelData=frames.tobytes()), tmp_path / "a.dcm")
     with open_dicom(path) as source:
         assert (whole(source)[..., 0] == frames).all()
-        assert len(source._kept) == 3
+        assert source._stored.cache_info().currsize == 3
 
 
 def test_many_threads_read_at_once(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import os
 import random
 from concurrent.futures import ThreadPoolExecutor
 
+import imagecodecs
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -15,11 +16,11 @@ from PIL import Image
 from pixelwise.errors import DataError, UsageError
 from pixelwise.formats import image as images
 from pixelwise.formats import local
-from pixelwise.formats.blocks import BlockCache, Bytes, StoredArray
-from pixelwise.formats.image import is_image, open_image
+from pixelwise.formats.image import open_image
 from pixelwise.formats.local import Identity, Stamp, fingerprint, readable
-from pixelwise.formats.npy import is_npy, open_npy
+from pixelwise.formats.npy import open_npy
 from pixelwise.formats.readers import read_image
+from pixelwise.formats.registry import format_of, is_picture
 
 RNG = np.random.default_rng(0)
 RGB = RNG.integers(0, 255, (40, 60, 3), dtype=np.uint8)
@@ -87,65 +88,6 @@ def test_readable_names_the_file_once():
         raise KeyboardInterrupt
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(data=st.data(), shape=st.lists(st.integers(1, 9), min_size=1, max_size=4))
-def test_boxes_of_stored_arrays(data, shape):
-    array = np.arange(np.prod(shape), dtype=">u2").reshape(shape)
-    box = []
-    for length in shape:
-        start = data.draw(st.integers(0, length - 1))
-        box.append((start, data.draw(st.integers(start + 1, length))))
-    content = b"head" + array.tobytes()
-    stored = StoredArray(Bytes(lambda: io.BytesIO(content)), 4, tuple(shape), array.dtype)
-    np.testing.assert_array_equal(stored.read(box), array[tuple(slice(*part) for part in box)])
-    assert stored.end == len(content)
-
-
-def test_only_the_bytes_of_a_window_are_read():
-    asked = []
-
-    class Counting(io.BytesIO):
-        def read(self, size=-1):
-            asked.append(size)
-            return super().read(size)
-
-    content = bytes(3 * 1000 * 1000)
-    stored = StoredArray(Bytes(lambda: Counting(content)), 0, (1000, 1000, 3), np.dtype("uint8"))
-    stored.read([(10, 20), (0, 1000), (0, 3)])
-    assert asked == [30_000]
-    asked.clear()
-    stored.read([(0, 1000), (5, 10), (0, 3)])
-    assert sum(asked) < 30_000
-
-
-def test_bytes_that_are_not_there():
-    file = Bytes(lambda: io.BytesIO(b"abc"))
-    for offset, size in ((2, 2), (-1, 1), (0, -1), (10**12, 1)):
-        with pytest.raises(EOFError):
-            file.read(offset, size)
-    file.close()
-    with pytest.raises(OSError, match="closed"):
-        file.read(0, 1)
-
-
-def test_the_cache_forgets_the_oldest_and_makes_nothing_twice():
-    cache, made = BlockCache(max_bytes=20), []
-
-    def block(name):
-        return cache.get(name, lambda: made.append(name) or np.zeros(8, np.uint8))
-
-    for name in "abacab":
-        block(name)
-    assert made == ["a", "b", "c", "b"]
-    with pytest.raises(ValueError, match="no"):
-        cache.get("x", lambda: (_ for _ in ()).throw(ValueError("no")))
-    assert cache.get("x", lambda: np.ones(1)).tolist() == [1]
-    with ThreadPoolExecutor(8) as pool:
-        made.clear()
-        list(pool.map(block, ["z"] * 50))
-    assert made == ["z"]
-
-
 def _save(path, form, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -160,7 +102,7 @@ def test_windows_of_images_are_slices(tmp_path, form, orientation, data):
     path = tmp_path / "a.png"
     _save(path, form, orientation)
     whole = read_image(path)
-    assert is_image(path.read_bytes()[:4096], "a.dat")
+    assert is_picture(path.read_bytes()[:4096])
     with open_image(str(path)) as source:
         info = source.info
         assert (info.height, info.width, info.channels, info.dtype) == (*whole.shape, whole.dtype.name)
@@ -171,7 +113,8 @@ def test_windows_of_images_are_slices(tmp_path, form, orientation, data):
 
 def test_images_are_decoded_once_and_late(tmp_path, monkeypatch):
     decoded = []
-    monkeypatch.setattr(images, "read_image", lambda path: decoded.append(path) or read_image(path))
+    pixels = images._pixels
+    monkeypatch.setattr(images, "_pixels", lambda *given: decoded.append(given) or pixels(*given))
     Image.fromarray(RGB).save(tmp_path / "a.png")
     with open_image(str(tmp_path / "a.png")) as source:
         assert not decoded
@@ -186,12 +129,64 @@ def test_images_are_decoded_once_and_late(tmp_path, monkeypatch):
             source.check_unchanged()
 
 
-def test_an_image_that_shrinks_between_opening_and_reading(tmp_path):
+def test_masks_are_read_as_stored(tmp_path):
+    grey, bits = RGB[..., 0], RGB[..., 0] > 100
+    deep, floats = grey.astype(np.uint16) * 200, Image.fromarray(grey.astype(np.float32))
+    indexed = Image.fromarray(grey % 7)
+    indexed.putpalette([value for color in range(9) for value in (color, 255 - color, 7)])
+    opaque = Image.fromarray(RGB)
+    opaque.putalpha(255)
+    for name, picture, wanted in (
+        ("p.png", indexed, grey % 7),
+        ("p.gif", indexed, grey % 7),
+        ("grey.png", Image.fromarray(grey), grey),
+        ("deep.png", Image.fromarray(deep), deep),
+        ("bits.png", Image.fromarray(bits), bits * 255),
+        ("rgba.png", opaque, RGB),
+        ("floats.pfm", floats, grey),
+    ):
+        picture.save(tmp_path / name, **({"format": "PPM"} if name.endswith("pfm") else {}))
+        with open_image(str(tmp_path / name), labels=True) as source:
+            info, found = source.info, source.read(0, 0, 40, 60)
+            np.testing.assert_array_equal(found, wanted if wanted.ndim == 3 else wanted[..., None])
+            assert found.dtype.kind in "ui" and (found.dtype.name, found.shape[2]) == (info.dtype, info.channels), name
+            assert ("palette" in source.metadata) == name.startswith("p."), name
+            assert not name.startswith("p.") or source.metadata["palette"][3] == (3, 252, 7)
+    Image.fromarray(grey.astype(np.float32) / 7).save(tmp_path / "a.pfm", format="PPM")
+    with open_image(str(tmp_path / "a.pfm"), labels=True) as source, pytest.raises(DataError, match="not whole"):
+        source.read(0, 0, 40, 60)
+    (tmp_path / "a.png").write_bytes(imagecodecs.png_encode(RGB.astype(np.uint16)))
+    with pytest.raises(DataError, match=r"a\.png: it has 3 channels of uint16; a mask has"):
+        open_image(str(tmp_path / "a.png"), labels=True)
+
+
+@pytest.mark.parametrize("shape", [(40, 60, 3), (400, 600, 3)])
+def test_an_image_that_is_replaced_between_opening_and_reading(tmp_path, shape):
+    Image.fromarray(RNG.integers(0, 255, shape, dtype=np.uint8)).save(tmp_path / "a.png")
+    with open_image(str(tmp_path / "a.png")) as source:
+        Image.fromarray(RGB[:9]).save(tmp_path / "a.png")
+        with pytest.raises(DataError, match=r"a\.png: the file (changed|is damaged)"):
+            source.read(0, 0, 9, 9)
+
+
+def test_an_image_that_is_not_closed_leaves_nothing_open(tmp_path):
     Image.fromarray(RGB).save(tmp_path / "a.png")
-    source = open_image(str(tmp_path / "a.png"))
-    Image.fromarray(RGB[:9]).save(tmp_path / "a.png")
-    with pytest.raises(DataError, match=r"a\.png: its header says"):
-        source.read(0, 0, 9, 9)
+    for _ in range(3):  # a file left open would be a ResourceWarning
+        open_image(str(tmp_path / "a.png"))
+    with open_image(str(tmp_path / "a.png")) as source:
+        first = source.read(0, 0, 40, 60)
+    np.testing.assert_array_equal(source.read(0, 0, 40, 60), first)  # opened again
+
+
+def test_orientation_that_stands_behind_the_pixels(tmp_path):
+    _save(tmp_path / "a.png", "PNG", 6)
+    content = (tmp_path / "a.png").read_bytes()
+    start = content.index(b"eXIf") - 4
+    end = start + 12 + int.from_bytes(content[start : start + 4], "big")
+    moved = content[:start] + content[end:-12] + content[start:end] + content[-12:]
+    (tmp_path / "b.png").write_bytes(moved)
+    np.testing.assert_array_equal(read_image(tmp_path / "b.png"), read_image(tmp_path / "a.png"))
+    assert read_image(tmp_path / "b.png").shape == (60, 40, 3)
 
 
 def _npy(path, array, **options):
@@ -253,6 +248,39 @@ def test_arrays_that_are_no_images(tmp_path, array, message):
         open_npy(_npy(tmp_path / "a.npy", array))
 
 
+@pytest.mark.parametrize("fortran", [False, True])
+@pytest.mark.parametrize(
+    ("array", "planes", "dtype"),
+    [
+        (np.arange(12, dtype=np.int16).reshape(3, 4), 1, "int16"),
+        (np.arange(24).reshape(2, 3, 4), 2, "int64"),
+        (np.arange(24, dtype=np.float32).reshape(2, 3, 4, 1), 2, "int64"),
+        (np.arange(12).reshape(3, 4, 1), 1, "int64"),
+        (np.arange(36, dtype=np.uint8).reshape(3, 4, 3), 1, "uint8"),
+        (np.eye(3, 4, dtype=bool), 1, "uint8"),
+    ],
+)
+def test_npy_as_a_mask(tmp_path, array, planes, dtype, fortran):
+    channels = 3 if array.shape == (3, 4, 3) else 1
+    path = _npy(tmp_path / "a.npy", np.asfortranarray(array) if fortran else array)
+    with open_npy(path, labels=True) as source:
+        assert (source.info.planes, source.info.channels, source.info.dtype) == (planes, channels, dtype)
+        got = np.stack([source.read(0, 0, 3, 4, plane) for plane in range(planes)])
+    assert got.dtype == dtype
+    np.testing.assert_array_equal(got, array.reshape(planes, 3, 4, channels) * (255 if array.dtype == bool else 1))
+
+
+def test_npy_that_is_no_mask(tmp_path):
+    halves = _npy(tmp_path / "a.npy", np.full((3, 4), 0.5))
+    with (
+        open_npy(halves, labels=True) as source,
+        pytest.raises(DataError, match=r"a\.npy: .*float64 that are not whole"),
+    ):
+        source.read(0, 0, 3, 4)
+    with pytest.raises(DataError, match=r"a\.npy: it has 2 channels of uint8; a mask has one, or 8-bit RGB"):
+        open_npy(_npy(tmp_path / "a.npy", np.zeros((2, 3, 4, 2), np.uint8)), labels=True)
+
+
 def test_nan_in_an_array_names_the_window(tmp_path):
     array = np.zeros((9, 9), np.float32)
     array[4, 5] = np.inf
@@ -303,5 +331,5 @@ def test_damaged_files_give_pixels_or_a_data_error(tmp_path):
 
 
 def test_what_is_what():
-    assert is_npy(b"\x93NUMPY\x01\0", "a") and not is_npy(b"PK", "a.npy")
-    assert is_image(b"RIFF1234WEBP", "") and not is_image(b"RIFF1234WAVE", "a.webp") and not is_image(b"", "a.png")
+    assert format_of(b"\x93NUMPY\x01\0", "a") == "npy"
+    assert is_picture(b"RIFF1234WEBP") and not is_picture(b"RIFF1234WAVE") and not is_picture(b"")

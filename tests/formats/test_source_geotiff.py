@@ -15,9 +15,11 @@ from rasterio.control import GroundControlPoint
 from rasterio.transform import Affine
 
 from pixelwise.errors import DataError, UsageError
+from pixelwise.formats import open_source
 from pixelwise.formats.geotiff import is_geotiff, open_geotiff
 from pixelwise.formats.local import Identity
 from pixelwise.formats.readers import read_image
+from pixelwise.formats.tiff import open_tiff
 
 UTM = {"crs": "EPSG:32633", "transform": Affine(10, 0, 5e5, 0, -10, 5e6)}
 TURNED = Affine(10, 0, 5e5, 0, -10, 5e6) @ Affine.rotation(30)
@@ -102,7 +104,7 @@ def test_any_window_is_that_part_of_the_whole(tiled, data):
     assert np.array_equal(source.valid(top, left, height, width), ~empty)
 
 
-def test_pixels_mean_what_they_mean_to_read_image(tmp_path):
+def test_pixels_are_those_that_the_reader_of_tiff_gives(tmp_path):
     one, colors = random_image(1), {index: (index, 255 - index, 7, 255) for index in range(256)}
     bits = {"nbits": 1}
     files = {
@@ -117,9 +119,10 @@ def test_pixels_mean_what_they_mean_to_read_image(tmp_path):
         "half floats": write(tmp_path / "h.tif", random_image(2, dtype="float32"), nbits=16),
     }
     for name, path in files.items():
-        with open_geotiff(path) as source:
-            assert np.array_equal(whole(source), read_image(path)), name
-            assert source.info.channels == read_image(path).shape[2], name
+        with open_geotiff(path) as source, open_tiff(path) as other:
+            assert np.array_equal(whole(source), whole(other)), name
+            assert source.info.channels == other.info.channels, name
+        assert np.array_equal(read_image(path), whole(open_geotiff(path))), name
 
 
 def test_jpeg_colours_are_rgb(tmp_path):
@@ -329,14 +332,47 @@ def test_a_change_while_it_is_read_is_noticed(tmp_path):
         assert source.fingerprint() != before
 
 
-def test_claims_that_the_file_cannot_hold_are_refused(tmp_path):
-    for name, size, tile in (("block", 80_000, 40_000), ("all", 400_000, 8192)):
-        path = tmp_path / f"{name}.tif"
-        kind = {"driver": "GTiff", "width": size, "height": size, "count": 1, "dtype": "uint32", "sparse_ok": True}
-        with rasterio.open(path, "w", **kind, **UTM, tiled=True, blockxsize=tile, blockysize=tile, compress="lzw"):
-            pass
-        with pytest.raises(DataError, match=rf"{name}\.tif: .*(GiB|cannot hold)"):
-            open_geotiff(str(path))
+def test_a_block_larger_than_memory_costs_one_error(tmp_path):
+    path = tmp_path / "block.tif"
+    kind = {"driver": "GTiff", "width": 80_000, "height": 80_000, "count": 1, "dtype": "uint32", "sparse_ok": True}
+    with rasterio.open(path, "w", **kind, **UTM, tiled=True, blockxsize=40_000, blockysize=40_000, compress="lzw"):
+        pass
+    with pytest.raises(DataError, match=r"block\.tif: "), open_source(path) as source:
+        source.read(0, 0, 9, 9)
+    with open_source(write(tmp_path / "a.tif", random_image())) as source:
+        assert source.info.format == "geotiff" and np.array_equal(whole(source), last(random_image()))
+
+
+def test_masks_are_read_as_stored(tmp_path):
+    one, colors = random_image(1), {index: (index, 255 - index, 7, 255) for index in range(256)}
+    bits, palette = one % 2, {"colormap": colors, "nodata": 5}
+    for name, wanted, array, profile in (
+        ("palette", one, one, palette),
+        ("white is zero", one, one, {"photometric": "miniswhite"}),
+        ("16 bit", one.astype("uint16") * 300, one.astype("uint16") * 300, {"nodata": 300}),
+        ("bits", bits * 255, bits, {"nbits": 1, "photometric": "miniswhite"}),
+        ("whole floats", one, one.astype("float32"), {}),
+        ("colours", random_image(3), random_image(3), {}),
+        ("colours and opacity", random_image(4)[:3], random_image(4), {"photometric": "rgb", "alpha": "yes"}),
+    ):
+        with open_geotiff(write(tmp_path / "m.tif", array, **profile), labels=True) as source:
+            found = whole(source)
+            assert np.array_equal(found, last(wanted)), name
+            assert (found.shape[2], found.dtype.name) == (source.info.channels, source.info.dtype), name
+            assert found.dtype.kind in "ui", name
+            assert ("palette" in source.metadata) == (name == "palette"), name
+    with open_geotiff(write(tmp_path / "m.tif", one, **palette), labels=True) as source:
+        assert source.metadata["palette"][3] == (3, 252, 7)
+        assert np.array_equal(source.valid(0, 0, 70, 90), one[0] != 5)
+
+
+def test_what_is_no_mask_is_refused(tmp_path):
+    for array in (random_image(2), random_image(3, dtype="uint16")):
+        with pytest.raises(DataError, match=r"m\.tif: it has . bands of .*a mask has"):
+            open_geotiff(write(tmp_path / "m.tif", array), labels=True)
+    path = write(tmp_path / "m.tif", random_image(1, dtype="float32") / 7)
+    with pytest.raises(DataError, match=r"m\.tif: .*not whole"), open_geotiff(path, labels=True) as source:
+        whole(source)
 
 
 def try_all(path):

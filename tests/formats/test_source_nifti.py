@@ -69,7 +69,6 @@ def test_windows_are_parts_of_the_whole(tmp_path, monkeypatch, data):
     dtype = data.draw(st.sampled_from(["u1", "<i2", ">i2", ">f4", "<f8", "<u4", "<i8"]))
     axis = data.draw(st.integers(0, 2))
     monkeypatch.setattr(nifti, "_SLAB_BYTES", data.draw(st.sampled_from([1, 60, 10**6])))
-    monkeypatch.setattr(nifti, "_READ_BYTES", data.draw(st.sampled_from([1, 50, 10**6])))
     header = nib.Nifti1Header(endianness=">" if dtype.startswith(">") else "<")
     header.set_data_dtype(dtype)
     image = nib.Nifti1Image(numbers(shape, dtype[-2:]), OBLIQUE, header)
@@ -157,6 +156,42 @@ def test_colours_are_three_channels(tmp_path):
         with open_nifti(saved(tmp_path / "a.nii", volume), axis=axis) as source:
             assert (source.info.channels, source.info.dtype) == (3, "uint8")
             assert (whole(source) == np.moveaxis(colors, axis, 0).swapaxes(1, 2)).all()
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_labels_are_whole_numbers(tmp_path, axis):
+    volume = numbers((4, 5, 6), np.int16) - 3
+    files = {
+        "stored": (saved(tmp_path / "a.nii.gz", volume), volume, "int16"),
+        "floats": (saved(tmp_path / "b.nii", volume.astype(np.float32)), volume, "int64"),
+        "scaled": (str(tmp_path / "c.nii"), volume * 2 + 1, "int64"),
+    }
+    image = nib.Nifti1Image(volume, OBLIQUE)
+    image.header.set_slope_inter(2, 1)
+    with (tmp_path / "c.nii").open("wb") as file:  # nibabel's own saving would choose another slope
+        image.header["vox_offset"] = 352
+        image.header.write_to(file)
+        file.write(volume.tobytes("F"))
+    for path, want, dtype in files.values():
+        with open_nifti(path, axis=axis, labels=True) as source:
+            assert source.info.dtype == dtype and "intensity" not in source.metadata
+            planes = whole(source)
+            assert planes.dtype == dtype
+            assert (planes[..., 0] == np.stack([KEPT[axis](want, k) for k in range(want.shape[axis])])).all()
+
+
+def test_colours_as_labels(tmp_path):
+    colors = np.random.default_rng(0).integers(0, 255, (4, 5, 3, 3)).astype(np.uint8)
+    volume = np.ascontiguousarray(colors).view([("R", "u1"), ("G", "u1"), ("B", "u1")]).reshape(4, 5, 3)
+    with open_nifti(saved(tmp_path / "a.nii", volume), labels=True) as source:
+        assert (source.info.channels, source.info.dtype) == (3, "uint8")
+        assert (whole(source) == colors.transpose(2, 1, 0, 3)).all()
+
+
+def test_numbers_that_are_not_whole_are_no_labels(tmp_path):
+    path = saved(tmp_path / "a.nii", np.full((2, 2, 2), 0.5, np.float32))
+    with open_nifti(path, labels=True) as source, pytest.raises(DataError, match=r"a\.nii: .*not whole"):
+        whole(source)
 
 
 def test_many_threads_read_at_once(tmp_path):

@@ -18,6 +18,7 @@ from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
 from pixelwise.errors import DataError, UsageError
 from pixelwise.formats import FORMATS, SOURCE_SUFFIXES, open_source
+from pixelwise.formats.registry import likely_suffix, stem_of
 
 IMAGE = np.random.default_rng(0).integers(0, 255, (40, 50, 3), dtype=np.uint8)
 
@@ -145,7 +146,7 @@ def test_options_go_to_the_format_that_has_them(tmp_path):
     picture = write(tmp_path, "png")
     with open_source(picture, channels=3, axis=None) as source:
         assert source.info.channels == 3
-    with pytest.raises(UsageError, match=r"a\.png: its format \(image\) has no option axis; it has no options\."):
+    with pytest.raises(UsageError, match=r"a\.png: its format \(png\) has no option axis; it has no options\."):
         open_source(picture, axis=1)
     with pytest.raises(UsageError, match=r"a\.nii: its format \(nifti\) has no option level; it has axis, intensity"):
         open_source(volume, level=1)
@@ -158,8 +159,10 @@ def test_a_format_can_be_forced(tmp_path):
             assert source.info.format == "tiff"
     with pytest.raises(DataError, match=r"a\.tif: "):
         open_source(path, format="npy")
-    with pytest.raises(UsageError, match=r"format 'tif' is not known; possible are dicom, slide, geotiff, tiff"):
-        open_source(path, format="tif")
+    with open_source(path, format="tif") as source:
+        assert source.info.format == "tiff"
+    with pytest.raises(UsageError, match=r"format 'heic' is not known; possible are png, jpeg, .*dicom, .*tiff"):
+        open_source(path, format="heic")
 
 
 @pytest.mark.parametrize(
@@ -217,7 +220,21 @@ def test_damage_of_all_formats_ends_in_one_error(tmp_path, kind):
 def test_suffixes_and_formats():
     assert {".png", ".tif", ".svs", ".npy", ".dcm", ".nii.gz", ".zarr"} <= set(SOURCE_SUFFIXES)
     assert all(suffix == suffix.lower() and suffix[0] == "." for suffix in SOURCE_SUFFIXES)
-    assert len(FORMATS) == 8
+    assert all(known.opens or known.creates for known in FORMATS.values())
+    assert [stem_of(name) for name in ("a.png", "brain.v2.nii.gz", "cells.ome.tif", "IM0001")] == [
+        "a",
+        "brain.v2",
+        "cells",
+        "IM0001",
+    ]
+    assert [likely_suffix(name) for name in ("a.jpg", "a.tif", "a.svs", "a.dcm", "a.ome.zarr", "a")] == [
+        ".png",
+        ".tif",
+        ".ome.tif",
+        ".nii.gz",
+        ".ome.zarr",
+        ".png",
+    ]
 
 
 def test_nothing_heavy_is_imported_before_a_file_needs_it():

@@ -5,6 +5,7 @@ import json
 import re
 import threading
 import time
+import zipfile
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -19,7 +20,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pixelwise.errors import DataError, UsageError
-from pixelwise.formats import SOURCE_SUFFIXES, open_source, protocols, ranges
+from pixelwise.formats import SOURCE_SUFFIXES
+from pixelwise.formats.registry import open_in_process as open_source  # where requests can be counted
 from pixelwise.formats.remote import (
     RemoteStamp,
     fingerprint,
@@ -27,9 +29,11 @@ from pixelwise.formats.remote import (
     list_images,
     local_path,
     localise,
+    objects,
     opener,
     read_range,
     shown,
+    urls,
 )
 
 IMAGE = np.random.default_rng(0).integers(0, 255, (1600, 1700, 3), dtype=np.uint8)
@@ -286,7 +290,7 @@ def test_zarr_over_http(web, tmp_path):
     ],
 )
 def test_errors_of_servers_hold_no_secret(web, way, message, monkeypatch):
-    monkeypatch.setattr(ranges.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(urls.time, "sleep", lambda seconds: None)
     url = f"{web.replace('http://', f'http://me:{SECRET}@')}/{way}?signature={SECRET}"
     with pytest.raises(DataError, match=message) as caught, open_source(url) as source:
         source.read(0, 0, 9, 9)
@@ -316,7 +320,7 @@ def fresh():
 
 
 def test_no_network(fresh, monkeypatch):
-    monkeypatch.setattr(ranges.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(urls.time, "sleep", lambda seconds: None)
     with pytest.raises(DataError, match=r"^http://127\.0\.0\.1:9/a\.tif: the server cannot be reached"):
         open_source("http://127.0.0.1:9/a.tif")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
@@ -339,7 +343,7 @@ def test_no_credentials(fresh, monkeypatch):
 
 
 def test_no_answer(fresh, web, monkeypatch):
-    monkeypatch.setattr(protocols, "READ_S", 0.2)
+    monkeypatch.setattr(urls, "READ_S", 0.2)
     with pytest.raises(DataError, match=r"the server did not answer in time"):
         open_source(f"{web}/hangs/a.png")
 
@@ -415,8 +419,9 @@ def test_files_of_ranges_read_as_files(parts, block):
     content = bytes(np.random.default_rng(1).integers(0, 255, 1000, dtype=np.uint8))
     fsspec.filesystem("memory").pipe("/ranges.bin", content)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ranges, "BLOCK_BYTES", block)
-        patch.setattr(ranges, "CACHED_BLOCKS", 3)
+        patch.setattr(objects, "BLOCK_BYTES", block)
+        patch.setattr(objects, "CACHED_BLOCKS", 3)
+        patch.setattr(objects, "_UNCACHED_BYTES", 300)
         with opener("memory://ranges.bin")() as file, io.BytesIO(content) as plain:
             for start, count in parts:
                 assert file.seek(start) == plain.seek(start)
@@ -427,6 +432,27 @@ def test_files_of_ranges_read_as_files(parts, block):
             assert file.seek(-3, io.SEEK_END) == 997
             assert file.read() == content[-3:]
     assert read_range("memory://ranges.bin", 990, 2000) == content[990:]
+
+
+def test_zip_archives_and_shards_behind_urls(memory, web, tmp_path):
+    with zarr.storage.ZipStore(tmp_path / "a.zarr.zip", mode="w") as store:
+        made = zarr.create_array(store, shape=(60, 70, 3), dtype="u1", chunks=(10, 10, 3), shards=(30, 30, 3))
+        made[:] = IMAGE[:60, :70]
+    content = (tmp_path / "a.zarr.zip").read_bytes()
+    memory.pipe("/in/a.zarr.zip", content)
+    Web.files["a.zarr.zip"] = content
+    for url in ("memory://in/a.zarr.zip", f"{web}/good/a.zarr.zip"):
+        with open_source(url) as source:
+            assert np.array_equal(source.read(5, 6, 40, 50), IMAGE[5:45, 6:56])
+            assert len(source.fingerprint()) == 64
+            source.check_unchanged()
+    with zipfile.ZipFile(tmp_path / "a.zarr.zip") as archive:
+        Web.files |= {f"shards.zarr/{name}": archive.read(name) for name in archive.namelist()}
+    with open_source(f"{web}/good/shards.zarr") as source:
+        assert np.array_equal(source.read(5, 6, 4, 5), IMAGE[5:9, 6:11])
+    refused = pytest.raises(DataError, match=r"shards\.zarr.*: the server cannot send parts of it")
+    with open_source(f"{web}/plain/shards.zarr") as source, refused:  # whole shards come, whatever is asked for
+        source.read(5, 6, 4, 5)
 
 
 def test_copies_need_room(memory, monkeypatch, tmp_path):
@@ -444,6 +470,6 @@ def test_copies_need_room(memory, monkeypatch, tmp_path):
     with pytest.raises(DataError, match="10 bytes came, though the server said 1,000"):
         localise("memory://a.bin", tmp_path, stamp)
     assert not list(tmp_path.iterdir())
-    memory.pipe("/..hid%2fden?.tif", b"x")
-    with localise("memory://..hid%2fden", tmp_path, RemoteStamp(0)) as copy:
+    memory.pipe("/..hid%2fden", b"x")
+    with localise("memory://..hid%2fden", tmp_path) as copy:
         assert copy.path.name == "hid_2fden"

@@ -19,11 +19,10 @@ from scipy import ndimage
 from pixelwise.data.labels import LabelSpec
 from pixelwise.errors import PixelwiseError, UsageError
 from pixelwise.formats import SourceInfo
-from pixelwise.formats.coco import Runs
-from pixelwise.formats.geojson_outlines import simplify, with_shared_corners
+from pixelwise.formats import geojson as geojson_module
+from pixelwise.formats.coco import Runs, write_coco
+from pixelwise.formats.geojson import simplify, with_shared_corners, write_geojson
 from pixelwise.formats.sinks import Result
-from pixelwise.formats.vector import write_coco, write_geojson
-from pixelwise.infer import vector_outlines
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning"),
@@ -214,7 +213,7 @@ def test_planes_are_told_and_rows_are_asked_for_in_bands(tmp_path):
 
 
 def test_more_corners_than_memory_should_hold_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(vector_outlines, "MAX_CORNERS", 1000)
+    monkeypatch.setattr(geojson_module, "MAX_CORNERS", 1000)
     with pytest.raises(PixelwiseError, match=r"more than 1,000 corners.*--min-area"):
         write_geojson(tmp_path / "a.geojson", result_of(noise(50, 50)))
     assert not list(tmp_path.iterdir())

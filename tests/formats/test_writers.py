@@ -5,8 +5,8 @@ from PIL import Image, PngImagePlugin
 
 from pixelwise.data.labels import LabelSpec
 from pixelwise.errors import PixelwiseError, UsageError
+from pixelwise.formats.png import label_image, read_mark, write_png
 from pixelwise.formats.readers import read_mask
-from pixelwise.formats.writers import label_image, read_mark, write_png
 from pixelwise.infer.overlay import blend, displayable
 
 SPEC = LabelSpec(names=("sky", "road"), colors=((10, 20, 250), (90, 80, 70)), values=((3,), (4,)))

@@ -189,12 +189,6 @@ def test_the_arrays_are_not_changed():
     assert np.array_equal(prediction, before) and np.array_equal(truth, read_only)
 
 
-def test_reset_forgets():
-    confusion = _count([0, 1], [1, 1], 2)
-    confusion.reset()
-    assert confusion.matrix.sum() == 0 and "pixels=0" in repr(confusion)
-
-
 def test_values_outside_the_classes_are_named_with_their_counts(monkeypatch):
     monkeypatch.setattr(module, "CHUNK_PX", 7)  # the count is of the whole image, not of a piece
     truth = np.full((10, 10), 3)

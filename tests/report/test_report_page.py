@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import typer
 from PIL import Image
 from typer.testing import CliRunner
@@ -82,7 +83,7 @@ def test_a_whole_run_is_shown_whole(make_run):
         assert expected in page.text, expected
     assert page.text.count("errors") >= 6
     assert len(page.values("img", "src")) == 6 * 4
-    assert len([tag for tag, attrs in page.tags if tag == "svg"]) == 4 + 1 + 1
+    assert len([tag for tag, attrs in page.tags if tag == "svg"]) == 4 + 1
     assert 'class="note"' not in (run / "report.html").read_text()
 
 
@@ -138,7 +139,7 @@ def test_only_what_is_left_is_shown(make_run, tmp_path):
     bare.mkdir()
     shutil.copy(make_run() / "metrics.csv", bare)
     page = read(bare)
-    assert "Best mIoU in training" in page.text and page.text.count("is not in the run folder") == 4
+    assert "Best validation mIoU in training" in page.text and page.text.count("is not in the run folder") == 4
     shutil.copy(tmp_path / "my run" / "evaluation-test.json", bare)
     (bare / "metrics.csv").unlink()
     page = read(bare)
@@ -199,8 +200,8 @@ def test_a_yaml_that_repeats_itself_without_end_is_cut_short(make_run):
 def test_an_absent_class_is_named_and_undefined_scores_are_dashes(make_run, make_spec, make_scenes):
     run = make_run(curves=False, labels=make_spec(["road", "car", "unicorn"]), scenes=make_scenes(2, 6))
     page = read(run)
-    assert "In neither truth nor prediction, and so not in the means: unicorn." in page.text
-    assert "unicorn – – – – 0" in page.text and "A dash means undefined" in page.text
+    assert "Classes in neither truth nor prediction are left out of the means: unicorn." in page.text
+    assert "unicorn – – – – 0" in page.text and "A dash means that the score is undefined" in page.text
     assert "not in the truth" in page.text
 
 
@@ -214,6 +215,34 @@ def test_an_evaluation_without_pixels_is_shown_as_undefined(make_run):
     path.write_text(json.dumps(content))
     page = read(run)
     assert "mIoU, test – %" in page.text and "holds no scores of single images" not in page.text
+
+
+def cells(page: Page) -> dict[tuple[int, ...], tuple[str | None, float]]:
+    """Class and fill of each cell of the confusion matrix, by row and column."""
+    found = {}
+    for _, attrs in page.tags:
+        if match := re.match(r"grid-area:(\d+)/(\d+);--fill:([\d.]+)", attrs.get("style") or ""):
+            found[int(match[1]) - 3, int(match[2]) - 3] = ((attrs.get("class") or "").split()[0], float(match[3]))
+    return found
+
+
+def test_the_matrix_is_normalised_by_row_and_small_shares_are_blank(make_run, make_spec, make_scenes):
+    run = make_run(curves=False, labels=make_spec(["sky", "tree", "x" * 90]), scenes=make_scenes(3, 6))
+    path = run / "evaluation-test.json"
+    content = json.loads(path.read_text())
+    confusion = ConfusionMatrix(3)
+    confusion.matrix += torch.tensor([[996, 4, 0], [500, 0, 500], [0, 0, 0]])
+    path.write_text(json.dumps(content | {"matrix": confusion.matrix.tolist(), "scores": confusion.scores().to_dict()}))
+    page = read(run)
+    assert cells(page) == {
+        (0, 0): ("right", 1.0),
+        (1, 0): ("wrong", 0.63),
+        (1, 1): ("right", 0.0),
+        (1, 2): ("wrong", 0.63),
+        (2, 2): ("right", 0.0),
+    }
+    assert "100 50 50 not in the truth" in page.text
+    assert "tree predicted as sky: 50.0 %" in page.values("i", "title")
 
 
 @pytest.mark.parametrize("num_classes", [1, 2, 19, 40, 254])

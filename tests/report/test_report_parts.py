@@ -1,4 +1,4 @@
-"""Reading, wording, plots, pictures and the geometry of the confusion matrix, each on its own."""
+"""Reading, formatting, plots, pictures and the largest confusions, each on its own."""
 
 import base64
 import io
@@ -9,11 +9,11 @@ import pytest
 from PIL import Image
 
 from pixelwise.errors import DataError
-from pixelwise.report import pictures, wording
+from pixelwise.metrics import ConfusionMatrix
+from pixelwise.report import formatting, pictures
 from pixelwise.report.figures import Line, plot_histogram, plot_lines
-from pixelwise.report.matrix import draw_matrix, largest_confusions
-from pixelwise.report.reading import EvaluationFile, read_classes, read_metrics
-from pixelwise.report.sections import best_validation, training_curves
+from pixelwise.report.run_folder import EvaluationFile, read_classes, read_metrics
+from pixelwise.report.sections import best_validation, image_scores, largest_confusions, training_curves
 
 
 def write_metrics(folder, text):
@@ -38,12 +38,13 @@ def test_metrics_without_a_measurement_are_refused(tmp_path, text):
 
 
 def test_only_measured_quantities_are_plotted(tmp_path):
-    curves = training_curves(
+    summary, curves = training_curves(
         write_metrics(tmp_path, "step,train_loss\n" + "".join(f"{k},{9 / k}\n" for k in range(1, 9)))
     )
-    assert [curve.title for curve in curves.curves] == ["Loss"]
-    assert curves.curves[0].keys == (("--series-1", "training"),)
-    assert curves.summary == "8 steps."
+    assert [curve.title for curve in curves] == ["Loss"]
+    assert curves[0].legend == (("--series-1", "training"),)
+    assert summary == "8 steps."
+    assert training_curves(write_metrics(tmp_path, "step,epoch,lr\n1,1,0.1\n"))[0] == "1 step, 1 epoch."
 
 
 def test_the_best_validation_is_the_first_of_equals():
@@ -66,26 +67,11 @@ def test_a_histogram_counts_every_image():
     ElementTree.fromstring(plot_histogram([0.0, 1.0, 0.5]))
 
 
-def test_the_matrix_is_normalised_by_row_and_small_shares_are_blank():
-    drawing = draw_matrix([[996, 4, 0], [500, 0, 500], [0, 0, 0]], ["sky", "tree", "x" * 90])
-    assert {(cell.row, cell.column): round(cell.percent) for cell in drawing.cells} == {
-        (0, 0): 100,
-        (1, 0): 50,
-        (1, 2): 50,
-    }
-    assert drawing.empty_rows == (2,)
-    assert [cell.is_right for cell in drawing.cells] == [True, False, False]
-    assert len(drawing.labels[2]) == 24 and drawing.labels[2].endswith("…")
-    assert len(draw_matrix([[1]], ["道路" * 20]).labels[0]) == 12
-
-
-@pytest.mark.parametrize("num_classes", [1, 2, 11, 40, 120])
-def test_the_cells_of_the_matrix_lie_inside_the_drawing(num_classes):
-    drawing = draw_matrix(np.ones((num_classes, num_classes), int).tolist(), [f"class {k}" for k in range(num_classes)])
-    assert all(0 <= cell.x <= drawing.width - drawing.cell + 1e-6 for cell in drawing.cells)
-    assert all(0 <= cell.y <= drawing.height - drawing.cell + 1e-6 for cell in drawing.cells)
-    assert drawing.is_numbered == (num_classes <= 40)
-    assert drawing.font >= 8 or not drawing.is_numbered
+def test_the_lowest_images_come_first_and_equal_ones_by_name():
+    per_image = [{"name": name, "miou": miou} for name, miou in (("c", 0.2), ("b", 0.2), ("a", 0.9), ("d", None))]
+    scores = ConfusionMatrix(1).scores().to_dict()
+    _, lowest = image_scores(EvaluationFile(split="test", scores=scores, matrix=[[0]], per_image=per_image))
+    assert [image.name for image in lowest] == ["b", "c", "a"]
 
 
 def test_the_largest_confusions_are_counted_in_pixels():
@@ -131,12 +117,30 @@ def test_large_pictures_are_reduced_without_new_labels(make_run, make_spec, make
             assert found <= {*classes.colors, (0, 0, 0)}
 
 
-def test_numbers_are_worded_for_people():
-    assert wording.percent(1.0) == "100.0" and wording.percent(float("inf")) == wording.DASH
-    assert [wording.share(value) for value in (None, 0.0, 0.002, 0.5)] == ["–", "0", "0.20", "50.0"]
-    assert [wording.count(value) for value in (None, 0, 999_999, 10**6)] == ["–", "0", "999,999", "1.0 million"]
-    assert [wording.duration(value) for value in (None, 0.0, 59.99, 60, 3600, 90061)] == [
-        "–", "0.0 s", "60.0 s", "1 min", "1 h", "25 h 1 min",
+def test_numbers_are_formatted_for_people():
+    assert formatting.percent(0.6543) == "65.4" and formatting.percent(1.0) == "100.0"
+    assert formatting.percent(None) == formatting.percent(float("inf")) == formatting.DASH
+    assert [formatting.share(value) for value in (None, 0.0, 0.00001, 0.002, 0.0123, 0.5)] == [
+        "–", "0", "<0.01", "0.20", "1.2", "50.0",
     ]  # fmt: skip
-    assert wording.setting("x" * 5000).endswith("…") and len(wording.setting(list(range(5000)))) <= 600
-    assert wording.command_line("pixelwise train x") == "pixelwise train x"
+    assert [formatting.count(value) for value in (None, 0, 999_999, 10**6, 4_100_000_000)] == [
+        "–", "0", "999,999", "1.0 million", "4.1 billion",
+    ]  # fmt: skip
+    assert [formatting.plural(value, "image") for value in (0, 1, 2000)] == ["0 images", "1 image", "2,000 images"]
+    assert [formatting.duration(value) for value in (None, 0.0, 59.99, 60, 1745, 3600, 90061)] == [
+        "–", "0.0 s", "60.0 s", "1 min", "29 min 5 s", "1 h", "25 h 1 min",
+    ]  # fmt: skip
+
+
+def test_settings_are_formatted_as_text_of_bounded_length():
+    values = (True, None, 0.00050, [1, 2.5], 31_032_395)
+    assert [formatting.setting(value) for value in values] == ["yes", "–", "0.0005", "1, 2.5", "31,032,395"]
+    assert formatting.setting("x" * 5000).endswith("…") and len(formatting.setting(list(range(5000)))) <= 600
+    nested = {"optimiser": {"lr": 0.001, "clip": None}, "seed": 0}
+    assert formatting.flatten(nested) == [("optimiser.lr", "0.001"), ("optimiser.clip", "–"), ("seed", "0")]
+    united = {"crop_px": 320, "data": {"read_s": 75.0}, "memory_bytes": 3 << 29, "expected_seconds": 9, "steps": 9}
+    assert formatting.describe(united) == [
+        ("crop", "320 px"), ("data read", "1 min 15 s"), ("memory", "1.5 GiB"), ("expected", "9.0 s"), ("steps", "9"),
+    ]  # fmt: skip
+    assert formatting.command_line(["pixelwise", "train", "my data"]) == "pixelwise train 'my data'"
+    assert formatting.command_line("pixelwise train x") == "pixelwise train x"

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,8 +20,7 @@ from pixelwise.data.check import inspect_data
 from pixelwise.data.layouts import open_data
 from pixelwise.errors import DataError, UsageError
 from pixelwise.formats import LABELS, Result, Source, open_source
-from pixelwise.formats.dicom import open_dicom
-from pixelwise.formats.sinks.dicom_seg import write_dicom_seg
+from pixelwise.formats.dicom_seg import write_dicom_seg
 from pixelwise.infer.bundle import load_card
 from pixelwise.train import make_config, train
 from pixelwise.train.plan import epoch_pairs, make_plan
@@ -40,12 +38,6 @@ TINY = {
 }
 AFFINE = np.diag([0.7, 0.8, 2.5, 1.0])
 UTM = {"crs": "EPSG:32633", "transform": rasterio.Affine(10, 0, 5e5, 0, -10, 5e6)}
-
-
-SEGMENTATION = pytest.param(
-    "segmentation",
-    marks=pytest.mark.skipif("like" not in signature(open_dicom).parameters, reason="segmentations are not read yet"),
-)
 
 
 def volume(seed: int, shape: tuple[int, ...] = (24, 20, 5)) -> tuple[np.ndarray, np.ndarray]:
@@ -195,7 +187,7 @@ def write_segmentation(path: Path, folder: Path, labels: np.ndarray) -> None:
         )
 
 
-@pytest.mark.parametrize("kind", ["npy", "zarr", "dicom", SEGMENTATION])
+@pytest.mark.parametrize("kind", ["npy", "zarr", "dicom", "segmentation"])
 def test_formats_in_any_mixture(tmp_path: Path, kind: str) -> None:
     for index, split in enumerate(("train", "train", "val")):
         voxels, labels = volume(index)

@@ -1,4 +1,4 @@
-"""`pixelwise demo`: the whole way on drawn street scenes."""
+"""`pixelwise demo`: draw street scenes, train, evaluate and predict."""
 
 from pathlib import Path
 from typing import Annotated
@@ -10,8 +10,7 @@ SCENES = {"train": 400, "val": 40, "test": 60}
 SIZES = ((192, 256), (224, 288), (240, 320))  # (height, width)
 NEW_SIZES = ((200, 360), (320, 240), (270, 480))  # none of them was trained on
 
-# What learns most in a few minutes on two cores from drawn scenes: a narrow U-Net, and little augmentation, because the
-# scenes vary enough by themselves.
+# Chosen for a few minutes of training on two cores: a narrow U-Net, and little augmentation, because the scenes are diverse.
 SETTINGS = (
     "options.widths=[16, 32, 64, 96, 128]",
     "options.batch_norm=true",
@@ -26,12 +25,12 @@ SETTINGS = (
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="The folder for the scenes, the run and the labels.")] = Path("runs/demo"),
-    minutes: Annotated[float, typer.Option(help="Time to train.")] = 5.5,
+    out: Annotated[Path, typer.Option(help="Folder for the scenes, the run and the labels.")] = Path("runs/demo"),
+    minutes: Annotated[float, typer.Option(help="Training time in minutes.")] = 5.5,
 ) -> None:
-    """Draw street scenes, train on them, score, label new scenes of other sizes, write the report. Under 8 minutes.
+    """Draw street scenes, train a network, evaluate it, write the report and label new scenes, in under 8 minutes.
 
-    An interrupted demo goes on where it was.
+    An interrupted demo resumes where it stopped.
 
     Example: pixelwise demo
 
@@ -44,7 +43,7 @@ def demo(
     console = Console(soft_wrap=True)
     console.rule("1. Draw scenes with exact masks")
     data = write_scenes(out / "scenes", SCENES, sizes=SIZES)
-    console.print(f"{sum(SCENES.values()):,} scenes. What is in them: pixelwise inspect {data}")
+    console.print(f"{sum(SCENES.values()):,} scenes. To inspect them: pixelwise inspect {data}")
     console.rule("2. Train, evaluate, report")
     if (out / "config.yaml").exists():
         train(data, out=out, resume=True)
@@ -53,4 +52,4 @@ def demo(
     console.rule("3. Label new scenes of other sizes")
     new = write_scenes(out / "new", {"test": 6}, seed=1, sizes=NEW_SIZES)
     predict(out, [str(new / "test" / "images")], out=str(out / "labels"), overlay=True)
-    console.print(f"Open {out / 'report.html'} in a browser, and look at {out / 'labels'}.")
+    console.print(f"Report: {out / 'report.html'}. Labels of the new scenes: {out / 'labels'}.")

@@ -1,4 +1,4 @@
-"""`pixelwise models`: the networks, with paper, parameters, cost and stride, or how far each of them looks."""
+"""`pixelwise models`: the networks with paper, parameters, cost and stride, or with their receptive fields."""
 
 from collections.abc import Sequence
 from typing import Annotated
@@ -12,9 +12,9 @@ TILE_PX = 1024  # of the tiles whose cost is given
 
 
 def models(
-    pattern: Annotated[str, typer.Argument(help="Names to show; may hold * and ?.")] = "*",
+    pattern: Annotated[str, typer.Argument(help="Pattern of the names to list, with * and ? as wildcards.")] = "*",
     receptive_field: Annotated[
-        bool, typer.Option("--receptive-field", help="Measure instead how far each looks; some take a minute.")
+        bool, typer.Option("--receptive-field", help="Measure the receptive fields instead; some take a minute.")
     ] = False,
 ) -> None:
     """List the networks: name, trainable parameters, cost, coarsest stride, paper.
@@ -22,8 +22,8 @@ def models(
     Parameters and cost are those for 3 channels and 11 classes, the cost in billions of multiply-adds for one image of 360 x
     480 px (GMAC); the stride is in pixels.
 
-    With --receptive-field: the stride on which exact tiles start, how many pixels above, below, left and right of a pixel
-    its scores depend on, and what exact tiles of 1,024 px with a halo of that size compute, over one pass.
+    With --receptive-field: the stride to which exact tiles are aligned, the receptive field in pixels above, below, left and
+    right of a pixel, and the cost of exact tiles of 1,024 px with a halo of that size relative to one pass.
 
     Example: pixelwise models "unet*"
     """
@@ -40,6 +40,7 @@ def models(
 
 
 def _show_costs(names: Sequence[str]) -> None:
+    """Print a table of parameters, cost, stride and paper."""
     from pixelwise.models import describe_model
 
     table = Table("name", "parameters", "GMAC", "stride", "paper", box=SIMPLE)
@@ -56,7 +57,7 @@ def _show_costs(names: Sequence[str]) -> None:
 
 
 def _show_fields(names: Sequence[str]) -> None:
-    """A line for each network as soon as it is measured."""
+    """Print one line for each network as soon as it is measured."""
     import torch
 
     from pixelwise.models import create_model
@@ -65,7 +66,7 @@ def _show_fields(names: Sequence[str]) -> None:
     wide = max(map(len, names))
     typer.echo(f"{'name':{wide}}  stride  above  below   left  right  tiles of {TILE_PX:,} px cost")
     for name in names:
-        with torch.device("meta"):  # how a network is wired does not depend on its weights
+        with torch.device("meta"):  # the receptive field does not depend on the weights
             model = create_model(name, num_classes=11)
         field = receptive_field(model)
         if field.radius_px is None:

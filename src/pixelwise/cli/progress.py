@@ -11,7 +11,7 @@ LINE_EVERY_S = 60.0
 
 
 class TrainingProgress:
-    """Shows loss, mIoU, images/s and the time left; feed it the dictionaries that `train` reports."""
+    """Shows loss, mIoU, images/s and the time left from the dictionaries that `train` reports."""
 
     def __init__(self, console: Console) -> None:
         self.console, self.values, self._line_at = console, dict[str, Any](), time.monotonic()
@@ -19,7 +19,7 @@ class TrainingProgress:
             TextColumn("step {task.fields[step]}"),
             BarColumn(),
             TaskProgressColumn(),
-            TextColumn("{task.fields[words]}"),
+            TextColumn("{task.fields[text]}"),
             TimeElapsedColumn(),
             console=console,
             transient=True,
@@ -36,7 +36,7 @@ class TrainingProgress:
         self._bar.stop()
 
     def update(self, event: dict[str, Any]) -> None:
-        """Take what is new."""
+        """Update the display with new values."""
         self.values |= event
         if "validated" in event:
             now, best = 100 * event["miou"], 100 * event["best_miou"]
@@ -45,18 +45,19 @@ class TrainingProgress:
             return
         if self._task is None:  # the bar starts with training, below the plan
             self._bar.start()
-            self._task = self._bar.add_task("", total=1.0, step=0, words="")
-        self._bar.update(self._task, completed=event["spent"], step=event["step"], words=self._words())
+            self._task = self._bar.add_task("", total=1.0, step=0, text="")
+        self._bar.update(self._task, completed=event["spent"], step=event["step"], text=self._text())
         if not self.console.is_terminal and time.monotonic() - self._line_at >= LINE_EVERY_S:
             self._line_at = time.monotonic()
-            self.console.print(f"step {event['step']:,} ({100 * event['spent']:.0f} %): {self._words()}")
+            self.console.print(f"step {event['step']:,} ({100 * event['spent']:.0f} %): {self._text()}")
 
-    def _words(self) -> str:
+    def _text(self) -> str:
+        """Loss, mIoU, speed and time left, as far as they are known."""
         values = self.values
-        parts = [f"loss {values['mean_loss']:.3f}"] if "mean_loss" in values else []
-        parts += [f"mIoU {100 * values['miou']:.1f}"] if "miou" in values else []
-        parts += [f"{values['images_per_s']:.1f} images/s"] if "images_per_s" in values else []
+        texts = [f"loss {values['mean_loss']:.3f}"] if "mean_loss" in values else []
+        texts += [f"mIoU {100 * values['miou']:.1f}"] if "miou" in values else []
+        texts += [f"{values['images_per_s']:.1f} images/s"] if "images_per_s" in values else []
         if values["spent"] > 0.01:
             left = values["elapsed_s"] * (1 - values["spent"]) / values["spent"]
-            parts.append(f"{left / 60:.1f} min left")
-        return ", ".join(parts)
+            texts.append(f"{left / 60:.1f} min left")
+        return ", ".join(texts)

@@ -1,4 +1,4 @@
-"""`pixelwise report`: one HTML page about a run."""
+"""`pixelwise report`: write the HTML report of a run."""
 
 from pathlib import Path
 from typing import Annotated
@@ -15,7 +15,7 @@ def report(
         Path | None, typer.Option(metavar="FILE", help="The HTML file to write; by default RUN/report.html.")
     ] = None,
 ) -> None:
-    """Write the report of a run: scores, pictures, curves, data and settings on one page that opens without a network.
+    """Write the report of a run: scores, pictures, curves, data and settings on one self-contained HTML page.
 
     Example: pixelwise report runs/street
     """

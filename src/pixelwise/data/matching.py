@@ -5,12 +5,13 @@ import os
 import re
 from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import Path
 
 from pixelwise.data.pairs import SPLIT_ALIASES, Problem
 from pixelwise.errors import DataError
 from pixelwise.formats import FORMATS, SOURCE_SUFFIXES
 from pixelwise.formats.raster import printable
+from pixelwise.formats.registry import stem_of
 
 _MASK_SUFFIX = re.compile(
     r"[_\-. ](masks?|labels?|gt|gtfine_labelids|gtfine_labeltrainids|label_?ids|label_?trainids|seg|segmentation|annot"
@@ -18,7 +19,6 @@ _MASK_SUFFIX = re.compile(
     re.IGNORECASE,
 )
 _IMAGE_SUFFIX = re.compile(r"[_\-. ](leftimg8bit|image|img|sat|rgb)$", re.IGNORECASE)
-_DOUBLE = (".nii.gz", ".ome.tif", ".ome.tiff", ".ome.zarr", ".zarr.zip")
 _ZARR_FILES = ("zarr.json", ".zgroup", ".zarray")
 _BARE = re.compile(r"(?!dicomdir$)[^.]*|.*\.(?:\d+|ima)")  # names that scanners give to DICOM files
 _MAX_LOOKS = 20  # files of such names in a folder that are opened
@@ -101,12 +101,6 @@ def image_files(folder: Path, other_keys: Container[str] = ()) -> list[tuple[str
             if name.lower().endswith(SOURCE_SUFFIXES) and not name.startswith("."):
                 found.append((key, here / name))
     return sorted(found)
-
-
-def stem_of(name: str) -> str:
-    """A file name without its suffix; the double ones of the formats are one."""
-    double = next((suffix for suffix in _DOUBLE if name.lower().endswith(suffix)), None)
-    return name[: -len(double)] if double and len(name) > len(double) else PurePath(name).stem
 
 
 def is_zarr(folder: Path) -> bool:

@@ -13,12 +13,11 @@ from pixelwise.data.label_spec import IGNORE_INDEX, LabelSpec
 from pixelwise.data.matching import is_zarr
 from pixelwise.data.pairs import Pair
 from pixelwise.data.slices import Reading, is_picture, open_image
-from pixelwise.errors import DataError, PixelwiseError, UsageError
+from pixelwise.errors import DataError, PixelwiseError
 from pixelwise.files import extra
-from pixelwise.formats import FORMATS, Source, SourceInfo, open_source
-from pixelwise.formats.local import Identity
+from pixelwise.formats import FORMATS, Source, open_source
 from pixelwise.formats.raster import printable
-from pixelwise.formats.readers import read_image, read_mask, read_mask_file
+from pixelwise.formats.readers import read_image, read_mask
 
 
 @dataclass(frozen=True)
@@ -238,48 +237,12 @@ def open_mask(path: str | Path, reading: Reading | None = None, image: str | Pat
         options["axis"] = (reading or {}).get("axis")
     if may_be_segmentation(path):
         options["like"] = None if image is None else str(image)
-    try:
-        return open_source(path, labels=True, **options)
-    except UsageError as error:
-        if "no option labels" not in str(error) and "no option like" not in str(error):
-            raise
-        options.pop("like", None)
-    if is_picture(path) or str(path).lower().endswith(FORMATS["tiff"].suffixes):
-        return _WholeMask(path)
-    return open_source(path, **options)
+    return open_source(path, labels=True, **options)
 
 
 def may_be_segmentation(path: str | Path) -> bool:
     """Whether a mask is DICOM, by its name or because it is a folder that is no Zarr."""
     return str(path).lower().endswith(FORMATS["dicom"].suffixes) or (Path(path).is_dir() and not is_zarr(Path(path)))
-
-
-class _WholeMask(Source):
-    """A mask that was read as a whole."""
-
-    def __init__(self, path: str | Path) -> None:
-        raw, raster = read_mask_file(path)
-        self._pixels, self._identity = raw if raw.ndim == 3 else raw[:, :, None], Identity.local(path)
-        height, width, channels = self._pixels.shape
-        self.info = SourceInfo(
-            location=str(path),
-            format=raster.format,
-            height=height,
-            width=width,
-            channels=channels,
-            dtype=self._pixels.dtype.name,
-        )
-        with open_source(path) as source:
-            self.metadata = dict(source.metadata) | ({} if raster.palette is None else {"palette": raster.palette})
-
-    def read(self, top: int, left: int, height: int, width: int, plane: int = 0) -> NDArray[Any]:
-        return self._pixels[top : top + height, left : left + width]
-
-    def fingerprint(self) -> str:
-        return self._identity.fingerprint()
-
-    def check_unchanged(self) -> None:
-        self._identity.check()
 
 
 def mask_values(array: NDArray[Any]) -> NDArray[Any]:

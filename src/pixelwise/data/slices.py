@@ -10,6 +10,9 @@ from numpy.typing import NDArray
 
 from pixelwise.errors import UsageError
 from pixelwise.formats import FORMATS, Source, open_source
+from pixelwise.formats.registry import suffix_of
+
+_PICTURES = {suffix for known in FORMATS.values() if known.opens == FORMATS["png"].opens for suffix in known.suffixes}
 
 Reading = Mapping[str, Any]
 """Options of `open_source` (axis, level, series, intensity, ...) and `slices`; what a model card stores as `reading`."""
@@ -17,7 +20,7 @@ Reading = Mapping[str, Any]
 
 def is_picture(path: str | Path) -> bool:
     """Whether a file is named as one of the formats that are decoded as a whole, in this process: PNG, JPEG, ..."""
-    return str(path).lower().endswith(FORMATS["image"].suffixes)
+    return suffix_of(str(path)) in _PICTURES
 
 
 def open_image(path: str | Path, reading: Reading | None = None, channels: int | None = None) -> Source:

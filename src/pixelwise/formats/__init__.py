@@ -4,6 +4,19 @@
 """
 
 from pixelwise.formats.base import LABELS, MAPS, Result, Source, SourceInfo, Writer
-from pixelwise.formats.registry import FORMATS, SOURCE_SUFFIXES, open_source
+from pixelwise.formats.opening import open_source
+from pixelwise.formats.registry import FORMATS, SOURCE_SUFFIXES, WRITERS, choose_writer
 
-__all__ = ["FORMATS", "LABELS", "MAPS", "SOURCE_SUFFIXES", "Result", "Source", "SourceInfo", "Writer", "open_source"]
+__all__ = [
+    "FORMATS",
+    "LABELS",
+    "MAPS",
+    "SOURCE_SUFFIXES",
+    "WRITERS",
+    "Result",
+    "Source",
+    "SourceInfo",
+    "Writer",
+    "choose_writer",
+    "open_source",
+]

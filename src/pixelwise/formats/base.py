@@ -5,10 +5,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, BinaryIO, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
+
+Opener = Callable[[], BinaryIO]
+"""Opens a file anew at each call, for reading, seekable."""
 
 LABELS = "labels"
 MAPS = ("entropy", "mutual_information", "max_probability")

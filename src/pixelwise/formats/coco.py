@@ -1,7 +1,7 @@
 """Labels as COCO JSON: for each class of each plane one run-length code, in the compressed text of pycocotools.
 
-The code runs down the columns, but labels come in rows. They are parked on disk in columns of tiles, so that neither the
-labels nor a mask is ever in memory as a whole.
+The code runs down the columns, but labels come in rows. They wait in a temporary file in columns of tiles, so that neither
+the labels nor a mask is ever in memory as a whole.
 """
 
 import json
@@ -31,27 +31,9 @@ def write_coco(path: Path, result: Result, *, image_id: int = 1) -> None:
     numbers. `pycocotools.mask.decode(annotation["segmentation"])` gives the mask back (it counts in 32 bits, so up to 2^32
     pixels). Pixels without data belong to no annotation.
 
-    Args:
-        path: where to; replaced at the end, when all is written.
-        result: labels.
-        image_id: of the first plane.
-
     Raises:
         UsageError: the result holds no labels.
         PixelwiseError: it cannot be written.
-
-    Example:
-        >>> from pixelwise.data.labels import LabelSpec
-        >>> from pixelwise.formats import SourceInfo
-        >>> info = SourceInfo(location="a.png", format="png", height=2, width=3, channels=3, dtype="uint8")
-        >>> spec = LabelSpec(names=("sea", "land"), colors=((0, 0, 200), (0, 90, 0)), values=((0,), (1,)))
-        >>> labels = np.array([[0, 1, 1], [0, 0, 0]], dtype=np.uint8)
-        >>> result = Result(kind="labels", spec=spec, source=info, dtype=labels.dtype,
-        ...                 rows=lambda plane, top, bottom: labels[top:bottom])
-        >>> path = Path(tempfile.mkdtemp()) / "labels.json"
-        >>> write_coco(path, result)
-        >>> [(item["category_id"], item["area"], item["bbox"]) for item in json.loads(path.read_text())["annotations"]]
-        [(0, 4, [0, 0, 3, 2]), (1, 2, [1, 0, 2, 1])]
     """
     path = Path(path)
     if result.kind != LABELS:
@@ -64,8 +46,8 @@ def write_coco(path: Path, result: Result, *, image_id: int = 1) -> None:
             separator, number = "\n", 1
             for plane in range(result.source.planes):
                 for annotation in _annotations(path, result, plane):
-                    told = {"id": number, "image_id": image_id + plane} | annotation
-                    file.write(separator + json.dumps(told))
+                    annotation = {"id": number, "image_id": image_id + plane} | annotation
+                    file.write(separator + json.dumps(annotation))
                     separator, number = ",\n", number + 1
             file.write("\n]}\n")
     except OSError as error:
@@ -73,74 +55,62 @@ def write_coco(path: Path, result: Result, *, image_id: int = 1) -> None:
 
 
 class Runs:
-    """The run-length code of one mask, made piece by piece from the places where the mask changes.
+    """The run-length code of one mask, made step by step from the places where the mask changes.
 
     Places count down the columns: x * height + y. Even changes begin the mask, odd ones end it.
-
-    Example:
-        >>> runs = Runs(height=2)
-        >>> runs.add(np.array([1, 4]))
-        >>> runs.finish(6), runs.area, runs.bbox
-        ('132', 3, [0, 0, 2, 2])
     """
 
     def __init__(self, height: int) -> None:
         self.area = 0
         self._height = height
-        self._places = 0  # how many were added
+        self._edges = np.zeros(0, dtype=np.int64)  # the begin of a run that has not ended yet
         self._last = 0
-        self._begin = 0  # of the run that is open, if an odd number was added
         self._coded = 0  # how many counts are in the text
         self._recent = np.zeros(2, dtype=np.int64)  # the last two of them
         self._text = bytearray()
-        self._box = [np.iinfo(np.int64).max, np.iinfo(np.int64).max, -1, -1]  # left, top, right, bottom, all included
+        self._box = (np.iinfo(np.int64).max, np.iinfo(np.int64).max, -1, -1)  # left, top, right, bottom, all included
 
     @property
     def bbox(self) -> list[int]:
         """[left, top, width, height] in pixels."""
         left, top, right, bottom = self._box
-        return [int(left), int(top), int(right - left + 1), int(bottom - top + 1)]
+        return [left, top, right - left + 1, bottom - top + 1]
 
     def add(self, places: NDArray[np.int64]) -> None:
         """More places, ascending, all behind those before."""
-        if len(places) == 0:
-            return
         self._encode(np.diff(places, prepend=self._last))
-        edges = places if self._places % 2 == 0 else np.concatenate([[self._begin], places])
-        begins, ends = edges[0::2][: len(edges) // 2], edges[1::2]
-        self._measure(begins, ends)
-        self._places += len(places)
-        self._last, self._begin = int(places[-1]), int(edges[-1])
+        self._last = int(places[-1])
+        edges = np.concatenate([self._edges, places])
+        whole = len(edges) // 2 * 2
+        self._edges = edges[whole:]
+        if whole:
+            self._measure(edges[:whole:2], edges[1:whole:2] - 1)
 
     def finish(self, size: int) -> str:
         """The compressed text of pycocotools, for a mask of so many pixels."""
-        if self._places % 2:
-            self._measure(np.array([self._begin]), np.array([size]))
+        if len(self._edges):
+            self._measure(self._edges, np.array([size - 1]))
         self._encode(np.array([size - self._last]))
         return self._text.decode("ascii")
 
     def _encode(self, counts: NDArray[np.int64]) -> None:
         """Append counts: from the fourth on as differences to the one before the last, 5 bits per character."""
         recent = np.concatenate([self._recent, counts])
-        first = np.arange(self._coded, self._coded + len(counts)) > 2
-        self._text += _characters(counts - np.where(first, recent[:-2], 0))
+        is_late = np.arange(self._coded, self._coded + len(counts)) > 2
+        self._text += _characters(counts - np.where(is_late, recent[:-2], 0))
         self._recent = recent[-2:]
         self._coded += len(counts)
 
-    def _measure(self, begins: NDArray[np.int64], ends: NDArray[np.int64]) -> None:
-        """Area and box of whole runs [begin, end); one that goes on in the next column touches both edges."""
-        if len(begins) == 0:
-            return
-        self.area += int((ends - begins).sum())
-        last = ends - 1
-        is_long = begins // self._height != last // self._height
-        top = np.where(is_long, 0, begins % self._height).min()
-        bottom = np.where(is_long, self._height - 1, last % self._height).max()
-        left, right = begins[0] // self._height, last[-1] // self._height
-        self._box = [
-            *(int(min(old, new)) for old, new in zip(self._box[:2], (left, top), strict=True)),
-            *(int(max(old, new)) for old, new in zip(self._box[2:], (right, bottom), strict=True)),
-        ]
+    def _measure(self, first: NDArray[np.int64], last: NDArray[np.int64]) -> None:
+        """Area and box of runs from a first to a last pixel; one that goes on in the next column touches both edges."""
+        self.area += int((last - first + 1).sum())
+        (left, top), (right, bottom) = (np.divmod(places, self._height) for places in (first, last))
+        top, bottom = np.where(left != right, 0, top), np.where(left != right, self._height - 1, bottom)
+        low, high = (left[0], top.min()), (right[-1], bottom.max())
+        self._box = (
+            *(int(min(old, new)) for old, new in zip(self._box[:2], low, strict=True)),
+            *(int(max(old, new)) for old, new in zip(self._box[2:], high, strict=True)),
+        )  # type: ignore[assignment]
 
 
 def _characters(numbers: NDArray[np.int64]) -> bytes:
@@ -154,8 +124,6 @@ def _characters(numbers: NDArray[np.int64]) -> bytes:
         groups.append((group | (more * _MORE)) + _OFFSET)
         wanted.append(active)
         active = active & more
-    if not groups:
-        return b""
     return np.stack(groups, axis=1)[np.stack(wanted, axis=1)].astype(np.uint8).tobytes()
 
 
@@ -177,9 +145,9 @@ def _annotations(path: Path, result: Result, plane: int) -> Iterator[dict[str, A
     """One for each class of a plane, in the order of the class ids."""
     height, width = result.source.height, result.source.width
     runs: dict[int, Runs] = {}
-    with tempfile.TemporaryFile(dir=path.parent) as parked:
+    with tempfile.TemporaryFile(dir=path.parent) as spill:
         before, base = -1, 0
-        for columns in _columns(parked, result, plane):
+        for columns in _columns(spill, result, plane):
             labels = columns.T.ravel()  # down the columns
             went = np.concatenate([[before], labels[:-1]])
             changes = np.flatnonzero(labels != went)
@@ -199,21 +167,21 @@ def _annotations(path: Path, result: Result, plane: int) -> Iterator[dict[str, A
         }
 
 
-def _columns(parked: BinaryIO, result: Result, plane: int) -> Iterator[NDArray[Any]]:
+def _columns(spill: BinaryIO, result: Result, plane: int) -> Iterator[NDArray[Any]]:
     """The labels (H, up to 256) from left to right; they come in rows, and wait compressed in a file."""
     height, width = result.source.height, result.source.width
     lefts = range(0, width, _BAND_PX)
-    sizes: list[list[tuple[int, int]]] = [[] for _ in lefts]  # of each piece: where it begins, its bytes
+    sizes: list[list[tuple[int, int]]] = [[] for _ in lefts]  # of each block: where it begins, its bytes
     for top in range(0, height, _BAND_PX):
         rows = np.asarray(result.rows(plane, top, min(top + _BAND_PX, height))).astype(result.dtype, copy=False)
-        for pieces, left in zip(sizes, lefts, strict=True):
-            pieces.append((parked.tell(), parked.write(zlib.compress(rows[:, left : left + _BAND_PX].tobytes(), 1))))
-    for pieces, left in zip(sizes, lefts, strict=True):
+        for blocks, left in zip(sizes, lefts, strict=True):
+            blocks.append((spill.tell(), spill.write(zlib.compress(rows[:, left : left + _BAND_PX].tobytes(), 1))))
+    for blocks, left in zip(sizes, lefts, strict=True):
         columns = np.empty((height, min(_BAND_PX, width - left)), dtype=result.dtype)
         top = 0
-        for offset, size in pieces:
-            parked.seek(offset)
-            part = np.frombuffer(zlib.decompress(parked.read(size)), dtype=result.dtype).reshape(-1, columns.shape[1])
+        for offset, size in blocks:
+            spill.seek(offset)
+            part = np.frombuffer(zlib.decompress(spill.read(size)), dtype=result.dtype).reshape(-1, columns.shape[1])
             columns[top : top + len(part)] = part
             top += len(part)
         yield columns

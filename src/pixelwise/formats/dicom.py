@@ -2,16 +2,16 @@
 
 Opening reads headers; a frame is decoded when a window of it is asked for, and the last few are kept. Numbers are what
 the scanner meant (rescale slope and intercept, modality tables), then mapped to 0..1: by the display window of their
-file, or by the range of the whole series if it has none. Black stays black: MONOCHROME1 is turned round.
+file, or by the range of the whole series if it has none. Black stays black: MONOCHROME1 is turned round. Masks are the
+numbers as stored; segmentations (DICOM-SEG) are read in `dicom_seg`.
 
-Planes are slices along the normal of the images, rows and columns are those of the images.
+Planes are slices along the normal of the images, rows and columns are those of the images. What pydicom and its plugins
+leave out (JPEG lossless, JPEG of 12 bits, High-Throughput JPEG 2000, JPEG 2000 of wide colours) imagecodecs decodes.
 """
 
 import hashlib
-import threading
-from collections import OrderedDict
-from collections.abc import Mapping
-from functools import cached_property
+from collections.abc import Mapping, Sequence
+from functools import cached_property, lru_cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -19,22 +19,33 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pixelwise.errors import DataError
+from pixelwise.errors import DataError, UsageError
 from pixelwise.files import extra
 from pixelwise.formats.base import Source, SourceInfo
-from pixelwise.formats.dicom_codecs import plugin_for
-from pixelwise.formats.dicom_header import Frame, Header, dicom_errors
-from pixelwise.formats.dicom_series import arrange, read_headers
+from pixelwise.formats.dicom_header import Frame, Header, dicom_errors, safe_text
+from pixelwise.formats.dicom_series import SEGMENTATIONS, arrange, geometry, read_headers
 from pixelwise.formats.intensity import Intensity, Scaling, by_type, check_intensity
-from pixelwise.formats.local import Stamp, fingerprint
-from pixelwise.formats.raster import printable
-from pixelwise.formats.tiff import MAGIC
+from pixelwise.formats.local import fingerprint
+from pixelwise.formats.raster import printable, whole_numbers
 
 _CACHE_BYTES = 64 * 2**20
+_TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _TIFF_NAMES = (".tif", ".tiff", ".btf", ".tf8", ".svs", ".ndpi", ".scn", ".bif")
 
+DECODER_DEPENDENCIES = dict.fromkeys(
+    (f"1.2.840.10008.1.2.4.{code}" for code in (51, 57, 70, 90, 91, 201, 202, 203)), ("imagecodecs",)
+)
+"""The transfer syntaxes that `decode` knows and what they need, as pydicom asks of a plugin."""
 
-def open_dicom(location: str, *, intensity: Intensity | str = "auto", series: str | None = None) -> Source:
+
+def open_dicom(
+    location: str,
+    *,
+    intensity: Intensity | str = "auto",
+    series: str | None = None,
+    labels: bool = False,
+    like: str | None = None,
+) -> Source:
     """Open an image or a series of which the headers are read.
 
     Args:
@@ -42,53 +53,57 @@ def open_dicom(location: str, *, intensity: Intensity | str = "auto", series: st
         intensity: how the numbers become 0..1; "auto" takes the display window of each file, or the range of the whole
             series where there is none; 8-bit numbers without a window, and colours, stay as they are.
         series: SeriesInstanceUID of the one to take of a folder that holds several.
+        labels: whether it is read as a mask: the numbers as stored, of a segmentation the numbers of its segments.
+        like: of a segmentation, the series or NIfTI volume whose planes it shall have; without it these are the planes
+            that the segmentation has frames for. Of other masks it changes nothing.
 
     Returns:
         uint8 as stored where 8-bit numbers need no change, else float32 in 0..1. Its metadata: `affine` (4, 4; RAS+) and
         `zooms` in mm, `shape` (columns, rows, slices[, volumes]), `even` distances, `warnings`, `files` and `stamps`, the
-        plane's file and frame in `frames`, and the `intensity` in use.
+        plane's file and frame in `frames`, and the `intensity` in use; of masks no intensity, of segmentations `segments`
+        (label of each number), of palettes `palette`.
 
     Raises:
         DataError: a file is missing, damaged or compressed in a way that cannot be decoded; the folder holds no image or
-            several series; images differ in size or direction, or are there twice.
+            several series; images differ in size or direction, or are there twice; segments overlap or are fractions.
         UsageError: an option is wrong, or pydicom is not installed.
-
-    Example:
-        >>> from pydicom.data import get_testdata_file
-        >>> with open_dicom(get_testdata_file("CT_small.dcm", download=False)) as source:
-        ...     source.info.height, source.info.width, source.metadata["zooms"]
-        (128, 128, (0.661468, 0.661468, 5.0))
     """
     checked = check_intensity(intensity)
     pydicom = extra("pydicom", "medical", "DICOM")
-    return _DicomSource(pydicom, location, checked, series)
+    if like is not None and not labels:
+        raise UsageError(f"{location}: like is an option of masks (labels).")
+    headers = read_headers(pydicom, Path(location), None if like else series, labels)
+    for header in headers:
+        with dicom_errors(header.path):
+            _check_decoder(header.syntax)
+    if headers[0].class_uid not in SEGMENTATIONS:
+        return _DicomSource(pydicom, location, headers, checked, labels)
+    if not labels:
+        raise DataError(
+            f"{printable(location)}: this is a segmentation (DICOM-SEG), no image. Use it as the mask of the series that it "
+            "belongs to."
+        )
+    from pixelwise.formats.dicom_seg import open_segmentation
+
+    return open_segmentation(pydicom, location, headers, like, series)
 
 
 def is_dicom(head: bytes, name: str) -> bool:
     """Whether a file is DICOM, by its first 4,096 bytes.
 
     The 128 bytes before the mark may be the start of a TIFF, in files that are both; of these the name decides.
-
-    Example:
-        >>> is_dicom(bytes(128) + b"DICM", "IM0001")
-        True
-        >>> both = b"II*\\0".ljust(128) + b"DICM"
-        >>> is_dicom(both, "slide.dcm"), is_dicom(both, "slide.tif")
-        (True, False)
     """
-    is_named_tiff = head[:4] in MAGIC and name.lower().endswith(_TIFF_NAMES)
+    is_named_tiff = head[:4] in _TIFF_MAGIC and name.lower().endswith(_TIFF_NAMES)
     return head[128:132] == b"DICM" and not is_named_tiff
 
 
 class _DicomSource(Source):
-    def __init__(self, pydicom: Any, location: str, intensity: Intensity, series: str | None) -> None:
-        self._pydicom = pydicom
-        self._lock = threading.Lock()
-        self._kept: OrderedDict[int, NDArray[Any]] = OrderedDict()
-        headers = read_headers(pydicom, Path(location), series)
+    def __init__(
+        self, pydicom: Any, location: str, headers: Sequence[Header], intensity: Intensity, labels: bool
+    ) -> None:
+        self._pydicom, self._intensity, self._labels = pydicom, intensity, labels
         self._headers = {header.path: header for header in headers}
         self._volume = arrange(printable(location), headers)
-        self._intensity = intensity
         first = headers[0]
         has_window = any(frame.window is not None for frame in self._volume.frames)
         is_8_bit = all(header.bits == 8 and not header.signed and not header.palette for header in headers)
@@ -97,27 +112,35 @@ class _DicomSource(Source):
         auto = intensity == "auto" and same and (is_color or not has_window)
         self._stays = any(header.palette for header in headers) or is_8_bit
         self._stays = self._stays and (auto or intensity == "type")
+        channels = 1 if labels and first.palette else first.channels
+        dtype = np.dtype("uint8" if self._stays else "float32")
         self.info = SourceInfo(
             location=location,
             format="dicom",
             height=first.height,
             width=first.width,
-            channels=first.channels,
-            dtype="uint8" if self._stays else "float32",
+            channels=channels,
+            dtype=(np.result_type(*map(_stored_type, headers)) if labels else dtype).name,
             planes=len(self._volume.frames),
             block_px=(first.height, first.width),
         )
+        nbytes = first.height * first.width * channels * max(1, first.allocated // 8)
+        self._stored = lru_cache(maxsize=max(1, _CACHE_BYTES // nbytes))(self._decoded)
 
     @property
     def metadata(self) -> Mapping[str, Any]:  # type: ignore[override]
         """Geometry and origin, and the range in use, for which all slices may have to be read."""
-        return MappingProxyType(self._known | {"intensity": self._used})
+        return MappingProxyType(self._known if self._labels else self._known | {"intensity": self._used})
 
     def read(self, top: int, left: int, height: int, width: int, plane: int = 0) -> NDArray[Any]:
-        """The window as (height, width, C): uint8, or float32 in 0..1."""
+        """The window as (height, width, C): uint8, or float32 in 0..1, or whole numbers."""
         stored = self._stored(plane)[top : top + height, left : left + width]
         frame = self._volume.frames[plane]
         header = self._headers[frame.path]
+        if self._labels:
+            with dicom_errors(frame.path):
+                whole = whole_numbers(stored == 1 if header.allocated == 1 else stored)
+            return np.ascontiguousarray(whole, dtype=self.info.dtype)
         scaling = self._scaling(frame, header)
         if scaling is not None:
             return scaling.apply(_meant(stored, frame))
@@ -137,48 +160,26 @@ class _DicomSource(Source):
 
     def close(self) -> None:
         """Forget the decoded frames."""
-        with self._lock:
-            self._kept.clear()
+        self._stored.cache_clear()
 
-    def _stored(self, plane: int) -> NDArray[Any]:
-        """The numbers (H, W, C) of a frame before slope and window, from the last few frames if it is one of them."""
-        with self._lock:
-            if plane in self._kept:
-                self._kept.move_to_end(plane)
-                return self._kept[plane]
+    def _decoded(self, plane: int) -> NDArray[Any]:
+        """The numbers (H, W, C) of a frame before slope and window."""
         frame = self._volume.frames[plane]
+        header, pixels, dataset = self._headers[frame.path], self._pydicom.pixels, self._pydicom.Dataset()
         with dicom_errors(frame.path):
-            array = self._decoded(frame)
-        with self._lock:
-            self._kept[plane] = array
-            while len(self._kept) > 1 and sum(item.nbytes for item in self._kept.values()) > _CACHE_BYTES:
-                self._kept.popitem(last=False)
-        return array
-
-    def _decoded(self, frame: Frame) -> NDArray[Any]:
-        pixels, header = self._pydicom.pixels, self._headers[frame.path]
-        dataset = self._pydicom.Dataset()
-        array = pixels.pixel_array(
-            frame.path, index=frame.index, ds_out=dataset, decoding_plugin=plugin_for(header.syntax)
-        )
-        if header.palette:
-            array = pixels.apply_color_lut(array, dataset)
-            if array.dtype != np.uint8:  # tables of 16 bits hold 8 bits in their upper half
-                array = (array >> 8).astype(np.uint8)
-        elif dataset.get("ModalityLUTSequence"):
-            array = pixels.apply_modality_lut(array, dataset)
-        array = array[:, :, None] if array.ndim == 2 else array
-        if array.shape != (header.height, header.width, header.channels):
-            raise DataError(
-                f"its pixels have the shape {array.shape}, but its header says {header.height} x {header.width} of "
-                f"{header.channels} channels."
-            )
-        if array.dtype.kind == "f" and not np.isfinite(array).all():
-            raise DataError(
-                f"frame {frame.index} holds {int((~np.isfinite(array)).sum()):,} pixels that are NaN or infinite. Replace "
-                "them."
-            )
-        return array
+            array = pixels.pixel_array(frame.path, index=frame.index, ds_out=dataset)
+            if header.palette and not self._labels:
+                array = _colors(pixels, array, dataset)
+            elif dataset.get("ModalityLUTSequence") and not self._labels:
+                array = pixels.apply_modality_lut(array, dataset)
+            array = array[:, :, None] if array.ndim == 2 else array
+            shape = (self.info.height, self.info.width, self.info.channels)
+            if array.shape != shape:
+                raise DataError(f"its pixels have the shape {array.shape}, but its header says {shape}.")
+            if array.dtype.kind == "f" and not np.isfinite(array).all():
+                bad = int((~np.isfinite(array)).sum())
+                raise DataError(f"frame {frame.index} holds {bad:,} pixels that are NaN or infinite. Replace them.")
+        return np.asarray(array)
 
     def _scaling(self, frame: Frame, header: Header) -> Scaling | None:
         """The map to 0..1 of what a frame means; None where the type decides."""
@@ -215,31 +216,85 @@ class _DicomSource(Source):
 
     @cached_property
     def _known(self) -> dict[str, Any]:
-        volume, first = self._volume, next(iter(self._headers.values()))
-        shape = (self.info.width, self.info.height, volume.slices)
-        known: dict[str, Any] = {
-            "axis": 2,
-            "shape": shape if volume.volumes == 1 else (*shape, volume.volumes),
-            "slices": volume.slices,
-            "time_points": volume.volumes,
-            "even": not volume.warnings,
-            "warnings": volume.warnings,
+        first = next(iter(self._headers.values()))
+        stamps = [header.stamp for header in self._headers.values()]
+        known = geometry(tuple(self._headers.values()), self._volume) | {
             "files": tuple(str(path) for path in self._headers),
-            "stamps": tuple(_plain(header.stamp) for header in self._headers.values()),
-            "frames": tuple((str(frame.path), frame.index) for frame in volume.frames),
-            "modality": first.modality,
-            "series_uid": first.series_uid,
-            "frame_of_reference_uid": first.reference_uid,
+            "stamps": tuple((stamp.size, stamp.mtime_ns, stamp.inode) for stamp in stamps),
+            "frames": tuple((str(frame.path), frame.index) for frame in self._volume.frames),
         }
-        if volume.affine is not None and volume.spacing_mm is not None:
-            zooms = (*volume.spacing_mm, 1.0) if volume.volumes > 1 else volume.spacing_mm
-            known |= {"affine": volume.affine, "zooms": zooms, "units": ("mm", "unknown")}
+        if self._labels and first.palette:
+            with dicom_errors(first.path):
+                dataset = self._pydicom.dcmread(first.path, stop_before_pixels=True)
+                count, start, _ = dataset.RedPaletteColorLookupTableDescriptor
+                numbers = np.arange(min(int(start) + (int(count) or 2**16), 2**first.bits), dtype=np.uint16)
+                colors = _colors(self._pydicom.pixels, numbers, dataset)
+            known["palette"] = tuple(map(tuple, colors.tolist()))
         return known
 
 
-def _plain(stamp: Stamp) -> tuple[int, int, int]:
-    return stamp.size, stamp.mtime_ns, stamp.inode
+def _colors(pixels: Any, array: NDArray[Any], dataset: Any) -> NDArray[np.uint8]:
+    """The colours that numbers stand for; tables of 16 bits hold 8 bits in their upper half."""
+    colors = pixels.apply_color_lut(array, dataset)
+    return np.asarray(colors if colors.dtype == np.uint8 else colors >> 8, dtype=np.uint8)
+
+
+def _stored_type(header: Header) -> np.dtype[Any]:
+    """The number type of a mask; pixels of 32 bits and more may be floats, so they become int64."""
+    if header.allocated > 16:
+        return np.dtype("int64")
+    return np.dtype(f"{'' if header.signed else 'u'}int{max(8, header.allocated)}")
 
 
 def _meant(stored: NDArray[Any], frame: Frame) -> NDArray[np.float64]:
     return stored.astype(np.float64) * frame.slope + frame.intercept
+
+
+def _check_decoder(syntax: Any) -> None:
+    """Make sure that a transfer syntax (a pydicom UID) can be decoded, with our plugin where pydicom has none."""
+    from pydicom.pixels import get_decoder
+
+    name = f"{syntax.name} ({syntax})" if syntax.name != syntax else safe_text(syntax)
+    try:
+        decoder = get_decoder(syntax)
+    except NotImplementedError as error:
+        raise DataError(
+            f"its pixels are compressed as {name}, which cannot be decoded. Convert it to Explicit VR Little Endian, for "
+            "example with dcmdjpeg or gdcmconv."
+        ) from error
+    if is_available(syntax) and "pixelwise" not in decoder.available_plugins:
+        decoder.add_plugin("pixelwise", (__name__, "decode"))
+    if not decoder.is_available:
+        raise DataError(
+            f"its pixels are compressed as {name}, for which no decoder is installed. Install one: pip install "
+            "pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg pylibjpeg-rle."
+        )
+
+
+def is_available(uid: str) -> bool:
+    """Whether `decode` knows a transfer syntax; pydicom asks this of a plugin."""
+    return uid in DECODER_DEPENDENCIES
+
+
+def decode(source: bytes, runner: Any) -> bytes:
+    """Decode one frame, as pydicom asks of a plugin.
+
+    Raises:
+        ValueError: the frame has another size than the header says.
+    """
+    import imagecodecs
+
+    if source[:2] != b"\xff\xd8":  # JPEG 2000
+        frame = imagecodecs.jpeg2k_decode(source)
+        if runner.photometric_interpretation in ("YBR_ICT", "YBR_RCT"):  # turned back by the decoder
+            runner.set_option("photometric_interpretation", "RGB")
+    else:
+        # the same space in and out: whether colours must be turned is for pydicom to decide, by the header
+        space = "YCBCR" if runner.samples_per_pixel == 3 else None
+        frame = imagecodecs.jpeg8_decode(source, colorspace=space, outcolorspace=space)
+    if frame.shape != (runner.rows, runner.columns) + (runner.samples_per_pixel,) * (runner.samples_per_pixel > 1):
+        raise ValueError("the frame has another size than the header says")
+    if runner.samples_per_pixel > 1:
+        runner.set_option("planar_configuration", 0)
+    runner.set_option("bits_allocated", frame.itemsize * 8)
+    return bytes(frame.tobytes())

@@ -5,14 +5,13 @@ could be one.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pixelwise.errors import DataError
-from pixelwise.formats.dicom_codecs import check_decoder, safe_text
 from pixelwise.formats.intensity import Scaling, display_window, quiet
 from pixelwise.formats.local import Stamp
 from pixelwise.formats.raster import DECODE_ERRORS, printable
@@ -30,38 +29,26 @@ _TAGS = [
 _COLORS = {"RGB": 3, "YBR_FULL": 3, "YBR_FULL_422": 3, "YBR_ICT": 3, "YBR_RCT": 3}
 _GREYS = ("MONOCHROME1", "MONOCHROME2")
 _WHOLE_SLIDE = "1.2.840.10008.5.1.4.1.1.77.1.6"
-_MAX_FRAME_BYTES = 2**30
-_BOMB_BYTES = 64 * 2**20
-_BOMB_RATIO = 4096
+_DEFLATED = "1.2.840.10008.1.2.1.99"
+_UNCOMPRESSED = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Frame:
-    """One frame of a file, which becomes one plane; what the header does not say is None.
-
-    Attributes:
-        path: the file.
-        index: of the frame in its file.
-        position: centre of the first pixel in mm, x to the left, y to the back, z to the head of the patient (LPS).
-        orientation: direction of the rows (x, y, z), then that of the columns.
-        spacing_mm: between rows, between columns.
-        depth_mm: to the next slice, as far as one slice can tell.
-        slope: a stored number times this ...
-        intercept: ... plus this is in the file's unit.
-        window: the display window as a map to 0..1.
-        order: what tells apart frames at one place, such as the time.
-    """
+    """One frame of a file, which becomes one plane; what the header does not say is None."""
 
     path: Path
-    index: int
-    position: tuple[float, ...] | None
-    orientation: tuple[float, ...] | None
-    spacing_mm: tuple[float, ...] | None
-    depth_mm: float | None
-    slope: float
-    intercept: float
-    window: Scaling | None
-    order: tuple[float, ...]
+    index: int  # in the file
+    position: (
+        tuple[float, ...] | None
+    )  # centre of the first pixel in mm: to the left, back and head of the patient (LPS)
+    orientation: tuple[float, ...] | None  # direction of the rows (x, y, z), then that of the columns
+    spacing_mm: tuple[float, ...] | None  # between rows, between columns
+    depth_mm: float | None  # to the next slice, as far as one slice can tell
+    slope: float  # a stored number times this ...
+    intercept: float  # ... plus this is in the file's unit
+    window: Scaling | None  # the display window as a map to 0..1
+    order: tuple[float, ...]  # tells apart frames at one place, such as the time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +57,7 @@ class Header:
 
     path: Path
     stamp: Stamp
-    syntax: str
+    syntax: Any
     instance_uid: str
     series_uid: str
     class_uid: str
@@ -82,6 +69,7 @@ class Header:
     channels: int
     palette: bool
     inverted: bool
+    allocated: int
     bits: int
     signed: bool
     padding: int | None
@@ -121,6 +109,11 @@ def has_mark(path: Path) -> bool:
         return False
 
 
+def safe_text(value: Any) -> str:
+    """Text of a file as a terminal can take it, at most 64 letters."""
+    return "".join(letter if letter.isprintable() else "?" for letter in str(value))[:64]
+
+
 def read_header(pydicom: Any, path: Path) -> Header | None:
     """The header of a file; None if it holds no image (a report, a directory).
 
@@ -133,116 +126,120 @@ def read_header(pydicom: Any, path: Path) -> Header | None:
             raise DataError("this is no DICOM file: the mark DICM is missing at byte 128.")
         meta = pydicom.filereader.read_file_meta_info(path)
         syntax = pydicom.uid.UID(str(meta.TransferSyntaxUID))
-        if syntax == "1.2.840.10008.1.2.1.99":
-            check_decoder(syntax)
+        if syntax == _DEFLATED:
+            raise DataError(
+                "it is deflated as a whole (Deflated Explicit VR Little Endian), so its header cannot be read alone. "
+                "Convert it, for example with `dcmconv +te`."
+            )
         dataset = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=_TAGS)
-        if "Rows" not in dataset or "BitsAllocated" not in dataset:
-            kind = pydicom.uid.UID(str(meta.get("MediaStorageSOPClassUID", ""))).name
-            if "Image" in kind:
-                raise DataError(f"it is marked as {safe_text(kind)}, but has no size of an image. It is truncated.")
-            return None
-        check_decoder(syntax)
-        _check(dataset, stamp.size, bool(syntax.is_encapsulated))
-        return _header(dataset, path, stamp, str(syntax))
+        if "Rows" in dataset and "BitsAllocated" in dataset:
+            return _header(dataset, path, stamp, syntax)
+        kind = pydicom.uid.UID(str(meta.get("MediaStorageSOPClassUID", ""))).name
+        if "Image" in kind:
+            raise DataError(f"it is marked as {safe_text(kind)}, but has no size of an image. It is truncated.")
+        return None
 
 
-def _header(dataset: Any, path: Path, stamp: Stamp, syntax: str) -> Header:
-    photometric = str(dataset.PhotometricInterpretation)
-    inverted = photometric == "MONOCHROME1"
+def _header(dataset: Any, path: Path, stamp: Stamp, syntax: Any) -> Header:
+    photometric, samples = str(dataset.PhotometricInterpretation), int(dataset.get("SamplesPerPixel") or 1)
+    if dataset.get("SOPClassUID") == _WHOLE_SLIDE:
+        raise DataError("this is a whole-slide image, whose frames are tiles of one picture. Convert it to TIFF.")
+    if photometric not in (*_GREYS, *_COLORS, "PALETTE COLOR") or samples != _COLORS.get(photometric, 1):
+        raise DataError(
+            f"its pixels are {samples} numbers of {safe_text(photometric)}; MONOCHROME1, MONOCHROME2, PALETTE COLOR, RGB "
+            "and YBR can be read. Convert it."
+        )
+    rows, columns, allocated = int(dataset.Rows), int(dataset.Columns), int(dataset.BitsAllocated)
+    count = int(dataset.get("NumberOfFrames") or 1)
+    bits = allocated * (2 if photometric == "YBR_FULL_422" else samples)
+    least = count * rows * columns * bits // 8 if syntax in _UNCOMPRESSED else count
+    if min(rows, columns, count, allocated) < 1 or least > stamp.size:
+        raise DataError(
+            f"its header says {count} frames of {rows} x {columns} pixels of {bits} bits, which a file of "
+            f"{stamp.size:,} bytes cannot hold. It is truncated or damaged."
+        )
+    inverted, padding = photometric == "MONOCHROME1", first(dataset.get("PixelPaddingValue"))
+    names = (
+        "SOPInstanceUID",
+        "SeriesInstanceUID",
+        "SOPClassUID",
+        "SeriesDescription",
+        "Modality",
+        "FrameOfReferenceUID",
+    )
+    instance, series, kind, description, modality, reference = (safe_text(dataset.get(name) or "") for name in names)
     return Header(
         path=path,
         stamp=stamp,
         syntax=syntax,
-        instance_uid=_text(dataset, "SOPInstanceUID"),
-        series_uid=_text(dataset, "SeriesInstanceUID"),
-        class_uid=_text(dataset, "SOPClassUID"),
-        description=_text(dataset, "SeriesDescription"),
-        modality=_text(dataset, "Modality"),
-        reference_uid=_text(dataset, "FrameOfReferenceUID"),
-        height=int(dataset.Rows),
-        width=int(dataset.Columns),
+        instance_uid=instance,
+        series_uid=series,
+        class_uid=kind,
+        description=description,
+        modality=modality,
+        reference_uid=reference,
+        height=rows,
+        width=columns,
         channels=1 if photometric in _GREYS else 3,
         palette=photometric == "PALETTE COLOR",
         inverted=inverted,
-        bits=int(dataset.get("BitsStored") or dataset.BitsAllocated),
+        allocated=allocated,
+        bits=int(dataset.get("BitsStored") or allocated),
         signed=bool(dataset.get("PixelRepresentation") or 0),
-        padding=_whole(dataset, "PixelPaddingValue"),
-        frames=tuple(_frames(dataset, path, inverted)),
+        padding=None if padding is None else int(padding),
+        frames=tuple(_frames(dataset, path, count, inverted)),
     )
 
 
-def _frames(dataset: Any, path: Path, inverted: bool) -> Iterator[Frame]:
+def _frames(dataset: Any, path: Path, count: int, inverted: bool) -> Iterator[Frame]:
     """Of enhanced objects each frame has its own values, or shares those of all frames."""
-    count = int(dataset.get("NumberOfFrames") or 1)
     shared = (dataset.get("SharedFunctionalGroupsSequence") or [{}])[0]
     own = dataset.get("PerFrameFunctionalGroupsSequence") or []
     if own and len(own) != count:
         raise DataError(f"it has {count} frames, but describes {len(own)}.")
+    # a classic file of many frames has one position, that of its first
+    top = {} if own else dataset
     for index in range(count):
-        groups = _Groups(dataset, shared, own[index] if own else {}, enhanced=bool(own), single=count == 1)
-        spacing = groups.numbers("PixelMeasuresSequence", "PixelSpacing", 2)
-        depth = groups.number("PixelMeasuresSequence", "SpacingBetweenSlices")
-        depth = depth or groups.number("PixelMeasuresSequence", "SliceThickness")
-        slope = groups.number("PixelValueTransformationSequence", "RescaleSlope")
-        intercept = groups.number("PixelValueTransformationSequence", "RescaleIntercept")
+        places = (own[index] if own else {}, shared)
+        spacing = _numbers(_value(places, top, "PixelMeasuresSequence", "PixelSpacing"), 2)
+        depth = _number(_value(places, top, "PixelMeasuresSequence", "SpacingBetweenSlices"))
+        depth = depth or _number(_value(places, top, "PixelMeasuresSequence", "SliceThickness"))
+        slope = _number(_value(places, top, "PixelValueTransformationSequence", "RescaleSlope"))
+        intercept = _number(_value(places, top, "PixelValueTransformationSequence", "RescaleIntercept"))
+        position = _value(places, top if count == 1 else {}, "PlanePositionSequence", "ImagePositionPatient")
+        orientation = _value(places, top, "PlaneOrientationSequence", "ImageOrientationPatient")
         yield Frame(
             path=path,
             index=index,
-            position=groups.numbers("PlanePositionSequence", "ImagePositionPatient", 3),
-            orientation=groups.numbers("PlaneOrientationSequence", "ImageOrientationPatient", 6),
+            position=_numbers(position, 3),
+            orientation=_numbers(orientation, 6),
             spacing_mm=spacing if spacing and min(spacing) > 0 else None,
             depth_mm=abs(depth) if depth else None,
             slope=1.0 if slope is None else slope,
             intercept=0.0 if intercept is None else intercept,
-            window=_window(groups, inverted),
-            order=groups.order(index),
+            window=_window(places, top, inverted),
+            order=_order(places[0], dataset, index),
         )
 
 
-class _Groups:
-    """Finds an element of a frame: in its own groups, in those of all frames, or (in classic files) at the top."""
+def _value(places: Sequence[Any], top: Any, group: str, keyword: str) -> Any:
+    """An element of a frame: in its own groups, in those of all frames, or (in classic files) at the top."""
+    for place in places:
+        items = place.get(group)
+        if items and items[0].get(keyword) is not None:
+            return items[0].get(keyword)
+    return top.get(keyword)
 
-    def __init__(self, dataset: Any, shared: Any, own: Any, *, enhanced: bool, single: bool) -> None:
-        self._own, self._shared, self._top = own, shared, dataset
-        self._classic = not enhanced
-        self._single = single
 
-    def value(self, group: str, keyword: str) -> Any:
-        for place in (self._own, self._shared):
-            items = place.get(group)
-            if items and items[0].get(keyword) is not None:
-                return items[0].get(keyword)
-        if not self._classic or (not self._single and group == "PlanePositionSequence"):
-            return None  # a classic file of many frames has one position, that of its first
-        return self._top.get(keyword)
-
-    def numbers(self, group: str, keyword: str, count: int) -> tuple[float, ...] | None:
-        value = self.value(group, keyword)
-        if value is None or isinstance(value, str | float | int) or len(value) != count:
-            return None
-        found = tuple(float(part) for part in value)
-        return found if all(math.isfinite(part) for part in found) else None
-
-    def number(self, group: str, keyword: str) -> float | None:
-        value = first(self.value(group, keyword))
-        return None if value is None or not math.isfinite(value) else value
-
-    def order(self, index: int) -> tuple[float, ...]:
-        content = self._own.get("FrameContentSequence")
-        if content:
-            item = content[0]
-            return (first(item.get("TemporalPositionIndex")) or 0.0, float(index))
-        keywords = ("TemporalPositionIdentifier", "AcquisitionNumber", "TriggerTime", "InstanceNumber")
-        return (*(first(self._top.get(keyword)) or 0.0 for keyword in keywords), float(index))
+def _numbers(value: Any, count: int) -> tuple[float, ...] | None:
+    if value is None or isinstance(value, str | float | int) or len(value) != count:
+        return None
+    found = tuple(float(part) for part in value)
+    return found if all(math.isfinite(part) for part in found) else None
 
 
 def first(value: Any) -> float | None:
-    """The first number of an element that may hold none, one or several.
-
-    Example:
-        >>> first([40, 50]), first(""), first(7)
-        (40.0, None, 7.0)
-    """
+    """The first number of an element that may hold none, one or several."""
     if value is None or value == "":
         return None
     if not isinstance(value, str | float | int):
@@ -250,51 +247,22 @@ def first(value: Any) -> float | None:
     return float(value)
 
 
-def _window(groups: _Groups, inverted: bool) -> Scaling | None:
-    center, width = (
-        groups.number("FrameVOILUTSequence", "WindowCenter"),
-        groups.number("FrameVOILUTSequence", "WindowWidth"),
+def _number(value: Any) -> float | None:
+    found = first(value)
+    return None if found is None or not math.isfinite(found) else found
+
+
+def _window(places: Sequence[Any], top: Any, inverted: bool) -> Scaling | None:
+    center, width, function = (
+        _value(places, top, "FrameVOILUTSequence", name) for name in ("WindowCenter", "WindowWidth", "VOILUTFunction")
     )
-    if center is None or width is None:
-        return None
-    function = str(groups.value("FrameVOILUTSequence", "VOILUTFunction") or "LINEAR")
-    return display_window(center, width, function, inverted)
+    low, high = _number(center), _number(width)
+    return None if low is None or high is None else display_window(low, high, str(function or "LINEAR"), inverted)
 
 
-def _check(dataset: Any, file_bytes: int, compressed: bool) -> None:
-    """Refuse what cannot be read, and a file that is too small for what its header says."""
-    if dataset.get("SOPClassUID") == _WHOLE_SLIDE:
-        raise DataError("this is a whole-slide image, whose frames are tiles of one picture. Convert it to TIFF.")
-    photometric, samples = str(dataset.PhotometricInterpretation), int(dataset.get("SamplesPerPixel") or 1)
-    if photometric not in (*_GREYS, *_COLORS, "PALETTE COLOR") or samples != _COLORS.get(photometric, 1):
-        raise DataError(
-            f"its pixels are {samples} numbers of {safe_text(photometric)}; MONOCHROME1, MONOCHROME2, PALETTE COLOR, RGB "
-            "and YBR can be read. Convert it."
-        )
-    rows, columns, frames = int(dataset.Rows), int(dataset.Columns), int(dataset.get("NumberOfFrames") or 1)
-    allocated, stored = int(dataset.BitsAllocated), int(dataset.get("BitsStored") or dataset.BitsAllocated)
-    if min(rows, columns, frames, allocated, stored) < 1 or allocated > 64 or stored > allocated:
-        raise DataError(
-            f"its header is damaged: {rows} x {columns} pixels, {frames} frames, {stored} of {allocated} bits."
-        )
-    subsampled = photometric == "YBR_FULL_422" and not compressed
-    frame_bits = rows * columns * (2 if subsampled else samples) * allocated
-    if compressed:
-        fits = frame_bits // 8 <= max(_BOMB_BYTES, _BOMB_RATIO * file_bytes) and frames * 8 <= file_bytes
-    else:
-        fits = frames * frame_bits // 8 <= file_bytes
-    if not fits or frame_bits // 8 > _MAX_FRAME_BYTES:
-        raise DataError(
-            f"its header says {frames} frames of {rows} x {columns} pixels of {samples * allocated} bits, which a file of "
-            f"{file_bytes:,} bytes cannot hold, or which is more than {_MAX_FRAME_BYTES >> 30} GiB a frame. It is truncated "
-            "or damaged."
-        )
-
-
-def _text(dataset: Any, keyword: str) -> str:
-    return safe_text(dataset.get(keyword) or "")
-
-
-def _whole(dataset: Mapping[str, Any], keyword: str) -> int | None:
-    number = first(dataset.get(keyword))
-    return None if number is None else int(number)
+def _order(own: Any, dataset: Any, index: int) -> tuple[float, ...]:
+    content = own.get("FrameContentSequence")
+    if content:
+        return (first(content[0].get("TemporalPositionIndex")) or 0.0, float(index))
+    keywords = ("TemporalPositionIdentifier", "AcquisitionNumber", "TriggerTime", "InstanceNumber")
+    return (*(first(dataset.get(keyword)) or 0.0 for keyword in keywords), float(index))

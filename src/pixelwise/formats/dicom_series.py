@@ -5,10 +5,10 @@ Names of files and instance numbers say nothing reliable of that order; position
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,40 +16,49 @@ from numpy.typing import NDArray
 from pixelwise.errors import DataError, UsageError
 from pixelwise.formats.dicom_header import Frame, Header, has_mark, read_header
 from pixelwise.formats.local import readable
+from pixelwise.formats.nifti import open_nifti
 from pixelwise.formats.raster import printable
 
-_SEGMENTATION = "1.2.840.10008.5.1.4.1.1.66.4"
-_SAME_PLACE_MM = 1e-4
+SEGMENTATIONS = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")
 _PARALLEL = 1e-3
-_EVEN = 0.02  # of the distance between slices; positions are written with few digits
 _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
+_NEAR = 0.05  # of the distance between planes, or of a pixel: what positions of a segmentation may differ by
+_SAME_PLACE_MM = 1e-4
+_EVEN = 0.02  # of the distance between slices; positions are written with few digits
 
 
 @dataclass(frozen=True, kw_only=True)
 class Volume:
-    """Frames in the order of planes, and the space they span.
+    """Frames in the order of planes, and the space they span."""
 
-    Attributes:
-        frames: all slices of the first volume, from the first along the normal on, then those of the next.
-        slices: of one volume.
-        volumes: how many images lie at each place, such as points in time.
-        affine: from (column, row, slice) to the patient in mm, RAS+ as NIfTI has it; None without a position.
-        spacing_mm: between columns, rows and slices; None where unknown.
-        warnings: what is odd about the positions, in words.
-    """
-
-    frames: tuple[Frame, ...]
-    slices: int
-    volumes: int = 1
-    affine: NDArray[np.float64] | None = None
-    spacing_mm: tuple[float, float, float] | None = None
-    warnings: tuple[str, ...] = ()
+    frames: tuple[Frame, ...]  # all slices of the first volume, along their normal, then those of the next
+    slices: int  # of one volume
+    volumes: int = 1  # images at each place, such as points in time
+    affine: NDArray[np.float64] | None = (
+        None  # (column, row, slice) to the patient in mm, RAS+; None without a position
+    )
+    spacing_mm: tuple[float, float, float] | None = None  # between columns, rows and slices; None where unknown
+    warnings: tuple[str, ...] = ()  # what is odd about the positions, in words
 
 
-def read_headers(pydicom: Any, path: Path, series: str | None) -> tuple[Header, ...]:
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """The planes that a segmentation shall have, in the patient's space of DICOM (LPS, mm)."""
+
+    name: str  # what they belong to, for messages
+    positions: NDArray[np.float64]  # centre of the first pixel of each plane
+    orientation: NDArray[np.float64]  # direction of the rows, then that of the columns
+    spacing_mm: tuple[float, float]  # between rows, between columns
+    size: tuple[int, int]  # rows, columns
+    reference_uid: str  # frame of reference; "" if unknown
+    known: Mapping[str, Any]  # metadata on the geometry
+
+
+def read_headers(pydicom: Any, path: Path, series: str | None, labels: bool = False) -> tuple[Header, ...]:
     """The headers of a file, or of the one series of a folder.
 
-    Files of a folder that are no DICOM, or hold no image, do not count, nor do segmentations beside other images.
+    Files of a folder that are no DICOM, or hold no image, do not count. Where segmentations lie beside images, images are
+    taken, or segmentations if `labels`.
 
     Raises:
         DataError: a file is damaged, the folder has no image, or several series of which none was chosen.
@@ -66,7 +75,7 @@ def read_headers(pydicom: Any, path: Path, series: str | None) -> tuple[Header, 
             inside = sorted(path.iterdir())
         files = [file for file in inside if file.is_file() and has_mark(file)]
         found = [header for file in files if (header := read_header(pydicom, file)) is not None]
-        found = [header for header in found if header.class_uid != _SEGMENTATION] or found
+        found = [header for header in found if (header.class_uid in SEGMENTATIONS) == labels] or found
     if not found:
         folders = [folder.name for folder in inside if folder.is_dir()]
         hint = f" It has the folders {', '.join(folders[:5])}; give the one of a series." if folders else ""
@@ -195,3 +204,105 @@ def _with_affine(volume: Volume, positions: NDArray[np.float64], normal: NDArray
         )
     spacing = (first.spacing_mm[1], first.spacing_mm[0], length)
     return replace(volume, affine=_LPS_TO_RAS @ affine, spacing_mm=spacing, warnings=warnings)
+
+
+def geometry(headers: Sequence[Header], volume: Volume) -> dict[str, Any]:
+    """What a source says of the space and origin of its planes."""
+    first = headers[0]
+    shape = (first.width, first.height, volume.slices)
+    known: dict[str, Any] = {
+        "axis": 2,
+        "shape": shape if volume.volumes == 1 else (*shape, volume.volumes),
+        "slices": volume.slices,
+        "time_points": volume.volumes,
+        "even": not volume.warnings,
+        "warnings": volume.warnings,
+        "modality": first.modality,
+        "series_uid": first.series_uid,
+        "frame_of_reference_uid": first.reference_uid,
+    }
+    if volume.affine is not None and volume.spacing_mm is not None:
+        zooms = (*volume.spacing_mm, 1.0) if volume.volumes > 1 else volume.spacing_mm
+        known |= {"affine": volume.affine, "zooms": zooms, "units": ("mm", "unknown")}
+    return known
+
+
+def own_grid(location: str, header: Header) -> Grid:
+    """The planes that the segmentation itself has frames for."""
+    normal = _normal(printable(location), header.frames)
+    places = _places(header.frames, normal)
+    positions = np.array([place[0].position for place in places])
+    volume = _with_affine(Volume(frames=tuple(place[0] for place in places), slices=len(places)), positions, normal)
+    return _grid(header, positions, geometry((header,), volume))
+
+
+def grid_of(pydicom: Any, like: str, series: str | None) -> Grid:
+    """The planes of a DICOM series, or of a NIfTI volume cut along its third axis."""
+    if Path(like).is_dir() or has_mark(Path(like)):
+        headers = read_headers(pydicom, Path(like), series)
+        volume = arrange(printable(like), headers)
+        if volume.affine is None:
+            raise DataError(
+                f"{printable(like)}: it does not say where its planes lie, so no segmentation can follow them."
+            )
+        positions = np.array([frame.position for frame in volume.frames])
+        return _grid(headers[0], positions, geometry(headers, volume), name=printable(like))
+    with open_nifti(like, intensity="type") as source:
+        info, known = source.info, {key: value for key, value in source.metadata.items() if key != "intensity"}
+    affine = _LPS_TO_RAS @ known["affine"]
+    lengths = np.linalg.norm(affine[:3, :2], axis=0)
+    planes = np.arange(info.planes) % known["slices"]
+    return Grid(
+        name=printable(like),
+        positions=affine[:3, 3] + planes[:, None] * affine[:3, 2],
+        orientation=(affine[:3, :2] / lengths).T.reshape(6),
+        spacing_mm=(float(lengths[1]), float(lengths[0])),
+        size=(info.height, info.width),
+        reference_uid="",
+        known=known,
+    )
+
+
+def _grid(header: Header, positions: NDArray[np.float64], known: Mapping[str, Any], name: str = "it") -> Grid:
+    first = header.frames[0]
+    return Grid(
+        name=name,
+        positions=positions,
+        orientation=np.array(first.orientation),
+        spacing_mm=cast(tuple[float, float], first.spacing_mm),
+        size=(header.height, header.width),
+        reference_uid=header.reference_uid,
+        known=known,
+    )
+
+
+def on_planes(location: str, header: Header, grid: Grid) -> list[list[int]]:
+    """For each plane of the grid the frames that lie on it; all frames lie on one."""
+    differing = ""
+    if (header.height, header.width) != grid.size:
+        differing = f"{header.height} x {header.width} pixels, that one {grid.size[0]} x {grid.size[1]}"
+    elif header.reference_uid and grid.reference_uid and header.reference_uid != grid.reference_uid:
+        differing = "another frame of reference (FrameOfReferenceUID)"
+    elif any(np.abs(np.array(frame.orientation) - grid.orientation).max() > _PARALLEL for frame in header.frames):
+        differing = "planes of another direction, or turned or mirrored ones"
+    elif any(not np.allclose(frame.spacing_mm or 0, grid.spacing_mm, rtol=1e-3) for frame in header.frames):
+        differing = f"pixels of {header.frames[0].spacing_mm} mm, that one of {grid.spacing_mm}"
+    if differing:
+        raise DataError(f"{location}: the segmentation does not lie on the grid of {grid.name}: it has {differing}.")
+    normal = np.cross(grid.orientation[:3], grid.orientation[3:])
+    distances = grid.positions @ normal
+    gaps = np.diff(np.unique(distances.round(4)))
+    near = _NEAR * (gaps.min() if len(gaps) else min(grid.spacing_mm))
+    found: list[list[int]] = [[] for _ in grid.positions]
+    for frame in header.frames:
+        position = np.array(frame.position)
+        planes = np.flatnonzero(np.abs(distances - position @ normal) <= near)
+        shifts = np.linalg.norm(grid.positions[planes] - position, axis=1)
+        if not len(planes) or shifts.max() > near + _NEAR * min(grid.spacing_mm):
+            raise DataError(
+                f"{location}: frame {frame.index} of the segmentation, at {', '.join(f'{part:g}' for part in position)} mm, "
+                f"lies on no plane of {grid.name}. Is it the series that was segmented?"
+            )
+        for plane in planes:
+            found[plane].append(frame.index)
+    return found

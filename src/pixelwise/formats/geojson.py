@@ -8,20 +8,67 @@ import json
 import math
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from pixelwise.errors import UsageError
+from pixelwise.errors import PixelwiseError, UsageError
 from pixelwise.files import atomic_path, cannot_write, extra
 from pixelwise.formats.base import LABELS, Result
-from pixelwise.formats.gdal import gdal
-from pixelwise.formats.geojson_outlines import simplify, trace, with_shared_corners
-from pixelwise.formats.geojson_place import Place, find_place
-from pixelwise.formats.sinks.geotiff import write_rows
+from pixelwise.formats.gdal import Dataset, gdal
+from pixelwise.formats.geotiff_write import write_rows
 
-__all__ = ["write_geojson"]
+MAX_CORNERS = 20_000_000
+"""More in one plane are refused: they would take some 8 GB, and hardly any program opens the file."""
+
+_WGS84 = "EPSG:4326"  # rasterio keeps the order longitude, latitude
+_STRAIGHT_PX = 256.0  # edges are cut into such pieces before they are bent: at 10 m per pixel they err by 0.02 px
+_PROBES = 17  # places along each side where it is tried whether the image has longitude and latitude
+_AREA_ERROR = 0.02
+_EQUATOR_M, _ECCENTRICITY_2 = 6_378_137.0, 0.00669437999014
+_PIXELS = "pixels of the image: x to the right, y down, (0, 0) is its upper left corner"
+_DEGREES = "longitude and latitude in degrees, WGS 84"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where an image lies.
+
+    Attributes:
+        coordinates: what the coordinates of the polygons are, in words.
+        crs: rasterio's coordinate system of the image; None if the polygons stay in pixels.
+        transform: (a, b, c, d, e, f): x = a column + b row + c, y = d column + e row + f.
+        pixel_m2: the area of a pixel in square metres, if the coordinate system has a unit of length.
+        decimals: of degrees, so that they are about a hundredth of a pixel, and at least the 7 that RFC 7946 names.
+    """
+
+    coordinates: str
+    crs: Any = None
+    transform: tuple[float, ...] = ()
+    pixel_m2: float | None = None
+    decimals: int = 7
+
+    def to_world(self, rasterio: ModuleType, polygons: NDArray[Any]) -> NDArray[Any]:
+        """Polygons in pixels, in the coordinates of the file; those that cross the antimeridian are cut there."""
+        if self.crs is None or len(polygons) == 0:
+            return polygons
+        shapely, warp = (extra(name, "geo", "GeoJSON") for name in ("shapely", "rasterio.warp"))
+        local = shapely.transform(shapely.segmentize(polygons, _STRAIGHT_PX), self._to_crs)
+        world = shapely.transform(local, lambda points: np.stack(warp.transform(self.crs, _WGS84, *points.T), axis=1))
+        west, _, east, _ = shapely.bounds(world).T
+        for index in np.flatnonzero(east - west > 180):
+            cut = warp.transform_geom(self.crs, _WGS84, shapely.geometry.mapping(local[index]))
+            world[index] = shapely.geometry.shape(cut)
+        return shapely.transform(world, lambda points: np.round(points, self.decimals))
+
+    def _to_crs(self, points: NDArray[np.float64]) -> NDArray[np.float64]:
+        a, b, c, d, e, f = self.transform
+        x, y = points.T
+        return np.stack([a * x + b * y + c, d * x + e * y + f], axis=1)
 
 
 def write_geojson(path: Path, result: Result, *, simplify_px: float = 1.0, min_area_px: int = 0) -> None:
@@ -42,37 +89,31 @@ def write_geojson(path: Path, result: Result, *, simplify_px: float = 1.0, min_a
     Raises:
         UsageError: the result holds no labels, a number is negative, or a package is not installed.
         PixelwiseError: it cannot be written, or there are more outlines than memory should hold.
-
-    Example:
-        >>> from pixelwise.data.labels import LabelSpec
-        >>> from pixelwise.formats import SourceInfo
-        >>> info = SourceInfo(location="a.png", format="png", height=2, width=3, channels=3, dtype="uint8")
-        >>> spec = LabelSpec(names=("sea", "land"), colors=((0, 0, 200), (0, 90, 0)), values=((0,), (1,)))
-        >>> labels = np.array([[0, 1, 1], [0, 0, 0]], dtype=np.uint8)
-        >>> result = Result(kind="labels", spec=spec, source=info, dtype=labels.dtype,
-        ...                 rows=lambda plane, top, bottom: labels[top:bottom])
-        >>> path = Path(tempfile.mkdtemp()) / "labels.geojson"
-        >>> write_geojson(path, result, simplify_px=0)
-        >>> [feature["properties"] for feature in json.loads(path.read_text())["features"]]
-        [{'class': 'land', 'class_id': 1, 'area_px': 2}, {'class': 'sea', 'class_id': 0, 'area_px': 4}]
     """
     path = Path(path)
     if result.kind != LABELS:
         raise UsageError(f"{path}: polygons are made of labels; {result.kind} has none. Write it as GeoTIFF.")
     if not (math.isfinite(simplify_px) and simplify_px >= 0 and min_area_px >= 0):
         raise UsageError(f"simplify_px ({simplify_px}) and min_area_px ({min_area_px}) must not be negative.")
-    extra("shapely", "geo", "GeoJSON")
+    shapely = extra("shapely", "geo", "GeoJSON")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with gdal("GeoJSON") as rasterio, tempfile.TemporaryDirectory(prefix=".pixelwise-", dir=path.parent) as folder:
             place = find_place(rasterio, result)
-            spool = Path(folder, "labels.tif")
-            write_rows(rasterio, spool, result, nodata=None)
+            raster = Path(folder, "labels.tif")
+            write_rows(rasterio, raster, result, nodata=None)
+            head: dict[str, Any] = {"type": "FeatureCollection", "name": path.stem, "coordinates": place.coordinates}
+            head |= {"pixelwise": dict(result.mark)} if result.mark else {}
             with atomic_path(path) as part, part.open("w", encoding="utf-8") as file:
-                file.write(_head(path, result, place))
+                file.write(json.dumps(head, ensure_ascii=False)[:-1] + ', "features": [')
                 separator = "\n"
                 for plane in range(result.source.planes):
-                    for feature in _features(rasterio, spool, plane, result, place, simplify_px, min_area_px):
+                    polygons, labels = trace(rasterio, raster, plane + 1)
+                    areas = np.rint(shapely.area(polygons)).astype(np.int64)
+                    polygons = simplify(with_shared_corners(polygons), simplify_px)
+                    keep = (areas >= min_area_px) & (labels != (-1 if result.nodata is None else result.nodata))
+                    found = (polygons[keep], labels[keep], areas[keep])
+                    for feature in _features(rasterio, *found, plane, place, result):
                         file.write(separator + feature)
                         separator = ",\n"
                 file.write("\n]}\n")
@@ -80,39 +121,167 @@ def write_geojson(path: Path, result: Result, *, simplify_px: float = 1.0, min_a
         raise cannot_write(path, error) from error
 
 
-def _head(path: Path, result: Result, place: Place) -> str:
-    """Everything of the collection before its features."""
-    head = {"type": "FeatureCollection", "name": path.stem, "coordinates": place.coordinates}
-    if result.mark:
-        head["pixelwise"] = dict(result.mark)  # type: ignore[assignment]
-    return json.dumps(head, ensure_ascii=False, sort_keys=False)[:-1] + ', "features": ['
-
-
 def _features(
     rasterio: ModuleType,
-    spool: Path,
+    polygons: NDArray[Any],
+    labels: NDArray[np.int64],
+    areas: NDArray[np.int64],
     plane: int,
-    result: Result,
     place: Place,
-    simplify_px: float,
-    min_area_px: int,
+    result: Result,
 ) -> Iterator[str]:
     """The features of one plane as text, one after the other."""
     shapely = extra("shapely", "geo", "GeoJSON")
-    polygons, labels = trace(rasterio, spool, plane + 1)
-    areas = np.rint(shapely.area(polygons)).astype(np.int64)
-    polygons = simplify(with_shared_corners(polygons), simplify_px)
-    keep = (areas >= min_area_px) & (labels != (-1 if result.nodata is None else result.nodata))
-    polygons, labels, areas = polygons[keep], labels[keep], areas[keep]
     names = result.spec.names
     for chunk in np.array_split(np.arange(len(polygons)), -(-len(polygons) // 10_000) or 1):
         geometries = shapely.to_geojson(shapely.orient_polygons(place.to_world(rasterio, polygons[chunk])))
         for geometry, label, area in zip(geometries, labels[chunk].tolist(), areas[chunk].tolist(), strict=True):
-            properties = {"class": names[label] if label < len(names) else f"value {label}", "class_id": label}
-            properties["area_px"] = area
+            name = names[label] if label < len(names) else f"value {label}"
+            properties = {"class": name, "class_id": label, "area_px": area}
             if place.pixel_m2 is not None:
                 properties["area_m2"] = float(f"{area * place.pixel_m2:.6g}")
             if result.source.planes > 1:
                 properties["plane"] = plane
-            told = json.dumps(properties, ensure_ascii=False)
-            yield f'{{"type": "Feature", "properties": {told}, "geometry": {geometry}}}'
+            text = json.dumps(properties, ensure_ascii=False)
+            yield f'{{"type": "Feature", "properties": {text}, "geometry": {geometry}}}'
+
+
+def trace(rasterio: ModuleType, path: Path, band: int) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    """All regions (pixels that share an edge) of one band of a file, read line by line; to be used inside `gdal()`.
+
+    Returns:
+        polygons in pixels, with their holes, as an array of shapely's, and the label of each.
+
+    Raises:
+        PixelwiseError: they have more than `MAX_CORNERS` corners.
+        OSError: the file cannot be read.
+    """
+    shapely = extra("shapely", "geo", "polygons")
+    shapes = extra("rasterio.features", "geo", "polygons").shapes
+    polygons, labels, corners = [], [], 0
+    with Dataset(rasterio, path.open) as dataset:
+        for outline, label in shapes(rasterio.band(dataset, band), connectivity=4):
+            exterior, *holes = outline["coordinates"]
+            polygons.append(shapely.Polygon(exterior, holes))
+            labels.append(int(label))
+            corners += len(exterior) + sum(map(len, holes))
+            if corners > MAX_CORNERS:
+                raise PixelwiseError(
+                    f"the regions of the labels have more than {MAX_CORNERS:,} corners, too many for polygons. Clean the "
+                    "labels up (--min-area), cut the image into parts, or write another format."
+                )
+    return np.array(polygons, dtype=object), np.array(labels, dtype=np.int64)
+
+
+def simplify(polygons: NDArray[Any], tolerance_px: float) -> NDArray[Any]:
+    """Leave out corners that make triangles smaller than about `tolerance_px` squared; borders stay shared.
+
+    Where three regions meet, and along the edge of the whole, every corner stays. The polygons come from
+    `with_shared_corners`.
+    """
+    shapely = extra("shapely", "geo", "polygons")
+    if tolerance_px == 0 or len(polygons) == 0:
+        return polygons
+    return shapely.coverage_simplify(polygons, tolerance_px, simplify_boundary=False)
+
+
+def with_shared_corners(polygons: NDArray[Any]) -> NDArray[Any]:
+    """The same polygons, with a corner wherever a neighbour has one, also in the middle of a straight edge.
+
+    Only then are the borders of neighbours the same lines, which stay the same however they are simplified or bent.
+    All edges run along rows or columns, all corners are whole numbers and not negative, as outlines of pixels are.
+    """
+    shapely = extra("shapely", "geo", "polygons")
+    if len(polygons) == 0:
+        return polygons
+    kind, points, (rings, parts) = shapely.to_ragged_array(polygons)
+    corners = points.astype(np.int64)  # (N, 2) x, y; the last of each ring is its first again
+    towards = np.sign(np.roll(corners, -1, axis=0) - corners)  # of the edge that begins there
+    towards[rings[1:] - 1] = 0  # none begins at the last of a ring
+    count, first = np.zeros(len(corners), dtype=np.int64), np.zeros(len(corners), dtype=np.int64)
+    side = int(corners.max()) + 1
+    orders = [np.unique(_keys(corners, axis, side)) for axis in (0, 1)]
+    for axis, order in enumerate(orders):
+        edges = np.flatnonzero(towards[:, axis])
+        here, there = (_keys(points[edges], axis, side) for points in (corners, np.roll(corners, -1, axis=0)))
+        low = np.searchsorted(order, np.minimum(here, there), "right")
+        high = np.searchsorted(order, np.maximum(here, there), "left")
+        count[edges] = high - low
+        first[edges] = np.where(here < there, low, high - 1)
+    starts = np.concatenate([[0], np.cumsum(count + 1)])
+    owner = np.repeat(np.arange(len(corners)), count + 1)
+    step = np.arange(len(owner)) - starts[owner]  # 0 is the corner itself, 1.. are those on its edge
+    dense = corners[owner].astype(np.float64)
+    for axis, order in enumerate(orders):
+        added = np.flatnonzero((step > 0) & (towards[owner, axis] != 0))
+        edge = owner[added]
+        dense[added, axis] = order[first[edge] + towards[edge, axis] * (step[added] - 1)] % side
+    return shapely.from_ragged_array(kind, dense, (starts[rings], parts))
+
+
+def _keys(corners: NDArray[np.int64], axis: int, side: int) -> NDArray[np.int64]:
+    """A number for each corner, ascending line by line, and within the line along `axis`."""
+    return corners[:, 1 - axis] * side + corners[:, axis]
+
+
+def find_place(rasterio: ModuleType, result: Result) -> Place:
+    """The place of the image that a result was made from; to be used inside `gdal()`."""
+    metadata = result.metadata if result.source.format == "geotiff" else {}
+    crs_text, transform = metadata.get("crs"), metadata.get("transform")
+    if metadata.get("gcps") or metadata.get("rpcs"):
+        return Place(coordinates=f"{_PIXELS}; its control points or RPCs are not followed, warp the image (gdalwarp)")
+    if not crs_text or not transform:
+        level = result.metadata.get("level") if result.source.format == "slide" else None
+        if not level:
+            return Place(coordinates=_PIXELS)
+        factor = f"times {result.metadata['downsample']:g} they are those of level 0"
+        return Place(coordinates=f"{_PIXELS}; of level {level} of the slide, {factor}")
+    try:
+        with gdal():
+            crs = rasterio.crs.CRS.from_user_input(crs_text)
+            place = Place(coordinates=_DEGREES, crs=crs, transform=transform)
+            pixel = _pixels_of(place, result)
+    except (OSError, ValueError):  # the coordinate system of a building site, for example
+        pixel = np.full((1, 4), np.nan)
+    if not np.isfinite(pixel).all():
+        return Place(coordinates=f"{_PIXELS}; parts of it have no longitude and latitude in its coordinate system")
+    decimals = 2 - math.floor(math.log10(max(float(np.hypot(pixel[:, 0], pixel[:, 1]).min()), 1e-12)))
+    return replace(place, pixel_m2=_plane_area(crs, transform, pixel[:, 3]), decimals=min(12, max(7, decimals)))
+
+
+def _pixels_of(place: Place, result: Result) -> NDArray[np.float64]:
+    """How far one pixel goes (degrees of longitude and latitude to the right), and its area (m2): (n, 4), all over it.
+
+    Columns: longitude, latitude, latitude of the pixel itself, area on the ellipsoid.
+    """
+    warp = extra("rasterio.warp", "geo", "GeoJSON")
+    grid = np.linspace(0, 1, _PROBES)
+    y, x = (
+        axis.ravel()
+        for axis in np.meshgrid(grid * (result.source.height - 1), grid * (result.source.width - 1), indexing="ij")
+    )
+    here, right, below = (
+        np.stack(warp.transform(place.crs, _WGS84, *place._to_crs(np.stack([x + dx, y + dy], axis=1)).T), axis=1)
+        for dx, dy in ((0, 0), (1, 0), (0, 1))
+    )
+    across, down = ((step + 180 - here) for step in (right, below))
+    across[:, 0], down[:, 0] = across[:, 0] % 360, down[:, 0] % 360
+    across, down = across - 180, down - 180
+    square = across[:, 0] * down[:, 1] - across[:, 1] * down[:, 0]
+    return np.stack([across[:, 0], across[:, 1], here[:, 1], np.abs(square) * _square_degree_m2(here[:, 1])], axis=1)
+
+
+def _square_degree_m2(latitude: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The area of one by one degree near a latitude on the ellipsoid of WGS 84: M N cos(latitude), both its radii."""
+    angle = np.radians(latitude)
+    flat = 1 - _ECCENTRICITY_2 * np.sin(angle) ** 2
+    return _EQUATOR_M**2 * (1 - _ECCENTRICITY_2) / flat**2 * np.cos(angle) * np.radians(1) ** 2
+
+
+def _plane_area(crs: Any, transform: tuple[float, ...], true_m2: NDArray[np.float64]) -> float | None:
+    """The area of a pixel in the plane of the map, if that is the true one to 2 %; Mercator's is not, for example."""
+    if not crs.is_projected:
+        return None
+    a, b, _, d, e, _ = transform
+    area = abs(a * e - b * d) * float(crs.linear_units_factor[1]) ** 2
+    return area if np.all(np.abs(true_m2 - area) <= _AREA_ERROR * area) else None

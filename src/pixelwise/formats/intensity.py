@@ -6,7 +6,6 @@ changes the labels, so the range in use stands in the source's metadata.
 
 import logging
 import math
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pixelwise.errors import UsageError
-from pixelwise.formats.readers import silence
+from pixelwise.formats.raster import silence
 
 Intensity = Literal["auto", "type"] | tuple[float, float]
 """How stored numbers become 0..1.
@@ -25,8 +24,6 @@ Intensity = Literal["auto", "type"] | tuple[float, float]
 (low, high): linear, low is 0, high is 1, beyond them clipped, in the file's own unit (Hounsfield units for CT).
 "auto": what the format suggests: DICOM's display window, or 0.5 to 99.5 percent of a NIfTI volume; 8 bit as they are.
 """
-
-_quiet = threading.local()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,10 +35,6 @@ class Scaling:
         high: the number that becomes 1, or the centre plus the width of a sigmoid.
         sigmoid: whether the map is PS3.3 C.11.2.1.3.1's curve instead of a line.
         inverted: whether the largest number is black (MONOCHROME1).
-
-    Example:
-        >>> Scaling(low=-100, high=300).apply(np.array([-500, 0, 300])).tolist()
-        [0.0, 0.25, 1.0]
     """
 
     low: float
@@ -76,10 +69,6 @@ def check_intensity(value: Any) -> Intensity:
 
     Raises:
         UsageError: it is none of the three, or low is not below high.
-
-    Example:
-        >>> check_intensity("-160,240")
-        (-160.0, 240.0)
     """
     if value == "auto":
         return "auto"
@@ -109,10 +98,6 @@ def display_window(center: float, width: float, function: str = "LINEAR", invert
 
     Returns:
         the map; None if the numbers are no window.
-
-    Example:
-        >>> display_window(40, 400)
-        Scaling(low=-160.0, high=239.0, sigmoid=False, inverted=False)
     """
     least = 1.0 if function == "LINEAR" else np.nextafter(0.0, 1.0)
     if not (math.isfinite(center) and math.isfinite(width) and width >= least):
@@ -131,10 +116,6 @@ def percentile_scaling(sample: NDArray[Any]) -> Scaling:
     """The map of the 0.5th percentile of a sample to 0 and of its 99.5th to 1; numbers that are not finite do not count.
 
     Where almost all numbers are the same, such as zeros around a small organ, its least and largest are taken instead.
-
-    Example:
-        >>> percentile_scaling(np.array([0] * 999 + [5]))
-        Scaling(low=0.0, high=5.0, sigmoid=False, inverted=False)
     """
     finite = sample[np.isfinite(sample)].astype(np.float64)
     if finite.size == 0:
@@ -146,39 +127,24 @@ def percentile_scaling(sample: NDArray[Any]) -> Scaling:
 
 
 def by_type(values: NDArray[Any], largest: int | None = None) -> NDArray[np.float32]:
-    """Integers over the largest of their type (or over `largest`), floats as they are, all as float32.
-
-    Example:
-        >>> by_type(np.array([0, 65535], dtype=np.uint16)).tolist()
-        [0.0, 1.0]
-    """
+    """Integers over the largest of their type (or over `largest`), floats as they are, all as float32."""
     if values.dtype.kind == "f":
         return values.astype(np.float32)
     return (values / np.float64(largest or np.iinfo(values.dtype).max)).astype(np.float32)
 
 
-class _OwnMessages(logging.Filter):
-    def filter(self, record: logging.LogRecord) -> bool:
-        return not getattr(_quiet, "active", False)
-
-
-_own_messages = _OwnMessages()
-
-
 @contextmanager
-def quiet(*loggers: str) -> Iterator[None]:
-    """Drop the warnings, and the log lines of some packages, about a file in this thread, for the error tells it all.
-
-    Only one thread at a time may be inside, because Python keeps the list of warning filters for the whole process.
-    """
-    for name in tuple(logging.root.manager.loggerDict):  # a filter does not count for the loggers below
-        if name.partition(".")[0] in loggers:
-            logger = logging.getLogger(name)
-            if _own_messages not in logger.filters:
-                logger.addFilter(_own_messages)
+def quiet(*packages: str) -> Iterator[None]:
+    """Drop the warnings and the log lines of some packages; only one thread at a time is inside."""
+    loggers = [
+        logging.getLogger(name) for name in tuple(logging.root.manager.loggerDict) if name.partition(".")[0] in packages
+    ]
     with silence():
-        _quiet.active = True
+        levels = [logger.level for logger in loggers]
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL + 1)
         try:
             yield
         finally:
-            _quiet.active = False
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

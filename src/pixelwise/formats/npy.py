@@ -1,106 +1,103 @@
-"""NumPy's .npy files of any size, window by window; files that hold Python objects are refused."""
+"""NumPy's .npy files of any size, window by window. Files that hold Python objects are refused."""
 
+import math
 import tokenize
-from typing import Any, BinaryIO, cast
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pixelwise.errors import DataError, UsageError
-from pixelwise.formats.base import Source, SourceInfo
-from pixelwise.formats.blocks import Bytes, FileView, Opener, StoredArray, local_opener
+from pixelwise.files import atomic_path, cannot_write
+from pixelwise.formats.base import Result, Source, SourceInfo
 from pixelwise.formats.local import Identity, readable
-from pixelwise.formats.readers import silence
+from pixelwise.formats.raster import silence, whole_numbers
 
 _MAGIC = b"\x93NUMPY"
 _STRIP_BYTES = 2**16
+_BAND_BYTES = 16 * 2**20
 _MAX_HEADER_BYTES = 10_000
 
 
-def is_npy(head: bytes, name: str) -> bool:
-    """Whether a file that begins with `head` is one of NumPy's.
-
-    Example:
-        >>> is_npy(b"\\x93NUMPY\\x01\\x00", "a.npy")
-        True
-    """
-    return head.startswith(_MAGIC)
-
-
-def open_npy(location: str, opener: Opener | None = None, *, identity: Identity | None = None) -> "NpySource":
+def open_npy(
+    location: str,
+    opener: Callable[[], BinaryIO] | None = None,
+    *,
+    identity: Identity | None = None,
+    labels: bool = False,
+) -> Source:
     """Open an array (H, W), (H, W, C) or (planes, H, W, C); only its header is read.
 
     Args:
         location: path, or the name of what `opener` opens.
         opener: opens the file anew at each call, for reading, seekable; None opens the path.
         identity: how to tell whether it changed; needed with `opener`.
+        labels: whether it is read as a mask. Then three axes are (planes, H, W), unless the last one has length 1, or
+            length 3 in 8 bits.
 
     Raises:
         DataError: the file is missing, truncated, or holds something else than images of numbers.
         UsageError: an opener without an identity.
-
-    Example:
-        >>> import tempfile
-        >>> from pathlib import Path
-        >>> path = str(Path(tempfile.mkdtemp()) / "a.npy")
-        >>> np.save(path, np.arange(12).reshape(3, 4))
-        >>> with open_npy(path) as source:
-        ...     source.read(1, 2, 2, 2)[:, :, 0].tolist()
-        [[6, 7], [10, 11]]
     """
     if opener is None:
         identity = Identity.local(location)
     elif identity is None:
-        raise UsageError(f"{location}: whoever opens it must also say how to tell whether it changed (identity).")
+        raise UsageError(f"{location}: a file that is opened by a function needs an identity as well.")
     with readable(location):
-        file = Bytes(opener or local_opener(location))
-        try:
-            return NpySource(location, file, cast(Identity, identity))
-        except BaseException:
-            file.close()
-            raise
+        return _NpySource(location, opener or (lambda: Path(location).open("rb")), identity, labels)
 
 
-class NpySource(Source):
-    """An array in a file; made by `open_npy`. Nothing of it is kept in memory."""
+class _NpySource(Source):
+    """An array in a file, of which nothing is kept in memory."""
 
-    def __init__(self, location: str, file: Bytes, identity: Identity) -> None:
-        self._file, self._identity = file, identity
-        shape, self._fortran, dtype, offset = _header(file)
-        stored = shape[::-1] if self._fortran else shape
-        self._array = StoredArray(file, offset, stored, dtype)
-        if self._array.end > file.size:
-            raise DataError(f"it says it has {self._array.end:,} bytes, but {file.size:,} are there; it is truncated.")
-        self._shape = shape
-        planes, height, width, channels = _as_stack(shape)
-        row = width * channels * dtype.itemsize
+    def __init__(self, location: str, opener: Callable[[], BinaryIO], identity: Identity, labels: bool) -> None:
+        self._opener, self._identity, self._labels = opener, identity, labels
+        with opener() as file:
+            shape, self._fortran, self._dtype, self._offset = _header(file)
+            size, end = file.seek(0, 2), self._offset + math.prod(shape) * self._dtype.itemsize
+        if end > size:
+            raise DataError(f"it says it has {end:,} bytes, but {size:,} are there; it is truncated.")
+        is_color = shape[-1] == 3 and self._dtype == np.uint8
+        if len(shape) == 2 or (labels and len(shape) == 3 and shape[2] != 1 and not is_color):
+            shape = (*shape, 1)
+        planes, height, width, channels = self._shape = (1, *shape)[-4:]
+        if labels and channels != 1 and not is_color:
+            raise DataError(f"it has {channels} channels of {self._dtype}; a mask has one, or 8-bit RGB.")
+        row = width * channels * self._dtype.itemsize
+        stored = "uint8" if self._dtype.kind == "b" else self._dtype.newbyteorder("=").name
         self.info = SourceInfo(
             location=location,
             format="npy",
             height=height,
             width=width,
             channels=channels,
-            dtype="uint8" if dtype.kind == "b" else dtype.newbyteorder("=").name,
+            dtype="int64" if labels and self._dtype.kind == "f" else stored,
             planes=planes,
             block_px=(height if self._fortran else max(1, min(height, _STRIP_BYTES // row)), width),
         )
+        self._idle: list[BinaryIO] = []
 
     def read(self, top: int, left: int, height: int, width: int, plane: int = 0) -> NDArray[Any]:
         where = f"rows {top}..{top + height}, columns {left}..{left + width}"
-        with readable(self.info.location, where):
-            box = [(top, top + height), (left, left + width)]
-            if len(self._shape) == 4:
-                box.insert(0, (plane, plane + 1))
-            if len(self._shape) > 2:
-                box.append((0, self.info.channels))
-            array = self._array.read(box[::-1]).T if self._fortran else self._array.read(box)
-            array = array.reshape(height, width, self.info.channels)
-            if array.dtype.kind == "b":
-                array = array.astype(np.uint8) * np.uint8(255)
+        planes, rows, columns, channels = self._shape
+        with readable(self.info.location, where), self._file() as file:
+            if self._fortran:  # rows follow each other, then columns, then channels, with the planes in between
+                lines = [channel * columns + left + n for channel in range(channels) for n in range(width)]
+                found = self._lines(file, lines, rows * planes, top * planes, height * planes)
+                array = found.reshape(channels, width, height, planes)[..., plane].T
+            else:
+                lines = [plane * rows + top + n for n in range(height)]
+                found = self._lines(file, lines, columns * channels, left * channels, width * channels)
+                array = found.reshape(height, width, channels)
             if array.dtype.kind == "f" and not np.isfinite(array).all():
                 bad = int((~np.isfinite(array)).sum())
                 raise DataError(f"{bad:,} numbers in {where} are NaN or infinite. Replace them.")
-        return np.ascontiguousarray(array)
+            if array.dtype.kind == "b" or self._labels:
+                array = whole_numbers(array)
+            return np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("="))
 
     def fingerprint(self) -> str:
         return self._identity.fingerprint()
@@ -109,19 +106,45 @@ class NpySource(Source):
         self._identity.check()
 
     def close(self) -> None:
-        self._file.close()
+        while self._idle:
+            self._idle.pop().close()
+
+    @contextmanager
+    def _file(self) -> Iterator[BinaryIO]:
+        """A handle that no other thread has."""
+        try:
+            file = self._idle.pop()
+        except IndexError:
+            file = self._opener()
+        try:
+            yield file
+        finally:
+            self._idle.append(file)
+
+    def _lines(self, file: BinaryIO, lines: list[int], line: int, start: int, length: int) -> NDArray[Any]:
+        """The numbers from `start` on of some lines of `line` numbers each; whole neighbouring lines are read at once."""
+        array = np.empty((len(lines), length), dtype=self._dtype)
+        at_once = length == line and lines[-1] - lines[0] == len(lines) - 1
+        for index, target in [(lines[0], array)] if at_once else zip(lines, array, strict=True):
+            file.seek(self._offset + (index * line + start) * self._dtype.itemsize)
+            view = target.view(np.uint8).reshape(-1).data
+            while view:
+                count = file.readinto(view)  # type: ignore[attr-defined]
+                if not count:
+                    raise EOFError("the file ends before its numbers do")
+                view = view[count:]
+        return array
 
 
-def _header(file: Bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
+def _header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
     """Shape, whether columns come first, number type, and where the numbers start."""
-    view = cast(BinaryIO, FileView(file))
-    version = np.lib.format.read_magic(view)
+    version = np.lib.format.read_magic(file)
     if version not in ((1, 0), (2, 0)):
         raise DataError(f"it is of version {version[0]}.{version[1]} of the format, which is for tables, not images.")
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     try:
         with silence():  # headers of Python 2 make numpy warn
-            shape, fortran, dtype = read(view, max_header_size=_MAX_HEADER_BYTES)
+            shape, fortran, dtype = read(file, max_header_size=_MAX_HEADER_BYTES)
     except tokenize.TokenError as error:  # from numpy's second try, for Python 2
         raise DataError("its header is damaged.") from error
     if dtype.hasobject:
@@ -132,13 +155,42 @@ def _header(file: Bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
         raise DataError(f"its shape is {shape}; (H, W), (H, W, C) and (planes, H, W, C) can be read.")
     if min(shape) < 1:
         raise DataError(f"its shape is {shape}; it has no pixels.")
-    return shape, fortran, dtype, view.tell()
+    return shape, fortran, dtype, file.tell()
 
 
-def _as_stack(shape: tuple[int, ...]) -> tuple[int, int, int, int]:
-    """Planes, rows, columns, channels."""
-    if len(shape) == 2:
-        return 1, shape[0], shape[1], 1
-    if len(shape) == 3:
-        return 1, *shape
-    return shape[0], shape[1], shape[2], shape[3]
+def write_npy(path: Path, result: Result) -> None:
+    """Write an array (H, W) or (planes, H, W), a band of rows at a time; `numpy.load(path, mmap_mode="r")` reads it.
+
+    Raises:
+        PixelwiseError: the file cannot be written.
+    """
+    planes, height, width = result.source.planes, result.source.height, result.source.width
+    _write(path, result, (height, width) if planes == 1 else (planes, height, width), np.dtype(result.dtype))
+
+
+def write_probabilities(path: Path, result: Result) -> None:
+    """Write the probabilities of all classes as .npy, float32 (K, H, W), or (planes, K, H, W) of several planes.
+
+    The planes of the result are the classes of the first plane of the image, then those of the next.
+
+    Raises:
+        PixelwiseError: it cannot be written.
+    """
+    info, classes = result.source, result.spec.num_classes
+    shape: tuple[int, ...] = (classes, info.height, info.width)
+    _write(path, result, shape if info.planes <= classes else (info.planes // classes, *shape), np.dtype("<f4"))
+
+
+def _write(path: Path, result: Result, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+    planes, height = result.source.planes, result.source.height
+    step = max(1, _BAND_BYTES // (result.source.width * dtype.itemsize))
+    header = {"shape": shape, "fortran_order": False, "descr": np.lib.format.dtype_to_descr(dtype)}
+    try:
+        with atomic_path(path) as part, part.open("wb") as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            for plane in range(planes):
+                for top in range(0, height, step):
+                    rows = result.rows(plane, top, min(top + step, height))
+                    file.write(np.ascontiguousarray(rows, dtype=dtype).data)
+    except OSError as error:
+        raise cannot_write(path, error) from error

@@ -1,12 +1,21 @@
 """What the decoders of files give to the readers, and which errors of theirs mean "this file is bad"."""
 
+import os
 import struct
+import threading
+import warnings
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tifffile
+from numpy.typing import NDArray
+
+from pixelwise.errors import DataError
 
 Palette = tuple[tuple[int, int, int], ...]
 
@@ -77,25 +86,6 @@ class Raster:
     inverted: bool = False
 
 
-@dataclass(frozen=True, kw_only=True)
-class ImageInfo:
-    """What a file says about its image, after EXIF orientation.
-
-    Attributes:
-        width: pixels.
-        height: pixels.
-        channels: as `read_image` gives them.
-        dtype: numpy's name of the number type, for example "uint8".
-        format: for example "PNG".
-    """
-
-    width: int
-    height: int
-    channels: int
-    dtype: str
-    format: str
-
-
 def printable(path: str | Path) -> str:
     """A path as text that any terminal and JSON take, also where the bytes of its name are no text."""
     return str(path).encode("utf-8", "backslashreplace").decode()
@@ -115,3 +105,37 @@ def orient(array: np.ndarray, orientation: int) -> np.ndarray:
     if orientation in (3, 4, 7, 8):
         array = array[::-1]
     return array
+
+
+def whole_numbers(array: NDArray[Any]) -> NDArray[Any]:
+    """Masks are integers; 1 bit counts as black and white, and floats pass if they are whole numbers.
+
+    Raises:
+        DataError: they are not.
+    """
+    if array.dtype == bool:
+        return array.astype(np.uint8) * np.uint8(255)
+    if array.dtype.kind in "ui":
+        return array
+    if array.dtype.kind == "f" and np.isfinite(array).all() and np.abs(array).max() < 2**31:
+        whole = array.astype(np.int64)
+        if (whole == array).all():
+            return whole
+    raise DataError(f"it holds numbers of type {array.dtype} that are not whole; a mask has whole numbers.")
+
+
+# `warnings.catch_warnings` swaps state of the whole process, so only one thread may be inside it. Only headers are read
+# there; decoding runs beside it in any number of threads.
+_header_lock = threading.Lock()
+if hasattr(os, "register_at_fork"):  # a worker must not be forked while another thread holds the lock
+    os.register_at_fork(
+        before=_header_lock.acquire, after_in_parent=_header_lock.release, after_in_child=_header_lock.release
+    )
+
+
+@contextmanager
+def silence() -> Iterator[None]:
+    """Keep warnings of libraries away from the terminal; only one thread at a time is inside, so be quick."""
+    with _header_lock, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

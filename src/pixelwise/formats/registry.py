@@ -1,124 +1,163 @@
-"""Which module reads a file: its content decides, then its name. Modules are imported when a file needs them."""
+"""The one table of formats: what their files are called and begin with, and who reads and writes them."""
 
-import hashlib
-import inspect
-import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from importlib import import_module
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any, BinaryIO
 
-import numpy as np
-from numpy.typing import NDArray
+from pixelwise.errors import DataError, UsageError
+from pixelwise.files import extra
+from pixelwise.formats.base import LABELS, SourceInfo, Writer
+from pixelwise.formats.raster import printable
 
-from pixelwise.errors import DataError, PixelwiseError, UsageError
-from pixelwise.formats.base import Source
-from pixelwise.formats.protocols import NoSuchObject, is_url, local_path, protocol_of, shown
-
-_PICTURES = ("png", "jpg", "jpeg", "webp", "bmp", "gif", "ppm", "pgm", "pbm")
+Refusal = Callable[[SourceInfo, str, Mapping[str, Any]], str]
+HEAD_BYTES = 4096
+"""How much of a file tells its format."""
 
 
-@dataclass(frozen=True)
+def _not_flat(info: SourceInfo, kind: str, metadata: Mapping[str, Any]) -> str:
+    if kind != LABELS:
+        return "it holds labels, not numbers with a fraction"
+    return f"it holds one plane, the image has {info.planes}" if info.planes > 1 else ""
+
+
+def _no_space(info: SourceInfo, kind: str, metadata: Mapping[str, Any]) -> str:
+    if info.format not in ("nifti", "dicom"):
+        return f"it needs a place in space, which only NIfTI and DICOM images have, not {info.format}"
+    if metadata.get("even") is False:
+        return "it cannot say where slices at uneven distances lie"
+    return "" if _has_space(info, metadata) else "the DICOM image says nothing about its place in space"
+
+
+def _no_dicom(info: SourceInfo, kind: str, metadata: Mapping[str, Any]) -> str:
+    if kind != LABELS:
+        return "it holds labels, not numbers with a fraction"
+    if info.format != "dicom":
+        return f"it refers to DICOM images, not to {info.format}"
+    return "" if _has_space(info, metadata) else "the DICOM image says nothing about its place in space"
+
+
+def _has_space(info: SourceInfo, metadata: Mapping[str, Any]) -> bool:
+    """Without metadata the best is assumed; only DICOM can lack a place."""
+    return info.format != "dicom" or not metadata or metadata.get("affine") is not None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Format:
-    """How files of a kind are found and opened.
+    """How files of a format are found, read and written.
 
     Attributes:
-        module: in this package.
-        opens: the function that opens a location; one with the parameter `opener` reads by parts, from anywhere.
-        knows: the function that tells the format by the first bytes and the name; "" if only the name of a folder does.
-        suffixes: what their names end in.
+        opens: the module and function that opens a location; "" if the format is only written. One with the parameter
+            `opener` reads parts of files from anywhere.
+        creates: the module and function that writes a `Result`; "" if the format is only read.
+        suffixes: what names end in, in lower case; the first is that of written files.
+        magic: possible first bytes.
+        looks: the module and function (head, name, opener) that decides where the first bytes cannot; "" if they can.
+        package: what writing needs beside pixelwise itself, with the extra that installs it.
+        becomes: the format of results of such images.
+        refuses: why it cannot hold a result (of an image, of a kind, with metadata); "" where it can.
     """
 
-    module: str
-    opens: str
-    knows: str
-    suffixes: tuple[str, ...]
+    opens: str = ""
+    creates: str = ""
+    suffixes: tuple[str, ...] = ()
+    magic: tuple[bytes, ...] = ()
+    looks: str = ""
+    package: tuple[str, str] | None = None
+    becomes: str = "png"
+    refuses: Refusal = lambda info, kind, metadata: ""
 
+
+_PILLOW = "image.open_image"
+_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_MEDICAL, _GEO, _ZARR = ("nibabel", "medical"), ("rasterio", "geo"), ("zarr", "zarr")
 
 FORMATS: Mapping[str, Format] = {
-    "dicom": Format("dicom", "open_dicom", "is_dicom", (".dcm", ".dicom")),
-    "slide": Format("tiff", "open_slide", "is_slide", (".svs", ".ndpi", ".scn", ".bif")),
-    "geotiff": Format("geotiff", "open_geotiff", "is_geotiff", ()),
-    "tiff": Format("tiff", "open_tiff", "is_tiff", (".tif", ".tiff", ".btf", ".tf8")),
-    "image": Format("image", "open_image", "is_image", tuple(f".{name}" for name in _PICTURES)),
-    "npy": Format("npy", "open_npy", "is_npy", (".npy",)),
-    "nifti": Format("nifti", "open_nifti", "is_nifti", (".nii", ".nii.gz")),
-    "zarr": Format("zarr", "open_zarr", "", (".zarr", ".zarr.zip")),
-}
-"""Every format, by the name that forces it, in the order in which they are asked."""
+    "png": Format(opens=_PILLOW, creates="png.write_png_labels", suffixes=(".png",), magic=(b"\x89PNG\r\n\x1a\n",),
+                  refuses=_not_flat),
+    "jpeg": Format(opens=_PILLOW, suffixes=(".jpg", ".jpeg"), magic=(b"\xff\xd8\xff",)),
+    "webp": Format(opens=_PILLOW, suffixes=(".webp",), magic=(b"RIFF????WEBP",)),
+    "bmp": Format(opens=_PILLOW, suffixes=(".bmp",), magic=(b"BM",)),
+    "gif": Format(opens=_PILLOW, suffixes=(".gif",), magic=(b"GIF87a", b"GIF89a")),
+    "pnm": Format(opens=_PILLOW, suffixes=(".ppm", ".pgm", ".pbm"), magic=tuple(b"P%d" % kind for kind in range(1, 7))),
+    "dicom": Format(opens="dicom.open_dicom", suffixes=(".dcm", ".dicom"), looks="dicom.is_dicom", becomes="nifti"),
+    "dicom-seg": Format(creates="dicom_seg.write_dicom_seg", suffixes=(".dcm",), package=("highdicom", "medical"),
+                        refuses=_no_dicom),
+    "slide": Format(opens="tiff.open_slide", suffixes=(".svs", ".ndpi", ".scn", ".bif"), looks="tiff.is_slide",
+                    becomes="ome-tiff"),
+    "geotiff": Format(opens="geotiff.open_geotiff", creates="geotiff_write.write_geotiff", suffixes=(".tif",),
+                      looks="geotiff.is_geotiff", package=_GEO, becomes="geotiff"),
+    "cog": Format(creates="geotiff_write.write_cog", suffixes=(".tif",), package=_GEO),
+    "ome-tiff": Format(creates="tiff.write_ome_tiff", suffixes=(".ome.tif", ".ome.tiff"), becomes="ome-tiff"),
+    "tiff": Format(opens="tiff.open_tiff", creates="tiff.write_tiff", suffixes=(".tif", ".tiff", ".btf", ".tf8"),
+                   magic=_TIFF, becomes="tiff"),
+    "npy": Format(opens="npy.open_npy", creates="npy.write_npy", suffixes=(".npy",), magic=(b"\x93NUMPY",), becomes="npy"),
+    "nifti": Format(opens="nifti.open_nifti", creates="nifti.write_nifti", suffixes=(".nii.gz", ".nii"),
+                    looks="nifti.is_nifti", package=_MEDICAL, becomes="nifti", refuses=_no_space),
+    "ome-zarr": Format(creates="zarr.write_ome_zarr", suffixes=(".ome.zarr",), package=_ZARR, becomes="ome-zarr"),
+    "zarr": Format(opens="zarr.open_zarr", creates="zarr.write_zarr", suffixes=(".zarr", ".zarr.zip"),
+                   magic=(b"PK\x03\x04",), package=_ZARR, becomes="zarr"),
+}  # fmt: skip
+"""Every format by its name, in the order in which files are compared with them."""
 
-SOURCE_SUFFIXES: tuple[str, ...] = tuple(suffix for known in FORMATS.values() for suffix in known.suffixes)
-"""What the names of images end in, in lower case (one of them has two dots); those of Zarr are folders."""
-
-_ALIASES = {"ome-tiff": "tiff", "ome-zarr": "zarr", "cog": "geotiff"} | dict.fromkeys(
-    (*_PICTURES, "jpeg", "pnm"), "image"
+SOURCE_SUFFIXES: tuple[str, ...] = tuple(
+    dict.fromkeys(suffix for known in FORMATS.values() if known.opens for suffix in known.suffixes)
 )
-_ZIP = b"PK\x03\x04"
-_HEAD_BYTES = 4096
-_HINTS = ("channels", "allow_no_affine")  # welcome to all: these help where a file leaves something open
-_GIVEN = ("location", "opener", "identity")
+"""What the names of images end in, in lower case; those of Zarr are folders."""
+
+WRITERS: Mapping[str, Format] = {name: known for name, known in FORMATS.items() if known.creates}
+"""The formats that results can be written in."""
+
+_READ_AS = {"ome-tiff": "tiff", "cog": "geotiff", "ome-zarr": "zarr", "dicom-seg": "dicom"}
+_ALL_SUFFIXES = sorted({suffix for known in FORMATS.values() for suffix in known.suffixes}, key=len, reverse=True)
 
 
-def open_source(location: str | Path, *, format: str | None = None, **options: Any) -> Source:
-    """Open an image of any format; only its header is read.
+def suffix_of(name: str) -> str:
+    """What a file name ends in, in lower case, the double suffixes of formats as one; "" if it has no suffix."""
+    lower = name.lower()
+    known = next((suffix for suffix in _ALL_SUFFIXES if lower.endswith(suffix) and len(name) > len(suffix)), None)
+    return PurePath(lower).suffix if known is None else known
 
-    Plain pictures are decoded in this process, within Pillow's limits; all others in a child process (`decoding`).
 
-    Args:
-        location: a path, or the URL of a file or Zarr folder.
-        format: its format, if the content should not decide: a name of `FORMATS`.
-        options: what the format offers, for example `axis` (NIfTI), `level` (slides, OME-Zarr), `series` (DICOM, OME-Zarr),
-            `intensity` (NIfTI, DICOM) or `axes` (Zarr); None is as good as absent. `channels`, how many the network takes,
-            and `allow_no_affine` (NIfTI) help where a file leaves something open and are welcome to all.
+def stem_of(name: str) -> str:
+    """A file name without its suffix; the double ones of the formats (.nii.gz, .ome.tif) are one."""
+    suffix = suffix_of(name)
+    return name[: -len(suffix)] if suffix else name
+
+
+def likely_suffix(name: str) -> str:
+    """What the labels of an image will end in, as far as its name tells."""
+    suffix = suffix_of(name)
+    known = (item for item in FORMATS.values() if suffix in item.suffixes and item.becomes != "geotiff")
+    return FORMATS[next((item.becomes for item in known), "png")].suffixes[0]
+
+
+def named_format(name: str) -> str:
+    """The name of the format that a user means, which may be a suffix such as "jpg".
 
     Raises:
-        DataError: the file is missing, damaged, or of no known format.
-        UsageError: the format has no such option, or its package is not installed.
-
-    Example:
-        >>> import tempfile
-        >>> path = Path(tempfile.mkdtemp()) / "a.npy"
-        >>> np.save(path, np.zeros((4, 5, 3), dtype=np.uint8))
-        >>> with open_source(path) as source:
-        ...     source.info.format, source.info.height, source.info.width
-        ('npy', 4, 5)
+        UsageError: there is no such format that can be read.
     """
-    from pixelwise.formats.decoding import WorkerSource
-
-    name = str(location)
-    path = local_path(name) if is_url(name) else name
-    if (path is None and protocol_of(name) == "memory") or (path is not None and _is_picture(path, format)):
-        return open_in_process(location, format=format, **options)  # the memory is that of this process
-    return WorkerSource(name, format, {k: v for k, v in options.items() if v is not None}, is_remote=path is None)
-
-
-def _is_picture(path: str, format: str | None) -> bool:
-    """Whether a file is a plain picture by its first bytes, or none that can be opened, which needs no child to find out."""
-    from pixelwise.formats.image import is_image
-    from pixelwise.formats.local import Stamp, readable
-
-    if format is not None or Path(path).is_dir():
-        return False
-    Stamp.of(path)  # a pipe must not even be opened
-    with readable(path), Path(path).open("rb") as file:
-        return is_image(file.read(12), path)
+    found = _READ_AS.get(name, name)
+    if found not in FORMATS:
+        found = next((key for key, known in FORMATS.items() if known.opens and f".{name}" in known.suffixes), "")
+    if not found:
+        possible = [key for key, known in FORMATS.items() if known.opens or key in _READ_AS]
+        raise UsageError(f"format {name!r} is not known; possible are {', '.join(possible)}.")
+    return found
 
 
-def open_in_process(location: str | Path, *, format: str | None = None, **options: Any) -> Source:
-    """As `open_source`, in this process whatever the format: for the child, and for files that are trusted."""
-    name = str(location)
-    given = {key: value for key, value in options.items() if value is not None}
-    if format is not None and _ALIASES.get(format, format) not in FORMATS:
-        raise UsageError(f"format {format!r} is not known; possible are {', '.join((*FORMATS, *_ALIASES))}.")
-    forced = None if format is None else _ALIASES.get(format, format)
-    if is_url(name):
-        path = local_path(name)
-        if path is None:
-            return _open_remote(name, forced, given)
-        name = path
-    return _open_local(name, forced, given)
+def function_of(key: str, kind: str) -> Callable[..., Any]:
+    """The function of a format that "opens", "creates" or "looks"; its module is imported now."""
+    module, name = getattr(FORMATS[key], kind).split(".")
+    function: Callable[..., Any] = getattr(import_module(f"pixelwise.formats.{module}"), name)
+    return function
+
+
+def is_picture(head: bytes) -> bool:
+    """Whether a file that begins with `head` is one of the formats that Pillow decodes."""
+    return any(known.opens == _PILLOW and _begins(head, known) for known in FORMATS.values())
 
 
 def format_of(head: bytes, name: str, opener: Callable[[], BinaryIO] | None = None, level: int | None = None) -> str:
@@ -126,204 +165,77 @@ def format_of(head: bytes, name: str, opener: Callable[[], BinaryIO] | None = No
 
     Args:
         head: its first 4,096 bytes.
-        name: its path or URL.
+        name: its path, or its URL without secrets.
         opener: gives the file where `name` is no local path.
         level: of a pyramid, if one was asked for: pyramids in TIFF are read as slides.
 
     Raises:
         DataError: none fits.
-
-    Example:
-        >>> format_of(b"\\x89PNG\\r\\n\\x1a\\n", "scan.tif")
-        'image'
     """
-    if head.startswith(_ZIP):
-        return "zarr"
     for key, known in FORMATS.items():
-        if not known.knows:
-            continue
-        knows = getattr(import_module(f"pixelwise.formats.{known.module}"), known.knows)
-        if knows(head, name, opener) if key == "geotiff" else knows(head, shown(name)):
+        if _begins(head, known) or (
+            known.looks and function_of(key, "looks")(head, name, *[opener] * (key == "geotiff"))
+        ):
             return "slide" if level is not None and key in ("tiff", "geotiff") else key
     for key in ("dicom", "nifti"):  # both exist in a form without a mark at the beginning
-        if shown(name).lower().endswith(FORMATS[key].suffixes):
+        if name.lower().endswith(FORMATS[key].suffixes):
             return key
-    what = "the file is empty (0 bytes)"
-    if head:
-        what = "this is no image that can be read, or its first bytes are damaged"
+    what = (
+        "this is no image that can be read, or its first bytes are damaged" if head else "the file is empty (0 bytes)"
+    )
     raise DataError(
-        f"{shown(name)}: {what}. Known are PNG, JPEG, WebP, BMP, GIF, PNM, TIFF, OME-TIFF, GeoTIFF, slides, NumPy, NIfTI, "
-        "DICOM and Zarr."
+        f"{printable(name)}: {what}. Known are PNG, JPEG, WebP, BMP, GIF, PNM, TIFF, OME-TIFF, GeoTIFF, slides, NumPy, "
+        "NIfTI, DICOM and Zarr."
     )
 
 
-def _open_local(name: str, forced: str | None, options: dict[str, Any]) -> Source:
-    from pixelwise.formats.local import Stamp, readable
-
-    path = Path(name)
-    if path.is_dir():
-        return _open(forced or _folder_format(path), name, options)
-    if forced is None:
-        stamp = Stamp.of(path)
-        with readable(path), path.open("rb") as file:
-            head = file.read(min(_HEAD_BYTES, stamp.size))
-        forced = format_of(head, name, level=options.get("level"))
-    return _open(forced, name, options)
+def _begins(head: bytes, known: Format) -> bool:
+    return any(
+        len(head) >= len(magic) and all(wanted in (found, ord("?")) for wanted, found in zip(magic, head, strict=False))
+        for magic in known.magic
+    )
 
 
-def _folder_format(path: Path) -> str:
-    from pixelwise.formats.zarr_folders import DOCUMENTS
+def choose_writer(
+    source_info: SourceInfo, kind: str, wanted: str | None = None, metadata: Mapping[str, Any] | None = None
+) -> tuple[str, Writer]:
+    """The suffix and the writer of a result.
 
-    if any((path / document).is_file() for document in DOCUMENTS):
-        return "zarr"
-    try:
-        with os.scandir(path) as entries:
-            for entry in entries:
-                if entry.is_file() and not entry.name.startswith(".") and _is_dicom(Path(entry.path)):
-                    return "dicom"
-    except OSError as error:
-        raise DataError(f"{path}: the folder cannot be read ({error.strerror or error}).") from error
-    raise DataError(f"{path}: is a folder, but neither a Zarr (no zarr.json, .zarray or .zgroup) nor a DICOM series.")
+    By default the format of the image is kept. Formats that lose detail or cannot hold numbers exactly become PNG (JPEG,
+    WebP, BMP, GIF, PNM), or TIFF where PNG cannot hold it (maps, several planes); slides become OME-TIFF. DICOM becomes
+    NIfTI, which holds labels and maps of a series in one file that every viewer opens; DICOM-SEG on request. A DICOM
+    series of uneven distances becomes DICOM-SEG, an image without a place in space (an X-ray) PNG or TIFF. Maps take the
+    default where the format that is wanted can hold labels alone (PNG, DICOM-SEG).
 
+    Args:
+        source_info: the image.
+        kind: of the result: "labels" or the name of a map.
+        wanted: a name of `WRITERS`.
+        metadata: the image's own; without it every DICOM image is taken to know its place.
 
-def _is_dicom(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(132)[128:] == b"DICM"
-
-
-def _open(key: str, location: str, options: dict[str, Any], **given: Any) -> Source:
-    """Open by the function of a format, after a look whether it has such options."""
-    known = FORMATS[key]
-    function = getattr(import_module(f"pixelwise.formats.{known.module}"), known.opens)
-    offered = [name for name in inspect.signature(function).parameters if name not in _GIVEN]
-    for name in options:
-        if name not in offered and name not in _HINTS:
-            has = [option for option in offered if option not in _HINTS]
-            choice = f"it has {', '.join(has)}" if has else "it has no options"
-            raise UsageError(f"{shown(location)}: its format ({key}) has no option {name}; {choice}.")
-    try:
-        source: Source = function(
-            location, **{name: value for name, value in options.items() if name in offered}, **given
+    Raises:
+        UsageError: `wanted` is unknown or cannot hold the result, or its package is not installed.
+    """
+    known = dict(metadata or {})
+    chosen = WRITERS.get(wanted or "")
+    only_labels = chosen is not None and bool(chosen.refuses(source_info, kind, known))
+    if chosen is not None and only_labels and not chosen.refuses(source_info, LABELS, known):
+        wanted = None
+    name = wanted or _default(source_info, kind, known)
+    writer = WRITERS.get(name)
+    reason = "there is no such format" if writer is None else writer.refuses(source_info, kind, known)
+    if writer is None or reason:
+        possible = [key for key, item in WRITERS.items() if not item.refuses(source_info, kind, known)]
+        raise UsageError(
+            f"{source_info.location}: {kind} cannot be written as {name}: {reason}. Possible are {', '.join(possible)}."
         )
-    except UsageError as error:  # a package is missing, or an option is wrong: which image needs it?
-        if shown(location) in str(error):
-            raise
-        raise UsageError(f"{shown(location)}: {error}") from error
-    return source
+    if writer.package is not None:
+        extra(*writer.package, f"{source_info.location}: writing {name}")
+    return writer.suffixes[0], function_of(name, "creates")
 
 
-def _streams(key: str) -> bool:
-    known = FORMATS[key]
-    function = getattr(import_module(f"pixelwise.formats.{known.module}"), known.opens)
-    return "opener" in inspect.signature(function).parameters
-
-
-def _open_remote(url: str, forced: str | None, options: dict[str, Any]) -> Source:
-    """Open by parts where the format can be, else as a copy on this machine."""
-    from pixelwise.formats import remote
-    from pixelwise.formats.local import Identity
-
-    lower = shown(url).rstrip("/").lower()
-    if forced == "zarr" or (forced is None and lower.endswith(FORMATS["zarr"].suffixes)):
-        return _open("zarr", url, options)
-    try:
-        stamp = remote.RemoteStamp.of(url)
-    except DataError as error:
-        if isinstance(error, NoSuchObject) or "is a folder" in str(error):
-            source = _open_remote_folder(url, forced, options)
-            if source is not None:
-                return source
-        raise
-    parts = remote.sends_ranges(url, stamp)
-    opener = remote.opener(url, stamp) if parts else None
-    if forced is None:
-        if opener is not None:
-            with opener() as file:  # what it reads is kept for whoever reads on
-                head = file.read(_HEAD_BYTES)
-        else:
-            head = remote.read_range(url, 0, min(_HEAD_BYTES, stamp.size))
-        forced = format_of(head, url, opener, options.get("level"))
-    if forced == "zarr" and parts:
-        return _open("zarr", url, options)
-    identity = Identity(fingerprint=lambda: remote.fingerprint(url, stamp), check=lambda: stamp.check(url))
-    if opener is not None and _streams(forced):
-        return _open(forced, shown(url), options, opener=opener, identity=identity)
-    return _localised(forced, url, remote.localise(url, stamp=stamp), options, identity)
-
-
-def _open_remote_folder(url: str, forced: str | None, options: dict[str, Any]) -> Source | None:
-    """A Zarr, read by parts, or a DICOM series, of which all files are copied; None if it is neither."""
-    from pixelwise.formats import remote
-    from pixelwise.formats.local import Identity
-    from pixelwise.formats.zarr_folders import DOCUMENTS, open_folder
-
-    folder = open_folder(url)
-    if any(folder.read(name, 0, 1) is not None for name in DOCUMENTS):
-        return _open("zarr", url, options)
-    if remote.protocol_of(url) in ("http", "https"):
-        return None
-    stamps = remote.list_folder(url)
-    is_series = any(remote.read_range(f"{url.rstrip('/')}/{name}", 128, 132) == b"DICM" for name in list(stamps)[:3])
-    if not is_series and (forced != "dicom" or not stamps):
-        return None
-
-    def check() -> None:
-        if remote.list_folder(url) != stamps:
-            raise DataError(f"{shown(url)}: the series changed while it was read. Run again when nothing writes to it.")
-
-    def fingerprint() -> str:
-        parts = (remote.fingerprint(f"{url.rstrip('/')}/{name}", stamp) for name, stamp in stamps.items())
-        return hashlib.sha256(repr(list(zip(stamps, parts, strict=True))).encode()).hexdigest()
-
-    identity = Identity(fingerprint=fingerprint, check=check)
-    return _localised("dicom", url, remote.localise_folder(url, stamps), options, identity)
-
-
-def _localised(key: str, url: str, copy: Any, options: dict[str, Any], identity: Any) -> Source:
-    try:
-        with _renamed(str(copy.path), shown(url)):
-            return LocalisedSource(_open(key, str(copy.path), options), copy, shown(url), identity)
-    except BaseException:
-        copy.close()
-        raise
-
-
-class LocalisedSource(Source):
-    """An image behind a URL that is read from a copy on this machine, which is deleted when it is closed."""
-
-    def __init__(self, source: Source, copy: Any, name: str, identity: Any) -> None:
-        self._source, self._copy, self._name, self._identity = source, copy, name, identity
-        self.info = replace(source.info, location=name)
-        self.metadata = source.metadata
-
-    def read(self, top: int, left: int, height: int, width: int, plane: int = 0) -> NDArray[Any]:
-        """The window, from the copy."""
-        with _renamed(str(self._copy.path), self._name):
-            return self._source.read(top, left, height, width, plane)
-
-    def valid(self, top: int, left: int, height: int, width: int, plane: int = 0) -> NDArray[np.bool_] | None:
-        """Where the window holds data, from the copy."""
-        with _renamed(str(self._copy.path), self._name):
-            return self._source.valid(top, left, height, width, plane)
-
-    def fingerprint(self) -> str:
-        """That of the object behind the URL."""
-        return str(self._identity.fingerprint())
-
-    def check_unchanged(self) -> None:
-        """Raise `DataError` if the object behind the URL has changed."""
-        self._identity.check()
-
-    def close(self) -> None:
-        """Delete the copy."""
-        self._source.close()
-        self._copy.close()
-
-
-@contextmanager
-def _renamed(path: str, name: str) -> Iterator[None]:
-    """Errors name the URL, not the copy of it."""
-    try:
-        yield
-    except PixelwiseError as error:
-        raise type(error)(str(error).replace(path, name)) from error
+def _default(info: SourceInfo, kind: str, metadata: Mapping[str, Any]) -> str:
+    """The format of the image, or the next best that can hold the result; TIFF can hold all."""
+    same = FORMATS[info.format].becomes if info.format in FORMATS else "png"
+    names = (same, "dicom-seg") if info.format == "dicom" else (same,)
+    return next(name for name in (*names, "png", "tiff") if not WRITERS[name].refuses(info, kind, metadata))

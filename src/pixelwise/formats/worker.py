@@ -135,7 +135,7 @@ class _Server:
         return "" if source is None else source.info.location
 
     def _open(self, request: dict[str, Any]) -> dict[str, Any]:
-        from pixelwise.formats.registry import open_in_process
+        from pixelwise.formats.opening import open_in_process
 
         source = open_in_process(request["location"], format=request["format"], **unpacked(request["options"]))
         with self._lock:

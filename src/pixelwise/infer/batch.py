@@ -5,7 +5,7 @@ from pathlib import Path, PurePath
 
 from pixelwise.errors import UsageError
 from pixelwise.files import extra
-from pixelwise.formats.protocols import is_url, local_path
+from pixelwise.formats.remote import is_url, local_path
 from pixelwise.formats.sinks import LABELS, WRITERS
 from pixelwise.infer.engines.base import ENDINGS, Batch, Job, Labeller, Outcome
 from pixelwise.infer.engines.local import prefetch
@@ -168,7 +168,7 @@ def _output_name(name: PurePath, path: str, kind: str, wanted: str | None) -> Pu
         return name.with_name(name.name + ENDINGS[kind])
     name_of_image = path.rstrip("/").lower()
     likely = next((suffix for end, suffix in _LIKELY.items() if name_of_image.endswith(end)), ".png")
-    suffix = WRITERS[wanted].suffix if wanted else likely
+    suffix = WRITERS[wanted].suffixes[0] if wanted else likely
     if kind == LABELS:
         return name.with_name(name.name + suffix)
     return name.with_name(f"{name.name}_{kind}{'.tif' if suffix == '.png' else suffix}")

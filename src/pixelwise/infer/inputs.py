@@ -9,9 +9,8 @@ from urllib.parse import unquote
 
 from pixelwise.data.matching import is_series, is_zarr, stem_of
 from pixelwise.errors import PixelwiseError, UsageError
-from pixelwise.formats.protocols import is_url, local_path, protocol_of, shown
 from pixelwise.formats.registry import SOURCE_SUFFIXES
-from pixelwise.formats.remote import list_images
+from pixelwise.formats.remote import is_url, list_images, local_path, protocol_of, shown
 
 Location = Path | str
 """A path, or a URL as text."""

@@ -15,11 +15,18 @@ from typing import Any
 
 from pixelwise.errors import DataError, PixelwiseError
 from pixelwise.files import write_bytes
-from pixelwise.formats.protocols import check_package, is_url
-from pixelwise.formats.remote import RemoteStamp
+from pixelwise.formats.remote import (
+    RemoteStamp,
+    check_package,
+    check_writable,
+    exists,
+    is_url,
+    publish,
+    read_small,
+    write_small,
+)
 from pixelwise.formats.sinks import LABELS
 from pixelwise.formats.sinks.marks import mark_of
-from pixelwise.formats.sinks.upload import check_writable, exists, publish, read_small, write_small
 from pixelwise.formats.writers import read_mark
 from pixelwise.infer.inputs import Location
 

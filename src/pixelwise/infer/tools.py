@@ -4,8 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pixelwise.formats import Source, SourceInfo
-from pixelwise.formats.registry import open_source
+from pixelwise.formats import Source, SourceInfo, open_source
 from pixelwise.formats.sinks import Writer, choose_writer
 from pixelwise.infer.decide import Decision
 from pixelwise.infer.options import JobOptions

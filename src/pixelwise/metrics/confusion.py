@@ -33,7 +33,7 @@ from torch import Tensor
 from pixelwise.errors import DataError, UsageError
 
 CHUNK_PX = 1 << 18  # the int64 copies that counting makes stay in the cache, and small however large the image
-MAX_CLASSES = 1 << 15  # a larger matrix would need more than 8 GiB; so many classes are a mistake, not a wish
+MAX_CLASSES = 1 << 15  # a larger matrix would need more than 8 GiB; so many classes are surely a mistake
 MAX_LISTED = 5
 
 _PER_CLASS = ("iou", "dice", "precision", "recall")
@@ -158,7 +158,7 @@ class ConfusionMatrix:
         """Count the pixels of one image or batch.
 
         Args:
-            prediction: class ids 0..K-1 of any integer type and any shape; anything may stand where the truth is void.
+            prediction: class ids 0..K-1 of any integer type and any shape; void pixels may hold any value.
             truth: class ids 0..K-1 or `ignore_index`, of the same shape.
 
         Raises:
@@ -178,10 +178,6 @@ class ConfusionMatrix:
         if int(labelled[:, 0].sum()) or int(labelled[:, -1].sum()):
             self._refuse("prediction", prediction, truth)
         self.matrix += labelled[:, 1:-1]
-
-    def reset(self) -> None:
-        """Forget everything counted."""
-        self.matrix.zero_()
 
     def __add__(self, other: "ConfusionMatrix") -> "ConfusionMatrix":
         """The matrix of both parts together.
@@ -224,8 +220,8 @@ class ConfusionMatrix:
     def _table(self, prediction: Tensor, truth: Tensor) -> tuple[Tensor, int]:
         """The counts of two flat tensors, (K+2, K+2) on the CPU, and the number of void pixels.
 
-        The table has a margin for values below and above the classes. It tells whether anything is wrong, which spares
-        every good image the picking out of its labelled pixels (that alone takes twice as long as everything here).
+        The table has a margin for values below and above the classes, so that invalid values are found without selecting
+        the labelled pixels first (which would take twice as long as everything here).
         """
         size = self.num_classes + 2
         table, void = torch.zeros(size, size, dtype=torch.int64), 0
@@ -283,10 +279,12 @@ def _mean(scores: NDArray[np.float64]) -> float:
 
 
 def _to_json(score: float) -> float | None:
+    """The score, or None if it is undefined."""
     return None if math.isnan(score) else score
 
 
 def _from_json(score: Any) -> float:
+    """The score, NaN for None; ValueError outside 0..1."""
     value = math.nan if score is None else float(score)
     if not 0 <= value <= 1 and score is not None:
         raise ValueError(f"{value} is not in 0..1")

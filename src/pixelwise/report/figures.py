@@ -29,30 +29,15 @@ VARIABLES = {INK: "--muted", GRID: "--line", FIRST: "--series-1", SECOND: "--ser
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """One line of a plot.
-
-    Attributes:
-        label: what the caption calls it.
-        points: (step, value), ordered by step.
-        smooth: draw the points faintly and their running mean over them.
-    """
+    """One line of a plot."""
 
     label: str
-    points: Points
-    smooth: bool = False
+    points: Points  # (step, value), ordered by step
+    smooth: bool = False  # draw the points faintly and their running mean over them
 
 
 def plot_lines(lines: Sequence[Line], *, percent: bool = False) -> str:
-    """At most two lines over the steps of a training, as the text of an SVG element.
-
-    Args:
-        lines: the first is drawn in the page's first colour, the second in its second.
-        percent: the values are fractions; show them as percent.
-
-    Example:
-        >>> plot_lines([Line(label="loss", points=[(1, 2.0), (2, 1.0)])]).startswith("<svg")
-        True
-    """
+    """At most two lines over the steps of a training, as the text of an SVG element; `percent` for fractions."""
     figure, axes = _figure()
     for line, color in zip(lines, (FIRST, SECOND), strict=False):
         steps, values = _thin(line.points)
@@ -70,12 +55,7 @@ def plot_lines(lines: Sequence[Line], *, percent: bool = False) -> str:
 
 
 def plot_histogram(scores: Sequence[float]) -> str:
-    """How many images score how much, as the text of an SVG element; `scores` are fractions in 0..1.
-
-    Example:
-        >>> plot_histogram([0.2, 0.7, 0.8]).startswith("<svg")
-        True
-    """
+    """How many images score how much, as the text of an SVG element; `scores` are fractions in 0..1."""
     figure, axes = _figure()
     axes.hist(np.clip(np.asarray(scores) * 100, 0, 100), bins=list(range(0, 101, 5)), color=FIRST, rwidth=0.86)
     axes.set_xlim(0, 100)
@@ -87,6 +67,7 @@ def plot_histogram(scores: Sequence[float]) -> str:
 
 
 def _figure() -> tuple[Figure, Axes]:
+    """An empty plot in the style of the page."""
     figure = Figure(figsize=SIZE_IN, layout="constrained")
     axes = figure.add_subplot()
     figure.patch.set_visible(False)

@@ -8,14 +8,19 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 import pixelwise
-from pixelwise.data.labels import Color
 from pixelwise.errors import PixelwiseError, UsageError
 from pixelwise.files import write_bytes
-from pixelwise.report import sections, wording
-from pixelwise.report.data_card import data_card
-from pixelwise.report.matrix import draw_matrix, largest_confusions
+from pixelwise.report import formatting, sections
 from pixelwise.report.pictures import ERROR_RGB, read_examples
-from pixelwise.report.reading import Classes, check_run, read_classes, read_mapping, read_metrics
+from pixelwise.report.run_folder import (
+    Classes,
+    DataFile,
+    check_run,
+    read_classes,
+    read_mapping,
+    read_metrics,
+    read_model,
+)
 from pixelwise.report.sections import Evaluated, section
 
 REPORT_NAME = "report.html"
@@ -24,8 +29,7 @@ REPORT_NAME = "report.html"
 def write_report(run: str | Path, out: str | Path | None = None) -> Path:
     """Write the report of a run as one self-contained HTML file.
 
-    It shows whatever the run folder holds; a section whose file is missing or damaged says so in one sentence. The same
-    run folder gives the same bytes.
+    A section whose file is missing or damaged says so in one sentence. The same run folder gives the same bytes.
 
     Args:
         run: a run folder that `pixelwise train` wrote.
@@ -53,7 +57,7 @@ def write_report(run: str | Path, out: str | Path | None = None) -> Path:
         raise UsageError(f"{target}: is a folder. Give the name of a file, such as {target / REPORT_NAME}.")
     html = render_report(run)
     try:
-        # Names of files may hold bytes that are no text; a page shows them as question marks rather than not at all.
+        # File names may hold bytes that are not valid text: they are shown as question marks.
         write_bytes(target, html.encode("utf-8", "replace"))
     except OSError as error:
         raise PixelwiseError(f"{target}: the report cannot be written ({error.strerror or error}).") from error
@@ -62,7 +66,7 @@ def write_report(run: str | Path, out: str | Path | None = None) -> Path:
 
 def render_report(run: Path) -> str:
     """The HTML text of the report of a run folder."""
-    # Names of classes and files come from anybody's data: everything is escaped but what is marked as safe here.
+    # Names of classes and files are not trusted: everything is escaped except what the filter `svg` passes.
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -71,21 +75,22 @@ def render_report(run: Path) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {
-        "percent": wording.percent,
-        "share": wording.share,
-        "count": wording.count,
-        "duration": wording.duration,
-        "css": _css_color,
-        "svg": Markup,  # only ever given what figures.py drew, which holds no text of the user
+        "percent": formatting.percent,
+        "share": formatting.share,
+        "count": formatting.count,
+        "plural": formatting.plural,
+        "css": lambda color: "#{:02x}{:02x}{:02x}".format(*color),
+        "svg": Markup,  # the output of figures.py, which holds no text of the user
     }
     return environment.get_template("report.html.j2").render(_context(run))
 
 
 def _context(run: Path) -> dict[str, Any]:
+    """Everything that the template shows."""
     evaluations, broken = sections.read_evaluations(run)
     first = evaluations[0] if evaluations else None
     classes = read_classes(run, first.file.names if first else ())
-    data = section(data_card, run, classes)
+    data = section(read_model, run, "data.json", DataFile)
     context: dict[str, Any] = {
         "title": run.resolve().name or "run",
         "version": pixelwise.__version__,
@@ -96,6 +101,8 @@ def _context(run: Path) -> dict[str, Any]:
         "validation": sections.best_validation((section(read_metrics, run).content or {}).get("val_miou", [])),
         "curves": section(sections.training_curves, run),
         "data": data,
+        "data_facts": sections.data_facts(data.content) if data.content else [],
+        "data_classes": classes.fit(data.content.num_classes) if data.content else classes,
         "plan": section(sections.plan_facts, run, with_data=data.content is None),
         "config": section(sections.config_facts, run),
         "environment": section(sections.environment, run),
@@ -116,14 +123,8 @@ def _results(run: Path, first: Evaluated, classes: Classes) -> dict[str, Any]:
     return {
         "classes": known,
         "error_color": ERROR_RGB,
-        "rows": sections.class_rows(first, known),
         "undefined": any(map(math.isnan, scores.precision + scores.recall)),
-        "matrix": draw_matrix(first.file.matrix, known.names),
-        "confusions": largest_confusions(first.file.matrix),
+        "confusions": sections.largest_confusions(first.file.matrix),
         "image_scores": section(sections.image_scores, first.file),
         "examples": section(read_examples, run, first.file, known),
     }
-
-
-def _css_color(color: Color) -> str:
-    return "#{:02x}{:02x}{:02x}".format(*color)

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,14 +15,9 @@ from PIL import Image
 from pixelwise.data.labels import IGNORE_INDEX
 from pixelwise.errors import DataError
 from pixelwise.formats.readers import read_image, read_mask
-from pixelwise.report.reading import Classes, EvaluationFile, ImageScore
+from pixelwise.report.run_folder import Classes, EvaluationFile, ImageScore
 
-SIDES_PX = (
-    720,
-    480,
-    320,
-    200,
-)  # the long side of each picture; the first at which the page stays small
+SIDES_PX = (720, 480, 320, 200)  # the long side of each picture; the first at which the page stays small
 MAX_BYTES = 3_500_000
 ERROR_RGB = (207, 54, 36)
 VOID_RGB = ((214, 214, 214), (184, 184, 184))
@@ -30,9 +26,8 @@ KINDS = ("best", "median", "worst")
 Rgb = NDArray[np.uint8]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Panel:
-    """One picture: what it is, and its content as a data URI."""
+class Panel(NamedTuple):
+    """One picture: what it is, its content as a data URI, and whether it is so small that the page enlarges it."""
 
     caption: str
     uri: str
@@ -41,93 +36,69 @@ class Panel:
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """One image of the evaluation: how it ranks, what it is called where that is known, and its pictures or a note."""
+    """One image of the evaluation: its rank, its name and score where they are known, and its pictures or a note."""
 
     kind: str
     name: str
     score: ImageScore | None
-    panels: tuple[Panel, ...]
-    note: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Source:
-    kind: str
-    name: str
-    score: ImageScore | None
-    image: Rgb
-    truth: NDArray[np.int64]
-    prediction: NDArray[np.int64]
-    note: str
+    panels: tuple[Panel, ...] = ()
+    note: str = ""
 
 
 def read_examples(run: Path, evaluation: EvaluationFile, classes: Classes) -> list[Example]:
-    """The best, median and worst images that the evaluation kept, in this order.
-
-    Raises:
-        DataError: the evaluation kept no images.
-    """
+    """The best, median and worst images that the evaluation kept, in this order."""
     folder = run / f"evaluation-{evaluation.split}"
     found = [match for path in folder.glob("*-*") if (match := re.fullmatch(r"(best|median|worst)-(\d+)", path.name))]
     if not found:
         raise DataError(f"The folder {folder.name} with the pictures is not in the run folder.")
     found.sort(key=lambda match: (KINDS.index(match[1]), int(match[2])))
     scores = {score.name: score for score in evaluation.per_image}
-    sources = [_read(folder / match[0], match[1], evaluation.examples, scores) for match in found]
+    examples: list[Example] = []
     for side in SIDES_PX:
-        examples = [_draw(source, classes, side) for source in sources]
+        examples = [
+            _example(folder / match[0], match[1], evaluation.examples, scores, classes, side) for match in found
+        ]
         if sum(len(panel.uri) for example in examples for panel in example.panels) <= MAX_BYTES:
             break
     return examples
 
 
-def _read(folder: Path, kind: str, names: Mapping[str, str], scores: Mapping[str, ImageScore]) -> _Source:
+def _example(
+    folder: Path, kind: str, names: Mapping[str, str], scores: Mapping[str, ImageScore], classes: Classes, side: int
+) -> Example:
+    """One example with pictures of at most `side` pixels."""
     name = names.get(folder.name, "")
-    empty = np.zeros((0, 0), np.int64)
-    image, truth, prediction, note = np.zeros((0, 0, 3), np.uint8), empty, empty, ""
     try:
-        image = _to_rgb(read_image(folder / "image.png"))
-        truth, prediction = (read_mask(folder / file).astype(np.int64) for file in ("truth.png", "prediction.png"))
-        if not image.shape[:2] == truth.shape == prediction.shape:
-            note = f"The pictures in {folder.name} have different sizes and cannot be compared."
+        panels, note = _panels(folder, classes, side), ""
     except DataError:
-        note = f"The pictures in {folder.name} are missing or unreadable."
-    return _Source(
-        kind=kind, name=name, score=scores.get(name), image=image, truth=truth, prediction=prediction, note=note
-    )
+        panels, note = (), f"The pictures in {folder.name} are missing or unreadable."
+    if not note and not panels:
+        note = f"The pictures in {folder.name} have different sizes and cannot be compared."
+    return Example(kind=kind, name=name, score=scores.get(name), panels=panels, note=note)
 
 
-def _draw(source: _Source, classes: Classes, side: int) -> Example:
-    panels: tuple[Panel, ...] = ()
-    if not source.note:
-        height, width = source.truth.shape
-        scale = min(1.0, side / max(height, width))
-        size = max(1, round(width * scale)), max(1, round(height * scale))
-        image = np.asarray(Image.fromarray(source.image).resize(size, Image.Resampling.LANCZOS))
-        truth, prediction = _nearest(source.truth, size), _nearest(source.prediction, size)
-        pictures = {
-            "image": _jpeg(image),
-            "truth": _png(_paint(truth, classes)),
-            "prediction": _png(_paint(prediction, classes)),
-            "errors": _jpeg(error_map(image, truth, prediction)),
-        }
-        panels = tuple(Panel(caption=key, uri=uri, is_small=max(size) < 300) for key, uri in pictures.items())
-    return Example(kind=source.kind, name=source.name, score=source.score, panels=panels, note=source.note)
+def _panels(folder: Path, classes: Classes, side: int) -> tuple[Panel, ...]:
+    """Image, truth, prediction and errors; none if their sizes differ."""
+    image = _to_rgb(read_image(folder / "image.png"))
+    truth, prediction = (read_mask(folder / file).astype(np.int64) for file in ("truth.png", "prediction.png"))
+    if not image.shape[:2] == truth.shape == prediction.shape:
+        return ()
+    height, width = truth.shape
+    scale = min(1.0, side / max(height, width))
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    image = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS))
+    truth, prediction = _nearest(truth, size), _nearest(prediction, size)
+    pictures = {
+        "image": _data_uri(Image.fromarray(image), "JPEG"),
+        "truth": _data_uri(_paint(truth, classes), "PNG"),
+        "prediction": _data_uri(_paint(prediction, classes), "PNG"),
+        "errors": _data_uri(Image.fromarray(error_map(image, truth, prediction)), "JPEG"),
+    }
+    return tuple(Panel(caption, uri, max(size) < 300) for caption, uri in pictures.items())
 
 
 def error_map(image: Rgb, truth: NDArray[np.int64], prediction: NDArray[np.int64]) -> Rgb:
-    """The image in pale grey, wrong pixels red, void striped.
-
-    Args:
-        image: (H, W, 3).
-        truth: class ids (H, W), 255 for void.
-        prediction: class ids (H, W).
-
-    Example:
-        >>> image = np.zeros((1, 2, 3), np.uint8)
-        >>> error_map(image, np.array([[0, 1]]), np.array([[0, 0]])).tolist()
-        [[[143, 143, 143], [207, 54, 36]]]
-    """
+    """The image (H, W, 3) in pale grey, wrong pixels red, void (255 in the truth) striped."""
     grey = image.mean(axis=2) * 0.44 + 143
     drawn = np.repeat(grey[..., None], 3, axis=2)
     drawn[truth != prediction] = ERROR_RGB
@@ -161,13 +132,8 @@ def _to_rgb(image: NDArray[np.generic]) -> Rgb:
     return np.ascontiguousarray(np.broadcast_to(image, (*image.shape[:2], 3)))
 
 
-def _jpeg(image: Rgb) -> str:
+def _data_uri(picture: Image.Image, kind: str) -> str:
+    """The picture as a data URI: "JPEG", or "PNG" without loss."""
     buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "JPEG", quality=84, subsampling=0)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def _png(picture: Image.Image) -> str:
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    picture.save(buffer, kind, **{"quality": 84, "subsampling": 0} if kind == "JPEG" else {"optimize": True})
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"

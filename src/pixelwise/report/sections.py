@@ -1,17 +1,16 @@
-"""What each section of the report shows, computed from the files of the run; no formatting, no HTML."""
+"""What each section of the report shows, computed from the files of the run; no HTML."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, ParamSpec, TypeVar
+from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar
 
-from pixelwise.data.labels import Color
 from pixelwise.errors import DataError
 from pixelwise.metrics import Scores
-from pixelwise.report import wording
+from pixelwise.report import formatting
 from pixelwise.report.figures import Line, Points, plot_histogram, plot_lines
-from pixelwise.report.reading import (
-    Classes,
+from pixelwise.report.run_folder import (
+    DataFile,
     EvaluationFile,
     ImageScore,
     evaluated_splits,
@@ -24,11 +23,14 @@ Content = TypeVar("Content")
 Arguments = ParamSpec("Arguments")
 
 LOWEST = 8
+LARGEST = 8
+MAX_SIZES = 6
+FINGERPRINT = 16  # hex digits shown, of 64
 
 
 @dataclass(frozen=True, kw_only=True)
 class Section(Generic[Content]):
-    """The content of a section, or the sentence that says why there is none."""
+    """The content of a section, or a note that says why it is missing."""
 
     content: Content | None = None
     note: str = ""
@@ -42,8 +44,7 @@ def section(build: Callable[Arguments, Content], *args: Arguments.args, **kwargs
         return Section(note=str(error))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Evaluated:
+class Evaluated(NamedTuple):
     """One evaluation of the run with its scores."""
 
     split: str
@@ -51,48 +52,26 @@ class Evaluated:
     scores: Scores
 
 
-@dataclass(frozen=True, kw_only=True)
-class ClassRow:
-    """One class in the table of scores; `share` is its part of the labelled pixels."""
+class Confusion(NamedTuple):
+    """Pixels of class `truth` that were labelled `prediction`; the shares are fractions in 0..1."""
 
-    name: str
-    color: Color
-    iou: float
-    dice: float
-    precision: float
-    recall: float
+    truth: int
+    prediction: int
     pixels: int
-    share: float
-    is_absent: bool
+    share_of_class: float
+    share_of_errors: float
 
 
-@dataclass(frozen=True, kw_only=True)
-class Curve:
-    """One plot: its title, its caption's key (colour variable and text), and its SVG."""
+class Curve(NamedTuple):
+    """One plot: its title, its legend (colour variable and text), and its SVG."""
 
     title: str
-    keys: tuple[tuple[str, str], ...]
+    legend: tuple[tuple[str, str], ...]
     svg: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Curves:
-    """The plots of the training and one sentence on it."""
-
-    curves: tuple[Curve, ...]
-    summary: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImageScores:
-    """How the single images scored: a histogram, and the lowest."""
-
-    svg: str
-    lowest: tuple[ImageScore, ...]
 
 
 def read_evaluations(run: Path) -> tuple[list[Evaluated], list[str]]:
-    """The evaluations of the run, the most telling first, and a sentence on each that cannot be shown."""
+    """The evaluations of the run, test first, and a sentence on each that cannot be shown."""
     evaluated, notes = [], []
     for split in evaluated_splits(run):
         found = section(read_model, run, f"evaluation-{split}.json", EvaluationFile)
@@ -101,86 +80,59 @@ def read_evaluations(run: Path) -> tuple[list[Evaluated], list[str]]:
             continue
         # The split is the one in the file's name: what stands inside the file could point anywhere.
         file = found.content.model_copy(update={"split": split})
-        evaluated.append(Evaluated(split=split, file=file, scores=Scores.from_dict(file.scores)))
+        evaluated.append(Evaluated(split, file, Scores.from_dict(file.scores)))
     return evaluated, notes
 
 
-def class_rows(evaluated: Evaluated, classes: Classes) -> list[ClassRow]:
-    """The table of scores for each class."""
-    scores, matrix = evaluated.scores, evaluated.file.matrix
-    total = sum(map(sum, matrix))
-    return [
-        ClassRow(
-            name=classes.names[index],
-            color=classes.colors[index],
-            iou=scores.iou[index],
-            dice=scores.dice[index],
-            precision=scores.precision[index],
-            recall=scores.recall[index],
-            pixels=sum(row),
-            share=sum(row) / total if total else 0.0,
-            is_absent=index in scores.absent,
-        )
-        for index, row in enumerate(matrix)
-    ]
+def largest_confusions(matrix: Sequence[Sequence[int]], count: int = LARGEST) -> list[Confusion]:
+    """The pairs of classes with the most wrong pixels, largest first."""
+    totals = [sum(row) for row in matrix]
+    errors = sum(totals) - sum(matrix[index][index] for index in range(len(matrix)))
+    pairs = [(n, i, j) for i, row in enumerate(matrix) for j, n in enumerate(row) if i != j and n]
+    pairs.sort(key=lambda pair: (-pair[0], pair[1:]))
+    return [Confusion(i, j, n, n / totals[i], n / errors) for n, i, j in pairs[:count]]
 
 
-def image_scores(file: EvaluationFile) -> ImageScores:
-    """How the single images scored.
-
-    Raises:
-        DataError: the evaluation holds no score of a single image.
-    """
-    scored = [(image.miou, image) for image in file.per_image if image.miou is not None]
+def image_scores(file: EvaluationFile) -> tuple[str, list[ImageScore]]:
+    """The histogram of the images' mIoU, and the images that scored lowest."""
+    scored = [image for image in file.per_image if image.miou is not None]
     if not scored:
         raise DataError("The evaluation holds no scores of single images.")
-    scored.sort(key=lambda pair: (pair[0], pair[1].name))
-    return ImageScores(
-        svg=plot_histogram([miou for miou, _ in scored]), lowest=tuple(image for _, image in scored[:LOWEST])
-    )
+    scored.sort(key=lambda image: (image.miou or 0.0, image.name))
+    return plot_histogram([image.miou or 0.0 for image in scored]), scored[:LOWEST]
 
 
-def training_curves(run: Path) -> Curves:
-    """The plots of metrics.csv.
-
-    Raises:
-        DataError: there is nothing to plot.
-    """
+def training_curves(run: Path) -> tuple[str, list[Curve]]:
+    """A sentence on the training, and the plots of metrics.csv."""
     columns = read_metrics(run)
-    train, val = columns["train_loss"], columns["val_loss"]
-    lines = [
-        ("Loss", False, (Line(label="training", points=train, smooth=True), Line(label="validation", points=val))),
-        (
-            "Validation, %",
-            True,
-            (
-                Line(label="mIoU", points=columns["val_miou"]),
-                Line(label="global accuracy", points=columns["val_global_accuracy"]),
-            ),
-        ),
-        ("Learning rate", False, (Line(label="", points=columns["lr"]),)),
-        ("Images per second", False, (Line(label="", points=columns["images_per_s"]),)),
-    ]
-    curves = [_curve(title, group, in_percent) for title, in_percent, group in lines]
-    return Curves(curves=tuple(curve for curve in curves if curve), summary=_summary(columns))
 
+    def line(label: str, column: str, smooth: bool = False) -> Line:
+        return Line(label=label, points=columns[column], smooth=smooth)
 
-def _curve(title: str, lines: tuple[Line, ...], in_percent: bool) -> Curve | None:
-    if not any(line.points for line in lines):
-        return None
-    keys = tuple((f"--series-{index}", line.label) for index, line in enumerate(lines, 1) if line.points and line.label)
-    return Curve(title=title, keys=keys, svg=plot_lines(lines, percent=in_percent))
+    plots = {
+        "Loss": (line("training", "train_loss", smooth=True), line("validation", "val_loss")),
+        "Validation, %": (line("mIoU", "val_miou"), line("pixel accuracy", "val_global_accuracy")),
+        "Learning rate": (line("", "lr"),),
+        "Images per second": (line("", "images_per_s"),),
+    }
+    curves = []
+    for title, lines in plots.items():
+        if any(line.points for line in lines):
+            named = ((f"--series-{index}", line) for index, line in enumerate(lines, 1))
+            legend = tuple((color, line.label) for color, line in named if line.points and line.label)
+            curves.append(Curve(title, legend, plot_lines(lines, percent="%" in title)))
+    return _summary(columns), curves
 
 
 def _summary(columns: dict[str, Any]) -> str:
-    last = max(points[-1][0] for points in columns.values() if points)
-    text = f"{last:,} steps"
+    """One sentence: steps, epochs, time and the best validation."""
+    text = formatting.plural(max(points[-1][0] for points in columns.values() if points), "step")
     if columns["epoch"]:
-        text += f", {columns['epoch'][-1][1]:,.0f} epochs"
+        text += f", {formatting.plural(round(columns['epoch'][-1][1]), 'epoch')}"
     if columns["elapsed_s"]:
-        text += f", {wording.duration(columns['elapsed_s'][-1][1])}"
+        text += f", {formatting.duration(columns['elapsed_s'][-1][1])}"
     if best := best_validation(columns["val_miou"]):
-        text += f". Best validation mIoU: {wording.percent(best[1])} % at step {best[0]:,}"
+        text += f". Best validation mIoU: {formatting.percent(best[1])} % at step {best[0]:,}"
     return text + "."
 
 
@@ -189,33 +141,45 @@ def best_validation(points: Points) -> tuple[int, float] | None:
     return max(points, key=lambda point: (point[1], -point[0])) if points else None
 
 
-def plan_facts(run: Path, *, with_data: bool) -> wording.Facts:
-    """The plan that was printed before the training; `with_data` also what it says of the data.
+def data_facts(data: DataFile) -> formatting.Facts:
+    """What the network was trained on."""
+    sizes = sorted(data.sizes.items(), key=lambda item: (-item[1], item[0]))
+    shown = ", ".join(f"{size.replace('x', ' × ')} ({number:,})" for size, number in sizes[:MAX_SIZES])
+    more = f" and {formatting.plural(len(sizes) - MAX_SIZES, 'other size')}" if len(sizes) > MAX_SIZES else ""
+    mean, std = (
+        ", ".join(formatting.DASH if value is None else f"{value:.3f}" for value in values)
+        for values in (data.mean, data.std)
+    )
+    facts = [
+        ("Folder", data.root),
+        ("Layout", data.layout),
+        ("Images", f"{sum(split.images for split in data.splits.values()):,}"),
+        ("Sizes, px", shown + more),
+        ("Channels", str(data.channels)),
+        ("Pixel type", ", ".join(data.dtypes)),
+        ("Mean", mean),
+        ("Standard deviation", std),
+        ("Fingerprint", data.fingerprint[:FINGERPRINT]),
+    ]
+    return [(key, value) for key, value in facts if value]
 
-    Raises:
-        DataError: plan.json is missing or of another form.
-    """
+
+def plan_facts(run: Path, *, with_data: bool) -> formatting.Facts:
+    """The plan that was printed before the training; `with_data` also what it says of the data."""
     plan = read_mapping(run, "plan.json")
-    return wording.describe({key: value for key, value in plan.items() if with_data or key not in ("data", "classes")})
+    hidden = () if with_data else ("data", "classes")
+    return formatting.describe({key: value for key, value in plan.items() if key not in hidden})
 
 
-def config_facts(run: Path) -> wording.Facts:
-    """The resolved configuration with the keys that `--set` takes.
-
-    Raises:
-        DataError: config.yaml is missing or of another form.
-    """
-    return wording.flatten(read_mapping(run, "config.yaml"))
+def config_facts(run: Path) -> formatting.Facts:
+    """The resolved configuration with the keys that `--set` takes."""
+    return formatting.flatten(read_mapping(run, "config.yaml"))
 
 
-def environment(run: Path) -> tuple[str, wording.Facts]:
-    """The command line, and what it ran on.
-
-    Raises:
-        DataError: environment.json is missing or of another form.
-    """
+def environment(run: Path) -> tuple[str, formatting.Facts]:
+    """The command line, and the machine and versions it ran with."""
     content = read_mapping(run, "environment.json")
     command = content.pop("command", None)
     if "seconds" in content:
         content["duration_s"] = content.pop("seconds")
-    return wording.command_line(command) if command else "", wording.describe(content)
+    return formatting.command_line(command) if command else "", formatting.describe(content)

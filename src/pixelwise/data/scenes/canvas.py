@@ -1,4 +1,4 @@
-"""The drawing board of the street scenes: a pinhole camera, an exact polygon fill, noise tables and random numbers.
+"""The drawing board of the street scenes: random choices, colours, noise and an exact polygon fill.
 
 A scene must be the same on every machine, so the drawing keeps to arithmetic that is: additions, multiplications,
 divisions and roundings of IEEE numbers, the Mersenne twister for choices and the raw PCG64 stream for noise. Vectorised
@@ -11,18 +11,16 @@ import colorsys
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple, TypeVar
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 Item = TypeVar("Item")
 Point = tuple[float, float]
+Range = tuple[float, float]
 TABLE = 256  # noise tables have 256 x 256 entries and repeat
 FAR = 1e4  # depth of the sky, in metres
-NEAR = 1.0  # nothing nearer than this is drawn, in metres
 
 
 class Chooser(random.Random):
@@ -35,6 +33,10 @@ class Chooser(random.Random):
     def chance(self, probability: float) -> bool:
         """True with the given probability."""
         return self.random() < probability
+
+    def colour(self, saturation: Range, value: Range, hue: Range = (0, 1)) -> np.ndarray:
+        """A colour (3, 1) with hue, saturation and value from these ranges."""
+        return hsv(self.uniform(*hue), self.uniform(*saturation), self.uniform(*value))
 
 
 def hsv(hue: float, saturation: float, value: float) -> np.ndarray:
@@ -49,9 +51,9 @@ def rgb(red: float, green: float, blue: float) -> np.ndarray:
 
 def mix(colour: np.ndarray, where: np.ndarray, other: np.ndarray, share: np.ndarray | float = 1.0) -> None:
     """Replace a `share` of `colour` (3, n) by `other` (3, m) or (3, 1), at the m places `where`."""
-    for plane, part in zip(colour, other, strict=True):
+    for plane, values in zip(colour, other, strict=True):
         old = plane[where]
-        plane[where] = old + (part - old) * share
+        plane[where] = old + (values - old) * share
 
 
 def raw_bytes(seed: int, count: int) -> np.ndarray:
@@ -76,14 +78,15 @@ def noise_table(finest: int, octaves: int) -> np.ndarray:
     return total
 
 
+def noise(finest: int, octaves: int, u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """The noise table's entries nearest to (u, v), which may be any numbers: the table repeats."""
+    place = ((v.astype(np.int32) & (TABLE - 1)) << 8) | (u.astype(np.int32) & (TABLE - 1))
+    return noise_table(finest, octaves).take(place)
+
+
 def fraction(values: np.ndarray) -> np.ndarray:
     """What stands after the point, 0..1; `values % 1` is several times slower."""
     return values - np.floor(values)
-
-
-def noise(table: np.ndarray, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """The table's entries nearest to (u, v), which may be any numbers: the table repeats."""
-    return table.take(((v.astype(np.int32) & (TABLE - 1)) << 8) | (u.astype(np.int32) & (TABLE - 1)))
 
 
 class Pixels(NamedTuple):
@@ -92,45 +95,6 @@ class Pixels(NamedTuple):
     at: np.ndarray
     x: np.ndarray
     y: np.ndarray
-
-
-_LEVEL = 1e-300  # keeps the slope of a level edge, which no row crosses, from being a division by zero
-NO_PIXELS = Pixels(np.zeros(0, np.intp), np.zeros(0, np.float32), np.zeros(0, np.float32))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Camera:
-    """A pinhole camera that looks along the street: world axes x right, y up, z ahead, in metres; it stands at x = z = 0."""
-
-    focal: float  # canvas pixels
-    vanish_x: float  # the street's vanishing point, in canvas pixels
-    vanish_y: float
-    height: float  # of the camera above the road, in metres
-
-    def scale(self, z: float) -> float:
-        """Canvas pixels per metre at depth `z`."""
-        return self.focal / z
-
-    def project(self, points: ArrayLike) -> np.ndarray:
-        """World points (n, 3) to canvas points (n, 2); what lies behind `NEAR` is pulled to it."""
-        x, y, z = np.asarray(points, np.float64).T
-        scale = self.focal / np.maximum(z, NEAR)
-        seen = np.empty((len(x), 2))
-        seen[:, 0], seen[:, 1] = self.vanish_x + x * scale, self.vanish_y + (self.height - y) * scale
-        return seen
-
-    def on_ground(self, pixels: Pixels) -> tuple[np.ndarray, np.ndarray]:
-        """World (x, z) of the road points seen at `pixels`, which must lie below the horizon."""
-        z = np.float32(self.focal * self.height) / (pixels.y - np.float32(self.vanish_y))
-        return self.across(pixels, z), z
-
-    def across(self, pixels: Pixels, z: np.ndarray | float) -> np.ndarray:
-        """World x of `pixels` at depth `z`."""
-        return (pixels.x - np.float32(self.vanish_x)) * (z / np.float32(self.focal))
-
-    def up(self, pixels: Pixels, z: np.ndarray | float) -> np.ndarray:
-        """World y of `pixels` at depth `z`."""
-        return np.float32(self.height) - (pixels.y - np.float32(self.vanish_y)) * (z / np.float32(self.focal))
 
 
 class Canvas:
@@ -146,82 +110,68 @@ class Canvas:
         self.label = np.zeros(self.rows * self.columns, np.uint8)
         self.depth = np.full(self.rows * self.columns, FAR, np.float32)
 
-    def inside(self, polygon: ArrayLike) -> Pixels:
-        """The pixels whose centre lies inside `polygon` (n, 2), by the even-odd rule; it may be concave or leave the canvas.
+    def inside(self, polygon: Sequence[Point], *, free: bool = False) -> Pixels:
+        """The pixels whose centre lies inside `polygon` (n, 2), by the even-odd rule; `free` keeps those not drawn on yet.
 
-        In each row the edges cross, sorted from left to right, the shape lies between the first and the second crossing,
-        the third and the fourth, and so on.
+        The polygon may be concave or leave the canvas.
         """
-        x, y = np.asarray(polygon, np.float64).T
-        top, bottom = max(math.ceil(y.min()), 0), min(math.ceil(y.max()), self.rows)
-        if top >= bottom:
-            return NO_PIXELS
-        line = np.arange(top, bottom)
-        above = y[:, None] <= line
-        edge, row = np.nonzero(above != np.concatenate((above[1:], above[:1])))
-        slope = (np.concatenate((x[1:], x[:1])) - x) / (np.concatenate((y[1:], y[:1])) - y + _LEVEL)
-        row += top
-        crossing = np.ceil(x[edge] + (row - y[edge]) * slope[edge])
-        column = np.minimum(np.maximum(crossing, 0), self.columns).astype(np.intp)
-        ordered = np.sort(row * (self.columns + 1) + column)
+        x, y = np.array([*polygon, polygon[0]]).T
+        rows = np.arange(max(math.ceil(y.min()), 0), min(math.ceil(y.max()), self.rows))
+        above = y[:, None] <= rows
+        edge, row = np.nonzero(above[1:] != above[:-1])
+        slope = (x[edge + 1] - x[edge]) / (y[edge + 1] - y[edge])
+        crossing = np.ceil(x[edge] + (rows[row] - y[edge]) * slope)
+        # In each row the shape lies between the first and the second crossing, the third and the fourth, and so on.
+        width = self.columns + 1
+        ordered = np.sort(rows[row] * width + np.minimum(np.maximum(crossing, 0), self.columns).astype(np.intp))
         first, length = ordered[::2], ordered[1::2] - ordered[::2]
-        return self._spans(first // (self.columns + 1), first % (self.columns + 1), length)
+        row = (first // width).repeat(length)
+        at = np.arange(len(row)) + (first - length.cumsum() + length).repeat(length) - row
+        if free:
+            chosen = np.flatnonzero(self.depth[at] == np.float32(FAR))
+            at, row = at[chosen], row[chosen]
+        return Pixels(at, (at - row * self.columns).astype(np.float32), row.astype(np.float32))
 
-    def _spans(self, row: np.ndarray, column: np.ndarray, length: np.ndarray) -> Pixels:
-        """The pixels of horizontal runs that begin at (row, column)."""
-        ends = length.cumsum()
-        if len(ends) == 0 or ends[-1] == 0:
-            return NO_PIXELS
-        place = np.arange(ends[-1])
-        column = place + (column - ends + length).repeat(length)
-        row = row.repeat(length)
-        return Pixels(row * self.columns + column, column.astype(np.float32), row.astype(np.float32))
-
-    def behind(self, polygon: ArrayLike) -> Pixels:
-        """Like `inside`, without the pixels that something has been drawn on: for drawing near to far."""
-        pixels = self.inside(polygon)
-        free = np.flatnonzero(self.depth[pixels.at] == np.float32(FAR))
-        return Pixels(pixels.at[free], pixels.x[free], pixels.y[free])
-
-    def untouched(self, first: float, last: float) -> Pixels:
-        """The pixels of the rows with first < row <= last that nothing has been drawn on."""
-        start, stop = (min(max(math.floor(row) + 1, 0), self.rows) for row in (first, last))
-        free = self.depth[start * self.columns : stop * self.columns] == np.float32(FAR)
-        at = np.flatnonzero(free) + start * self.columns
-        row, column = np.divmod(at.astype(np.int32), np.int32(self.columns))
-        return Pixels(at, column.astype(np.float32), row.astype(np.float32))
+    def rest(self, top: float = 0.0) -> Pixels:
+        """The pixels from row `top` down that nothing has been drawn on."""
+        right, bottom = self.columns, self.rows
+        return self.inside([(-1, top), (right, top), (right, bottom), (-1, bottom)], free=True)
 
     def paint(
-        self, pixels: Pixels, colour: np.ndarray | None, label: int | None, depth: np.ndarray | float | None
+        self, pixels: Pixels, colour: np.ndarray | None, label: int | np.ndarray, depth: np.ndarray | float | None
     ) -> None:
         """Give `pixels` a colour (3, 1) or (3, n), a class and a depth in metres; None leaves what is there."""
         if colour is not None:
             for plane, values in zip(self.colour, colour, strict=True):
                 plane[pixels.at] = values
-        if label is not None:
-            self.label[pixels.at] = label
+        self.label[pixels.at] = label
         if depth is not None:
             self.depth[pixels.at] = depth
 
     def finish(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Image float32 (3, H, W), mask uint8 (H, W) and depth float32 (H, W) in metres, at the size of the scene."""
         fine = self.colour.reshape(3, self.rows, self.columns)
-        tall = (fine[:, :-1:2] + fine[:, 2::2]) * np.float32(0.25) + fine[:, 1::2] * np.float32(0.5)
-        image = (tall[..., :-1:2] + tall[..., 2::2]) * np.float32(0.25) + tall[..., 1::2] * np.float32(0.5)
+        tall = (fine[:, :-1:2] + fine[:, 2::2]) * 0.25 + fine[:, 1::2] * 0.5
+        image = (tall[..., :-1:2] + tall[..., 2::2]) * 0.25 + tall[..., 1::2] * 0.5
         shape = (self.rows, self.columns)
         return image, self.label.reshape(shape)[1::2, 1::2].copy(), self.depth.reshape(shape)[1::2, 1::2]
 
 
 def circle(x: float, y: float, radius_x: float, radius_y: float | None = None, *, corners: int = 16) -> list[Point]:
     """A polygon around (x, y) that looks like an ellipse."""
-    radius_y = radius_x if radius_y is None else radius_y
-    return [(x + radius_x * cosine, y + radius_y * sine) for cosine, sine in _turns(corners)]
-
-
-@cache
-def _turns(corners: int) -> list[Point]:
     turns = [2 * math.pi * corner / corners for corner in range(corners)]
-    return [(math.cos(turn), math.sin(turn)) for turn in turns]
+    radius_y = radius_x if radius_y is None else radius_y
+    return [(x + radius_x * math.cos(turn), y + radius_y * math.sin(turn)) for turn in turns]
+
+
+def bar(start: Point, stop: Point, start_width: float, stop_width: float | None = None) -> list[Point]:
+    """A bar between two canvas points with these widths at its ends."""
+    stop_width = start_width if stop_width is None else stop_width
+    x, y = stop[0] - start[0], stop[1] - start[1]
+    length = math.hypot(x, y) or 1.0
+    across = (-y / length / 2, x / length / 2)
+    ends = ((start, start_width), (stop, stop_width), (stop, -stop_width), (start, -start_width))
+    return [(end[0] + across[0] * width, end[1] + across[1] * width) for end, width in ends]
 
 
 def hull(points: Sequence[Point]) -> list[Point]:
@@ -230,14 +180,13 @@ def hull(points: Sequence[Point]) -> list[Point]:
     def half(ordered: list[Point]) -> list[Point]:
         chain: list[Point] = []
         for x, y in ordered:
-            while len(chain) > 1 and _turn(chain[-2], chain[-1], (x, y)) <= 0:
+            while len(chain) > 1:
+                (x0, y0), (x1, y1) = chain[-2:]
+                if (x1 - x0) * (y - y0) - (y1 - y0) * (x - x0) > 0:
+                    break
                 chain.pop()
             chain.append((x, y))
         return chain[:-1]
 
     ordered = sorted(set(points))
     return half(ordered) + half(ordered[::-1])
-
-
-def _turn(a: Point, b: Point, c: Point) -> float:
-    return (b[0] - a[0]) * (c[1] - a[1]) - (b[1] - a[1]) * (c[0] - a[0])

@@ -4,128 +4,101 @@ import math
 
 import numpy as np
 
-from pixelwise.data.scenes.canvas import Chooser, Pixels, Point, circle, hsv, noise, noise_table, rgb
+from pixelwise.data.scenes.canvas import Chooser, Pixels, Point, bar, circle, hsv, noise, rgb
 from pixelwise.data.scenes.houses import leaf_colour
 from pixelwise.data.scenes.street import POLE, SIGN, TREE, Stage
-
-
-def limb(start: Point, stop: Point, start_width: float, stop_width: float | None = None) -> list[Point]:
-    """A bar between two canvas points with these widths at its ends."""
-    stop_width = start_width if stop_width is None else stop_width
-    along = (stop[0] - start[0], stop[1] - start[1])
-    length = math.hypot(*along) or 1.0
-    across = (-along[1] / length / 2, along[0] / length / 2)
-    return [
-        (start[0] + across[0] * start_width, start[1] + across[1] * start_width),
-        (stop[0] + across[0] * stop_width, stop[1] + across[1] * stop_width),
-        (stop[0] - across[0] * stop_width, stop[1] - across[1] * stop_width),
-        (start[0] - across[0] * start_width, start[1] - across[1] * start_width),
-    ]
 
 
 def round_paint(stage: Stage, polygon: list[Point], colour: np.ndarray, label: int, z: float) -> None:
     """Fill a canvas polygon as if it were round: lighter towards the sun, darker away from it."""
     pixels = stage.canvas.inside(polygon)
-    if len(pixels.at) == 0:
-        return
-    across = [x for x, _ in polygon]
-    left, right = min(across), max(across)
-    position = (pixels.x - np.float32(left)) * np.float32(2 / (right - left + 1e-6)) - 1
-    shade = 1 + np.float32(0.26 * stage.weather.light.to_sun[0]) * position
-    lit = colour * stage.weather.light.on_figures
-    stage.canvas.paint(pixels, lit * shade, label, z)
+    left, right = min(x for x, _ in polygon), max(x for x, _ in polygon)
+    position = (pixels.x - left) * (2 / (right - left + 1e-6)) - 1
+    shade = 1 + 0.26 * stage.weather.to_sun[0] * position
+    stage.canvas.paint(pixels, colour * stage.weather.light_on_figures * shade, label, z)
 
 
 def draw_tree(stage: Stage, x: float, z: float, chooser: Chooser) -> None:
     """A trunk under a crown of leaves."""
-    scale = stage.camera.scale(z)
-    (foot,) = stage.camera.project([(x, 0.0, z)])
-    bark = hsv(chooser.uniform(0.03, 0.12), chooser.uniform(0.05, 0.5), chooser.uniform(0.2, 0.55))
+    scale, (foot,) = stage.scale(z), stage.project([(x, 0.0, z)])
+    bark = chooser.colour((0.05, 0.5), (0.2, 0.55), (0.03, 0.12))
     thick = max(chooser.uniform(0.3, 0.42) * scale, 4 * stage.unit)
-    fork = (foot[0], foot[1] - 2.9 * scale)
-    round_paint(stage, limb((foot[0], foot[1]), fork, thick * 1.15, thick * 0.8), bark, TREE, z)
-    draw_crown(stage, x, z, chooser, behind=False)
+    round_paint(stage, bar(foot, (foot[0], foot[1] - 2.9 * scale), thick * 1.15, thick * 0.8), bark, TREE, z)
+    draw_crown(stage, x, z, chooser)
 
 
-def draw_crown(stage: Stage, x: float, z: float, chooser: Chooser, *, behind: bool) -> None:
-    """The leaves of a round, a tall or a conical tree; `behind` what has been drawn, or over it."""
+def draw_crown(stage: Stage, x: float, z: float, chooser: Chooser, *, free: bool = False) -> None:
+    """The leaves of a round, a tall or a conical tree; `free` behind what has been drawn, else over it."""
     kind = chooser.pick(("round", "round", "round", "tall", "conifer"))
     low, wide = {"round": (2.3, chooser.uniform(1.6, 2.5)), "tall": (1.7, 1.2), "conifer": (0.9, 1.5)}[kind]
     high = chooser.uniform(5.0, 8.5)
-    scale = stage.camera.scale(z)
-    (middle,) = stage.camera.project([(x, (low + high) / 2, z)])
+    scale, (middle,) = stage.scale(z), stage.project([(x, (low + high) / 2, z)])
     radius = (wide * scale, (high - low) / 2 * scale)
-    outline = _crown((middle[0], middle[1]), *radius, kind == "conifer", chooser)
-    pixels = stage.canvas.behind(outline) if behind else stage.canvas.inside(outline)
-    stage.canvas.paint(pixels, _leaves(stage, pixels, (middle[0], middle[1]), radius, z, chooser), TREE, z)
+    outline = _crown(middle, *radius, kind == "conifer", chooser)
+    pixels = stage.canvas.inside(outline, free=free)
+    stage.canvas.paint(pixels, _leaves(stage, pixels, middle, radius, z, chooser), TREE, z)
 
 
 def _crown(middle: Point, wide: float, half: float, conifer: bool, chooser: Chooser) -> list[Point]:
+    """The outline of a crown in canvas points."""
+    x, y = middle
     if conifer:
         levels = [(level / 8, 1.0 if level % 2 else 0.72) for level in range(9)]
-        right = [(middle[0] + wide * (1 - t) * w, middle[1] + half * (1 - 2 * t)) for t, w in levels]
-        left = [(middle[0] - wide * (1 - t) * w, middle[1] + half * (1 - 2 * t)) for t, w in levels]
+        right, left = ([(x + s * wide * (1 - t) * w, y + half * (1 - 2 * t)) for t, w in levels] for s in (1, -1))
         return right + left[::-1]
     lobes, start = chooser.uniform(5, 8), chooser.uniform(0, 6)
     outline = []
-    for step in range(44):
-        turn = 2 * math.pi * step / 44
+    for turn in (2 * math.pi * step / 44 for step in range(44)):
         bulge = 0.93 + 0.10 * abs(math.sin(turn * lobes / 2 + start)) + chooser.uniform(-0.045, 0.045)
-        outline.append((middle[0] + wide * bulge * math.cos(turn), middle[1] + half * bulge * math.sin(turn)))
+        outline.append((x + wide * bulge * math.cos(turn), y + half * bulge * math.sin(turn)))
     return outline
 
 
-def _leaves(
-    stage: Stage, pixels: Pixels, middle: Point, radius: tuple[float, float], z: float, chooser: Chooser
-) -> np.ndarray:
+def _leaves(stage: Stage, pixels: Pixels, middle: Point, radius: Point, z: float, chooser: Chooser) -> np.ndarray:
     """Clumps of leaves, lit from the sun's side and from above; (3, n)."""
-    light = stage.weather.light
-    across = (pixels.x - np.float32(middle[0])) * np.float32(1 / radius[0])
-    up = (np.float32(middle[1]) - pixels.y) * np.float32(1 / radius[1])
-    grain = np.float32(min(max(24 / stage.camera.scale(z), 0.35), 1.0))  # table entries per canvas pixel
-    u, v = pixels.x * grain + np.float32(chooser.uniform(0, 250)), pixels.y * grain
-    leaves, clumps = noise(noise_table(1, 3), u, v), noise(noise_table(8, 3), u * 2, v * 2)
-    facing = across * np.float32(light.to_sun[0]) + up * np.float32(0.6)
-    value = np.float32(0.78) + np.float32(0.27) * leaves + np.float32(0.2) * clumps + np.float32(0.24) * facing
-    return np.maximum(value, np.float32(0.22)) * (leaf_colour(chooser) * light.on_figures)
+    across, up = (pixels.x - middle[0]) * (1 / radius[0]), (middle[1] - pixels.y) * (1 / radius[1])
+    grain = min(max(24 / stage.scale(z), 0.35), 1.0)  # table entries per canvas pixel
+    u, v = pixels.x * grain + chooser.uniform(0, 250), pixels.y * grain
+    facing = across * stage.weather.to_sun[0] + up * 0.6
+    value = 0.78 + 0.27 * noise(1, 3, u, v) + 0.2 * noise(8, 3, u * 2, v * 2) + 0.24 * facing
+    return np.maximum(value, 0.22) * (leaf_colour(chooser) * stage.weather.light_on_figures)
 
 
 def draw_lamp(stage: Stage, x: float, z: float, chooser: Chooser) -> None:
     """A street lamp: a tapering pole with an arm over the road."""
-    scale, towards = stage.camera.scale(z), -1 if x > stage.street.centre else 1
-    (foot,) = stage.camera.project([(x, 0.0, z)])
-    colour = hsv(chooser.random(), chooser.uniform(0, 0.2), chooser.uniform(0.15, 0.7))
+    scale, (foot,) = stage.scale(z), stage.project([(x, 0.0, z)])
+    towards = -1 if x > stage.street.centre else 1
+    colour = chooser.colour((0, 0.2), (0.15, 0.7))
     thick = max(chooser.uniform(0.22, 0.30) * scale, 5.5 * stage.unit)
     top = (foot[0], foot[1] - chooser.uniform(5.2, 6.8) * scale)
-    reach = (top[0] + towards * 1.3 * scale, top[1] - 0.25 * scale)
-    round_paint(stage, limb((foot[0], foot[1]), (foot[0], foot[1] - 0.8 * scale), thick * 1.5), colour, POLE, z)
-    round_paint(stage, limb((foot[0], foot[1]), top, thick * 1.1, thick * 0.9), colour, POLE, z)
-    round_paint(stage, limb(top, reach, thick * 0.9, thick * 0.8), colour, POLE, z)
-    head = limb((reach[0] - towards * 0.3 * scale, reach[1]), (reach[0] + towards * 0.5 * scale, reach[1]), thick * 1.4)
-    glow = rgb(1.8, 1.5, 1.0) if stage.weather.lamps > 0.2 else colour * 1.2
-    round_paint(stage, head, glow, POLE, z)
+    end = (top[0] + towards * 1.3 * scale, top[1] - 0.25 * scale)
+    head = ((end[0] - towards * 0.3 * scale, end[1]), (end[0] + towards * 0.5 * scale, end[1]))
+    round_paint(stage, bar(foot, (foot[0], foot[1] - 0.8 * scale), thick * 1.5), colour, POLE, z)
+    round_paint(stage, bar(foot, top, thick * 1.1, thick * 0.9), colour, POLE, z)
+    round_paint(stage, bar(top, end, thick * 0.9, thick * 0.8), colour, POLE, z)
+    round_paint(
+        stage, bar(*head, thick * 1.4), rgb(1.8, 1.5, 1) if stage.weather.lamps > 0.2 else colour * 1.2, POLE, z
+    )
 
 
 def draw_sign(stage: Stage, x: float, z: float, chooser: Chooser) -> None:
     """A traffic sign on a post: round, triangular, square, a diamond or an octagon."""
-    scale = stage.camera.scale(z)
-    (foot,) = stage.camera.project([(x, 0.0, z)])
+    scale, (foot,) = stage.scale(z), stage.project([(x, 0.0, z)])
     radius = max(chooser.uniform(0.40, 0.52) * scale, 8 * stage.unit)
     centre = (foot[0], foot[1] - chooser.uniform(2.1, 2.5) * scale)
-    thick = max(0.13 * scale, 4.6 * stage.unit)
-    post = hsv(chooser.random(), chooser.uniform(0, 0.25), chooser.uniform(0.25, 0.75))
-    round_paint(stage, limb((foot[0], foot[1]), centre, thick), post, POLE, z)
+    post = chooser.colour((0, 0.25), (0.25, 0.75))
+    round_paint(stage, bar(foot, centre, max(0.13 * scale, 4.6 * stage.unit)), post, POLE, z)
     corners, start = chooser.pick(((20, 0.0), (20, 0.0), (3, 0.75), (3, 0.25), (4, 0.125), (4, 0.0), (8, 0.0625)))
     rim, field = _sign_colours(chooser)
+    turns = [2 * math.pi * (corner / corners + start) for corner in range(corners)]
     for size, colour in ((1.12, field * 0.75), (1.0, rim), (0.74, field)):
-        turns = [2 * math.pi * (corner / corners + start) for corner in range(corners)]
         plate = [(centre[0] + size * radius * math.cos(t), centre[1] + size * radius * math.sin(t)) for t in turns]
         round_paint(stage, plate, colour, SIGN, z)
     if chooser.chance(0.7):
         half = radius * 0.32
         tilt = chooser.pick((0.0, 0.6, 1.0)) * half
-        bar = limb((centre[0] - half, centre[1] + tilt), (centre[0] + half, centre[1] - tilt), radius * 0.22)
-        round_paint(stage, bar, rim * 0.8, SIGN, z)
+        stripe = bar((centre[0] - half, centre[1] + tilt), (centre[0] + half, centre[1] - tilt), radius * 0.22)
+        round_paint(stage, stripe, rim * 0.8, SIGN, z)
 
 
 def _sign_colours(chooser: Chooser) -> tuple[np.ndarray, np.ndarray]:
@@ -138,38 +111,32 @@ def _sign_colours(chooser: Chooser) -> tuple[np.ndarray, np.ndarray]:
 
 def draw_board(stage: Stage, x: float, z: float, chooser: Chooser) -> None:
     """A large direction board on two posts."""
-    scale = stage.camera.scale(z)
-    (foot,) = stage.camera.project([(x, 0.0, z)])
+    scale, (foot,) = stage.scale(z), stage.project([(x, 0.0, z)])
     half = chooser.uniform(0.75, 1.1) * scale
     low, high = foot[1] - 2.1 * scale, foot[1] - (2.1 + chooser.uniform(0.9, 1.3)) * scale
-    thick = max(0.13 * scale, 4.6 * stage.unit)
-    post = hsv(chooser.random(), chooser.uniform(0, 0.2), chooser.uniform(0.3, 0.7))
-    for place in (-0.6, 0.6):
-        leg = foot[0] + place * half
-        round_paint(stage, limb((leg, foot[1]), (leg, low), thick), post, POLE, z)
+    post = chooser.colour((0, 0.2), (0.3, 0.7))
+    for leg in (foot[0] - 0.6 * half, foot[0] + 0.6 * half):
+        round_paint(stage, bar((leg, foot[1]), (leg, low), max(0.13 * scale, 4.6 * stage.unit)), post, POLE, z)
     rim, field = _sign_colours(chooser)
     for margin, colour in ((0.0, rim), (0.06 * scale, field)):
         left, right, top, bottom = foot[0] - half + margin, foot[0] + half - margin, high + margin, low - margin
         round_paint(stage, [(left, top), (right, top), (right, bottom), (left, bottom)], colour, SIGN, z)
     for line in range(3):
         y = high + (low - high) * (0.27 + 0.23 * line)
-        text = limb((foot[0] - half * 0.7, y), (foot[0] + half * chooser.uniform(-0.1, 0.7), y), 0.1 * scale)
+        text = bar((foot[0] - half * 0.7, y), (foot[0] + half * chooser.uniform(-0.1, 0.7), y), 0.1 * scale)
         round_paint(stage, text, rim, SIGN, z)
 
 
 def draw_traffic_light(stage: Stage, x: float, z: float, chooser: Chooser) -> None:
     """A pole that carries a box with three lamps; the box counts as a sign, as it does in CamVid."""
-    scale = stage.camera.scale(z)
-    (foot,) = stage.camera.project([(x, 0.0, z)])
-    thick = max(0.18 * scale, 5.2 * stage.unit)
+    scale, (foot,) = stage.scale(z), stage.project([(x, 0.0, z)])
     half = max(0.28 * scale, 6.0 * stage.unit)
-    top = foot[1] - 2.3 * scale - 6 * half
-    post = hsv(chooser.random(), chooser.uniform(0, 0.3), chooser.uniform(0.15, 0.7))
-    round_paint(stage, limb((foot[0], foot[1]), (foot[0], top + half), thick), post, POLE, z)
-    case = hsv(chooser.random(), chooser.uniform(0.0, 0.4), chooser.uniform(0.08, 0.35))
-    round_paint(stage, limb((foot[0], top), (foot[0], top + 5.6 * half), 2 * half), case, SIGN, z)
+    top = (foot[0], foot[1] - 2.3 * scale - 6 * half)
+    post, case = chooser.colour((0, 0.3), (0.15, 0.7)), chooser.colour((0.0, 0.4), (0.08, 0.35))
+    round_paint(stage, bar(foot, (top[0], top[1] + half), max(0.18 * scale, 5.2 * stage.unit)), post, POLE, z)
+    round_paint(stage, bar(top, (top[0], top[1] + 5.6 * half), 2 * half), case, SIGN, z)
     lit = chooser.pick((0, 0, 1, 2, 2))
     for lamp, hue in enumerate((0.0, 0.12, 0.42)):
         colour = hsv(hue, 0.8, 1.0) * (1.7 if lamp == lit else 0.28)
-        disc = circle(foot[0], top + (1.05 + 1.75 * lamp) * half, 0.68 * half, corners=12)
-        round_paint(stage, disc, colour.astype(np.float32), SIGN, z)
+        disc = circle(top[0], top[1] + (1.05 + 1.75 * lamp) * half, 0.68 * half, corners=12)
+        round_paint(stage, disc, colour, SIGN, z)

@@ -80,41 +80,32 @@ def write_scenes(
     """
     root = Path(root)
     _check_seed(seed)
-    plan = {
-        "version": SCENE_VERSION,
-        "seed": seed,
-        "counts": _checked_counts(counts),
-        "sizes": [list(_checked_size(size)) for size in sizes],
-    }
-    if not sizes:
+    checked = [list(_checked_size(size)) for size in sizes]
+    if not checked:
         raise UsageError("scenes: no size given. Pass at least one (height, width), for example (240, 320).")
+    plan = {"version": SCENE_VERSION, "seed": seed, "counts": _checked_counts(counts), "sizes": checked}
     try:
-        _write_plan(root, plan)
+        found = _found_plan(root)
+        if found != plan:
+            for _, _, *paths in _files(root, found) if found else ():
+                for path in paths:
+                    path.unlink(missing_ok=True)
+            save_labels(root / "classes.yaml", SCENE_LABELS)
+            write_json(root / _MARKER, plan)
+        for scene_seed, size, image_path, mask_path in _files(root, plan):
+            if not (image_path.exists() and mask_path.exists()):
+                image, mask = map(Image.fromarray, draw_scene(scene_seed, size))
+                mask.putpalette(SCENE_LABELS.palette_bytes())
+                for picture, path in ((image, image_path), (mask, mask_path)):
+                    with atomic_path(path) as part:
+                        picture.save(part, compress_level=3)
     except OSError as error:
         raise DataError(f"{root}: the street scenes cannot be written here ({error}).") from error
     return root
 
 
-def _write_plan(root: Path, plan: dict[str, Any]) -> None:
-    """Bring `root` to what `plan` says; the marker says "complete" only when every file is there."""
-    found = _found_plan(root)
-    wanted = list(_files(root, plan))
-    if found == {**plan, "complete": True} and all(path.exists() for _, _, *pair in wanted for path in pair):
-        return
-    if found is not None and {**found, "complete": True} != {**plan, "complete": True}:
-        for _, _, *pair in _files(root, found):
-            for path in pair:
-                path.unlink(missing_ok=True)
-    write_json(root / _MARKER, {**plan, "complete": False})
-    save_labels(root / "classes.yaml", SCENE_LABELS)
-    for scene_seed, size, image_path, mask_path in wanted:
-        if not (image_path.exists() and mask_path.exists()):
-            _write_pair(*draw_scene(scene_seed, size), image_path, mask_path)
-    write_json(root / _MARKER, {**plan, "complete": True})
-
-
 def _found_plan(root: Path) -> dict[str, Any] | None:
-    """What the marker in `root` says; None in a new or empty folder."""
+    """What scenes.json in `root` says; None in a new or empty folder."""
     if not root.exists() or all(path.name.startswith(".") for path in root.iterdir()):
         return None
     marker = root / _MARKER
@@ -125,7 +116,7 @@ def _found_plan(root: Path) -> dict[str, Any] | None:
     found = read_json(marker)
     try:
         sizes = [list(_checked_size(size)) for size in found["sizes"]]
-        return {**found, "counts": _checked_counts(found["counts"]), "sizes": sizes}
+        return {"seed": found["seed"], **found, "counts": _checked_counts(found["counts"]), "sizes": sizes}
     except (KeyError, TypeError, AttributeError, UsageError) as error:
         raise DataError(f"{marker}: this is no description of street scenes. Choose a new or empty folder.") from error
 
@@ -141,21 +132,14 @@ def _files(root: Path, plan: dict[str, Any]) -> Iterator[tuple[int, tuple[int, i
             yield scene_seed, (height, width), root / split / "images" / name, root / split / "masks" / name
 
 
-def _write_pair(image: np.ndarray, mask: np.ndarray, image_path: Path, mask_path: Path) -> None:
-    with atomic_path(image_path) as part:
-        Image.fromarray(image).save(part, compress_level=3)
-    indexed = Image.fromarray(mask)
-    indexed.putpalette(SCENE_LABELS.palette_bytes())
-    with atomic_path(mask_path) as part:
-        indexed.save(part, compress_level=3)
-
-
 def _check_seed(seed: int) -> None:
+    """Raise unless the seed is a whole number, 0 or more."""
     if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
         raise UsageError(f"scenes: the seed is {seed!r}; it must be a whole number, 0 or more.")
 
 
 def _checked_size(size: Sequence[int]) -> tuple[int, int]:
+    """The size as (height, width), if scenes can be drawn at it."""
     good = isinstance(size, Sequence) and len(size) == 2 and all(isinstance(side, int | np.integer) for side in size)
     if not good or not all(_SMALLEST <= side <= _LARGEST for side in size):
         raise UsageError(

@@ -12,13 +12,13 @@ _MAX_LINE_BYTES = 4 * 2**20
 _READERS = {
     ".png": (("pixelwise.formats.writers", "read_mark"),),
     ".tif": (
-        ("pixelwise.formats.sinks.tiff", "read_tiff_mark"),
-        ("pixelwise.formats.sinks.geotiff", "read_geotiff_mark"),
+        ("pixelwise.formats.tiff", "read_tiff_mark"),
+        ("pixelwise.formats.geotiff_write", "read_geotiff_mark"),
     ),
-    ".nii": (("pixelwise.formats.sinks.nifti", "read_nifti_mark"),),
-    ".nii.gz": (("pixelwise.formats.sinks.nifti", "read_nifti_mark"),),
-    ".dcm": (("pixelwise.formats.sinks.dicom_seg", "read_dicom_seg_mark"),),
-    ".zarr": (("pixelwise.formats.sinks.ome_zarr", "read_zarr_mark"),),
+    ".nii": (("pixelwise.formats.nifti", "read_nifti_mark"),),
+    ".nii.gz": (("pixelwise.formats.nifti", "read_nifti_mark"),),
+    ".dcm": (("pixelwise.formats.dicom_seg", "read_dicom_seg_mark"),),
+    ".zarr": (("pixelwise.formats.zarr", "read_zarr_mark"),),
     "json": (("pixelwise.formats.sinks.marks", "read_vector_mark"),),
 }
 

@@ -37,11 +37,6 @@ _MICROMETRES = {"µm": 1.0, "μm": 1.0, "um": 1.0, "micron": 1.0, "nm": 1e-3, "p
                 "dm": 1e5, "m": 1e6, "in": 25_400.0, "inch": 25_400.0}  # fmt: skip
 
 
-def is_tiff(head: bytes, name: str) -> bool:
-    """Whether a file that begins with `head` is a TIFF or BigTIFF, whatever its name."""
-    return head[:4] in MAGIC
-
-
 def open_tiff(
     location: str,
     opener: Opener | None = None,

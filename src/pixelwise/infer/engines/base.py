@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from pixelwise.errors import DataError, PixelwiseError, UsageError
 from pixelwise.formats import Source, SourceInfo
+from pixelwise.formats.npy import write_probabilities
 from pixelwise.formats.sinks import LABELS, MAPS, Result
-from pixelwise.formats.sinks.npy import write_probabilities
 from pixelwise.infer.inputs import Location, real, stem_of
 from pixelwise.infer.job import ImageJob, Note, Output, Progress, has_nodata, job_key, label_source, silent, uncounted
 from pixelwise.infer.options import JobOptions

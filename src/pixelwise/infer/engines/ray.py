@@ -17,8 +17,7 @@ from typing import Any, Literal
 from pixelwise.errors import PixelwiseError, UsageError
 from pixelwise.files import cannot_write, write_bytes
 from pixelwise.formats import SourceInfo
-from pixelwise.formats.protocols import is_url
-from pixelwise.formats.remote import RemoteStamp
+from pixelwise.formats.remote import RemoteStamp, is_url
 from pixelwise.infer.engines.base import Job, Labeller, Outcome, OutputError
 from pixelwise.infer.engines.ledger import Ledger
 from pixelwise.infer.engines.local import MOST_THREADS, prefetch

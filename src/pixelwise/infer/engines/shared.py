@@ -3,8 +3,7 @@
 from pathlib import Path, PurePosixPath
 
 from pixelwise.files import atomic_path
-from pixelwise.formats.protocols import filesystem, remote_errors, shown
-from pixelwise.formats.sinks.upload import exists, publish
+from pixelwise.formats.remote import exists, filesystem, publish, remote_errors, shown
 from pixelwise.infer.inputs import Location
 from pixelwise.infer.outfolder import RECORDS
 from pixelwise.infer.parts import Parts

@@ -1,4 +1,7 @@
-"""DICOM-SEG out, read back by highdicom, and DICOM in to NIfTI out: same labels at the same places in the patient."""
+"""DICOM-SEG out, read back by highdicom, and DICOM in to NIfTI out: same labels at the same places in the patient.
+
+DICOM masks in: segmentations made by highdicom lie plane by plane on their series; label series are raw numbers.
+"""
 
 import errno
 
@@ -12,11 +15,12 @@ from pydicom.uid import CTImageStorage, EnhancedCTImageStorage, ExplicitVRLittle
 
 from pixelwise.data.labels import LabelSpec
 from pixelwise.errors import DataError, PixelwiseError, UsageError
+from pixelwise.formats import dicom_seg as sink
+from pixelwise.formats import open_source
 from pixelwise.formats.base import Result, SourceInfo
 from pixelwise.formats.dicom import open_dicom
-from pixelwise.formats.sinks import dicom_seg as sink
-from pixelwise.formats.sinks.dicom_seg import read_dicom_seg_mark, write_dicom_seg
-from pixelwise.formats.sinks.nifti import write_nifti
+from pixelwise.formats.dicom_seg import read_dicom_seg_mark, write_dicom_seg
+from pixelwise.formats.nifti import write_nifti
 
 SPEC = LabelSpec(
     names=("Background", "liver", "tumour"), colors=((0, 0, 0), (200, 30, 30), (9, 8, 7)), values=((0,), (1,), (2,))
@@ -268,3 +272,203 @@ def test_marks_of_damaged_files_are_none(tmp_path, capfd):
         mark = read_dicom_seg_mark(tmp_path / "damaged.dcm")
         assert mark is None or isinstance(mark, dict)
     assert capfd.readouterr() == ("", "")
+
+
+def masks(seed=0):
+    """Labels (4, 6, 5) of which one slice is empty."""
+    planes = np.random.default_rng(seed).integers(0, 3, (4, 6, 5)).astype(np.uint8)
+    planes[1] = 0
+    return planes
+
+
+def segmentation(path, folder, pixels, kind="BINARY", labels=("liver", "tumour")):
+    """What highdicom writes of label maps (N, H, W) or of segments (N, H, W, S), in the order of the series."""
+    with open_dicom(folder) as source:
+        images = [pydicom.dcmread(name) for name, _ in source.metadata["frames"]]
+    code = highdicom.sr.CodedConcept("85756007", "SCT", "Tissue")
+    described = [
+        highdicom.seg.SegmentDescription(number, label, code, code, "MANUAL")
+        for number, label in enumerate(labels, start=1)
+    ]
+    highdicom.seg.Segmentation(
+        images, pixels, kind, described, generate_uid(), 1, generate_uid(), 1, "x", "x", "1", "1"
+    ).save_as(path)
+    return str(path)
+
+
+def whole(source):
+    info = source.info
+    return np.stack([source.read(0, 0, info.height, info.width, plane)[..., 0] for plane in range(info.planes)])
+
+
+@pytest.mark.parametrize("kind", ["BINARY", "LABELMAP"])
+@pytest.mark.parametrize("through", [open_dicom, open_source])
+def test_a_segmentation_has_the_planes_of_its_series(tmp_path, kind, through):
+    folder, _ = series(tmp_path / "ct")
+    path = segmentation(tmp_path / "seg.dcm", folder, masks(), kind)
+    with open_dicom(folder) as image, through(path, labels=True, like=folder) as source:
+        assert (source.info.planes, source.info.channels, source.info.dtype) == (4, 1, "uint8")
+        assert (whole(source) == masks()).all()
+        assert (source.read(2, 1, 3, 4, plane=3)[..., 0] == masks()[3, 2:5, 1:5]).all()
+        assert source.metadata["segments"] == {"1": "liver", "2": "tumour"}
+        np.testing.assert_array_equal(source.metadata["affine"], image.metadata["affine"])
+        assert source.metadata["shape"] == image.metadata["shape"] == (5, 6, 4)
+        source.check_unchanged()
+        (tmp_path / "seg.dcm").write_bytes(b"other")
+        with pytest.raises(DataError, match=r"seg\.dcm: the file changed"):
+            source.check_unchanged()
+
+
+def test_without_like_it_has_the_planes_of_its_frames(tmp_path):
+    folder, _ = series(tmp_path / "ct")
+    path = segmentation(tmp_path / "seg.dcm", folder, masks())
+    with open_dicom(path, labels=True) as source:
+        assert (whole(source) == masks()[[0, 2, 3]]).all()
+        assert not source.metadata["even"], "the empty slice is missing"
+
+
+def test_of_a_folder_of_both_the_segmentation_is_the_mask(tmp_path):
+    folder, _ = series(tmp_path / "ct")
+    segmentation(tmp_path / "ct" / "seg.dcm", folder, masks())
+    with open_dicom(folder) as source:
+        assert source.info.planes == 4 and source.metadata["modality"] == "CT"
+    with open_dicom(folder, labels=True, like=folder) as source:
+        assert (whole(source) == masks()).all()
+
+
+@pytest.mark.parametrize("folder", [True, False])
+def test_what_is_written_is_read_back(tmp_path, folder):
+    location = series(tmp_path / "ct", gaps=(0, 2.5, 5, 2.5))[0] if folder else enhanced(tmp_path / "enhanced.dcm")
+    with open_dicom(location) as source:
+        write_dicom_seg(tmp_path / "seg.dcm", result_of(source, planes=masks())[0])
+    with open_dicom(str(tmp_path / "seg.dcm"), labels=True, like=location) as source:
+        assert (whole(source) == masks()).all()
+
+
+def test_points_in_time_share_a_segmentation(tmp_path):
+    folder, positions = series(tmp_path / "ct")
+    path = segmentation(tmp_path / "seg.dcm", folder, masks())
+    for number, position in enumerate(positions):
+        ct(position, 10 + number).save_as(tmp_path / "ct" / f"later{number}.dcm", enforce_file_format=True)
+    with open_dicom(path, labels=True, like=folder) as source:
+        assert source.metadata["shape"] == (5, 6, 4, 2)
+        assert (whole(source) == np.concatenate([masks(), masks()])).all()
+
+
+def test_a_segmentation_on_a_nifti_volume(tmp_path):
+    folder, _ = series(tmp_path / "ct")
+    path = segmentation(tmp_path / "seg.dcm", folder, masks())
+    with open_dicom(folder) as source:
+        write_nifti(tmp_path / "volume.nii.gz", result_of(source)[0])
+    with open_dicom(path, labels=True, like=str(tmp_path / "volume.nii.gz")) as source:
+        assert (whole(source) == masks()).all()
+    volume = nib.load(tmp_path / "volume.nii.gz")
+    mirrored = nib.Nifti1Image(np.asarray(volume.dataobj)[::-1], volume.affine @ np.diag([-1, 1, 1, 1]))
+    mirrored.to_filename(tmp_path / "mirrored.nii")
+    with pytest.raises(DataError, match=r"seg\.dcm: .*grid of .*mirrored\.nii: it has planes of another direction"):
+        open_dicom(path, labels=True, like=str(tmp_path / "mirrored.nii"))
+
+
+def test_segments_that_overlap_are_named(tmp_path):
+    folder, _ = series(tmp_path / "ct")
+    pixels = np.zeros((4, 6, 5, 2), dtype=bool)
+    pixels[2, 1:4, 1:4, 0], pixels[2, 3:, 3:, 1] = True, True
+    path = segmentation(tmp_path / "seg.dcm", folder, pixels)
+    with open_dicom(path, labels=True, like=folder) as source:
+        assert not source.read(0, 0, 6, 5, plane=1).any()
+        message = r"seg\.dcm: segments 1 \(liver\) and 2 \(tumour\) overlap in 1 pixels of plane 2"
+        with pytest.raises(DataError, match=message):
+            source.read(0, 0, 6, 5, plane=2)
+
+
+def test_what_cannot_be_a_mask_is_refused(tmp_path):
+    folder, _ = series(tmp_path / "ct")
+    path = segmentation(tmp_path / "seg.dcm", folder, masks())
+    with pytest.raises(DataError, match=r"seg\.dcm: this is a segmentation \(DICOM-SEG\), no image"):
+        open_dicom(path)
+    with pytest.raises(UsageError, match="like is an option of masks"):
+        open_dicom(folder, like=folder)
+    halves = np.full((4, 6, 5, 2), 0.4)
+    fractions = segmentation(tmp_path / "fractions.dcm", folder, halves, "FRACTIONAL")
+    with pytest.raises(DataError, match=r"fractions\.dcm: its segments are FRACTIONAL"):
+        open_dicom(fractions, labels=True)
+
+
+def test_a_segmentation_of_another_series_is_refused(tmp_path):
+    folder, positions = series(tmp_path / "ct")
+    path = segmentation(tmp_path / "seg.dcm", folder, masks())
+    changes = {
+        "other": ({"FrameOfReferenceUID": "1.2.10"}, "another frame of reference"),
+        "zoom": ({"PixelSpacing": [0.9, 0.9]}, r"pixels of \(0\.8, 0\.7\) mm, that one of \(0\.9, 0\.9\)"),
+        "turn": ({"ImageOrientationPatient": [1, 0, 0, 0, 1, 0]}, "planes of another direction"),
+        "size": ({"Rows": 5, "PixelData": bytes(50)}, "6 x 5 pixels, that one 5 x 5"),
+        "gone": ({}, r"frame \d of the segmentation, at .* mm, lies on no plane of"),
+        "shift": ({}, "lies on no plane of"),
+    }
+    for name, (fields, message) in changes.items():
+        (tmp_path / name).mkdir()
+        for number, position in enumerate(positions[1:] if name == "gone" else positions):
+            found = ct(position + (0.2 if name == "shift" else 0), number)
+            for field, value in fields.items():
+                setattr(found, field, value)
+            found.save_as(tmp_path / name / f"{number}.dcm", enforce_file_format=True)
+        with pytest.raises(DataError, match=r"seg\.dcm: .*" + message):
+            open_dicom(path, labels=True, like=str(tmp_path / name))
+
+
+def test_a_label_series_is_raw_numbers(tmp_path):
+    location, _ = series(tmp_path / "ct")
+    for path in (tmp_path / "ct").iterdir():
+        found = pydicom.dcmread(path)
+        found.PhotometricInterpretation = "MONOCHROME1"
+        found.RescaleSlope, found.RescaleIntercept, found.WindowCenter, found.WindowWidth = 2, -100, 5, 10
+        found.save_as(path)
+    with open_dicom(location, labels=True) as source:
+        assert source.info.dtype == "int16" and "intensity" not in source.metadata
+        planes = whole(source)
+    assert planes.dtype == np.int16
+    assert (planes == np.arange(30).reshape(6, 5)).all()
+
+
+def test_palettes_bits_and_floats_as_masks(tmp_path):
+    numbers = np.random.default_rng(7).integers(0, 4, (6, 5)).astype(np.uint8)
+    palette = ct((0, 0, 0))
+    palette.BitsAllocated, palette.BitsStored, palette.HighBit, palette.PixelRepresentation = 8, 8, 7, 0
+    palette.PhotometricInterpretation, palette.PixelData = "PALETTE COLOR", numbers.tobytes()
+    for name, high in (("Red", 200), ("Green", 100), ("Blue", 50)):
+        setattr(palette, f"{name}PaletteColorLookupTableDescriptor", [4, 0, 16])
+        table = (np.arange(4) * high // 3).astype("<u2") * 257
+        setattr(palette, f"{name}PaletteColorLookupTableData", table.tobytes())
+    palette["PixelData"].VR = "OB"
+    palette.save_as(tmp_path / "palette.dcm", enforce_file_format=True)
+    with open_dicom(str(tmp_path / "palette.dcm"), labels=True) as source:
+        assert (whole(source)[0] == numbers).all() and source.info.channels == 1
+        assert source.metadata["palette"] == ((0, 0, 0), (66, 33, 16), (133, 66, 33), (200, 100, 50))
+
+    bits = ct((0, 0, 0))
+    bits.BitsAllocated, bits.BitsStored, bits.HighBit, bits.PixelRepresentation = 1, 1, 0, 0
+    bits.PixelData = np.packbits(numbers > 1, bitorder="little").tobytes()
+    bits.save_as(tmp_path / "bits.dcm", enforce_file_format=True)
+    with open_dicom(str(tmp_path / "bits.dcm"), labels=True) as source:
+        assert (whole(source)[0] == (numbers > 1) * 255).all() and source.info.dtype == "uint8"
+
+    for values, match in ((numbers, None), (numbers + 0.5, r"floats\.dcm: .*not whole")):
+        floats = ct((0, 0, 0))
+        floats.BitsAllocated, floats.BitsStored, floats.HighBit = 32, 32, 31
+        del floats.PixelData
+        floats.FloatPixelData = values.astype("<f4").tobytes()
+        floats.save_as(tmp_path / "floats.dcm", enforce_file_format=True)
+        with open_dicom(str(tmp_path / "floats.dcm"), labels=True) as source:
+            if match is None:
+                assert (whole(source)[0] == numbers).all() and source.info.dtype == "int64"
+            else:
+                with pytest.raises(DataError, match=match):
+                    whole(source)
+
+
+def test_labels_written_by_the_package_keep_their_names(tmp_path):
+    folder, _ = series(tmp_path / "ct")
+    with open_dicom(folder) as source:
+        write_dicom_seg(tmp_path / "seg.dcm", result_of(source)[0])
+    with open_dicom(str(tmp_path / "seg.dcm"), labels=True) as source:
+        assert list(source.metadata["segments"].values()) == list(SPEC.names[1:])

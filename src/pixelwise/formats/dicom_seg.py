@@ -1,14 +1,17 @@
-"""Labels as a DICOM Segmentation object that refers to the images they were made from, through highdicom.
+"""DICOM Segmentation objects: read as masks on the planes of their series, and written with highdicom.
 
-Each class becomes a binary segment, but for one that is called "background", "void", "unlabeled" or "unlabelled": by
-name, not by place, because the first of two organs is no background. highdicom builds the object as a whole, so the
-labels of all slices (a byte each) and the packed segments (a bit for each class) are in memory while it is written.
+Of the classes that are written each becomes a binary segment, but for one that is called "background", "void",
+"unlabeled" or "unlabelled": by name, not by place, because the first of two organs is no background. highdicom builds
+the object as a whole, so the labels of all slices (a byte each) and the packed segments (a bit for each class) are in
+memory while it is written.
 """
 
 import importlib.metadata
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import cached_property, lru_cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -16,15 +19,18 @@ from numpy.typing import NDArray
 
 from pixelwise.errors import DataError, PixelwiseError, UsageError
 from pixelwise.files import atomic_path, cannot_write, extra
-from pixelwise.formats.base import LABELS, Result
-from pixelwise.formats.dicom_header import LOGGER, dicom_errors
+from pixelwise.formats.base import LABELS, Result, Source, SourceInfo
+from pixelwise.formats.dicom_header import LOGGER, Header, dicom_errors, safe_text
+from pixelwise.formats.dicom_series import Grid, grid_of, on_planes, own_grid
 from pixelwise.formats.intensity import quiet
-from pixelwise.formats.local import Stamp
-from pixelwise.formats.raster import DECODE_ERRORS
+from pixelwise.formats.local import Stamp, fingerprint
+from pixelwise.formats.raster import DECODE_ERRORS, printable
 
 NO_SEGMENT = ("background", "void", "unlabeled", "unlabelled")
 """Classes of these names (in any case) get no segment."""
 
+_CACHE_BYTES = 64 * 2**20
+_FRAME_GROUPS = ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
 _MAX_BYTES = 2 * 2**30
 _TISSUE = ("85756007", "SCT", "Tissue")
 _AI = ("123109", "DCM", "Artificial Intelligence")
@@ -32,6 +38,127 @@ _LABEL_LETTERS = 64  # DICOM's long string
 _SERIES_NUMBER = 9000
 _MARK = "pixelwise"
 _MARK_LETTERS = 10_000  # the algorithm's parameters are DICOM's long text of 10,240
+
+
+def open_segmentation(
+    pydicom: Any, location: str, headers: Sequence[Header], like: str | None, series: str | None
+) -> Source:
+    """Open a DICOM-SEG of binary segments or a label map as a mask: 0 is background, other numbers are segments.
+
+    The mask has the planes of `like` (a DICOM series, of which `series` may choose one, or a NIfTI volume).
+
+    Raises:
+        DataError: the segments are fractions, or their frames do not lie on the planes of `like`.
+    """
+    if len(headers) > 1:
+        raise DataError(f"{printable(location)}: there are {len(headers)} segmentations in this folder. Give one file.")
+    header = headers[0]
+    tags = ["SegmentationType", "SegmentSequence", *_FRAME_GROUPS]
+    with dicom_errors(header.path):
+        dataset = pydicom.dcmread(header.path, stop_before_pixels=True, specific_tags=tags)
+        kind = str(dataset.get("SegmentationType", ""))
+        if kind not in ("BINARY", "LABELMAP"):
+            raise DataError(
+                f"its segments are {safe_text(kind)}, not labels: BINARY and LABELMAP can be read. Apply a threshold."
+            )
+        if any(
+            frame.position is None or frame.orientation is None or frame.spacing_mm is None for frame in header.frames
+        ):
+            raise DataError("its frames do not say where they lie in the patient, so they belong to no image.")
+        labels = {int(item.SegmentNumber): safe_text(item.get("SegmentLabel", "")) for item in dataset.SegmentSequence}
+        labels = {number: labels[number] for number in sorted(labels) if number > 0}
+        segments = _segments(dataset, len(header.frames)) if kind == "BINARY" else ()
+    grid = own_grid(location, header) if like is None else grid_of(pydicom, like, series)
+    return _SegmentationSource(pydicom, location, header, labels, segments, grid)
+
+
+class _SegmentationSource(Source):
+    """A label map of as many planes as the grid has; where the segmentation has no frame, it is background."""
+
+    def __init__(
+        self,
+        pydicom: Any,
+        location: str,
+        header: Header,
+        labels: Mapping[int, str],
+        segments: Sequence[int],
+        grid: Grid,
+    ) -> None:
+        self._pydicom, self._header, self._labels, self._segments = pydicom, header, labels, segments
+        height, width = grid.size
+        self.info = SourceInfo(
+            location=location,
+            format="dicom",
+            height=height,
+            width=width,
+            channels=1,
+            dtype="uint8" if max(labels, default=0) < 256 else "uint16",
+            planes=len(grid.positions),
+            block_px=(height, width),
+        )
+        self._frames = on_planes(printable(location), header, grid)
+        self.metadata = MappingProxyType(
+            dict(grid.known)
+            | {"modality": "SEG", "series_uid": header.series_uid}
+            | {"segments": {str(number): label for number, label in labels.items()}}
+        )
+        nbytes = height * width * np.dtype(self.info.dtype).itemsize
+        self._plane = lru_cache(maxsize=max(1, _CACHE_BYTES // nbytes))(self._composed)
+
+    def read(self, top: int, left: int, height: int, width: int, plane: int = 0) -> NDArray[Any]:
+        """The window as (height, width, 1): numbers of segments, 0 where there is none."""
+        return np.ascontiguousarray(self._plane(plane)[top : top + height, left : left + width, None])
+
+    def fingerprint(self) -> str:
+        return fingerprint(self._header.path)
+
+    def check_unchanged(self) -> None:
+        self._header.stamp.check(self._header.path)
+
+    def close(self) -> None:
+        self._plane.cache_clear()
+
+    def _composed(self, plane: int) -> NDArray[Any]:
+        """The label map of a plane, of all frames that lie on it."""
+        found = np.zeros((self.info.height, self.info.width), self.info.dtype)
+        with dicom_errors(self._header.path):
+            for index in self._frames[plane]:
+                frame = self._frame(index)
+                if self._segments:
+                    frame = (frame > 0) * found.dtype.type(self._segments[index])
+                taken = (found > 0) & (frame > 0) & (found != frame)
+                if taken.any():
+                    pairs = sorted({(int(found[taken][0]), int(frame[taken][0]))})[0]
+                    names = " and ".join(f"{number} ({self._labels.get(number, '')})" for number in sorted(pairs))
+                    raise DataError(
+                        f"segments {names} overlap in {int(taken.sum()):,} pixels of plane {plane}, but a mask holds one "
+                        "label for each pixel. Remove one, or write each segment to a file of its own."
+                    )
+                np.copyto(found, frame, where=frame > 0, casting="unsafe")
+        return found
+
+    def _frame(self, index: int) -> NDArray[Any]:
+        """A frame as stored."""
+        if self._header.allocated > 1:
+            return np.asarray(self._pydicom.pixels.pixel_array(self._header.path, index=index))
+        # pydicom 3.0 fails at single frames whose bits end in the middle of a byte
+        count = self.info.height * self.info.width
+        first, start = divmod(index * count, 8)
+        bits = np.unpackbits(self._packed[first : first + count // 8 + 2], bitorder="little")
+        return bits[start : start + count].reshape(self.info.height, self.info.width)
+
+    @cached_property
+    def _packed(self) -> NDArray[np.uint8]:
+        dataset = self._pydicom.dcmread(self._header.path, specific_tags=["PixelData"])
+        return np.frombuffer(dataset.PixelData, dtype=np.uint8)
+
+
+def _segments(dataset: Any, count: int) -> tuple[int, ...]:
+    """The number of the segment that each frame shows."""
+    shared = (dataset.get("SharedFunctionalGroupsSequence") or [{}])[0]
+    own = dataset.get("PerFrameFunctionalGroupsSequence") or [{}] * count
+    groups = (item.get("SegmentIdentificationSequence") or shared.SegmentIdentificationSequence for item in own)
+    return tuple(int(group[0].ReferencedSegmentNumber) for group in groups)
 
 
 def write_dicom_seg(path: Path, result: Result) -> None:
@@ -43,20 +170,6 @@ def write_dicom_seg(path: Path, result: Result) -> None:
         UsageError: the result is no labels, the source is no DICOM, or the name does not end in .dcm.
         DataError: a source file changed since it was opened.
         PixelwiseError: the source has no position in space, the labels are too large, or the file cannot be written.
-
-    Example:
-        >>> import tempfile, pydicom
-        >>> from pydicom.data import get_testdata_file
-        >>> from pixelwise.data.labels import LabelSpec
-        >>> from pixelwise.formats.dicom import open_dicom
-        >>> spec = LabelSpec(names=("background", "bone"), colors=((0, 0, 0), (255, 255, 0)), values=((0,), (1,)))
-        >>> target = Path(tempfile.mkdtemp()) / "labels.dcm"
-        >>> with open_dicom(get_testdata_file("CT_small.dcm", download=False)) as source:
-        ...     write_dicom_seg(target, Result(
-        ...         kind="labels", spec=spec, source=source.info, metadata=source.metadata, dtype=np.dtype("uint8"),
-        ...         rows=lambda plane, top, bottom: np.ones((bottom - top, 128), dtype=np.uint8)))
-        >>> pydicom.dcmread(target).SegmentSequence[0].SegmentLabel
-        'bone'
     """
     path = Path(path)
     _check(path, result)
@@ -75,12 +188,7 @@ def write_dicom_seg(path: Path, result: Result) -> None:
 
 
 def read_dicom_seg_mark(path: str | Path) -> dict[str, Any] | None:
-    """The mark of a file that `write_dicom_seg` wrote; None for every other file, however damaged.
-
-    Example:
-        >>> read_dicom_seg_mark("no/such.dcm") is None
-        True
-    """
+    """The mark of a file that `write_dicom_seg` wrote; None for every other file, however damaged."""
     pydicom = extra("pydicom", "medical", "DICOM-SEG")
     try:
         with dicom_errors(Path(path)):

@@ -1,11 +1,10 @@
-"""Reading a run folder for the report: every file is optional, and none is believed before it is checked."""
+"""Read the files of a run folder for the report: every file is optional, and each is validated."""
 
 import csv
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
@@ -61,6 +60,19 @@ class SplitFile(BaseModel):
     void: Count = 0
     images_with: list[Count] = []
 
+    @property
+    def void_share(self) -> float:
+        """The share of pixels without a class."""
+        return self.void / max(1, self.void + sum(self.pixels))
+
+    def share(self, index: int) -> float:
+        """The share of a class of the labelled pixels."""
+        return self.pixels[index] / max(1, sum(self.pixels)) if index < len(self.pixels) else 0.0
+
+    def shown_in(self, index: int) -> int | None:
+        """The number of images with a class, if the file says it."""
+        return self.images_with[index] if index < len(self.images_with) else None
+
 
 class ProblemFile(BaseModel):
     """One problem found in the data."""
@@ -83,37 +95,27 @@ class DataFile(BaseModel):
     fingerprint: str = ""
     problems: list[ProblemFile] = []
 
+    @property
+    def num_classes(self) -> int:
+        """The classes that any split counts."""
+        return max((len(split.pixels) for split in self.splits.values()), default=0)
 
-@dataclass(frozen=True, kw_only=True)
-class Classes:
-    """What the classes are called and how they are painted; made up where the run does not say.
 
-    Attributes:
-        names: one for each class.
-        colors: one RGB colour (0..255) for each class.
-    """
+class Classes(NamedTuple):
+    """The name and the RGB colour (0..255) of each class."""
 
     names: tuple[str, ...]
     colors: tuple[Color, ...]
 
     def fit(self, num_classes: int) -> "Classes":
-        """These classes if there are as many, else made-up ones."""
-        return self if len(self.names) == num_classes else made_up_classes(num_classes)
-
-
-def made_up_classes(num_classes: int, names: Sequence[str] = ()) -> Classes:
-    """Classes in any colours, called "class 0", "class 1" and so on unless there is a name for each."""
-    if len(names) != num_classes:
-        names = [f"class {index}" for index in range(num_classes)]
-    return Classes(names=tuple(names), colors=distinct_colors(num_classes))
+        """These classes if there are as many, else "class 0", "class 1" and so on in distinct colours."""
+        if len(self.names) == num_classes:
+            return self
+        return Classes(tuple(f"class {index}" for index in range(num_classes)), distinct_colors(num_classes))
 
 
 def check_run(run: Path) -> None:
-    """Raise unless `run` is a folder with at least one file of a run.
-
-    Raises:
-        DataError: it is missing, a file, or a folder of something else.
-    """
+    """Raise unless `run` is a folder with at least one file of a run."""
     if not run.is_dir():
         what = "is a file" if run.exists() else "does not exist"
         raise DataError(f"{run}: {what}. Give the run folder that `pixelwise train` wrote.")
@@ -125,24 +127,15 @@ def check_run(run: Path) -> None:
 
 
 def read_mapping(run: Path, name: str) -> dict[str, Any]:
-    """The mapping in a JSON or YAML file of the run.
-
-    Raises:
-        DataError: the file is missing or holds something else; the message is the sentence the report shows.
-    """
-    path = _existing(run, name)
-    content = _read_yaml(path) if path.suffix == ".yaml" else _read_json(path)
+    """The mapping in a JSON or YAML file of the run."""
+    content = _read_text(_existing(run, name))
     if not isinstance(content, dict):
         raise DataError(f"{name} cannot be shown: it holds {type(content).__name__}, not a mapping.")
     return content
 
 
 def read_model(run: Path, name: str, model: type[Model]) -> Model:
-    """A JSON file of the run, checked against `model`.
-
-    Raises:
-        DataError: as `read_mapping`, or the content is of another form.
-    """
+    """A JSON file of the run, checked against `model`."""
     content = read_mapping(run, name)
     try:
         return model.model_validate(content)
@@ -153,18 +146,18 @@ def read_model(run: Path, name: str, model: type[Model]) -> Model:
 
 
 def read_classes(run: Path, names: Sequence[str] = ()) -> Classes:
-    """The classes that model.json describes, else those of data.json; made up from `names` if neither does."""
+    """The classes that model.json describes, else those of data.json, else `names` in distinct colours."""
     for file in ("model.json", "data.json"):
         try:
             labels = LabelSpec.from_dict(read_mapping(run, file).get("labels"))
         except DataError:
             continue
-        return Classes(names=labels.names, colors=labels.colors)
-    return made_up_classes(len(names), names)
+        return Classes(labels.names, labels.colors)
+    return Classes(tuple(names), distinct_colors(len(names)))
 
 
 def evaluated_splits(run: Path) -> list[str]:
-    """The splits with an evaluation in the run, the most telling first: test, then val, then the others by name."""
+    """The splits with an evaluation in the run, in the order test, val, others by name."""
     found = [match[1] for path in run.iterdir() if (match := re.fullmatch(r"evaluation-(.+)\.json", path.name))]
     rank = {"test": 0, "val": 1}
     return sorted(found, key=lambda split: (rank.get(split, 2), split))
@@ -192,6 +185,7 @@ def read_metrics(run: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def _take_row(row: Mapping[str | None, Any], columns: dict[str, dict[int, float]]) -> None:
+    """Add one row of metrics.csv to the columns."""
     step = _number(row.get("step"))
     if step is None or not 0 <= step < MAX_STEP:
         return
@@ -202,6 +196,7 @@ def _take_row(row: Mapping[str | None, Any], columns: dict[str, dict[int, float]
 
 
 def _number(cell: Any) -> float | None:
+    """The number in a cell; None if there is none that a plot could show."""
     try:
         value = float(cell)
     except (TypeError, ValueError):
@@ -210,21 +205,16 @@ def _number(cell: Any) -> float | None:
 
 
 def _existing(run: Path, name: str) -> Path:
+    """The path of a file of the run, which must exist."""
     path = run / name
     if not path.is_file():
         raise DataError(f"{name} is not in the run folder.")
     return path
 
 
-def _read_json(path: Path) -> Any:
+def _read_text(path: Path) -> Any:
+    """The content of a JSON or YAML file."""
     try:
-        return read_json(path)
-    except DataError as error:
-        raise DataError(f"{path.name} cannot be shown: it is unreadable or not JSON.") from error
-
-
-def _read_yaml(path: Path) -> Any:
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise DataError(f"{path.name} cannot be shown: it is unreadable or not YAML.") from error
+        return yaml.safe_load(path.read_text(encoding="utf-8")) if path.suffix == ".yaml" else read_json(path)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError, DataError) as error:
+        raise DataError(f"{path.name} cannot be shown: it is unreadable or not {path.suffix[1:].upper()}.") from error

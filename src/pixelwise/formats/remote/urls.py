@@ -4,13 +4,15 @@ Only plain URLs of the table below are opened, each by the file system of its ow
 (`zip::`, `simplecache::`) or a manifest (`reference::`) could make one name mean any file of this machine.
 """
 
+import errno
 import re
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from pixelwise.errors import DataError, PixelwiseError, UsageError
 from pixelwise.files import extra
@@ -22,15 +24,12 @@ PROTOCOLS = {  # the module of the file system, and the package that pip install
 }  # fmt: skip
 """Every protocol that is followed, besides `file`, which is a local path."""
 
-CONNECT_S = 10
-READ_S = 60
-REQUEST_S = 300
-"""No request takes longer, whatever trickles in."""
+CONNECT_S, READ_S, REQUEST_S = 10, 60, 300
+"""The longest wait for a connection, for the next bytes, and for a whole request, in seconds."""
 
+_TRIES = 3
 _MISSING = "there is no such object."
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
-_LOCAL = ("file", "local")
-_CHAINED = re.compile(r"^(?:[A-Za-z][A-Za-z0-9+.-]*)::|::")
 _FOREIGN_ERRORS = {  # what file systems raise that is none of Python's own errors, by the module that defines it
     "aiohttp": ("ClientError",),
     "botocore.exceptions": ("BotoCoreError", "ClientError"),
@@ -40,6 +39,11 @@ _FOREIGN_ERRORS = {  # what file systems raise that is none of Python's own erro
     "google.auth.exceptions": ("GoogleAuthError",),
     "azure.core.exceptions": ("AzureError",),
 }
+_BROKEN_LINES = {"ClientPayloadError", "ServerDisconnectedError", "ClientOSError"}  # of aiohttp
+_NO_CREDENTIALS = {
+    "NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "GoogleAuthError", "TokenRetrievalError",
+}  # fmt: skip
+_TIMEOUTS = {"ConnectTimeoutError", "ReadTimeoutError", "TimeoutException"}
 
 
 class NoSuchObject(DataError):
@@ -47,54 +51,37 @@ class NoSuchObject(DataError):
 
 
 def is_url(location: object) -> bool:
-    """Whether a name is a URL, not a path.
-
-    Example:
-        >>> is_url("s3://scans/a.tif"), is_url("scans/a.tif"), is_url("C:/scans/a.tif")
-        (True, False, False)
-    """
+    """Whether a name is a URL, not a path; "C:/scans/a.tif" is a path."""
     text = str(location)
     return bool(_SCHEME.match(text)) or ("::" in text and "://" in text)
 
 
-def shown(location: object) -> str:
-    """A URL without its user, password and query, which may be secrets; a path as it is.
+def is_web(location: str) -> bool:
+    """Whether a URL belongs to a web server, which neither lists folders nor takes results."""
+    return protocol_of(location) in ("http", "https")
 
-    Example:
-        >>> shown("https://me:secret@host:8080/a.tif?signature=abc")
-        'https://host:8080/a.tif'
-    """
+
+def shown(location: object) -> str:
+    """A URL without its user, password and query, which may be secrets; a path as it is."""
     text = str(location)
+    if not is_url(text):
+        return text
     match = _SCHEME.match(text)
-    if not is_url(text) or match is None:
-        return text.split("?")[0] if is_url(text) else text
-    head, rest = text[: match.end()], text[match.end() :].split("?")[0]
-    host, slash, path = rest.partition("/")
-    if match[1].lower() in ("http", "https"):
+    head, rest = ("", text) if match is None else (match[0], text[match.end() :])
+    host, slash, path = rest.split("?")[0].partition("/")
+    if head.lower().startswith("http"):
         path = path.split("#")[0]
     return head + host.rpartition("@")[2] + slash + path
 
 
 def protocol_of(location: str) -> str:
-    """The protocol of a URL, "file" among them.
-
-    Raises:
-        UsageError: it is chained, or none that is followed.
-
-    Example:
-        >>> protocol_of("s3://scans/a.tif")
-        's3'
-        >>> protocol_of("simplecache::s3://scans/a.tif")
-        Traceback (most recent call last):
-            ...
-        pixelwise.errors.UsageError: simplecache::s3://scans/a.tif: chained URLs are not followed. Name the file itself.
-    """
+    """The protocol of a URL, "file" among them."""
     bare = re.sub(r"^([A-Za-z+.-]+://(?:[^/]*@)?)\[[0-9A-Fa-f:.]+\]", r"\1host", location)  # of IPv6, as [::1]
-    if _CHAINED.search(bare.split("?")[0]):
+    if "::" in bare.split("?")[0]:
         raise UsageError(f"{shown(location)}: chained URLs are not followed. Name the file itself.")
     match = _SCHEME.match(location)
     name = match[1].lower() if match else ""
-    if name in _LOCAL:
+    if name in ("file", "local"):
         return "file"
     if name not in PROTOCOLS:
         known = ", ".join(f"{key}://" for key in ("file", *PROTOCOLS))
@@ -103,88 +90,76 @@ def protocol_of(location: str) -> str:
 
 
 def local_path(location: str) -> str | None:
-    """The path that a `file://` URL means; None for every other URL.
-
-    Raises:
-        UsageError: it names another machine, or is none that is followed.
-
-    Example:
-        >>> local_path("file:///scans/a%20b.tif")
-        '/scans/a b.tif'
-    """
+    """The path that a `file://` URL means; None for every other URL."""
     if protocol_of(location) != "file":
         return None
-    rest = location.partition("://")[2]
-    if rest.startswith("localhost/"):
-        rest = rest[len("localhost") :]
+    rest = location.partition("://")[2].removeprefix("localhost")
     if not rest.startswith("/"):
         raise UsageError(f"{shown(location)}: write file:/// and a full path, or the path alone.")
     return unquote(rest)
 
 
-def filesystem(location: str) -> tuple[Any, str]:
-    """The file system of a URL, with bounded waiting, and the name that the URL has there.
-
-    Credentials come from where the packages look for them (environment, configuration files); further settings from
-    `FSSPEC_<PROTOCOL>_<SETTING>`, for example `FSSPEC_S3_ANON=true` for public buckets.
-
-    Raises:
-        UsageError: the URL is none that is followed, or its package is not installed.
-
-    Example:
-        >>> filesystem("memory://scans/a.tif")[1]
-        '/scans/a.tif'
-    """
-    protocol = protocol_of(location)
-    fsspec = check_package(location)
-    with remote_errors(shown(location)):
-        system = fsspec.filesystem(protocol, **_options(protocol, fsspec.config.conf.get(protocol, {})))
-        if hasattr(system, "retries"):
-            system.retries = 3  # of s3fs; botocore's own are switched off, for the two would multiply
-        return system, str(system._strip_protocol(location))
-
-
 def check_package(location: str) -> ModuleType:
-    """The package fsspec, if it and the one for the protocol of a URL are installed; no server is asked.
-
-    Raises:
-        UsageError: one is not installed, or the URL is none that is followed.
-
-    Example:
-        >>> check_package("memory://scans/a.tif").__name__
-        'fsspec'
-    """
+    """The package fsspec, if it and the one for the protocol of a URL are installed; no server is asked."""
     protocol = protocol_of(location)
     module, package = PROTOCOLS.get(protocol, ("fsspec", ""))
     for name in ("fsspec", module):
         try:
             extra(name, "remote", f"{protocol}://")
         except UsageError:
-            command = f'pip install "pixelwise[remote]"{" " + package if package else ""}'
+            command = f'pip install "pixelwise[remote]" {package}'.rstrip()
             raise UsageError(
                 f"{shown(location)}: {protocol}:// needs the package {name}. Install it: {command}"
             ) from None
     return extra("fsspec", "remote", f"{protocol}://")
 
 
-def _options(protocol: str, configured: dict[str, Any]) -> dict[str, Any]:
-    options: dict[str, Any] = {}
+def filesystem(location: str) -> tuple[Any, str]:
+    """The file system of a URL, with limits of time, and the name that the URL has there.
+
+    Credentials come from where the packages look for them (environment, configuration files); further settings from
+    `FSSPEC_<PROTOCOL>_<SETTING>`, for example `FSSPEC_S3_ANON=true` for public buckets.
+    """
+    protocol = protocol_of(location)
+    fsspec = check_package(location)
+    with remote_errors(shown(location)):
+        configured = fsspec.config.conf.get(protocol, {})
+        options = {key: value for key, value in _options(protocol).items() if key not in configured}
+        system = fsspec.filesystem(protocol, **options)
+        if hasattr(system, "retries"):
+            system.retries = _TRIES  # of s3fs; botocore's own are switched off, for the two would multiply
+        return system, str(system._strip_protocol(location))
+
+
+def _options(protocol: str) -> dict[str, Any]:
     if protocol in ("s3", "s3a"):
         waiting = {"connect_timeout": CONNECT_S, "read_timeout": READ_S, "retries": {"max_attempts": 0}}
-        options = {"use_listings_cache": False, "config_kwargs": waiting}
-    elif protocol in ("http", "https"):
-        timeout = extra("aiohttp", "remote", "https://").ClientTimeout(
-            total=None, sock_connect=CONNECT_S, sock_read=READ_S
-        )
-        options = {"client_kwargs": {"timeout": timeout, "trust_env": True}}
-    elif protocol in ("gs", "gcs"):
-        options = {"use_listings_cache": False, "requests_timeout": READ_S}
-    return {key: value for key, value in options.items() if key not in configured}
+        return {"use_listings_cache": False, "config_kwargs": waiting}
+    if protocol in ("http", "https"):
+        aiohttp = extra("aiohttp", "remote", "https://")
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S, sock_read=READ_S)
+        return {"client_kwargs": {"timeout": timeout, "trust_env": True}}
+    return {"use_listings_cache": False, "requests_timeout": READ_S} if protocol in ("gs", "gcs") else {}
 
 
-def host(location: str) -> str:
-    """The server or bucket of a URL, for messages."""
-    return urlsplit(shown(location)).netloc
+def bounded(system: Any) -> dict[str, float]:
+    """The argument that ends a request of an asynchronous file system after a while."""
+    return {"timeout": REQUEST_S} if getattr(system, "async_impl", False) else {}
+
+
+def patiently(work: Callable[[], Any]) -> Any:
+    """Do it again, a little later, where a line broke or a server is busy."""
+    for attempt in range(_TRIES - 1):
+        try:
+            return work()
+        except (OSError, ValueError, RuntimeError) as error:
+            cause = _unwrapped(error)
+            status = _status(cause)
+            broke = isinstance(cause, ConnectionError) or bool(_names(cause) & _BROKEN_LINES)
+            if status not in (429, 500, 502, 503, 504) and (status is not None or not broke):
+                raise
+        time.sleep(0.3 * 4**attempt)
+    return work()
 
 
 @contextmanager
@@ -192,36 +167,14 @@ def remote_errors(name: str) -> Iterator[None]:
     """Turn what file systems raise into a `DataError` of our own words.
 
     Their texts are left out, for they repeat URLs with signatures; so is the cause, which a log would print.
-
-    Args:
-        name: the URL as it may be shown.
-
-    Example:
-        >>> with remote_errors("s3://scans/a.tif"):
-        ...     raise FileNotFoundError("https://host/a.tif?signature=abc")
-        Traceback (most recent call last):
-            ...
-        pixelwise.formats.protocols.NoSuchObject: s3://scans/a.tif: there is no such object.
     """
     try:
         yield
     except PixelwiseError:
         raise
     except _errors() as error:
-        why = _explain(error)
+        why = _explain(_unwrapped(error))
         raise (NoSuchObject if why == _MISSING else DataError)(f"{name}: {why}") from None
-
-
-def is_passing(error: BaseException) -> bool:
-    """Whether a second try may well succeed: a line that broke, a server that is busy; no refusal."""
-    error = _unwrapped(error)
-    status = _status(error)
-    if status is not None:
-        return status in (429, 500, 502, 503, 504)
-    names = {kind.__name__ for kind in type(error).__mro__}
-    return isinstance(error, ConnectionError) or bool(
-        names & {"ClientPayloadError", "ServerDisconnectedError", "ClientOSError"}
-    )
 
 
 def _errors() -> tuple[type[BaseException], ...]:
@@ -236,16 +189,18 @@ def _errors() -> tuple[type[BaseException], ...]:
 def _status(error: BaseException | None) -> int | None:
     """The HTTP status an error stands for, wherever its package keeps that; causes are asked too."""
     for _ in range(5):
-        if error is None:
-            return None
         response = getattr(error, "response", None)
         if isinstance(response, dict):
             response = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
         for value in (getattr(error, "status", None), getattr(response, "status_code", response)):
             if isinstance(value, int) and 100 <= value < 600:
                 return value
-        error = error.__cause__
+        error = getattr(error, "__cause__", None)
     return None
+
+
+def _names(error: BaseException) -> set[str]:
+    return {kind.__name__ for kind in type(error).__mro__}
 
 
 def _unwrapped(error: BaseException) -> BaseException:
@@ -257,27 +212,21 @@ def _unwrapped(error: BaseException) -> BaseException:
 
 
 def _explain(error: BaseException) -> str:
-    error = _unwrapped(error)
-    status = _status(error)
-    names = {kind.__name__ for kind in type(error).__mro__}
+    status, names = _status(error), _names(error)
     if status in (401, 403) or isinstance(error, PermissionError):
         return "you have no permission, or it does not exist. Check the credentials and the name."
-    if names & {
-        "NoCredentialsError",
-        "PartialCredentialsError",
-        "ProfileNotFound",
-        "GoogleAuthError",
-        "TokenRetrievalError",
-    }:
+    if names & _NO_CREDENTIALS:
         return "no credentials were found. Set them in the environment; FSSPEC_S3_ANON=true opens public buckets of S3."
     if status in (404, 410) or isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError):
         return _MISSING
-    if isinstance(error, TimeoutError) or names & {"ConnectTimeoutError", "ReadTimeoutError", "TimeoutException"}:
+    if isinstance(error, TimeoutError) or names & _TIMEOUTS:
         return f"the server did not answer in time ({CONNECT_S} s to connect, {READ_S} s to send). Try again later."
     if status in (412, 416):
         return "the object changed while it was read. Run again when nothing writes to it."
     if status is not None:
         return f"the server answered with HTTP status {status}. Try again later, or check the name."
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "it cannot be copied: the disk is full. Free some space, or set TMPDIR to a larger disk."
     if isinstance(error, OSError) or any("Connect" in name or "HTTPClientError" in name for name in names):
         return "the server cannot be reached or broke off. Check the name, the network and the endpoint."
     return f"the server's answer cannot be used ({type(error).__name__}). Check the name of the object."

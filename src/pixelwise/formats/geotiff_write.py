@@ -1,6 +1,6 @@
 """Labels and maps as GeoTIFF, tiled and compressed, in the place of the image they were made from; or as COG.
 
-Class names and colours, and the mark on the origin, are tags of the file: `CLASSES` and `PIXELWISE`, both JSON.
+Class names and colours, and the provenance record, are tags of the file: `CLASSES` and `PIXELWISE`, both JSON.
 """
 
 import json
@@ -16,48 +16,21 @@ import numpy as np
 from pixelwise.errors import PixelwiseError
 from pixelwise.files import atomic_path, cannot_write, extra
 from pixelwise.formats.base import LABELS, Result
-from pixelwise.formats.gdal import Handle, gdal, new_dataset
-
-__all__ = ["read_geotiff_mark", "write_cog", "write_geotiff", "write_rows"]
+from pixelwise.formats.gdal import Dataset, gdal
 
 MARK_TAG, CLASSES_TAG = "PIXELWISE", "CLASSES"
-
-_BLOCK_PX = 256
-_COG_BLOCK_PX = 512
+_BLOCK_PX, _COG_BLOCK_PX = 256, 512
 _NOT_KEPT = (
-    "STATISTICS_",
-    "TIFFTAG_SOFTWARE",
-    "TIFFTAG_IMAGEDESCRIPTION",
-    "TIFFTAG_DOCUMENTNAME",
-    MARK_TAG,
-    CLASSES_TAG,
-)
+    "STATISTICS_", "TIFFTAG_SOFTWARE", "TIFFTAG_IMAGEDESCRIPTION", "TIFFTAG_DOCUMENTNAME", MARK_TAG, CLASSES_TAG,
+)  # fmt: skip
 
 
 def write_geotiff(path: Path, result: Result) -> None:
     """Write a map as GeoTIFF: CRS, transform and tags of its image, class colours, nodata; one band for each plane.
 
-    Args:
-        path: where to; replaced at the end, when all is written.
-        result: the map; its rows are asked for from top to bottom, some hundred at a time.
-
     Raises:
         PixelwiseError: it cannot be written.
         UsageError: rasterio is not installed.
-
-    Example:
-        >>> from pixelwise.data.labels import LabelSpec
-        >>> from pixelwise.formats import SourceInfo
-        >>> info = SourceInfo(location="a.tif", format="geotiff", height=2, width=3, channels=3, dtype="uint8")
-        >>> spec = LabelSpec(names=("sea", "land"), colors=((0, 0, 200), (0, 90, 0)), values=((0,), (1,)))
-        >>> place = {"crs": "EPSG:32633", "transform": (10.0, 0.0, 5e5, 0.0, -10.0, 5e6)}
-        >>> labels = np.array([[0, 1, 1], [0, 0, 255]], dtype=np.uint8)
-        >>> result = Result(kind="labels", spec=spec, source=info, dtype=labels.dtype, nodata=255, metadata=place,
-        ...                 rows=lambda plane, top, bottom: labels[top:bottom], mark={"model": "abc"})
-        >>> path = Path(tempfile.mkdtemp()) / "labels.tif"
-        >>> write_geotiff(path, result)
-        >>> read_geotiff_mark(path)
-        {'model': 'abc'}
     """
     path = Path(path)
     try:
@@ -91,14 +64,9 @@ def write_cog(path: Path, result: Result) -> None:
 
 
 def read_geotiff_mark(path: str | Path) -> dict[str, Any] | None:
-    """The mark of a GeoTIFF that this module wrote; None for every other file, however damaged.
-
-    Example:
-        >>> read_geotiff_mark("no/such.tif") is None
-        True
-    """
+    """The mark of a GeoTIFF that this module wrote; None for every other file, however damaged."""
     try:
-        with Path(path).open("rb") as file, gdal() as rasterio, Handle(rasterio, file) as dataset:
+        with Path(path).open("rb") as file, gdal() as rasterio, Dataset(rasterio, lambda mode: file) as dataset:
             mark = json.loads(dataset.tags().get(MARK_TAG, "null"))
     except (OSError, ValueError, RecursionError):
         return None
@@ -106,21 +74,18 @@ def read_geotiff_mark(path: str | Path) -> dict[str, Any] | None:
 
 
 def write_rows(rasterio: ModuleType, path: Path, result: Result, **profile: Any) -> None:
-    """Write the rows of all planes into a new tiled file that says nothing more; to be used inside `gdal()`.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    with new_dataset(rasterio, path, **(_shape(result) | profile)) as dataset:
+    """Write the rows of all planes into a new tiled file that says nothing more; to be used inside `gdal()`."""
+    with Dataset(rasterio, path.open, mode="w", **(_shape(result) | profile)) as dataset:
         _fill(dataset, result)
 
 
 def _write(path: Path, result: Result) -> None:
-    with gdal() as rasterio:
-        place = _place(rasterio, result)
-        with new_dataset(rasterio, path, **_shape(result), **place) as dataset:
-            _describe(dataset, result)
-            _fill(dataset, result)
+    with (
+        gdal() as rasterio,
+        Dataset(rasterio, path.open, mode="w", **_shape(result), **_place(rasterio, result)) as file,
+    ):
+        _describe(file, result)
+        _fill(file, result)
 
 
 def _fill(dataset: Any, result: Result) -> None:
@@ -153,7 +118,7 @@ def _shape(result: Result) -> dict[str, Any]:
 
 
 def _place(rasterio: ModuleType, result: Result) -> dict[str, Any]:
-    """Where the image lies, as rasterio wants to be told; nothing for images from other formats."""
+    """Where the image lies, as arguments of `rasterio.open`; none for images from other formats."""
     metadata = result.metadata if result.source.format == "geotiff" else {}
     place: dict[str, Any] = {}
     if crs := metadata.get("gcps_crs" if metadata.get("gcps") else "crs"):

@@ -1,4 +1,4 @@
-"""How the report writes values: numbers, shares, counts, durations and settings."""
+"""Formatting of numbers, shares, counts, durations and settings as text."""
 
 import math
 import shlex
@@ -16,22 +16,12 @@ Facts = list[tuple[str, str]]
 
 
 def percent(value: float | None, digits: int = 1) -> str:
-    """A fraction in percent, without the sign; a dash if it is undefined.
-
-    Example:
-        >>> percent(0.6543), percent(None), percent(float("nan"))
-        ('65.4', '–', '–')
-    """
+    """A fraction in percent, without the sign; a dash if it is undefined."""
     return DASH if value is None or not math.isfinite(value) else f"{100 * value:.{digits}f}"
 
 
 def share(value: float | None) -> str:
-    """A fraction in percent, with more digits where it is small, so that a rare class does not read as none.
-
-    Example:
-        >>> share(0.254), share(0.0123), share(0.00001), share(0.0)
-        ('25.4', '1.2', '<0.01', '0')
-    """
+    """A fraction in percent, with more digits where it is small, so that a rare class does not read as none."""
     if value is None or not math.isfinite(value):
         return DASH
     if value == 0:
@@ -42,12 +32,7 @@ def share(value: float | None) -> str:
 
 
 def count(value: int | None) -> str:
-    """A count, readable at a glance.
-
-    Example:
-        >>> count(1234), count(38_912_345), count(4_100_000_000)
-        ('1,234', '38.9 million', '4.1 billion')
-    """
+    """A count, readable at a glance."""
     if value is None:
         return DASH
     for size, word in ((10**9, "billion"), (10**6, "million")):
@@ -56,13 +41,13 @@ def count(value: int | None) -> str:
     return f"{value:,}"
 
 
-def duration(seconds: float | None) -> str:
-    """A time span in its two largest units.
+def plural(number: int, noun: str) -> str:
+    """A count with its noun: "1 image", "2,000 images"."""
+    return f"{count(number)} {noun}" if number == 1 else f"{count(number)} {noun}s"
 
-    Example:
-        >>> duration(5.23), duration(1745), duration(7200)
-        ('5.2 s', '29 min 5 s', '2 h')
-    """
+
+def duration(seconds: float | None) -> str:
+    """A time span in its two largest units."""
     if seconds is None or not math.isfinite(seconds):
         return DASH
     if seconds < 60:
@@ -73,12 +58,7 @@ def duration(seconds: float | None) -> str:
 
 
 def setting(value: Any, depth: int = 0) -> str:
-    """One value of a configuration as text of bounded length.
-
-    Example:
-        >>> setting(True), setting(None), setting(0.00050), setting([1, 2.5]), setting(31_032_395)
-        ('yes', '–', '0.0005', '1, 2.5', '31,032,395')
-    """
+    """One value of a configuration as text of bounded length."""
     if value is None or value in ([], {}, ""):
         return DASH
     if isinstance(value, bool):
@@ -93,32 +73,23 @@ def setting(value: Any, depth: int = 0) -> str:
 
 
 def flatten(settings: Mapping[str, Any]) -> Facts:
-    """Nested settings as pairs of a dotted key and a text; at most 500 of them.
-
-    Example:
-        >>> flatten({"optimiser": {"lr": 0.001, "clip": None}, "seed": 0})
-        [('optimiser.lr', '0.001'), ('optimiser.clip', '–'), ('seed', '0')]
-    """
+    """Nested settings as pairs of a dotted key and a text; at most 500 of them."""
     return [(key, setting(value)) for key, value in islice(_walk(settings, "", 0), MAX_FACTS)]
 
 
 def describe(settings: Mapping[str, Any]) -> Facts:
-    """As `flatten`, with the keys as words and the units that they end in beside the values.
-
-    Example:
-        >>> describe({"crop_px": 320, "data": {"read_s": 75.0}, "memory_bytes": 3 << 29, "steps": 9})
-        [('crop', '320 px'), ('data read', '1 min 15 s'), ('memory', '1.5 GiB'), ('steps', '9')]
-    """
+    """As `flatten`, with the keys as words and the units that they end in beside the values."""
     return [_with_unit(key, value) for key, value in islice(_walk(settings, "", 0), MAX_FACTS)]
 
 
 def _with_unit(key: str, value: Any) -> tuple[str, str]:
+    """A dotted key as words without its unit, and the value with it."""
     words = key.replace("_", " ").replace(".", " ")
     stem, _, unit = words.rpartition(" ")
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if unit == "px" and stem:
         return stem, f"{setting(value)} px"
-    if unit == "s" and stem and is_number:
+    if unit in ("s", "seconds") and stem and is_number:
         return stem, duration(value) if value >= 1 else f"{value:.3g} s"
     if unit == "bytes" and stem and is_number:
         return stem, f"{value / 2**30:.1f} GiB"
@@ -126,6 +97,7 @@ def _with_unit(key: str, value: Any) -> tuple[str, str]:
 
 
 def _walk(settings: Mapping[str, Any], prefix: str, depth: int) -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values of nested mappings."""
     for key, value in settings.items():
         if isinstance(value, Mapping) and value and depth < MAX_DEPTH:
             yield from _walk(value, f"{prefix}{key}.", depth + 1)
@@ -141,12 +113,7 @@ def _items(value: Mapping[Any, Any] | list[Any] | tuple[Any, ...], depth: int) -
 
 
 def command_line(value: Any) -> str:
-    """The command as a user could type it again, from the list of its arguments.
-
-    Example:
-        >>> command_line(["pixelwise", "train", "my data"])
-        "pixelwise train 'my data'"
-    """
+    """The command as a user could type it again, from the list of its arguments."""
     if isinstance(value, list):
         return shlex.join(str(argument) for argument in value)
     return setting(value)

@@ -1,0 +1,244 @@
+"""The axes of Zarr arrays, and what OME-Zarr (NGFF 0.1 to 0.5) says about levels, scales, channels and labels."""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pixelwise.errors import DataError, UsageError
+from pixelwise.formats.base import LABELS, Result
+
+_ROLES = {
+    "y": ("y", "lat", "latitude", "north", "northing", "row", "rows", "height", "h"),
+    "x": ("x", "lon", "longitude", "east", "easting", "col", "cols", "column", "columns", "width", "w"),
+    "c": ("c", "channel", "channels", "band", "bands", "wavelength", "s"),
+}
+_MAX_COLORS = 4  # an axis nobody names is the channels if it is no longer than this: grey, grey + opacity, RGB, RGBA
+
+
+@dataclass(frozen=True, kw_only=True)
+class Level:
+    """One resolution of an image: the path of its array, its step and the place of its first number along each axis."""
+
+    path: str
+    scale: tuple[float, ...] = ()
+    translation: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Multiscale:
+    """An image of OME-Zarr; axes, types and units are empty where the file gives none, levels start with the finest."""
+
+    version: str
+    name: str
+    axes: tuple[str, ...]
+    types: Mapping[str, str] = field(default_factory=dict)
+    units: Mapping[str, str] = field(default_factory=dict)
+    levels: tuple[Level, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Axes:
+    """The names of the axes of an array, and which are rows, columns and channels; all others are planes."""
+
+    names: tuple[str, ...]
+    y: int
+    x: int
+    c: int | None
+    planes: tuple[int, ...]
+
+    @classmethod
+    def of(cls, names: Sequence[str]) -> "Axes":
+        """The axes of these names, "y" and "x" among them."""
+        y, x, c = names.index("y"), names.index("x"), names.index("c") if "c" in names else None
+        return cls(names=tuple(names), y=y, x=x, c=c, planes=tuple(i for i in range(len(names)) if i not in (y, x, c)))
+
+
+def axes_of(
+    shape: Sequence[int], names: Sequence[str | None] | None, wanted: str | None = None, channels: int | None = None
+) -> Axes:
+    """Find rows, columns and channels among the axes of an array.
+
+    Args:
+        shape: its lengths.
+        names: what the file calls its axes, if it does.
+        wanted: what the user calls them, one letter each, for example "zyx" or "yxc".
+        channels: how many the network takes, which decides where the file leaves it open.
+
+    Raises:
+        UsageError: `wanted` does not fit the shape.
+        DataError: nothing says which axis is what.
+    """
+    size = " x ".join(map(str, shape))
+    if wanted is not None:
+        if len(wanted) != len(shape) or len(set(wanted)) != len(wanted) or not {"y", "x"} <= set(wanted):
+            raise UsageError(
+                f"axes {wanted!r} do not fit an array of {size}. Write one letter for each axis, y and x among them, "
+                'for example "zyx", "cyx" or "tczyx".'
+            )
+        return Axes.of(wanted)
+    if names and all(names):
+        roles = [_role(str(name)) for name in names]
+        if len(roles) == len(shape) and {"y", "x"} <= set(roles) and len(set(roles)) == len(roles):
+            return Axes.of(roles)
+    guess = _guess(tuple(shape), channels)
+    if guess is None:
+        raise DataError(
+            f"nothing says which of its axes ({size}) are rows and columns. Say so, for example axes='tcyx'."
+        )
+    return Axes.of(guess)
+
+
+def _role(name: str) -> str:
+    plain = name.strip().lower()
+    return next((role for role, names in _ROLES.items() if plain in names), plain)
+
+
+def _guess(shape: tuple[int, ...], channels: int | None) -> str | None:
+    """Axes without names: as many channels as the network takes, or few, first or last; else a stack."""
+    if len(shape) == 2:
+        return "yx"
+    if len(shape) not in (3, 4):
+        return None
+    planes, last, first = ("", shape[-1], shape[0]) if len(shape) == 3 else ("z", shape[3], shape[1])
+    tests = [lambda length: length == channels] if channels else []
+    for is_channels in (*tests, lambda length: length <= _MAX_COLORS):
+        if is_channels(last) != is_channels(first):
+            return f"{planes}yxc" if is_channels(last) else f"{planes}cyx"
+    if len(shape) == 3:
+        return "yxc" if last <= _MAX_COLORS and shape[1] > _MAX_COLORS else "zyx"
+    return None
+
+
+def ome_of(attributes: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Where the keys of NGFF stand: under "ome" since 0.5, before that among the attributes."""
+    inner = attributes.get("ome")
+    return inner if isinstance(inner, dict) else attributes
+
+
+def multiscale_of(attributes: Mapping[str, Any], series: int = 0) -> Multiscale | None:
+    """The image that the attributes of a group describe; None if they describe none."""
+    within = ome_of(attributes)
+    images = within.get("multiscales")
+    if images is None:
+        return None
+    if series >= len(images):
+        raise UsageError(f"series {series}: there are {len(images)} (0..{len(images) - 1}).")
+    image = images[series]
+    items = [{"name": item} if isinstance(item, str) else item for item in image.get("axes") or ()]
+    names = tuple("c" if item.get("type") == "channel" else _role(item["name"]) for item in items)
+    if len(set(names)) != len(names):
+        raise DataError(f"two of its axes have the same name ({', '.join(names)}).")
+    types, units = (
+        {name: str(item[key]) for name, item in zip(names, items, strict=True) if item.get(key)}
+        for key in ("type", "unit")
+    )
+    common = _transforms(image.get("coordinateTransformations"), len(names))
+    return Multiscale(
+        version=str(within.get("version") or image.get("version") or ""),
+        name=str(image.get("name") or ""),
+        axes=names,
+        types=types,
+        units=units,
+        levels=tuple(_level(item, common, len(names)) for item in image["datasets"]),
+    )
+
+
+def inner_path(path: object) -> str:
+    """A path that stays inside its image."""
+    parts = [part for part in str(path).split("/") if part != "."]
+    if (
+        not isinstance(path, str)
+        or not parts
+        or any(not re.fullmatch(r"(?!\.\.$)[^\\:?#\0%*]+", item) for item in parts)
+    ):
+        raise DataError(f"its level lies at {str(path)[:60]!r}, which is no place inside the image.")
+    return "/".join(parts)
+
+
+def _level(item: Mapping[str, Any], common: Mapping[str, tuple[float, ...]], axes: int) -> Level:
+    own = _transforms(item.get("coordinateTransformations"), axes)
+    scale, shift = own.get("scale", ()), own.get("translation", ())
+    outer, outer_shift = common.get("scale", ()), common.get("translation", ())
+    if outer:  # applied after that of the level
+        shift = tuple(a * b for a, b in zip(shift, outer, strict=True)) if shift else ()
+        scale = tuple(a * b for a, b in zip(scale, outer, strict=True)) if scale else outer
+    if outer_shift:
+        shift = tuple(a + b for a, b in zip(shift, outer_shift, strict=True)) if shift else outer_shift
+    return Level(path=inner_path(item.get("path")), scale=scale, translation=shift)
+
+
+def _transforms(items: Any, axes: int) -> dict[str, tuple[float, ...]]:
+    """The scale and translation of a list of transformations; "identity" adds nothing."""
+    found: dict[str, tuple[float, ...]] = {}
+    for item in items or ():
+        kind = item.get("type")
+        if kind == "identity":
+            continue
+        values = item.get(kind) if kind in ("scale", "translation") else None
+        plain = isinstance(values, list) and all(
+            type(value) in (int, float) and math.isfinite(value) for value in values
+        )
+        if not plain or not values or len(values) != (axes or len(values)) or (kind == "scale" and min(values) <= 0):
+            raise DataError(f"a transformation is {str(item)[:80]!r}; scales are positive numbers, one for each axis.")
+        found[kind] = tuple(map(float, values))
+    return found
+
+
+def plane_axes(result: Result) -> tuple[list[str], list[int]]:
+    """Names and lengths of the axes before the rows: the source's own where they fit, else one for all planes."""
+    sizes = result.metadata.get("sizes") or {}
+    if isinstance(sizes, Mapping) and math.prod(sizes.values()) == result.source.planes:
+        return [str(name) for name in sizes], [int(size) for size in sizes.values()]
+    return (["z"], [result.source.planes]) if result.source.planes > 1 else ([], [])
+
+
+def group_attributes(result: Result, labels: str, levels: int, zarr_format: int) -> dict[str, dict[str, Any]]:
+    """The NGFF attributes of each group of a result, by its path."""
+    if result.kind != LABELS:
+        groups: dict[str, dict[str, Any]] = {"": {"multiscales": [_image(result, levels, zarr_format, "")]}}
+    else:
+        inner = f"labels/{labels}"
+        about = [(index, name, [*color, 255]) for index, (name, color) in enumerate(_classes(result))]
+        if result.nodata is not None:
+            about.append((int(result.nodata), "no data", [0, 0, 0, 0]))
+        label: dict[str, Any] = {
+            "colors": [{"label-value": value, "rgba": rgba} for value, _, rgba in about],
+            "properties": [{"label-value": value, "name": name} for value, name, _ in about],
+            "source": {"image": "../../"},
+        }
+        if zarr_format == 2:
+            label["version"] = "0.4"
+        groups = {
+            inner: {"multiscales": [_image(result, levels, zarr_format, "")], "image-label": label},
+            "labels": {"labels": [labels]},
+            "": {"multiscales": [_image(result, levels, zarr_format, f"{inner}/")]},
+        }
+    if zarr_format == 2:
+        return groups
+    return {path: {"ome": {"version": "0.5", **attributes}} for path, attributes in groups.items()}
+
+
+def _classes(result: Result) -> list[tuple[str, tuple[int, int, int]]]:
+    return list(zip(result.spec.names, result.spec.colors, strict=True))
+
+
+def _image(result: Result, levels: int, zarr_format: int, prefix: str) -> dict[str, Any]:
+    """The description of an image of which each level takes every second pixel, so that the first stays in its place."""
+    metadata = result.metadata if result.source.format == "ome-zarr" else {}
+    names = [*plane_axes(result)[0], "y", "x"]
+    types, units, scale, shift = (metadata.get(key) or {} for key in ("types", "units", "scale", "translation"))
+    axes = []
+    for name in names:
+        axis = {"name": name, "type": types.get(name, "time" if name == "t" else "space")}
+        axes.append(axis | ({"unit": units[name]} if name in units else {}))
+    datasets = []
+    for level in range(levels):
+        steps = [scale.get(name, 1.0) * (2**level if name in ("y", "x") else 1) for name in names]
+        transforms: list[dict[str, Any]] = [{"type": "scale", "scale": steps}]
+        if shift:
+            transforms.append({"type": "translation", "translation": [shift.get(name, 0.0) for name in names]})
+        datasets.append({"path": f"{prefix}{level}", "coordinateTransformations": transforms})
+    image: dict[str, Any] = {"name": metadata.get("name") or result.kind, "axes": axes, "datasets": datasets}
+    return image | ({"version": "0.4"} if zarr_format == 2 else {})
