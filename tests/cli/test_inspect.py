@@ -2,6 +2,7 @@
 
 import json
 
+import nibabel
 import numpy as np
 import pytest
 import typer
@@ -90,3 +91,15 @@ def test_a_folder_that_is_not_there(tmp_path):
 
 def test_help_shows_an_example():
     assert "pixelwise inspect data/camvid" in run("--help").stdout
+
+
+def test_volumes_and_their_options(tmp_path, program):
+    for split in ("train", "val"):
+        for kind, top in (("images", 200), ("masks", 2)):
+            (tmp_path / split / kind).mkdir(parents=True)
+            voxels = np.random.default_rng(len(split)).integers(0, top, (8, 7, 6), dtype=np.uint8)
+            nibabel.Nifti1Image(voxels, np.diag([0.5, 0.5, 2, 1])).to_filename(tmp_path / split / kind / "a.nii.gz")
+    done = program("inspect", tmp_path, "--axis", 0)
+    assert done.code == 0
+    for words in ("nifti (2)", "7x6 (2)", "8 (2)", "0.5 x 0.5 x 2 mm (2)", "No problems found"):
+        assert words in done.out

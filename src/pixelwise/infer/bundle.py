@@ -93,6 +93,8 @@ class ModelCard:
             "labels": self.labels.to_dict(),
             "reading": _lists(dict(self.reading)),
         }
+        if not self.reading:
+            del values["reading"]  # so that older versions read the card
         return values | {"mean": list(self.mean), "std": list(self.std)}
 
     @classmethod
