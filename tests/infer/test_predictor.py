@@ -7,8 +7,8 @@ from torch import nn
 
 from pixelwise.data.labels import LabelSpec
 from pixelwise.errors import DataError, PixelwiseError, UsageError
+from pixelwise.formats.png import read_mark
 from pixelwise.formats.readers import read_mask
-from pixelwise.formats.writers import read_mark
 from pixelwise.infer.bundle import ModelCard, save_bundle
 from pixelwise.infer.predictor import Predictor, load
 from pixelwise.models import create_model

@@ -3,16 +3,17 @@
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Literal
 from urllib.parse import unquote
 
+from pixelwise.data.matching import is_series, is_zarr
 from pixelwise.errors import PixelwiseError, UsageError
 from pixelwise.files import extra
 from pixelwise.formats.base import LABELS
-from pixelwise.formats.registry import SOURCE_SUFFIXES, WRITERS
+from pixelwise.formats.registry import FORMATS, SOURCE_SUFFIXES, WRITERS, likely_suffix, stem_of
 from pixelwise.formats.remote import is_url, list_images, local_path, protocol_of, shown
 from pixelwise.infer.options import JobOptions
 from pixelwise.infer.outputs import Location, OutFolder
@@ -23,15 +24,7 @@ ENDINGS = {
     "geojson": ".geojson",
     "coco": "_coco.json",
 }
-_LIKELY = {".ome.tif": ".ome.tif", ".ome.tiff": ".ome.tif", ".tif": ".tif", ".tiff": ".tif"} | {
-    ".nii.gz": ".nii.gz", ".nii": ".nii.gz", ".dcm": ".nii.gz", ".ome.zarr": ".ome.zarr", ".zarr": ".zarr", ".npy": ".npy",
-    ".svs": ".ome.tif", ".ndpi": ".ome.tif", ".scn": ".ome.tif", ".bif": ".ome.tif",
-}  # fmt: skip
-_DOUBLE = (".nii.gz", ".ome.tif", ".ome.tiff", ".ome.zarr", ".zarr.zip")
-_ZARR_FILES = ("zarr.json", ".zgroup", ".zarray")
-_DICOM = (".dcm", ".dicom")
-_BARE = re.compile(r"(?!dicomdir$)[^.]*|.*\.(?:\d+|ima)")  # names that scanners give to DICOM files
-_LOOKS = 20  # files of such names in a folder that are looked into
+_DICOM = FORMATS["dicom"].suffixes
 
 
 class OutputError(PixelwiseError):
@@ -129,9 +122,7 @@ def _output_name(name: PurePath, path: str, kind: str, wanted: str | None) -> Pu
     """The name that an output will have, as far as the name of the image tells; its content decides at the end."""
     if kind in ENDINGS:
         return name.with_name(name.name + ENDINGS[kind])
-    name_of_image = path.rstrip("/").lower()
-    likely = next((suffix for end, suffix in _LIKELY.items() if name_of_image.endswith(end)), ".png")
-    suffix = WRITERS[wanted].suffixes[0] if wanted else likely
+    suffix = WRITERS[wanted].suffixes[0] if wanted else likely_suffix(PurePath(path).name)
     if kind == LABELS:
         return name.with_name(name.name + suffix)
     return name.with_name(f"{name.name}_{kind}{'.tif' if suffix == '.png' else suffix}")
@@ -166,39 +157,6 @@ def _bare(output: Location) -> str:
     path = str(output)
     name = PurePath(path).name
     return path[: len(path) - len(name)] + stem_of(name)
-
-
-def stem_of(name: str) -> str:
-    """A file name without its suffix; the double ones of the formats are one."""
-    double = next((suffix for suffix in _DOUBLE if name.lower().endswith(suffix)), None)
-    return name[: -len(double)] if double and len(name) > len(double) else PurePath(name).stem
-
-
-def is_zarr(folder: Path) -> bool:
-    """Whether a folder is an array, by what is in it or, so that a damaged one is missed, by its name."""
-    return folder.name.lower().endswith(".zarr") or any((folder / name).is_file() for name in _ZARR_FILES)
-
-
-def is_series(folder: Path, names: Iterable[str]) -> bool:
-    """Whether the files right in a folder are one DICOM series: no other images, and either several named .dcm, or some
-    without a suffix, or with a number as suffix, that are DICOM by their content.
-    """
-    names = [name for name in names if not name.startswith(".")]
-    images = [name for name in names if name.lower().endswith(SOURCE_SUFFIXES)]
-    if any(not name.lower().endswith(_DICOM) for name in images):
-        return False
-    bare = [name for name in names if _BARE.fullmatch(name.lower())]
-    return len(images) > 1 or any(_is_dicom(folder / name) for name in sorted(bare)[:_LOOKS])
-
-
-def _is_dicom(path: Path) -> bool:
-    try:
-        if not path.is_file():
-            return False
-        with path.open("rb") as file:
-            return file.read(132)[128:] == b"DICM"
-    except OSError:
-        return False
 
 
 class Finder:

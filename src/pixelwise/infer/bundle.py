@@ -92,6 +92,8 @@ class ModelCard:
         Raises:
             DataError: a key is missing or unknown, or a value has the wrong type or is out of range.
         """
+        if isinstance(values, dict):
+            values = {"reading": {}} | values  # cards of earlier versions have none
         _check_keys(values, cls)
         if not isinstance(values["model"], str) or not re.fullmatch(r"\w[\w.-]{0,99}", values["model"]):
             raise DataError(f"'model' must be the name of a registered model, not {_short(values['model'])}.")
@@ -110,6 +112,7 @@ class ModelCard:
                 "labels": LabelSpec.from_dict(values["labels"]),
                 "mean": _numbers("mean", values["mean"]),
                 "std": _numbers("std", values["std"]),
+                "reading": {key: _config_value(key, value) for key, value in values["reading"].items()},
             }
         )
         _check_agreement(card)

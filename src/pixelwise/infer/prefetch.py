@@ -6,6 +6,7 @@ import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -15,8 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pixelwise.data import slices
 from pixelwise.errors import UsageError
-from pixelwise.formats import open_source
 from pixelwise.formats.base import Source, SourceInfo
 from pixelwise.infer.bundle import ModelCard
 from pixelwise.infer.network import Read, Region
@@ -81,13 +82,32 @@ class ArraySource(Source):
 
 def open_image(location: str | Path, card: ModelCard, reading: Mapping[str, Any] | None = None) -> Source:
     """Open an image as those of the training were read, as far as its format has these options; `reading` overrides."""
-    given = {"channels": card.in_channels, **(reading or {})}
     try:
-        return open_source(location, **{**card.reading, **given})
+        return slices.open_image(location, {**card.reading, **(reading or {})}, card.in_channels)
     except UsageError:
         if not card.reading:
             raise
-        return open_source(location, **given)
+        return slices.open_image(location, reading, card.in_channels)
+
+
+class OnePlane(Source):
+    """A single plane of an open volume, which is not closed with this."""
+
+    def __init__(self, source: Source, plane: int) -> None:
+        self._source, self._plane = source, plane
+        self.info, self.metadata = replace(source.info, planes=1), source.metadata
+
+    def read(self, top: int, left: int, height: int, width: int, plane: int = 0) -> NDArray[Any]:
+        return self._source.read(top, left, height, width, self._plane)
+
+    def valid(self, top: int, left: int, height: int, width: int, plane: int = 0) -> NDArray[np.bool_] | None:
+        return self._source.valid(top, left, height, width, self._plane)
+
+    def fingerprint(self) -> str:
+        return f"{self._source.fingerprint()}-{self._plane}"
+
+    def check_unchanged(self) -> None:
+        self._source.check_unchanged()
 
 
 def in_memory(source: Source) -> Source:

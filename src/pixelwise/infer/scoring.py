@@ -3,7 +3,7 @@
 import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
@@ -14,16 +14,15 @@ from PIL import Image
 
 from pixelwise.data.labels import IGNORE_INDEX, LabelSpec
 from pixelwise.data.layouts import DataFolder, Pair
-from pixelwise.errors import DataError, UsageError
-from pixelwise.formats import open_source
-from pixelwise.formats.base import LABELS, Source, SourceInfo
-from pixelwise.formats.readers import read_mask
-from pixelwise.formats.writers import label_image, write_png
+from pixelwise.data.samples import OpenPair, OpenPairs
+from pixelwise.errors import DataError
+from pixelwise.formats.base import LABELS, Source
+from pixelwise.formats.png import label_image, write_png
 from pixelwise.infer.network import Region
 from pixelwise.infer.overlay import displayable, thinned
 from pixelwise.infer.pipeline import Pipeline, compute_together
 from pixelwise.infer.predictor import Predictor
-from pixelwise.infer.prefetch import ONE_PASS_PX, ArraySource, in_memory, open_image, prefetch
+from pixelwise.infer.prefetch import ONE_PASS_PX, OnePlane, in_memory, prefetch
 from pixelwise.infer.regions import Arrays
 from pixelwise.infer.store import Store
 from pixelwise.metrics.confusion import ConfusionMatrix, Scores
@@ -43,7 +42,7 @@ class ImageScore(TypedDict):
 
 @dataclass(frozen=True)
 class _Labelled:
-    """An open image, what opens the mask that labels it, and the classes of the mask's values."""
+    """A single image, or plane of a volume, with its mask and the classes of the mask's values."""
 
     pair: Pair
     image: Source
@@ -51,25 +50,14 @@ class _Labelled:
     spec: LabelSpec
 
     @classmethod
-    def open(cls, pair: Pair, predictor: Predictor, spec: LabelSpec) -> "_Labelled":
-        """Open both; small ones are read."""
-        with ExitStack() as stack:
-            image = stack.enter_context(open_image(pair.image, predictor.card))
-            mask = stack.enter_context(_open_mask(Path(str(pair.mask))))
-            given, wanted = mask.info, image.info
-            if (given.height, given.width, given.planes) != (wanted.height, wanted.width, wanted.planes):
-                planes = (
-                    (f" in {given.planes} planes", f" in {wanted.planes} planes")
-                    if given.planes != wanted.planes
-                    else ("", "")
-                )
-                raise DataError(
-                    f"{pair.mask}: the mask is {given.width} x {given.height} px{planes[0]}, but its image {pair.image} is "
-                    f"{wanted.width} x {wanted.height} px{planes[1]}. Both must have the same size."
-                )
-            labelled = cls(pair, in_memory(image), in_memory(mask), spec)
-            stack.pop_all()
-            return labelled
+    def of(cls, opened: OpenPair, pair: Pair) -> "_Labelled":
+        """The plane that a pair means; a small one is read."""
+        image, mask = opened.image, opened.mask
+        if mask is None:
+            raise DataError(f"{pair.image}: has no mask.")
+        if pair.plane is not None:
+            image, mask = OnePlane(image, pair.plane), OnePlane(mask, pair.plane)
+        return cls(pair, in_memory(image), in_memory(mask), opened.labels)
 
     @property
     def is_small(self) -> bool:
@@ -83,11 +71,6 @@ class _Labelled:
             its.height, its.width, its.channels, its.dtype, its.planes
         )  # fmt: skip
 
-    @property
-    def plane(self) -> int | None:
-        """The one plane that is meant; None is all."""
-        return getattr(self.pair, "plane", None)
-
     def truth(self, plane: int, region: Region, step: int = 1) -> NDArray[np.uint8]:
         """Class ids in a region, or of every `step`-th row and column of it, and void."""
         raw = self.mask.read(region.top, region.left, region.height, region.width, plane)[::step, ::step]
@@ -95,23 +78,6 @@ class _Labelled:
             return np.asarray(self.spec.encode(raw[:, :, 0] if raw.shape[2] == 1 else raw), dtype=np.uint8)
         except DataError as error:
             raise DataError(f"{self.pair.mask}: the mask {error}") from error
-
-    def close(self) -> None:
-        self.image.close()
-        self.mask.close()
-
-
-def _size(info: SourceInfo) -> str:
-    planes = f" in {info.planes} planes" if info.planes > 1 else ""
-    return f"{info.width} x {info.height} px{planes}"
-
-
-def _open_mask(path: Path) -> Source:
-    try:
-        return open_source(path, labels=True)
-    except UsageError:  # of a format that has no such option
-        mask = read_mask(path)
-        return ArraySource(mask if mask.ndim == 3 else mask[:, :, None], name=str(path))
 
 
 class _Counting(Store):
@@ -171,32 +137,22 @@ def score_pairs(
 
 
 def _groups(predictor: Predictor, folder: DataFolder, pairs: Sequence[Pair], batch: int) -> Iterator[list[_Labelled]]:
-    """The open images that share a pass: neighbours of one size; they are closed afterwards."""
-
-    def opened(pair: Pair) -> _Labelled:
-        return _Labelled.open(pair, predictor, folder.labels)
-
+    """The images that share a pass: neighbours of one size; their files are open until the next group."""
+    card = predictor.card
+    files = OpenPairs(lambda pair: OpenPair(pair, folder.labels, card.in_channels, card.reading))
     group: list[_Labelled] = []
-    try:
-        with closing(prefetch(opened, pairs, discard=_Labelled.close)) as coming:
-            for _, future in coming:
-                labelled = future.result()
-                if group and not (group[0].is_like(labelled) and labelled.is_small):
-                    yield group
-                    _close(group)
-                group.append(labelled)
-                if len(group) == batch:
-                    yield group
-                    _close(group)
-            if group:
+    with closing(files), closing(prefetch(lambda pair: _Labelled.of(files.get(pair), pair), pairs)) as coming:
+        for _, future in coming:
+            labelled = future.result()
+            if group and not (group[0].is_like(labelled) and labelled.is_small):
                 yield group
-    finally:
-        _close(group)
-
-
-def _close(group: list[_Labelled]) -> None:
-    while group:
-        group.pop().close()
+                group = []
+            group.append(labelled)
+            if len(group) == batch:
+                yield group
+                group = []
+        if group:
+            yield group
 
 
 def _label(predictor: Predictor, group: Sequence[_Labelled], stores: Sequence[Store], plane: int | None = None) -> None:
@@ -205,7 +161,7 @@ def _label(predictor: Predictor, group: Sequence[_Labelled], stores: Sequence[St
     if len(group) > 1 or (predictor.batch_statistics and group[0].image.info.planes == 1):
         compute_together(pipelines, stores)
     else:
-        pipelines[0].compute(stores[0], plane=group[0].plane if plane is None else plane)
+        pipelines[0].compute(stores[0], plane=plane)
 
 
 def _image_score(name: str, scores: Scores) -> ImageScore:
@@ -236,7 +192,7 @@ def write_examples(
             info = group[0].image.info
             step = 1 if info.height * info.width <= THINNED_PX else -(-max(info.height, info.width) // EXAMPLE_PX)
             stores = [_Thinned(labelled, step) for labelled in group]
-            shown = info.planes // 2 if group[0].plane is None else group[0].plane
+            shown = info.planes // 2
             _label(predictor, group, stores, plane=shown)
             for place, key in keys.items():
                 _write_example(pictures / key, group[place], stores[place], shown)

@@ -18,8 +18,8 @@ from typing import Any
 from pixelwise.errors import DataError, PixelwiseError, UsageError
 from pixelwise.formats.base import LABELS, MAPS, Source, SourceInfo, Writer
 from pixelwise.formats.npy import write_probabilities
-from pixelwise.formats.registry import choose_writer
-from pixelwise.infer.batch import Batch, Outcome, OutputError, Task, real, stem_of
+from pixelwise.formats.registry import choose_writer, stem_of
+from pixelwise.infer.batch import Batch, Outcome, OutputError, Task, real
 from pixelwise.infer.decide import Decision
 from pixelwise.infer.network import Network
 from pixelwise.infer.outputs import Location, OutFolder, write_outputs
@@ -250,6 +250,7 @@ def _refuse_input(task: Task, output: Location) -> None:
 def _writer(kind: str) -> Writer:
     if kind == "probabilities":
         return write_probabilities
-    from pixelwise.formats.vector import write_coco, write_geojson  # which need packages of their own
+    from pixelwise.formats.coco import write_coco  # which need packages of their own
+    from pixelwise.formats.geojson import write_geojson
 
     return write_coco if kind == "coco" else write_geojson
