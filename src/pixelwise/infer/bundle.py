@@ -112,7 +112,6 @@ class ModelCard:
                 "labels": LabelSpec.from_dict(values["labels"]),
                 "mean": _numbers("mean", values["mean"]),
                 "std": _numbers("std", values["std"]),
-                "reading": {key: _config_value(key, value) for key, value in values["reading"].items()},
             }
         )
         _check_agreement(card)
