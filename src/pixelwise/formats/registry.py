@@ -88,7 +88,7 @@ FORMATS: Mapping[str, Format] = {
                     becomes="ome-tiff"),
     "geotiff": Format(opens="geotiff.open_geotiff", creates="geotiff_write.write_geotiff", suffixes=(".tif",),
                       looks="geotiff.is_geotiff", package=_GEO, becomes="geotiff"),
-    "cog": Format(creates="geotiff_write.write_cog", suffixes=(".tif",), package=_GEO),
+    "cog": Format(creates="geotiff_write.write_cog", suffixes=(".tif",), package=_GEO, becomes="geotiff"),
     "ome-tiff": Format(creates="tiff.write_ome_tiff", suffixes=(".ome.tif", ".ome.tiff"), becomes="ome-tiff"),
     "tiff": Format(opens="tiff.open_tiff", creates="tiff.write_tiff", suffixes=(".tif", ".tiff", ".btf", ".tf8"),
                    magic=_TIFF, becomes="tiff"),
@@ -109,7 +109,7 @@ SOURCE_SUFFIXES: tuple[str, ...] = tuple(
 WRITERS: Mapping[str, Format] = {name: known for name, known in FORMATS.items() if known.creates}
 """The formats that results can be written in."""
 
-_READ_AS = {"ome-tiff": "tiff", "cog": "geotiff", "ome-zarr": "zarr", "dicom-seg": "dicom"}
+_READ_AS = {"tif": "tiff", "ome-tiff": "tiff", "cog": "geotiff", "ome-zarr": "zarr", "dicom-seg": "dicom"}
 _ALL_SUFFIXES = sorted({suffix for known in FORMATS.values() for suffix in known.suffixes}, key=len, reverse=True)
 
 

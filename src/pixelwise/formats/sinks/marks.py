@@ -18,7 +18,6 @@ _READERS = {
     ".nii": (("pixelwise.formats.nifti", "read_nifti_mark"),),
     ".nii.gz": (("pixelwise.formats.nifti", "read_nifti_mark"),),
     ".dcm": (("pixelwise.formats.dicom_seg", "read_dicom_seg_mark"),),
-    ".zarr": (("pixelwise.formats.zarr", "read_zarr_mark"),),
     "json": (("pixelwise.formats.sinks.marks", "read_vector_mark"),),
 }
 

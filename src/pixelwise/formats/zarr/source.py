@@ -6,7 +6,6 @@ import threading
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -15,9 +14,9 @@ from numpy.typing import NDArray
 from pixelwise.errors import DataError, UsageError
 from pixelwise.formats import local
 from pixelwise.formats.base import Source, SourceInfo
-from pixelwise.formats.raster import whole_numbers as whole_numbers
+from pixelwise.formats.raster import whole_numbers
 from pixelwise.formats.remote import shown
-from pixelwise.formats.zarr.ngff import Axes, Multiscale, axes_of, inner_path, multiscale_of, ome_of
+from pixelwise.formats.zarr.ngff import Multiscale, axes_of, inner_path, multiscale_of, ome_of
 from pixelwise.formats.zarr.store import Place, open_node, open_place
 
 WORKING_BYTES = 256 * 2**20
@@ -35,28 +34,23 @@ def open_zarr(
     channels: int | None = None,
     labels: bool = False,
 ) -> "ZarrSource":
-    """Open an array or an image.
+    """Open an array or an image: a folder, a ZIP archive of one, or its URL.
 
     Rows, columns and channels are found by the names that the file gives its axes. An array without names is (H, W),
     (H, W, C) or (C, H, W) with up to four channels, else a stack of planes. All other axes (z, t) are planes, in order.
 
     Args:
-        location: a folder, a ZIP archive of one, or its URL.
+        location: path or URL.
         level: of the pyramid of an OME-Zarr image; 0 is the finest.
         series: the number of the image where a file holds several.
         axes: one letter for each axis, which overrules the file: "zyx", "yxc", "tczyx".
         channels: how many the network takes; decides where a plain array leaves open what its axes are.
         labels: read it as a mask; of an OME-Zarr image with labels these are read, not the image.
-
-    Raises:
-        DataError: there is no such array, or it is damaged, or cannot be used.
-        UsageError: there is no such level or series, `axes` do not fit, or zarr is not installed.
     """
     for option, value in (("level", level), ("series", series)):
         if value < 0:
             raise UsageError(f"{option} {value}: levels and series are counted from 0.")
-    name = shown(location)
-    with _readable(name):
+    with _readable(shown(location)):
         place = open_place(location)
     try:
         with _readable(place.name):
@@ -99,16 +93,18 @@ class ZarrSource(Source):
             raise UsageError("this is a plain array; it has level 0 and series 0 only.")
         self._array = node
         self._axes = axes_of(node.shape, _axis_names(node, image), axes, channels)
+        self._planes = [index for index, name in enumerate(self._axes) if name not in ("y", "x", "c")]
         self._gaps = bool(node.dtype.kind == "f" and node.fill_value is not None and np.isnan(node.fill_value))
         self._masks: dict[tuple[int, ...], NDArray[np.bool_]] = {}
         self._lock = threading.Lock()
         self._identity = place.identity(f"{place.top}/{prefix}".strip("/"))
         self.info = self._describe("zarr" if image is None else "ome-zarr")
-        self.metadata = MappingProxyType(_metadata(node, self._axes, image, level, attributes))
+        self.metadata = _metadata(node, self._axes, image, level, attributes)
 
     def _describe(self, kind: str) -> SourceInfo:
-        shape, axes, dtype = self._array.shape, self._axes, self._array.dtype
-        channels = 1 if axes.c is None else shape[axes.c]
+        sides, dtype = dict(zip(self._axes, self._array.shape, strict=True)), self._array.dtype
+        chunks = dict(zip(self._axes, self._array.chunks, strict=True))
+        channels = sides.get("c", 1)
         name = "uint8" if dtype.kind == "b" else dtype.newbyteorder("=").name
         if self._labels:
             name = "int64" if dtype.kind == "f" else name
@@ -119,12 +115,12 @@ class ZarrSource(Source):
         return SourceInfo(
             location=self._place.name,
             format=kind,
-            height=shape[axes.y],
-            width=shape[axes.x],
+            height=sides["y"],
+            width=sides["x"],
             channels=channels,
             dtype=name,
-            planes=math.prod(shape[axis] for axis in axes.planes),
-            block_px=(min(self._array.chunks[axes.y], shape[axes.y]), min(self._array.chunks[axes.x], shape[axes.x])),
+            planes=math.prod(self._array.shape[axis] for axis in self._planes),
+            block_px=(min(chunks["y"], sides["y"]), min(chunks["x"], sides["x"])),
         )
 
     def read(self, top: int, left: int, height: int, width: int, plane: int = 0) -> NDArray[Any]:
@@ -136,9 +132,7 @@ class ZarrSource(Source):
             window = self._window(top, left, height, width, plane)
             if window.dtype.kind == "f":
                 if self._gaps:
-                    gaps = np.isnan(window).any(axis=2)
-                    window[gaps] = 0
-                    self._remember((top, left, height, width, plane), ~gaps)
+                    window[~self._mask(window, (top, left, height, width, plane))] = 0
                 bad = int(np.count_nonzero(~np.isfinite(window)))
                 if bad:
                     raise DataError(f"{bad:,} of its numbers are NaN or infinite ({where}). Replace them.")
@@ -146,37 +140,34 @@ class ZarrSource(Source):
 
     def valid(self, top: int, left: int, height: int, width: int, plane: int = 0) -> NDArray[np.bool_] | None:
         """Where the window holds numbers; None unless NaN is the fill value of the array."""
-        if not self._gaps:
-            return None
         key = (top, left, height, width, plane)
-        with self._lock:
-            known = self._masks.get(key)
-        if known is None:
-            with _readable(self.info.location):
-                known = ~np.isnan(self._window(*key)).any(axis=2)
-        return known
+        if not self._gaps or key in self._masks:
+            return self._masks.get(key)
+        with _readable(self.info.location):
+            return self._mask(self._window(*key), key)
 
-    def _remember(self, key: tuple[int, ...], mask: NDArray[np.bool_]) -> None:
-        """Keep a mask for `valid`, which is asked for next."""
+    def _mask(self, window: NDArray[Any], key: tuple[int, ...]) -> NDArray[np.bool_]:
+        """Where a window holds numbers; kept, for whoever reads one asks for the other next."""
+        mask: NDArray[np.bool_] = ~np.isnan(window).any(axis=2)
         with self._lock:
-            self._masks[key] = mask
-            while len(self._masks) > _KEPT_MASKS:
-                self._masks.pop(next(iter(self._masks)))
+            self._masks = dict([*self._masks.items(), (key, mask)][-_KEPT_MASKS:])
+        return mask
 
     def _window(self, top: int, left: int, height: int, width: int, plane: int) -> NDArray[Any]:
         """The window (height, width, C), as stored."""
-        axes, shape = self._axes, self._array.shape
-        place = np.unravel_index(plane, tuple(shape[axis] for axis in axes.planes)) if axes.planes else ()
+        shape, dtype = self._array.shape, self._array.dtype.newbyteorder("=")
+        starts = np.unravel_index(plane, [shape[axis] for axis in self._planes]) if self._planes else ()
         box = [(0, side) for side in shape]
-        box[axes.y], box[axes.x] = (top, top + height), (left, left + width)
-        for axis, at in zip(axes.planes, place, strict=True):
-            box[axis] = (int(at), int(at) + 1)
-        out = np.empty([stop - start for start, stop in box], dtype=self._array.dtype.newbyteorder("="))
+        y, x = self._axes.index("y"), self._axes.index("x")
+        box[y], box[x] = (top, top + height), (left, left + width)
+        for axis, start in zip(self._planes, starts, strict=True):
+            box[axis] = (int(start), int(start) + 1)
+        out = np.empty([high - low for low, high in box], dtype)
         for part in self._parts(box):
             inner = (slice(low - start, high - start) for (low, high), (start, _) in zip(part, box, strict=True))
             out[tuple(inner)] = self._array[tuple(slice(low, high) for low, high in part)]
-        order = [axis for axis in (axes.y, axes.x, axes.c) if axis is not None]
-        return np.ascontiguousarray(out.transpose(*order, *axes.planes).reshape(height, width, -1))
+        order = [y, x, *(axis for axis, name in enumerate(self._axes) if name == "c")]
+        return np.ascontiguousarray(out.transpose(*order, *self._planes).reshape(height, width, -1))
 
     def _parts(self, box: list[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
         """A box, halved along the chunks until each part needs few of them."""
@@ -202,7 +193,6 @@ class ZarrSource(Source):
             self._identity.check()
 
     def close(self) -> None:
-        """Let go of the files."""
         self._place.close()
 
 
@@ -229,9 +219,8 @@ def _find(place: Place, series: int, labels: bool) -> tuple[str, Any, Multiscale
         folder = f"{path}/labels".lstrip("/")
         names = ome_of(open_node(place, folder).attrs.asdict()).get("labels") or []
         if len(names) > 1:
-            raise DataError(
-                f"it has several labels. Name one of them: {', '.join(f'{folder}/{name}' for name in names)}."
-            )
+            choice = ", ".join(f"{folder}/{name}" for name in names)
+            raise DataError(f"it has several labels. Name one of them: {choice}.")
         if names:
             path = f"{folder}/{inner_path(names[0])}"
             node = open_node(place, path)
@@ -248,13 +237,14 @@ def _axis_names(node: Any, image: Multiscale | None) -> Sequence[str | None] | N
 
 
 def _metadata(
-    array: Any, axes: Axes, image: Multiscale | None, level: int, attributes: dict[str, Any]
+    array: Any, axes: tuple[str, ...], image: Multiscale | None, level: int, attributes: dict[str, Any]
 ) -> dict[str, Any]:
     """What the writer of the same format keeps."""
+    sides = dict(zip(axes, array.shape, strict=True))
     found: dict[str, Any] = {
         "zarr_format": array.metadata.zarr_format,
-        "axes": axes.names,
-        "sizes": {axes.names[axis]: array.shape[axis] for axis in axes.planes},
+        "axes": axes,
+        "sizes": {name: side for name, side in sides.items() if name not in ("y", "x", "c")},
     }
     if image is None:
         return found
@@ -262,6 +252,6 @@ def _metadata(
     found |= {"types": dict(image.types), "units": dict(image.units)}
     for key in ("scale", "translation"):
         values = getattr(image.levels[level], key)
-        found[key] = dict(zip(axes.names, values, strict=True)) if len(values) == len(axes.names) else {}
+        found[key] = dict(zip(axes, values, strict=True)) if len(values) == len(axes) else {}
     omero = ome_of(attributes).get("omero")
     return found | ({"omero": omero} if isinstance(omero, dict) else {})
