@@ -63,15 +63,10 @@ class Stamp:
 
 @dataclass(frozen=True)
 class Identity:
-    """How to tell whether a file, wherever it lies, is still the same.
+    """How to tell whether a file, wherever it lies, is still the same."""
 
-    Attributes:
-        fingerprint: gives hexadecimal text that changes when the content does.
-        check: raises `DataError` if the file has changed since this was made.
-    """
-
-    fingerprint: Callable[[], str]
-    check: Callable[[], None]
+    fingerprint: Callable[[], str]  # hexadecimal text that changes when the content does
+    check: Callable[[], None]  # raises `DataError` if the file has changed since this was made
 
     @classmethod
     def local(cls, path: str | Path) -> Self:

@@ -70,18 +70,15 @@ def open_in_process(location: str | Path, *, format: str | None = None, **option
     given = {key: value for key, value in options.items() if value is not None}
     forced = None if format is None else named_format(format)
     path = local_path(name) if is_url(name) else name
-    return _open_remote(name, forced, given) if path is None else _open_local(path, forced, given)
-
-
-def _open_local(name: str, forced: str | None, options: dict[str, Any]) -> Source:
-    path = Path(name)
-    if os.path.isdir(path):  # noqa: PTH112  (also of names that no file can have)
-        return _open(forced or _folder_format(path), name, options)
-    if forced is None:
+    if path is None:
+        return _open_remote(name, forced, given)
+    if forced is None and os.path.isdir(path):  # noqa: PTH112  (also of names that no file can have)
+        forced = _folder_format(Path(path))
+    elif forced is None:
         Stamp.of(path)
-        with readable(path), path.open("rb") as file:
-            forced = format_of(file.read(HEAD_BYTES), name, level=options.get("level"))
-    return _open(forced, name, options)
+        with readable(path), Path(path).open("rb") as file:
+            forced = format_of(file.read(HEAD_BYTES), path, level=given.get("level"))
+    return _open(forced, path, given)
 
 
 def _folder_format(path: Path) -> str:
@@ -109,10 +106,9 @@ def _open(key: str, location: str, options: dict[str, Any], **given: Any) -> Sou
             has = [option for option in offered if option not in (*_HINTS, "labels")]
             choice = f"it has {', '.join(has)}" if has else "it has no options"
             raise UsageError(f"{shown(location)}: its format ({key}) has no option {name}; {choice}.")
+    given |= {name: value for name, value in options.items() if name in offered}
     try:
-        source: Source = function(
-            location, **{name: value for name, value in options.items() if name in offered}, **given
-        )
+        source: Source = function(location, **given)
     except UsageError as error:  # a package is missing, or an option is wrong: which image needs it?
         if shown(location) in str(error):
             raise
@@ -127,11 +123,10 @@ def _open_remote(url: str, forced: str | None, options: dict[str, Any]) -> Sourc
     try:
         stamp = remote.RemoteStamp.of(url)
     except DataError as error:
-        if isinstance(error, NoSuchObject) or "is a folder" in str(error):
-            source = _open_remote_folder(url, forced, options)
-            if source is not None:
-                return source
-        raise
+        is_folder = isinstance(error, NoSuchObject) or "is a folder" in str(error)
+        if not is_folder or (source := _open_remote_folder(url, forced, options)) is None:
+            raise
+        return source
     opener: Opener | None = None
     with suppress(DataError):
         opener = remote.opener(url, stamp)

@@ -7,6 +7,7 @@ import tempfile
 import weakref
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Self, cast
 
@@ -32,19 +33,12 @@ _OTHER_TAGS = (
 
 @dataclass(frozen=True)
 class RemoteStamp:
-    """What a server says about an object; it differs when the object was changed or replaced.
-
-    Attributes:
-        size: bytes.
-        content: tags that follow the content (ETag, MD5), as far as the server gives any.
-        other: its version, and the time of its last change.
-        ranges: whether parts of it can be asked for.
-    """
+    """What a server says about an object; it differs when the object was changed or replaced."""
 
     size: int
-    content: tuple[str, ...] = ()
-    other: tuple[str, ...] = ()
-    ranges: bool = True
+    content: tuple[str, ...] = ()  # tags that follow the content (ETag, MD5), if the server gives any
+    other: tuple[str, ...] = ()  # its version, and the time of its last change
+    ranges: bool = True  # can be asked for
 
     @classmethod
     def of(cls, location: str) -> Self:
@@ -176,21 +170,16 @@ def localise(
         raise DataError(f"{shown(location)}: cannot be copied to {chosen} ({error.strerror or error}).") from None
     try:
         for item, (url, stamp) in objects.items():
-            (copy.path / item).parent.mkdir(exist_ok=True)
-            _download(url, stamp, copy.path / item)
+            path, (system, key) = copy.path / item, filesystem(url)
+            path.parent.mkdir(exist_ok=True)
+            with remote_errors(shown(url)):
+                patiently(partial(system.get_file, key, str(path)))
+            if (came := path.stat().st_size) != stamp.size:
+                raise DataError(f"{shown(url)}: {came:,} bytes came, though the server said {stamp.size:,}. Run again.")
     except BaseException:
         copy.close()
         raise
     return copy
-
-
-def _download(location: str, stamp: RemoteStamp, path: Path) -> None:
-    system, name = filesystem(location)
-    with remote_errors(shown(location)):
-        patiently(lambda: system.get_file(name, str(path)))
-    size = path.stat().st_size
-    if size != stamp.size:
-        raise DataError(f"{shown(location)}: {size:,} bytes came, though the server said {stamp.size:,}. Run again.")
 
 
 def list_folder(location: str) -> dict[str, RemoteStamp]:

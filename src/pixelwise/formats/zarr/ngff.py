@@ -3,8 +3,9 @@
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from pixelwise.errors import DataError, UsageError
 from pixelwise.formats.base import LABELS, Result
@@ -15,27 +16,6 @@ _ROLES = {
     "c": ("c", "channel", "channels", "band", "bands", "wavelength", "s"),
 }
 _MAX_COLORS = 4  # an axis nobody names is the channels if it is no longer than this: grey, grey + opacity, RGB, RGBA
-
-
-@dataclass(frozen=True, kw_only=True)
-class Level:
-    """One resolution of an image: the path of its array, its step and the place of its first number along each axis."""
-
-    path: str
-    scale: tuple[float, ...] = ()
-    translation: tuple[float, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Multiscale:
-    """An image of OME-Zarr; axes, types and units are empty where the file gives none, levels start with the finest."""
-
-    version: str
-    name: str
-    axes: tuple[str, ...]
-    types: Mapping[str, str]
-    units: Mapping[str, str]
-    levels: tuple[Level, ...]
 
 
 def axes_of(
@@ -93,8 +73,12 @@ def ome_of(attributes: Mapping[str, Any]) -> Mapping[str, Any]:
     return inner if isinstance(inner, dict) else attributes
 
 
-def multiscale_of(attributes: Mapping[str, Any], series: int = 0) -> Multiscale | None:
-    """The image that the attributes of a group describe; None if they describe none."""
+def multiscale_of(attributes: Mapping[str, Any], series: int = 0) -> dict[str, Any] | None:
+    """The image that the attributes of a group describe; None if they describe none.
+
+    Its axes, types and units are empty where the file gives none. Its levels start with the finest: the path of the array,
+    the scale and the place of the first number along each axis.
+    """
     within = ome_of(attributes)
     images = within.get("multiscales")
     if images is None:
@@ -110,15 +94,14 @@ def multiscale_of(attributes: Mapping[str, Any], series: int = 0) -> Multiscale 
         {name: str(item[key]) for name, item in zip(names, items, strict=True) if item.get(key)}
         for key in ("type", "unit")
     )
-    common = _transforms(image.get("coordinateTransformations"), len(names))
-    return Multiscale(
-        version=str(within.get("version") or image.get("version") or ""),
-        name=str(image.get("name") or ""),
-        axes=names,
-        types=types,
-        units=units,
-        levels=tuple(_level(item, common, len(names)) for item in image["datasets"]),
-    )
+    common, key = image.get("coordinateTransformations") or (), "coordinateTransformations"
+    levels = [
+        (inner_path(item.get("path")), *_placed([*(item.get(key) or ()), *common], len(names)))
+        for item in image["datasets"]
+    ]
+    version = str(within.get("version") or image.get("version") or "")
+    name = str(image.get("name") or "")
+    return {"version": version, "name": name, "axes": names, "types": types, "units": units, "levels": levels}
 
 
 def inner_path(path: object) -> str:
@@ -133,34 +116,19 @@ def inner_path(path: object) -> str:
     return "/".join(parts)
 
 
-def _level(item: Mapping[str, Any], common: Mapping[str, tuple[float, ...]], axes: int) -> Level:
-    """A level with the transformations of its own, after which those of the image apply."""
-    own = _transforms(item.get("coordinateTransformations"), axes)
-    scale, shift = own.get("scale", ()), own.get("translation", ())
-    outer, outer_shift = common.get("scale", ()), common.get("translation", ())
-    if outer:
-        shift = tuple(a * b for a, b in zip(shift, outer, strict=True)) if shift else ()
-        scale = tuple(a * b for a, b in zip(scale, outer, strict=True)) if scale else outer
-    if outer_shift:
-        shift = tuple(a + b for a, b in zip(shift, outer_shift, strict=True)) if shift else outer_shift
-    return Level(path=inner_path(item.get("path")), scale=scale, translation=shift)
-
-
-def _transforms(items: Any, axes: int) -> dict[str, tuple[float, ...]]:
-    """The scale and translation of a list of transformations; "identity" adds nothing."""
-    found: dict[str, tuple[float, ...]] = {}
-    for item in items or ():
+def _placed(transforms: Sequence[Any], axes: int) -> tuple[list[float], list[float]]:
+    """The scale and the translation of each axis that transformations, one after the other, come to."""
+    scale, shift = np.ones(axes), np.zeros(axes)
+    for item in transforms if axes else ():
         kind = item.get("type")
         if kind == "identity":
             continue
-        values = item.get(kind) if kind in ("scale", "translation") else None
-        plain = isinstance(values, list) and all(
-            type(value) in (int, float) and math.isfinite(value) for value in values
-        )
-        if not plain or not values or len(values) != (axes or len(values)) or (kind == "scale" and min(values) <= 0):
+        values = np.asarray(item.get(kind) if kind in ("scale", "translation") else None)
+        is_sound = values.dtype.kind in "iuf" and values.shape == shift.shape and np.isfinite(values).all()
+        if not is_sound or (kind == "scale" and values.min() <= 0):
             raise DataError(f"a transformation is {str(item)[:80]!r}; scales are positive numbers, one for each axis.")
-        found[kind] = tuple(map(float, values))
-    return found
+        scale, shift = (scale * values, shift * values) if kind == "scale" else (scale, shift + values)
+    return scale.tolist(), shift.tolist()
 
 
 def plane_axes(result: Result) -> tuple[list[str], list[int]]:
@@ -207,7 +175,7 @@ def _image(result: Result, levels: int, prefix: str) -> dict[str, Any]:
     for level in range(levels):
         steps = [scale.get(name, 1.0) * (2**level if name in ("y", "x") else 1) for name in names]
         transforms: list[dict[str, Any]] = [{"type": "scale", "scale": steps}]
-        if shift:
+        if any(shift.values()):
             transforms.append({"type": "translation", "translation": [shift.get(name, 0.0) for name in names]})
         datasets.append({"path": f"{prefix}{level}", "coordinateTransformations": transforms})
     return {"name": metadata.get("name") or result.kind, "axes": axes, "datasets": datasets}

@@ -16,7 +16,7 @@ from pixelwise.formats import local
 from pixelwise.formats.base import Source, SourceInfo
 from pixelwise.formats.raster import whole_numbers
 from pixelwise.formats.remote import shown
-from pixelwise.formats.zarr.ngff import Multiscale, axes_of, inner_path, multiscale_of, ome_of
+from pixelwise.formats.zarr.ngff import axes_of, inner_path, multiscale_of, ome_of
 from pixelwise.formats.zarr.store import Place, open_node, open_place
 
 WORKING_BYTES = 256 * 2**20
@@ -26,26 +26,15 @@ _KEPT_MASKS = 8
 
 
 def open_zarr(
-    location: str,
-    *,
-    level: int = 0,
-    series: int = 0,
-    axes: str | None = None,
-    channels: int | None = None,
+    location: str, *, level: int = 0, series: int = 0, axes: str | None = None, channels: int | None = None,
     labels: bool = False,
-) -> "ZarrSource":
+) -> "ZarrSource":  # fmt: skip
     """Open an array or an image: a folder, a ZIP archive of one, or its URL.
 
-    Rows, columns and channels are found by the names that the file gives its axes. An array without names is (H, W),
-    (H, W, C) or (C, H, W) with up to four channels, else a stack of planes. All other axes (z, t) are planes, in order.
-
-    Args:
-        location: path or URL.
-        level: of the pyramid of an OME-Zarr image; 0 is the finest.
-        series: the number of the image where a file holds several.
-        axes: one letter for each axis, which overrules the file: "zyx", "yxc", "tczyx".
-        channels: how many the network takes; decides where a plain array leaves open what its axes are.
-        labels: read it as a mask; of an OME-Zarr image with labels these are read, not the image.
+    Rows, columns and channels are found by the names that the file gives its axes, or as `axes` says ("tczyx"). An array
+    without names is (H, W), (H, W, C) or (C, H, W) with as many `channels` as the network takes or up to four, else a
+    stack of planes. All other axes (z, t) are planes, in order. `series` is the number of the image where a file holds
+    several, `level` that in its pyramid; as `labels` those of an OME-Zarr image are read, where it has any, not the image.
     """
     for option, value in (("level", level), ("series", series)):
         if value < 0:
@@ -55,11 +44,10 @@ def open_zarr(
     try:
         with _readable(place.name):
             return ZarrSource(place, level, series, axes, channels, labels)
-    except UsageError as error:
+    except BaseException as error:
         place.close()
-        raise UsageError(f"{place.name}: {error}") from None
-    except BaseException:
-        place.close()
+        if isinstance(error, UsageError):
+            raise UsageError(f"{place.name}: {error}") from None
         raise
 
 
@@ -83,9 +71,10 @@ class ZarrSource(Source):
         prefix, node, image = _find(place, series, labels)
         attributes = node.attrs.asdict()
         if image is not None:
-            if level >= len(image.levels):
-                raise UsageError(f"level {level}: the image has {len(image.levels)} (0..{len(image.levels) - 1}).")
-            prefix = f"{prefix}/{image.levels[level].path}".lstrip("/")
+            levels = image["levels"]
+            if level >= len(levels):
+                raise UsageError(f"level {level}: the image has {len(levels)} (0..{len(levels) - 1}).")
+            prefix = f"{prefix}/{levels[level][0]}".lstrip("/")
             node = open_node(place, prefix)
             if not hasattr(node, "shape"):
                 raise DataError(f"its level {prefix!r} is a group, not an array.")
@@ -112,16 +101,11 @@ class ZarrSource(Source):
                 raise DataError(
                     f"it has {channels} channels of {name}; a mask has one channel of whole numbers, or 8-bit RGB."
                 )
+        planes = math.prod(self._array.shape[axis] for axis in self._planes)
         return SourceInfo(
-            location=self._place.name,
-            format=kind,
-            height=sides["y"],
-            width=sides["x"],
-            channels=channels,
-            dtype=name,
-            planes=math.prod(self._array.shape[axis] for axis in self._planes),
-            block_px=(min(chunks["y"], sides["y"]), min(chunks["x"], sides["x"])),
-        )
+            location=self._place.name, format=kind, height=sides["y"], width=sides["x"], channels=channels, dtype=name,
+            planes=planes, block_px=(min(chunks["y"], sides["y"]), min(chunks["x"], sides["x"])),
+        )  # fmt: skip
 
     def read(self, top: int, left: int, height: int, width: int, plane: int = 0) -> NDArray[Any]:
         """The window (height, width, C). Where NaN is the fill value of the array, NaN pixels are no data and read as 0."""
@@ -184,19 +168,17 @@ class ZarrSource(Source):
 
     def fingerprint(self) -> str:
         """SHA-256 over names and contents of the files; of large folders over sizes and times, of URLs over tags."""
-        with _readable(self.info.location):
-            return self._identity.fingerprint()
+        return self._identity.fingerprint()
 
     def check_unchanged(self) -> None:
         """Raise `DataError` if a chunk or the metadata were changed, added or removed."""
-        with _readable(self.info.location):
-            self._identity.check()
+        self._identity.check()
 
     def close(self) -> None:
         self._place.close()
 
 
-def _find(place: Place, series: int, labels: bool) -> tuple[str, Any, Multiscale | None]:
+def _find(place: Place, series: int, labels: bool) -> tuple[str, Any, dict[str, Any] | None]:
     """The image or array that a location means: the path of its group or array, that itself, and the image, if any."""
     node = open_node(place, "")
     if hasattr(node, "shape"):
@@ -228,30 +210,26 @@ def _find(place: Place, series: int, labels: bool) -> tuple[str, Any, Multiscale
     return path, node, image
 
 
-def _axis_names(node: Any, image: Multiscale | None) -> Sequence[str | None] | None:
+def _axis_names(node: Any, image: dict[str, Any] | None) -> Sequence[str | None] | None:
     """What the file calls the axes; those of NGFF before 0.3 have one order."""
     if image is not None:
-        return image.axes or ("t", "c", "z", "y", "x")[: 5 * (len(node.shape) == 5)]
+        return image["axes"] or ("t", "c", "z", "y", "x")[: 5 * (len(node.shape) == 5)]
     names = node.metadata.dimension_names if node.metadata.zarr_format == 3 else node.attrs.get("_ARRAY_DIMENSIONS")
     return names if isinstance(names, list | tuple) else None
 
 
 def _metadata(
-    array: Any, axes: tuple[str, ...], image: Multiscale | None, level: int, attributes: dict[str, Any]
+    array: Any, axes: tuple[str, ...], image: dict[str, Any] | None, level: int, attributes: dict[str, Any]
 ) -> dict[str, Any]:
     """What the writer of the same format keeps."""
-    sides = dict(zip(axes, array.shape, strict=True))
-    found: dict[str, Any] = {
-        "zarr_format": array.metadata.zarr_format,
-        "axes": axes,
-        "sizes": {name: side for name, side in sides.items() if name not in ("y", "x", "c")},
-    }
+    sizes = {name: side for name, side in zip(axes, array.shape, strict=True) if name not in ("y", "x", "c")}
+    found: dict[str, Any] = {"zarr_format": array.metadata.zarr_format, "axes": axes, "sizes": sizes}
     if image is None:
         return found
-    found |= {"ngff_version": image.version, "name": image.name, "level": level, "levels": len(image.levels)}
-    found |= {"types": dict(image.types), "units": dict(image.units)}
-    for key in ("scale", "translation"):
-        values = getattr(image.levels[level], key)
+    _, scale, translation = image["levels"][level]
+    found |= {"ngff_version": image["version"], "level": level, "levels": len(image["levels"])}
+    found |= {key: image[key] for key in ("name", "types", "units")}
+    for key, values in (("scale", scale), ("translation", translation)):
         found[key] = dict(zip(axes, values, strict=True)) if len(values) == len(axes) else {}
     omero = ome_of(attributes).get("omero")
     return found | ({"omero": omero} if isinstance(omero, dict) else {})

@@ -32,20 +32,12 @@ _MAX_SIDE = 2**31 - 1
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """An open store of zarr-python.
+    """An open store of zarr-python."""
 
-    Attributes:
-        name: path or URL, as it may be shown.
-        store: of zarr-python, read only.
-        top: the path in it at which the Zarr begins.
-        identity: tells of the array or group at a path whether it changed.
-        close: lets go of the files.
-    """
-
-    name: str
+    name: str  # path or URL, as it may be shown
     store: Any
-    identity: Callable[[str], Identity]
-    top: str = ""
+    identity: Callable[[str], Identity]  # of the array or group at a path
+    top: str = ""  # the path in the store at which the Zarr begins
     close: Callable[[], None] = lambda: None
 
 
