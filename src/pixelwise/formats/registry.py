@@ -109,7 +109,7 @@ SOURCE_SUFFIXES: tuple[str, ...] = tuple(
 WRITERS: Mapping[str, Format] = {name: known for name, known in FORMATS.items() if known.creates}
 """The formats that results can be written in."""
 
-_READ_AS = {"tif": "tiff", "ome-tiff": "tiff", "cog": "geotiff", "ome-zarr": "zarr", "dicom-seg": "dicom"}
+_READ_AS = {"ome-tiff": "tiff", "cog": "geotiff", "ome-zarr": "zarr", "dicom-seg": "dicom"}
 _ALL_SUFFIXES = sorted({suffix for known in FORMATS.values() for suffix in known.suffixes}, key=len, reverse=True)
 
 
@@ -141,7 +141,8 @@ def named_format(name: str) -> str:
     """
     found = _READ_AS.get(name, name)
     if found not in FORMATS:
-        found = next((key for key, known in FORMATS.items() if known.opens and f".{name}" in known.suffixes), "")
+        named = [key for key, known in FORMATS.items() if known.opens and f".{name}" in known.suffixes]
+        found = named[-1] if named else ""  # the more general format stands later
     if not found:
         possible = [key for key, known in FORMATS.items() if known.opens or key in _READ_AS]
         raise UsageError(f"format {name!r} is not known; possible are {', '.join(possible)}.")

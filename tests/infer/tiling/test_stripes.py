@@ -11,8 +11,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pixelwise.errors import PixelwiseError
+from pixelwise.infer.prefetch import NextRows
 from pixelwise.infer.tiling import Region
-from pixelwise.infer.tiling.stripes import NextRows, Stripes
+from pixelwise.infer.tiling.stripes import Stripes
 from pixelwise.models import create_model, list_models
 from pixelwise.ops.receptive_field import receptive_field
 from pixelwise.ops.streaming import NotWindowed

@@ -4,13 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-import pixelwise.infer.predictor as predictor_module
+import pixelwise.infer.pipeline as module
 from pixelwise.data.labels import LabelSpec
 from pixelwise.errors import PixelwiseError
 from pixelwise.infer.bundle import ModelCard
+from pixelwise.infer.options import Tiling
 from pixelwise.infer.predictor import Predictor
-from pixelwise.infer.tiling.memory_image import label_in_parts
-from pixelwise.infer.tiling.options import Tiling
 from pixelwise.models import create_model
 
 SPEC = LabelSpec(names=("a", "b", "c"), colors=((0, 0, 0), (9, 9, 9), (5, 5, 5)), values=((0,), (1,), (2,)))
@@ -39,41 +38,14 @@ def test_tiles_give_what_one_pass_gives(predictor, image):
 
 
 def test_a_large_image_is_never_kept_as_logits_of_one_pass(predictor, image, monkeypatch):
-    monkeypatch.setattr(predictor_module, "ONE_PASS_PX", 100)
-    seen = []
-    monkeypatch.setattr(predictor, "label", lambda *a, **k: seen.append(a))
-    assert predictor.predict(image, tiling=Tiling(memory_bytes=1 << 20)).labels.shape == (133, 90) and not seen
+    monkeypatch.setattr(module, "ONE_PASS_PX", 100)
+    monkeypatch.setattr(module, "WholeImage", None)
+    assert predictor.predict(image, tiling=Tiling(memory_bytes=1 << 20)).labels.shape == (133, 90)
 
 
 def test_averages_have_probabilities(predictor, image):
     prediction = predictor.predict(image, tiling=Tiling(tta="flips"))
     assert np.allclose(prediction.probabilities.sum(0), 1, atol=1e-5)
-
-
-def test_out_of_memory_goes_on_with_less_and_says_so(predictor, image, monkeypatch):
-    import pixelwise.infer.tiling.memory_image as module
-
-    choose, budgets, notes = module.choose_scorer, [], []
-
-    class Full:
-        memory_bytes = 8 << 20
-
-        def score(self, read, region):
-            raise torch.OutOfMemoryError("CUDA out of memory.")
-
-    def scarce(predictor, height, width, tiling, note):
-        budgets.append(tiling.memory_bytes)
-        return Full() if len(budgets) < 3 else choose(predictor, height, width, tiling, note)
-
-    monkeypatch.setattr(module, "choose_scorer", scarce)
-    source = predictor.read(image)
-    found = label_in_parts(predictor, source, "a.png", Tiling(), probabilities=True, note=notes.append)
-    assert budgets == [None, 4 << 20, 2 << 20]
-    assert notes == ["a.png: out of memory; going on with half of it."] * 2
-    assert torch.allclose(found.logits, predictor.label(source).logits, atol=1e-4)
-    monkeypatch.setattr(module, "choose_scorer", lambda *a: Full())
-    with pytest.raises(PixelwiseError, match=r"^a\.png: 90 x 133 px does not fit into memory, not even"):
-        label_in_parts(predictor, source, "a.png", Tiling(), probabilities=False)
 
 
 def test_scores_that_overflow_name_the_image(predictor):

@@ -1,4 +1,4 @@
-"""The Lightning task: a network, a loss, an optimiser. It does not know which network it holds."""
+"""The Lightning module: a network, a loss, an optimiser. It does not know which network it holds."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -8,12 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from pixelwise.data.check import Inspection
 from pixelwise.errors import PixelwiseError
-from pixelwise.losses import cross_entropy, dice_loss
+from pixelwise.losses import class_weights, cross_entropy, dice_loss
 from pixelwise.ops.depthwise import speed_up_depthwise
 from pixelwise.train.config import RunConfig
-from pixelwise.train.inputs import training_logits
+from pixelwise.train.inputs import training_logits, window_px
 from pixelwise.train.optimizer import make_optimizer
+from pixelwise.train.plan import Plan
 from pixelwise.train.schedule import Budget, lr_factor
 from pixelwise.train.stream import seed_of
 
@@ -37,7 +39,7 @@ class Progress:
     stale: int = 0
 
 
-class SegmentationTask(pl.LightningModule):
+class SegmentationModule(pl.LightningModule):
     """Trains `model` on batches (image (N, C, H, W) in unit scale, labels (N, H, W)[, pixel weights (N, H, W)]).
 
     Args:
@@ -159,3 +161,28 @@ class SegmentationTask(pl.LightningModule):
                 old.lerp_(new.to(old.dtype), 1 - decay)
             else:
                 old.copy_(new)
+
+
+def loss_weights(config: RunConfig, inspection: Inspection, model: nn.Module) -> Tensor | None:
+    """The weight of each class in the loss, or None for all alike.
+
+    Raises:
+        UsageError: the given weights are not one per class.
+    """
+    if config.class_weights == "none":
+        return None
+    stats = inspection.splits["train"]
+    pixels, image_pixels = stats.pixels, stats.image_pixels
+    if window_px(model) is not None:  # windows are drawn evenly by class: a scheme finds nothing to balance
+        pixels = image_pixels = tuple(int(count > 0) for count in pixels)
+    return class_weights(config.class_weights, pixels, image_pixels)
+
+
+def make_module(config: RunConfig, plan: Plan, model: nn.Module, weight: Tensor | None) -> SegmentationModule:
+    """The module with its budget."""
+    if config.minutes:
+        # The last validation is part of the time that was asked for.
+        budget = Budget(seconds=max(1.0, config.minutes * 60 - plan.validation_s), steps_per_epoch=plan.steps_per_epoch)
+    else:
+        budget = Budget(steps=plan.steps, steps_per_epoch=plan.steps_per_epoch)
+    return SegmentationModule(model, config, budget, mean=plan.mean, std=plan.std, weight=weight)
