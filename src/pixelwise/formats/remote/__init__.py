@@ -8,10 +8,9 @@ from pixelwise.formats.remote.objects import (
     localise,
     opener,
     read_range,
-)  # fmt: skip
+)
 from pixelwise.formats.remote.upload import check_writable, exists, publish, read_small, write_small
 from pixelwise.formats.remote.urls import (
-    PROTOCOLS,
     NoSuchObject,
     bounded,
     check_package,
@@ -22,10 +21,10 @@ from pixelwise.formats.remote.urls import (
     protocol_of,
     remote_errors,
     shown,
-)  # fmt: skip
+)
 
 __all__ = [
-    "PROTOCOLS", "NoSuchObject", "RemoteStamp", "bounded", "check_package", "check_writable", "exists", "filesystem",
+    "NoSuchObject", "RemoteStamp", "bounded", "check_package", "check_writable", "exists", "filesystem",
     "fingerprint", "is_url", "is_web", "list_folder", "list_images", "local_path", "localise", "opener", "protocol_of",
     "publish", "read_range", "read_small", "remote_errors", "shown", "write_small",
 ]  # fmt: skip

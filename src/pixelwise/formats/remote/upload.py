@@ -17,7 +17,7 @@ from pixelwise.formats.remote.urls import (
     protocol_of,
     remote_errors,
     shown,
-)  # fmt: skip
+)
 
 MAX_RECORD_BYTES = 2**20
 """Records larger than this are none of ours."""
@@ -45,10 +45,8 @@ def publish(local: Path, url: str) -> None:
 def check_writable(url: str) -> None:
     """Raise `UsageError` if nothing can be written below a URL, which is known without asking."""
     if is_url(url) and protocol_of(url) in ("http", "https", "hf"):
-        raise UsageError(
-            f"{shown(url)}: results cannot be written there. Name a local folder, or a place in an object store "
-            "(s3://, gs://, az://)."
-        )
+        choice = "Name a local folder, or a place in an object store (s3://, gs://, az://)."
+        raise UsageError(f"{shown(url)}: results cannot be written there. {choice}")
 
 
 def exists(url: str) -> bool:
