@@ -6,7 +6,6 @@ What a file says of its place, its units and its patient must be what the result
 import functools
 import json
 import re
-import shutil
 import sys
 import threading
 import warnings
@@ -26,8 +25,8 @@ from pydicom.data import get_testdata_file
 from rasterio.control import GroundControlPoint
 from rasterio.transform import from_gcps
 
-from pixelwise.formats import open_source
-from pixelwise.infer.engines.base import Labeller
+from pixelwise.formats import decoding, open_source
+from pixelwise.infer.engines.local import Labeller
 from pixelwise.infer.predictor import load
 
 RNG = np.random.default_rng(0)
@@ -48,9 +47,6 @@ def label(bundles, program, tmp_path):
         assert says in first.err
         again = program(*arguments)
         assert (again.code, again.out, again.err) == (0, f"0 labelled, 1 finished before: {out}\n", "")
-        shutil.rmtree(out / ".pixelwise", ignore_errors=True)
-        if not list(out.glob("*.npy")):  # arrays have no place for the mark
-            assert program(*arguments).out == f"0 labelled, 1 finished before: {out}\n"
         return out
 
     return call
@@ -478,17 +474,17 @@ def test_images_of_a_web_server(label, bundles, program, web, tmp_path):
 def test_ctrl_c_says_that_the_same_command_goes_on(bundles, program, tmp_path, monkeypatch):
     for name in "abc":
         Image.fromarray(RGB).save(tmp_path / f"{name}.png")
-    score, started = Labeller.score, []
+    label, started = Labeller.label, []
 
     def interrupted(labeller, task):
         if started:
             raise KeyboardInterrupt
         started.append(task)
-        return score(labeller, task)
+        return label(labeller, task)
 
     arguments = ("predict", bundles[3], tmp_path, "--out", tmp_path / "out")
     with monkeypatch.context() as patch:
-        patch.setattr(Labeller, "score", interrupted)
+        patch.setattr(Labeller, "label", interrupted)
         done = program(*arguments)
     assert (done.code, done.out) == (130, "")
     assert done.err == "stopped: what was done is kept, and the same command goes on with the rest.\n"
@@ -562,7 +558,14 @@ def test_a_package_that_is_missing(bundles, program, tmp_path, monkeypatch, pack
     nibabel.Nifti1Image(VOLUME.transpose(2, 1, 0), np.eye(4)).to_filename(folder / "e.nii")
     zarr.create_array(folder / "g.zarr", shape=RGB.shape, chunks=(16, 16, 3), dtype="u1")[:] = RGB
     monkeypatch.setitem(sys.modules, package, None)
-    done = program("predict", bundles[3], folder, "--out", tmp_path / "out", *options)
+    (tmp_path / "stubs").mkdir()  # and one that cannot be imported for the process that decodes
+    (tmp_path / "stubs" / f"{package}.py").write_text("raise ImportError")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "stubs"))
+    decoding.stop()
+    try:
+        done = program("predict", bundles[3], folder, "--out", tmp_path / "out", *options)
+    finally:
+        decoding.stop()
     assert done.code == code
     install = f'needs the package {package}. Install it: pip install "pixelwise[{extra}]"'
     assert f"{message.format(folder=folder)} {install}" in done.err

@@ -141,7 +141,7 @@ def test_objects_that_change_while_they_are_read(s3):
         s3.put_object(Bucket="scans", Key="b.tif", Body=encoded(255 - IMAGE[:300], "tiff"))
         with pytest.raises(DataError, match=r"s3://scans/b\.tif: the object changed .*its tag differs"):
             source.check_unchanged()
-        assert fingerprint("s3://scans/b.tif") != known
+        assert fingerprint("s3://scans/b.tif", RemoteStamp.of("s3://scans/b.tif")) != known
     with open_source("s3://scans/b.tif") as source:
         s3.put_object(Bucket="scans", Key="b.tif", Body=b"II*\0")
         with pytest.raises(DataError, match=r"^s3://scans/b\.tif: "):
@@ -224,7 +224,10 @@ class Web(BaseHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def web():
-    Web.files, Web.log = {"large.tif": encoded(IMAGE, "tiff"), "a.png": encoded(IMAGE[:30, :40], "png")}, Counter()
+    Web.files = {
+        "large.tif": encoded(IMAGE, "tiff"), "a.png": encoded(IMAGE[:30, :40], "png"), "text.tif": b"no image",
+    }  # fmt: skip
+    Web.log = Counter()
     server = ThreadingHTTPServer(("127.0.0.1", 0), Web)
     server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever, daemon=True)
@@ -259,7 +262,7 @@ def test_servers_without_ranges_are_copied(web, monkeypatch, tmp_path):
         assert np.array_equal(source.read(1100, 900, 200, 100), IMAGE[1100:1300, 900:1000])
     assert not list(tmp_path.iterdir())
     with pytest.raises(DataError, match="cannot send parts of it"):
-        opener(f"{web}/plain/large.tif")
+        opener(f"{web}/plain/large.tif", RemoteStamp.of(f"{web}/plain/large.tif"))
 
 
 def test_zarr_over_http(web, tmp_path):
@@ -284,6 +287,7 @@ def test_zarr_over_http(web, tmp_path):
     ("way", "message"),
     [
         ("good/none.tif", "there is no such object"),
+        ("good/text.tif", "this is no image"),
         ("denied/large.tif", "you have no permission"),
         ("broken/large.tif", "HTTP status 500"),
         ("half/large.tif", "broke off|cannot send|answer cannot be used"),
@@ -422,7 +426,8 @@ def test_files_of_ranges_read_as_files(parts, block):
         patch.setattr(objects, "BLOCK_BYTES", block)
         patch.setattr(objects, "CACHED_BLOCKS", 3)
         patch.setattr(objects, "_UNCACHED_BYTES", 300)
-        with opener("memory://ranges.bin")() as file, io.BytesIO(content) as plain:
+        stamp = RemoteStamp.of("memory://ranges.bin")
+        with opener("memory://ranges.bin", stamp)() as file, io.BytesIO(content) as plain:
             for start, count in parts:
                 assert file.seek(start) == plain.seek(start)
                 assert file.read(count) == plain.read(count)
@@ -459,17 +464,19 @@ def test_copies_need_room(memory, monkeypatch, tmp_path):
     memory.pipe("/a.bin", b"0" * 1000)
     usage = __import__("collections").namedtuple("Usage", "total used free")(1000, 500, 500)
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
+    stamp = RemoteStamp.of("memory://a.bin")
     with pytest.raises(DataError, match=r"memory://a\.bin: takes 1,000 bytes on this machine, but .* has 500 free"):
-        localise("memory://a.bin", tmp_path)
+        localise("memory://a.bin", stamp, tmp_path)
     assert not list(tmp_path.iterdir())
     monkeypatch.undo()
     with pytest.raises(DataError, match="cannot be copied"):
-        localise("memory://a.bin", tmp_path / "none")
-    stamp = RemoteStamp.of("memory://a.bin")
+        localise("memory://a.bin", stamp, tmp_path / "none")
     memory.pipe("/a.bin", b"0" * 10)
     with pytest.raises(DataError, match="10 bytes came, though the server said 1,000"):
-        localise("memory://a.bin", tmp_path, stamp)
+        localise("memory://a.bin", stamp, tmp_path)
     assert not list(tmp_path.iterdir())
     memory.pipe("/..hid%2fden", b"x")
-    with localise("memory://..hid%2fden", tmp_path) as copy:
-        assert copy.path.name == "hid_2fden"
+    copy = localise("memory://..hid%2fden", RemoteStamp.of("memory://..hid%2fden"), tmp_path)
+    assert copy.path.name == "hid_2fden"
+    copy.close()
+    assert not list(tmp_path.iterdir())

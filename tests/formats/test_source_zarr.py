@@ -421,7 +421,7 @@ def test_pipes_are_not_opened_for_ever(tmp_path):
     chunk = tmp_path / "a.zarr" / "c" / "0" / "0" / "0"
     chunk.unlink()
     os.mkfifo(chunk)
-    with pytest.raises(DataError, match=r"a\.zarr: its part 0 is not a regular file"):
+    with pytest.raises(DataError, match=r"a\.zarr: .*0: this is not a regular file"):
         open_zarr(path)
 
 

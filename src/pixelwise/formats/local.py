@@ -3,11 +3,11 @@
 import hashlib
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Self
+from typing import Any, Self
 
 from pixelwise.errors import DataError, PixelwiseError
 from pixelwise.formats.raster import DECODE_ERRORS, in_words, printable
@@ -15,31 +15,23 @@ from pixelwise.formats.raster import DECODE_ERRORS, in_words, printable
 WHOLE_BYTES = 256 * 2**20
 """Files up to this size are hashed as a whole; of larger ones samples are."""
 
-_SAMPLES = 64
-_SAMPLE_BYTES = 64 * 2**10
+_SAMPLES, _SAMPLE_BYTES = 64, 64 * 2**10
+
+
+def changed(name: str, what: str, why: str = "") -> DataError:
+    """The error to raise where something is no longer what it was when it was opened."""
+    reason = f" ({why})" if why else ""
+    return DataError(f"{name}: the {what} changed while it was read{reason}. Run again when nothing writes to it.")
+
+
+def size_change(before: int, now: int) -> str:
+    """How a size changed, "" if it did not."""
+    return "" if before == now else f"{before:,} bytes before, {now:,} now"
 
 
 @dataclass(frozen=True)
 class Stamp:
-    """What the file system says about a file; it differs when the file was changed or replaced.
-
-    Attributes:
-        size: bytes.
-        mtime_ns: time of the last change, in nanoseconds.
-        inode: number of the file on its disk.
-
-    Example:
-        >>> import tempfile
-        >>> path = Path(tempfile.mkdtemp()) / "a.bin"
-        >>> _ = path.write_bytes(b"old")
-        >>> stamp = Stamp.of(path)
-        >>> stamp.check(path)
-        >>> _ = path.write_bytes(b"longer")
-        >>> stamp.check(path)  # doctest: +ELLIPSIS
-        Traceback (most recent call last):
-            ...
-        pixelwise.errors.DataError: ...a.bin: the file changed while it was read (3 bytes before, 6 now). Run again...
-    """
+    """What the file system says about a file; it differs when the file was changed or replaced."""
 
     size: int
     mtime_ns: int
@@ -47,11 +39,7 @@ class Stamp:
 
     @classmethod
     def of(cls, path: str | Path) -> Self:
-        """The stamp of a file.
-
-        Raises:
-            DataError: there is no such file, or it is a folder, a pipe or a device, which must not even be opened.
-        """
+        """The stamp of a file; a `DataError` if there is none, or only a folder, a pipe or a device of this name."""
         name = printable(path)
         try:
             status = Path(path).stat()
@@ -68,38 +56,40 @@ class Stamp:
     def check(self, path: str | Path) -> None:
         """Raise `DataError` if the file is no longer the one this stamp was taken of."""
         now = type(self).of(path)
-        if now == self:
-            return
-        if now.size != self.size:
-            what = f"{self.size:,} bytes before, {now.size:,} now"
-        else:
-            what = "its time of change differs" if now.inode == self.inode else "another file took its place"
-        raise DataError(
-            f"{printable(path)}: the file changed while it was read ({what}). Run again when nothing writes to it."
-        )
+        if now != self:
+            other = "its time of change differs" if now.inode == self.inode else "another file took its place"
+            raise changed(printable(path), "file", size_change(self.size, now.size) or other)
 
 
 @dataclass(frozen=True)
 class Identity:
-    """How to tell whether a file, wherever it lies, is still the same.
+    """How to tell whether a file, wherever it lies, is still the same."""
 
-    Attributes:
-        fingerprint: gives hexadecimal text that changes when the content does.
-        check: raises `DataError` if the file has changed since this was made.
-    """
-
-    fingerprint: Callable[[], str]
-    check: Callable[[], None]
+    fingerprint: Callable[[], str]  # hexadecimal text that changes when the content does
+    check: Callable[[], None]  # raises `DataError` if the file has changed since this was made
 
     @classmethod
     def local(cls, path: str | Path) -> Self:
-        """Of a file on a local disk, as it is now.
-
-        Raises:
-            DataError: there is no such file.
-        """
+        """Of a file on a local disk, as it is now."""
         stamp = Stamp.of(path)
         return cls(fingerprint=lambda: fingerprint(path), check=lambda: stamp.check(path))
+
+    @classmethod
+    def of_files(
+        cls,
+        stamps: Callable[[], Mapping[str, Any]],
+        content: Callable[[Mapping[str, Any]], object],
+        name: str,
+        what: str,
+    ) -> Self:
+        """Of all files of a folder, of which `stamps` gives the present stamps, and `content` what the fingerprint is of."""
+        before = stamps()
+
+        def check() -> None:
+            if stamps() != before:
+                raise changed(name, what)
+
+        return cls(lambda: hashlib.sha256(repr(content(stamps())).encode()).hexdigest(), check)
 
 
 def fingerprint(path: str | Path) -> str:
@@ -107,51 +97,33 @@ def fingerprint(path: str | Path) -> str:
 
     Up to 256 MiB all bytes count. Of larger files the size, the time of the last change and 64 evenly spread samples of
     64 KiB do, so that a scene of a terabyte is known in a moment.
-
-    Raises:
-        DataError: the file is missing or cannot be read.
-
-    Example:
-        >>> import tempfile
-        >>> path = Path(tempfile.mkdtemp()) / "a.bin"
-        >>> _ = path.write_bytes(b"abc")
-        >>> fingerprint(path)[:8]
-        'ba7816bf'
     """
     stamp = Stamp.of(path)
     with readable(path), Path(path).open("rb") as file:
         if stamp.size <= WHOLE_BYTES:
             return hashlib.file_digest(file, "sha256").hexdigest()
-        return _of_samples(file, stamp)
+
+        def read(start: int, stop: int) -> bytes:
+            file.seek(start)
+            return file.read(stop - start)
+
+        return sampled(f"{stamp.size} {stamp.mtime_ns}", stamp.size, read)
 
 
-def _of_samples(file: BinaryIO, stamp: Stamp) -> str:
-    digest = hashlib.sha256(f"{stamp.size} {stamp.mtime_ns}".encode())
+def sampled(about: str, size: int, read: Callable[[int, int], bytes]) -> str:
+    """The SHA-256 of a text and of 64 samples of 64 KiB, which `read` gives from start to stop."""
+    digest = hashlib.sha256(about.encode())
     for index in range(_SAMPLES):
-        file.seek((stamp.size - _SAMPLE_BYTES) * index // (_SAMPLES - 1))
-        digest.update(file.read(_SAMPLE_BYTES))
+        start = (size - _SAMPLE_BYTES) * index // (_SAMPLES - 1)
+        digest.update(read(start, start + _SAMPLE_BYTES))
     return digest.hexdigest()
 
 
 @contextmanager
 def readable(name: str | os.PathLike[str], where: str = "") -> Iterator[None]:
-    """Turn whatever decoders raise on a bad file into one `DataError` that names it.
+    """Turn whatever decoders raise on a bad file into one `DataError` that names it and `where` (such as "rows 0..512").
 
     A `DataError` raised inside gets the name in front, unless it has it already.
-
-    Args:
-        name: path or URL.
-        where: the part that is read, for example "rows 0..512".
-
-    Raises:
-        DataError: something of `DECODE_ERRORS`, or another `DataError`, was raised inside.
-
-    Example:
-        >>> with readable("a.tif", "rows 0..9"):
-        ...     raise ValueError("no tile")
-        Traceback (most recent call last):
-            ...
-        pixelwise.errors.DataError: a.tif: the file is damaged or truncated (rows 0..9: no tile).
     """
     shown = printable(os.fspath(name))
     try:

@@ -1,10 +1,9 @@
 """Opening images: plain pictures in this process, all else in the decoding child, and what lies behind URLs."""
 
-import hashlib
 import inspect
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pixelwise.errors import DataError, PixelwiseError, UsageError
-from pixelwise.formats.base import Source
+from pixelwise.formats import remote
+from pixelwise.formats.base import Opener, Source
 from pixelwise.formats.local import Identity, Stamp, readable
 from pixelwise.formats.registry import FORMATS, HEAD_BYTES, format_of, function_of, is_picture, named_format
 from pixelwise.formats.remote import NoSuchObject, is_url, local_path, protocol_of, shown
@@ -69,24 +69,16 @@ def open_in_process(location: str | Path, *, format: str | None = None, **option
     name = str(location)
     given = {key: value for key, value in options.items() if value is not None}
     forced = None if format is None else named_format(format)
-    if is_url(name):
-        path = local_path(name)
-        if path is None:
-            return _open_remote(name, forced, given)
-        name = path
-    return _open_local(name, forced, given)
-
-
-def _open_local(name: str, forced: str | None, options: dict[str, Any]) -> Source:
-    path = Path(name)
-    if os.path.isdir(path):  # noqa: PTH112  (also of names that no file can have)
-        return _open(forced or _folder_format(path), name, options)
-    if forced is None:
-        stamp = Stamp.of(path)
-        with readable(path), path.open("rb") as file:
-            head = file.read(min(HEAD_BYTES, stamp.size))
-        forced = format_of(head, name, level=options.get("level"))
-    return _open(forced, name, options)
+    path = local_path(name) if is_url(name) else name
+    if path is None:
+        return _open_remote(name, forced, given)
+    if forced is None and os.path.isdir(path):  # noqa: PTH112  (also of names that no file can have)
+        forced = _folder_format(Path(path))
+    elif forced is None:
+        Stamp.of(path)
+        with readable(path), Path(path).open("rb") as file:
+            forced = format_of(file.read(HEAD_BYTES), path, level=given.get("level"))
+    return _open(forced, path, given)
 
 
 def _folder_format(path: Path) -> str:
@@ -95,18 +87,14 @@ def _folder_format(path: Path) -> str:
     if any((path / document).is_file() for document in DOCUMENTS):
         return "zarr"
     try:
-        with os.scandir(path) as entries:
-            for entry in entries:
-                if entry.is_file() and not entry.name.startswith(".") and _is_dicom(Path(entry.path)):
-                    return "dicom"
+        for item in path.iterdir():
+            if item.is_file() and not item.name.startswith("."):
+                with item.open("rb") as file:
+                    if file.read(132)[128:] == b"DICM":
+                        return "dicom"
     except OSError as error:
         raise DataError(f"{path}: the folder cannot be read ({error.strerror or error}).") from error
     raise DataError(f"{path}: is a folder, but neither a Zarr (no zarr.json, .zarray or .zgroup) nor a DICOM series.")
-
-
-def _is_dicom(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(132)[128:] == b"DICM"
 
 
 def _open(key: str, location: str, options: dict[str, Any], **given: Any) -> Source:
@@ -115,13 +103,12 @@ def _open(key: str, location: str, options: dict[str, Any], **given: Any) -> Sou
     offered = [name for name in inspect.signature(function).parameters if name not in _GIVEN]
     for name in options:
         if name not in offered and name not in _HINTS:
-            has = [option for option in offered if option not in _HINTS]
+            has = [option for option in offered if option not in (*_HINTS, "labels")]
             choice = f"it has {', '.join(has)}" if has else "it has no options"
             raise UsageError(f"{shown(location)}: its format ({key}) has no option {name}; {choice}.")
+    given |= {name: value for name, value in options.items() if name in offered}
     try:
-        source: Source = function(
-            location, **{name: value for name, value in options.items() if name in offered}, **given
-        )
+        source: Source = function(location, **given)
     except UsageError as error:  # a package is missing, or an option is wrong: which image needs it?
         if shown(location) in str(error):
             raise
@@ -129,113 +116,90 @@ def _open(key: str, location: str, options: dict[str, Any], **given: Any) -> Sou
     return source
 
 
-def _streams(key: str) -> bool:
-    return "opener" in inspect.signature(function_of(key, "opens")).parameters
-
-
 def _open_remote(url: str, forced: str | None, options: dict[str, Any]) -> Source:
-    """Open by parts where the format can be, else as a copy on this machine."""
-    from pixelwise.formats import remote
-
-    lower = shown(url).rstrip("/").lower()
-    if forced == "zarr" or (forced is None and lower.endswith(FORMATS["zarr"].suffixes)):
+    """Open by ranges where the format can be and the server sends them, else as a copy on this machine."""
+    if forced == "zarr" or (forced is None and shown(url).rstrip("/").lower().endswith(FORMATS["zarr"].suffixes)):
         return _open("zarr", url, options)
     try:
         stamp = remote.RemoteStamp.of(url)
     except DataError as error:
-        if isinstance(error, NoSuchObject) or "is a folder" in str(error):
-            source = _open_remote_folder(url, forced, options)
-            if source is not None:
-                return source
-        raise
-    parts = remote.sends_ranges(url, stamp)
-    opener = remote.opener(url, stamp) if parts else None
-    if forced is None:
-        if opener is not None:
-            with opener() as file:  # what it reads is kept for whoever reads on
-                head = file.read(HEAD_BYTES)
-        else:
-            head = remote.read_range(url, 0, min(HEAD_BYTES, stamp.size))
-        forced = format_of(head, url, opener, options.get("level"))
-    if forced == "zarr" and parts:
+        is_folder = isinstance(error, NoSuchObject) or "is a folder" in str(error)
+        if not is_folder or (source := _open_remote_folder(url, forced, options)) is None:
+            raise
+        return source
+    opener: Opener | None = None
+    with suppress(DataError):
+        opener = remote.opener(url, stamp)
+    if forced is None and opener is not None:
+        with opener() as file:  # what it reads is kept for whoever reads on
+            forced = format_of(file.read(HEAD_BYTES), shown(url), opener, options.get("level"))
+    elif forced is None:
+        head = remote.read_range(url, 0, min(HEAD_BYTES, stamp.size))
+        forced = format_of(head, shown(url), None, options.get("level"))
+    if forced == "zarr" and opener is not None:
         return _open("zarr", url, options)
     identity = Identity(fingerprint=lambda: remote.fingerprint(url, stamp), check=lambda: stamp.check(url))
-    if opener is not None and _streams(forced):
+    if opener is not None and "opener" in inspect.signature(function_of(forced, "opens")).parameters:
         return _open(forced, shown(url), options, opener=opener, identity=identity)
-    return _localised(forced, url, remote.localise(url, stamp=stamp), options, identity)
+    return _CopiedSource(url, stamp, identity, lambda path: _open(forced, path, options))
 
 
 def _open_remote_folder(url: str, forced: str | None, options: dict[str, Any]) -> Source | None:
-    """A Zarr, read by parts, or a DICOM series, of which all files are copied; None if it is neither."""
-    from pixelwise.formats import remote
+    """A Zarr, read by ranges, or a DICOM series, of which all files are copied; None if it is neither."""
     from pixelwise.formats.zarr import is_zarr_folder
 
     if is_zarr_folder(url):
         return _open("zarr", url, options)
-    if remote.protocol_of(url) in ("http", "https"):
+    if remote.is_web(url):
         return None
-    stamps = remote.list_folder(url)
-    is_series = any(remote.read_range(f"{url.rstrip('/')}/{name}", 128, 132) == b"DICM" for name in list(stamps)[:3])
+    base, stamps = url.rstrip("/"), remote.list_folder(url)
+    is_series = any(remote.read_range(f"{base}/{name}", 128, 132) == b"DICM" for name in list(stamps)[:3])
     if not is_series and (forced != "dicom" or not stamps):
         return None
 
-    def check() -> None:
-        if remote.list_folder(url) != stamps:
-            raise DataError(f"{shown(url)}: the series changed while it was read. Run again when nothing writes to it.")
+    def content(found: Any) -> list[Any]:
+        return [(name, remote.fingerprint(f"{base}/{name}", stamp)) for name, stamp in found.items()]
 
-    def fingerprint() -> str:
-        parts = (remote.fingerprint(f"{url.rstrip('/')}/{name}", stamp) for name, stamp in stamps.items())
-        return hashlib.sha256(repr(list(zip(stamps, parts, strict=True))).encode()).hexdigest()
-
-    identity = Identity(fingerprint=fingerprint, check=check)
-    return _localised("dicom", url, remote.localise_folder(url, stamps), options, identity)
+    identity = Identity.of_files(lambda: remote.list_folder(url), content, shown(url), "series")
+    return _CopiedSource(url, stamps, identity, lambda path: _open("dicom", path, options))
 
 
-def _localised(key: str, url: str, copy: Any, options: dict[str, Any], identity: Any) -> Source:
-    try:
-        with _renamed(str(copy.path), shown(url)):
-            return LocalisedSource(_open(key, str(copy.path), options), copy, shown(url), identity)
-    except BaseException:
-        copy.close()
-        raise
-
-
-class LocalisedSource(Source):
+class _CopiedSource(Source):
     """An image behind a URL that is read from a copy on this machine, which is deleted when it is closed."""
 
-    def __init__(self, source: Source, copy: Any, name: str, identity: Any) -> None:
-        self._source, self._copy, self._name, self._identity = source, copy, name, identity
-        self.info = replace(source.info, location=name)
-        self.metadata = source.metadata
+    def __init__(self, url: str, stamps: Any, identity: Identity, open_copy: Callable[[str], Source]) -> None:
+        self._name, self._identity = shown(url), identity
+        self._copy = remote.localise(url, stamps)
+        try:
+            with self._renamed():
+                self._source = open_copy(str(self._copy.path))
+        except BaseException:
+            self._copy.close()
+            raise
+        self.info, self.metadata = replace(self._source.info, location=self._name), self._source.metadata
 
-    def read(self, top: int, left: int, height: int, width: int, plane: int = 0) -> NDArray[Any]:
-        """The window, from the copy."""
-        with _renamed(str(self._copy.path), self._name):
-            return self._source.read(top, left, height, width, plane)
+    @contextmanager
+    def _renamed(self) -> Iterator[None]:
+        """Errors name the URL, not the copy of it."""
+        try:
+            yield
+        except PixelwiseError as error:
+            raise type(error)(str(error).replace(str(self._copy.path), self._name)) from error
 
-    def valid(self, top: int, left: int, height: int, width: int, plane: int = 0) -> NDArray[np.bool_] | None:
-        """Where the window holds data, from the copy."""
-        with _renamed(str(self._copy.path), self._name):
-            return self._source.valid(top, left, height, width, plane)
+    def read(self, *window: int, **plane: int) -> NDArray[Any]:
+        with self._renamed():
+            return self._source.read(*window, **plane)
+
+    def valid(self, *window: int, **plane: int) -> NDArray[np.bool_] | None:
+        with self._renamed():
+            return self._source.valid(*window, **plane)
 
     def fingerprint(self) -> str:
-        """That of the object behind the URL."""
-        return str(self._identity.fingerprint())
+        return self._identity.fingerprint()
 
     def check_unchanged(self) -> None:
-        """Raise `DataError` if the object behind the URL has changed."""
         self._identity.check()
 
     def close(self) -> None:
-        """Delete the copy."""
         self._source.close()
         self._copy.close()
-
-
-@contextmanager
-def _renamed(path: str, name: str) -> Iterator[None]:
-    """Errors name the URL, not the copy of it."""
-    try:
-        yield
-    except PixelwiseError as error:
-        raise type(error)(str(error).replace(path, name)) from error

@@ -1,20 +1,16 @@
 """Files behind URLs through fsspec: which are followed, reading them in ranges, copies, lists, and results put there."""
 
 from pixelwise.formats.remote.objects import (
-    LocalCopy,
     RemoteStamp,
     fingerprint,
     list_folder,
     list_images,
     localise,
-    localise_folder,
     opener,
     read_range,
-    sends_ranges,
 )
 from pixelwise.formats.remote.upload import check_writable, exists, publish, read_small, write_small
 from pixelwise.formats.remote.urls import (
-    PROTOCOLS,
     NoSuchObject,
     bounded,
     check_package,
@@ -28,8 +24,7 @@ from pixelwise.formats.remote.urls import (
 )
 
 __all__ = [
-    "PROTOCOLS", "LocalCopy", "NoSuchObject", "RemoteStamp", "bounded", "check_package", "check_writable", "exists",
-    "filesystem", "fingerprint", "is_url", "is_web", "list_folder", "list_images", "local_path", "localise",
-    "localise_folder", "opener", "protocol_of", "publish", "read_range", "read_small", "remote_errors", "sends_ranges",
-    "shown", "write_small",
+    "NoSuchObject", "RemoteStamp", "bounded", "check_package", "check_writable", "exists", "filesystem",
+    "fingerprint", "is_url", "is_web", "list_folder", "list_images", "local_path", "localise", "opener", "protocol_of",
+    "publish", "read_range", "read_small", "remote_errors", "shown", "write_small",
 ]  # fmt: skip

@@ -7,12 +7,14 @@ import tempfile
 import weakref
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Self, cast
 
 from pixelwise.errors import DataError, UsageError
 from pixelwise.files import extra
 from pixelwise.formats.base import Opener
+from pixelwise.formats.local import changed, sampled, size_change
 from pixelwise.formats.remote.urls import bounded, filesystem, is_web, patiently, protocol_of, remote_errors, shown
 
 BLOCK_BYTES = 2**19
@@ -21,8 +23,8 @@ CACHED_BLOCKS = 64
 
 _UNCACHED_BYTES = 8 * BLOCK_BYTES  # reads of this size are one request
 _MAX_ENTRIES = 20_000
+_WHOLE_BYTES = 16 * 2**20
 _WHOLE_ONLY = "the server cannot send parts of it. Download it first."
-_SAMPLES, _SAMPLE_BYTES, _WHOLE_BYTES = 64, 64 * 2**10, 16 * 2**20
 _CONTENT_TAGS = ("ETag", "etag", "Content-MD5", "Digest", "md5Hash", "crc32c", "blob_id", "content_md5")
 _OTHER_TAGS = (
     "VersionId", "generation", "Last-Modified", "LastModified", "last_modified", "updated", "mtime", "created",
@@ -31,19 +33,12 @@ _OTHER_TAGS = (
 
 @dataclass(frozen=True)
 class RemoteStamp:
-    """What a server says about an object; it differs when the object was changed or replaced.
-
-    Attributes:
-        size: bytes.
-        content: tags that follow the content (ETag, MD5), as far as the server gives any.
-        other: its version, and the time of its last change.
-        ranges: whether parts of it can be asked for.
-    """
+    """What a server says about an object; it differs when the object was changed or replaced."""
 
     size: int
-    content: tuple[str, ...] = ()
-    other: tuple[str, ...] = ()
-    ranges: bool = True
+    content: tuple[str, ...] = ()  # tags that follow the content (ETag, MD5), if the server gives any
+    other: tuple[str, ...] = ()  # its version, and the time of its last change
+    ranges: bool = True  # can be asked for
 
     @classmethod
     def of(cls, location: str) -> Self:
@@ -69,28 +64,20 @@ class RemoteStamp:
         """Raise `DataError` if the object is no longer the one this stamp was taken of."""
         now = type(self).of(location)
         if now != self:
-            what = f"{self.size:,} bytes before, {now.size:,} now" if now.size != self.size else "its tag differs"
-            raise DataError(
-                f"{shown(location)}: the object changed while it was read ({what}). Run again when nothing writes to it."
-            )
+            raise changed(shown(location), "object", size_change(self.size, now.size) or "its tag differs")
 
 
-def fingerprint(location: str, stamp: RemoteStamp | None = None) -> str:
+def fingerprint(location: str, stamp: RemoteStamp) -> str:
     """Hexadecimal SHA-256 that changes when the content does, mostly without reading it.
 
     The size and the server's tags of the content count (ETag, MD5). Where there are none, small objects are read; of
     those over 16 MiB 64 evenly spread samples of 64 KiB and the time of the last change count.
     """
-    stamp = stamp or RemoteStamp.of(location)
     if stamp.content:
         return hashlib.sha256(f"{stamp.size} {stamp.content}".encode()).hexdigest()
     if stamp.size <= _WHOLE_BYTES:
         return hashlib.sha256(read_range(location, 0, stamp.size)).hexdigest()
-    digest = hashlib.sha256(f"{stamp.size} {stamp.other}".encode())
-    for index in range(_SAMPLES):
-        start = (stamp.size - _SAMPLE_BYTES) * index // (_SAMPLES - 1)
-        digest.update(read_range(location, start, start + _SAMPLE_BYTES))
-    return digest.hexdigest()
+    return sampled(f"{stamp.size} {stamp.other}", stamp.size, lambda start, stop: read_range(location, start, stop))
 
 
 def read_range(location: str, start: int | None = None, stop: int | None = None) -> bytes:
@@ -116,48 +103,37 @@ def read_range(location: str, start: int | None = None, stop: int | None = None)
     return data[start:] if start is not None and start < 0 else data  # servers without ranges answer with the whole
 
 
-def sends_ranges(location: str, stamp: RemoteStamp) -> bool:
-    """Whether parts of an object can be asked for; of web servers one byte is asked for to find out."""
-    if not stamp.ranges or not is_web(location) or stamp.size <= BLOCK_BYTES:
-        return stamp.ranges
-    try:
-        return len(read_range(location, stamp.size - 1, stamp.size)) == 1
-    except DataError:
-        return False
-
-
-def opener(location: str, stamp: RemoteStamp | None = None) -> Opener:
-    """A function that gives a new seekable file of the object at each call.
+def opener(location: str, stamp: RemoteStamp) -> Opener:
+    """A function that gives a new seekable file of the object at each call; a `DataError` if the server sends no ranges.
 
     The files of one opener share a cache of the blocks read last, so that each thread may have its own file. Reading
     raises `DataError` where the server fails; it never gives less than is there.
     """
-    known = stamp or RemoteStamp.of(location)
-    if not sends_ranges(location, known):
+    asks = is_web(location) and stamp.size > BLOCK_BYTES  # web servers do not say it, so one byte is asked for
+    if not stamp.ranges or (asks and len(read_range(location, stamp.size - 1, stamp.size)) != 1):
         raise DataError(f"{shown(location)}: {_WHOLE_ONLY}")
 
     def fetch(start: int, stop: int) -> bytes:
-        data = read_range(location, start, min(stop, known.size))
-        if len(data) != min(stop, known.size) - start:
-            ends = start + len(data)
-            raise DataError(f"{shown(location)}: the object changed while it was read: it ends at byte {ends:,}.")
+        data = read_range(location, start, min(stop, stamp.size))
+        if len(data) != min(stop, stamp.size) - start:
+            raise changed(shown(location), "object", f"it ends at byte {start + len(data):,}")
         return data
 
     fsspec = extra("fsspec.spec", "remote", f"{protocol_of(location)}://")
-    blocks = extra("fsspec.caching", "remote", "").BlockCache(BLOCK_BYTES, fetch, known.size, CACHED_BLOCKS)
+    blocks = extra("fsspec.caching", "remote", "").BlockCache(BLOCK_BYTES, fetch, stamp.size, CACHED_BLOCKS)
 
     class RemoteFile(fsspec.AbstractBufferedFile):  # type: ignore[name-defined]
         loc: int
 
         def read(self, length: int = -1) -> bytes:
-            stop = known.size if length < 0 else min(self.loc + length, known.size)
+            stop = stamp.size if length < 0 else min(self.loc + length, stamp.size)
             if stop - self.loc < _UNCACHED_BYTES:
                 return bytes(super().read(length))
             self.loc, start = stop, self.loc
             return fetch(start, stop)
 
     def open_file() -> BinaryIO:
-        file = RemoteFile(None, shown(location), block_size=BLOCK_BYTES, cache_type="none", size=known.size)
+        file = RemoteFile(None, shown(location), block_size=BLOCK_BYTES, cache_type="none", size=stamp.size)
         file.cache = blocks
         return cast(BinaryIO, file)
 
@@ -165,51 +141,22 @@ def opener(location: str, stamp: RemoteStamp | None = None) -> Opener:
 
 
 class LocalCopy:
-    """A private copy of an object on this machine, gone when it is closed or forgotten.
-
-    Attributes:
-        path: the copy; its name ends as that of the object.
-    """
+    """A private copy on this machine, gone when it is closed or forgotten."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._remove = weakref.finalize(self, shutil.rmtree, path.parent, ignore_errors=True)
-
-    def close(self) -> None:
-        """Delete the copy."""
-        self._remove()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+        self.close = weakref.finalize(self, shutil.rmtree, path.parent, ignore_errors=True)
 
 
-def localise(location: str, folder: str | Path | None = None, stamp: RemoteStamp | None = None) -> LocalCopy:
-    """Copy an object to this machine, for formats that cannot be read from a stream.
-
-    Args:
-        location: the URL.
-        folder: where; by default the system's folder for temporary files.
-        stamp: the object's, if it is known.
-
-    Raises:
-        DataError: the object is missing or cannot be read, or the disk has no room for it.
-    """
-    stamp = stamp or RemoteStamp.of(location)
+def localise(
+    location: str, stamps: RemoteStamp | Mapping[str, RemoteStamp], folder: str | Path | None = None
+) -> LocalCopy:
+    """Copy an object, or those of a folder as `list_folder` gives them, to a new temporary folder on this machine."""
     name = re.sub(r"[^A-Za-z0-9._-]", "_", PurePosixPath(shown(location)).name)[-100:].lstrip(".") or "file"
-    return _copied(location, folder, name, {"": (location, stamp)})
-
-
-def localise_folder(location: str, stamps: Mapping[str, RemoteStamp], folder: str | Path | None = None) -> LocalCopy:
-    """Copy the objects of a folder, as `list_folder` gives them, to a private folder on this machine."""
-    base = location.rstrip("/")
-    return _copied(location, folder, "series", {name: (f"{base}/{name}", stamp) for name, stamp in stamps.items()})
-
-
-def _copied(location: str, folder: Any, top: str, objects: Mapping[str, tuple[str, RemoteStamp]]) -> LocalCopy:
-    """Copy objects to TOP or TOP/name of a new temporary folder."""
+    if isinstance(stamps, Mapping):
+        objects = {item: (f"{location.rstrip('/')}/{item}", stamp) for item, stamp in stamps.items()}
+    else:
+        objects = {"": (location, stamps)}
     chosen, size = Path(folder or tempfile.gettempdir()), sum(stamp.size for _, stamp in objects.values())
     try:
         free = shutil.disk_usage(chosen).free
@@ -218,27 +165,21 @@ def _copied(location: str, folder: Any, top: str, objects: Mapping[str, tuple[st
                 f"{shown(location)}: takes {size:,} bytes on this machine, but {chosen} has {free:,} free. "
                 "Free some space, or set TMPDIR to a larger disk."
             )
-        copy = LocalCopy(Path(tempfile.mkdtemp(prefix="pixelwise-", dir=chosen)) / top)
+        copy = LocalCopy(Path(tempfile.mkdtemp(prefix="pixelwise-", dir=chosen)) / name)
     except OSError as error:
         raise DataError(f"{shown(location)}: cannot be copied to {chosen} ({error.strerror or error}).") from None
     try:
-        for name, (url, stamp) in objects.items():
-            path = copy.path / name
+        for item, (url, stamp) in objects.items():
+            path, (system, key) = copy.path / item, filesystem(url)
             path.parent.mkdir(exist_ok=True)
-            _download(url, stamp, path)
+            with remote_errors(shown(url)):
+                patiently(partial(system.get_file, key, str(path)))
+            if (came := path.stat().st_size) != stamp.size:
+                raise DataError(f"{shown(url)}: {came:,} bytes came, though the server said {stamp.size:,}. Run again.")
     except BaseException:
         copy.close()
         raise
     return copy
-
-
-def _download(location: str, stamp: RemoteStamp, path: Path) -> None:
-    system, name = filesystem(location)
-    with remote_errors(shown(location)):
-        patiently(lambda: system.get_file(name, str(path)))
-    size = path.stat().st_size
-    if size != stamp.size:
-        raise DataError(f"{shown(location)}: {size:,} bytes came, though the server said {stamp.size:,}. Run again.")
 
 
 def list_folder(location: str) -> dict[str, RemoteStamp]:
@@ -280,12 +221,7 @@ def _images_below(system: Any, name: str, suffixes: tuple[str, ...]) -> Iterator
         yield name
         return
     for parent, folders, files in system.walk(name, topdown=True):
-        for folder in list(folders):
-            is_image = folder.lower().endswith(".zarr")
-            if folder.startswith(".") or is_image:
-                folders.pop(folder) if isinstance(folders, dict) else folders.remove(folder)
-            if is_image and not folder.startswith("."):
-                yield f"{parent}/{folder}"
-        for item in files:
-            if item and not item.startswith(".") and item.lower().endswith(suffixes):
-                yield f"{parent}/{item}"
+        images = [folder for folder in folders if folder.lower().endswith(".zarr")]
+        folders[:] = [folder for folder in folders if folder not in images and not folder.startswith(".")]
+        images += [file for file in files if file.lower().endswith(suffixes)]
+        yield from (f"{parent}/{image}" for image in images if not image.startswith("."))

@@ -45,10 +45,8 @@ def publish(local: Path, url: str) -> None:
 def check_writable(url: str) -> None:
     """Raise `UsageError` if nothing can be written below a URL, which is known without asking."""
     if is_url(url) and protocol_of(url) in ("http", "https", "hf"):
-        raise UsageError(
-            f"{shown(url)}: results cannot be written there. Name a local folder, or a place in an object store "
-            "(s3://, gs://, az://)."
-        )
+        choice = "Name a local folder, or a place in an object store (s3://, gs://, az://)."
+        raise UsageError(f"{shown(url)}: results cannot be written there. {choice}")
 
 
 def exists(url: str) -> bool:
@@ -65,12 +63,10 @@ def read_small(url: str, limit: int = MAX_RECORD_BYTES) -> bytes | None:
     """The content of a record; None if there is none, or it is larger than `limit` bytes."""
     path = _local(url)
     try:
-        if path is None:
-            size = RemoteStamp.of(url).size
-            return read_range(url, 0, size) if size <= limit else None
-        with path.open("rb") as file:
-            data = file.read(limit + 1)
-            return data if len(data) <= limit else None
+        size = RemoteStamp.of(url).size if path is None else path.stat().st_size
+        if size > limit:
+            return None
+        return read_range(url, 0, size) if path is None else path.read_bytes()
     except (NoSuchObject, FileNotFoundError, IsADirectoryError, NotADirectoryError):
         return None
     except OSError as error:
@@ -81,10 +77,9 @@ def write_small(url: str, content: bytes) -> None:
     """Write a record, as a whole or not at all."""
     with _writing(url) as path:
         if path is not None:
-            write_bytes(path, content)
-        else:
-            system, name = filesystem(url)
-            system.pipe_file(name, content, **bounded(system))
+            return write_bytes(path, content)
+        system, name = filesystem(url)
+        system.pipe_file(name, content, **bounded(system))
 
 
 def _local(url: str) -> Path | None:
@@ -121,17 +116,16 @@ def _put_file(local: Path, url: str) -> None:
 
 def _put_folder(local: Path, url: str) -> None:
     system, root = filesystem(url.rstrip("/"))
-    names = sorted(item.relative_to(local).as_posix() for item in local.rglob("*") if item.is_file())
-    known = [str(name)[len(root) :].lstrip("/") for name in system.find(root)] if system.exists(root) else []
+    names = {item.relative_to(local).as_posix() for item in local.rglob("*") if item.is_file()}
+    known = {str(name)[len(root) :].lstrip("/") for name in system.find(root)} if system.exists(root) else set()
     documents = (".zattrs", *ZARR_DOCUMENTS)
-    last = [name for name in documents if name in names]
-    first = [name for name in names if name not in last]
     for name in reversed(documents):
         if name in known:
             system.rm_file(f"{root}/{name}")
+    first = sorted(names.difference(documents))
     system.put([str(local / name) for name in first], [f"{root}/{name}" for name in first], batch_size=_UPLOADS)
-    stale = [f"{root}/{name}" for name in known if name not in (*names, *documents)]
-    if stale:
-        system.rm(stale)
-    for name in last:
-        system.put_file(str(local / name), f"{root}/{name}")
+    if stale := known.difference(names, documents):
+        system.rm([f"{root}/{name}" for name in sorted(stale)])
+    for name in documents:
+        if name in names:
+            system.put_file(str(local / name), f"{root}/{name}")

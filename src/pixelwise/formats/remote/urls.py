@@ -68,9 +68,7 @@ def shown(location: object) -> str:
         return text
     match = _SCHEME.match(text)
     head, rest = ("", text) if match is None else (match[0], text[match.end() :])
-    host, slash, path = rest.split("?")[0].partition("/")
-    if head.lower().startswith("http"):
-        path = path.split("#")[0]
+    host, slash, path = re.split("[?#]" if head.lower().startswith("http") else "[?]", rest)[0].partition("/")
     return head + host.rpartition("@")[2] + slash + path
 
 
@@ -103,15 +101,12 @@ def check_package(location: str) -> ModuleType:
     """The package fsspec, if it and the one for the protocol of a URL are installed; no server is asked."""
     protocol = protocol_of(location)
     module, package = PROTOCOLS.get(protocol, ("fsspec", ""))
-    for name in ("fsspec", module):
-        try:
-            extra(name, "remote", f"{protocol}://")
-        except UsageError:
-            command = f'pip install "pixelwise[remote]" {package}'.rstrip()
-            raise UsageError(
-                f"{shown(location)}: {protocol}:// needs the package {name}. Install it: {command}"
-            ) from None
-    return extra("fsspec", "remote", f"{protocol}://")
+    try:
+        fsspec = extra("fsspec", "remote", f"{shown(location)}: {protocol}://")
+        extra(module, "remote", f"{shown(location)}: {protocol}://")
+    except UsageError as error:
+        raise UsageError(f"{error} {package}".rstrip()) from None
+    return fsspec
 
 
 def filesystem(location: str) -> tuple[Any, str]:
@@ -120,26 +115,22 @@ def filesystem(location: str) -> tuple[Any, str]:
     Credentials come from where the packages look for them (environment, configuration files); further settings from
     `FSSPEC_<PROTOCOL>_<SETTING>`, for example `FSSPEC_S3_ANON=true` for public buckets.
     """
-    protocol = protocol_of(location)
-    fsspec = check_package(location)
+    protocol, fsspec = protocol_of(location), check_package(location)
+    options: dict[str, Any] = {}
+    if protocol in ("s3", "s3a"):
+        waiting = {"connect_timeout": CONNECT_S, "read_timeout": READ_S, "retries": {"max_attempts": 0}}
+        options = {"use_listings_cache": False, "config_kwargs": waiting}
+    elif protocol in ("gs", "gcs"):
+        options = {"use_listings_cache": False, "requests_timeout": READ_S}
+    elif is_web(location):
+        timeout = extra("aiohttp", "remote", "").ClientTimeout(total=None, sock_connect=CONNECT_S, sock_read=READ_S)
+        options = {"client_kwargs": {"timeout": timeout, "trust_env": True}}
     with remote_errors(shown(location)):
         configured = fsspec.config.conf.get(protocol, {})
-        options = {key: value for key, value in _options(protocol).items() if key not in configured}
-        system = fsspec.filesystem(protocol, **options)
+        system = fsspec.filesystem(protocol, **{key: options[key] for key in options if key not in configured})
         if hasattr(system, "retries"):
             system.retries = _TRIES  # of s3fs; botocore's own are switched off, for the two would multiply
         return system, str(system._strip_protocol(location))
-
-
-def _options(protocol: str) -> dict[str, Any]:
-    if protocol in ("s3", "s3a"):
-        waiting = {"connect_timeout": CONNECT_S, "read_timeout": READ_S, "retries": {"max_attempts": 0}}
-        return {"use_listings_cache": False, "config_kwargs": waiting}
-    if protocol in ("http", "https"):
-        aiohttp = extra("aiohttp", "remote", "https://")
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S, sock_read=READ_S)
-        return {"client_kwargs": {"timeout": timeout, "trust_env": True}}
-    return {"use_listings_cache": False, "requests_timeout": READ_S} if protocol in ("gs", "gcs") else {}
 
 
 def bounded(system: Any) -> dict[str, float]:
@@ -179,11 +170,9 @@ def remote_errors(name: str) -> Iterator[None]:
 
 def _errors() -> tuple[type[BaseException], ...]:
     """What file systems raise; asked for after the fact, when the module that defines an error is surely imported."""
-    found: list[type[BaseException]] = [OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError]
-    for module, names in _FOREIGN_ERRORS.items():
-        if module in sys.modules:
-            found += [getattr(sys.modules[module], name) for name in names if hasattr(sys.modules[module], name)]
-    return tuple(found)
+    loaded = [(sys.modules[module], names) for module, names in _FOREIGN_ERRORS.items() if module in sys.modules]
+    foreign = [getattr(module, name) for module, names in loaded for name in names if hasattr(module, name)]
+    return (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, *foreign)
 
 
 def _status(error: BaseException | None) -> int | None:
@@ -206,9 +195,7 @@ def _names(error: BaseException) -> set[str]:
 def _unwrapped(error: BaseException) -> BaseException:
     """What happened, where a file system says of every failure that there is no such file."""
     cause = error.__cause__
-    if not isinstance(error, FileNotFoundError) or cause is None or isinstance(cause, LookupError):
-        return error
-    return cause
+    return cause if isinstance(error, FileNotFoundError) and cause and not isinstance(cause, LookupError) else error
 
 
 def _explain(error: BaseException) -> str:

@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 
 from pixelwise.files import atomic_path, cannot_write
 from pixelwise.formats.base import LABELS, Result
+from pixelwise.formats.png import MARK
 from pixelwise.formats.raster import DECODE_ERRORS
 from pixelwise.formats.tiff.read import NODATA_TAG
-from pixelwise.formats.writers import MARK
 
 TILE_PX = 512
 _BIG_BYTES = 2**32 - 2**25  # beyond this, a classic TIFF might not be able to point at its own tiles

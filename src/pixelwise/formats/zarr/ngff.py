@@ -3,8 +3,9 @@
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
 
 from pixelwise.errors import DataError, UsageError
 from pixelwise.formats.base import LABELS, Result
@@ -17,58 +18,13 @@ _ROLES = {
 _MAX_COLORS = 4  # an axis nobody names is the channels if it is no longer than this: grey, grey + opacity, RGB, RGBA
 
 
-@dataclass(frozen=True, kw_only=True)
-class Level:
-    """One resolution of an image: the path of its array, its step and the place of its first number along each axis."""
-
-    path: str
-    scale: tuple[float, ...] = ()
-    translation: tuple[float, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Multiscale:
-    """An image of OME-Zarr; axes, types and units are empty where the file gives none, levels start with the finest."""
-
-    version: str
-    name: str
-    axes: tuple[str, ...]
-    types: Mapping[str, str] = field(default_factory=dict)
-    units: Mapping[str, str] = field(default_factory=dict)
-    levels: tuple[Level, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Axes:
-    """The names of the axes of an array, and which are rows, columns and channels; all others are planes."""
-
-    names: tuple[str, ...]
-    y: int
-    x: int
-    c: int | None
-    planes: tuple[int, ...]
-
-    @classmethod
-    def of(cls, names: Sequence[str]) -> "Axes":
-        """The axes of these names, "y" and "x" among them."""
-        y, x, c = names.index("y"), names.index("x"), names.index("c") if "c" in names else None
-        return cls(names=tuple(names), y=y, x=x, c=c, planes=tuple(i for i in range(len(names)) if i not in (y, x, c)))
-
-
 def axes_of(
     shape: Sequence[int], names: Sequence[str | None] | None, wanted: str | None = None, channels: int | None = None
-) -> Axes:
-    """Find rows, columns and channels among the axes of an array.
+) -> tuple[str, ...]:
+    """The names of the axes of an array, among them "y" and "x", and "c" if it has channels; all others are planes.
 
-    Args:
-        shape: its lengths.
-        names: what the file calls its axes, if it does.
-        wanted: what the user calls them, one letter each, for example "zyx" or "yxc".
-        channels: how many the network takes, which decides where the file leaves it open.
-
-    Raises:
-        UsageError: `wanted` does not fit the shape.
-        DataError: nothing says which axis is what.
+    What the user wants ("zyx") counts before the names of the file; where both are missing, the lengths and the number of
+    channels that the network takes decide.
     """
     size = " x ".join(map(str, shape))
     if wanted is not None:
@@ -77,17 +33,17 @@ def axes_of(
                 f"axes {wanted!r} do not fit an array of {size}. Write one letter for each axis, y and x among them, "
                 'for example "zyx", "cyx" or "tczyx".'
             )
-        return Axes.of(wanted)
+        return tuple(wanted)
     if names and all(names):
-        roles = [_role(str(name)) for name in names]
+        roles = tuple(_role(str(name)) for name in names)
         if len(roles) == len(shape) and {"y", "x"} <= set(roles) and len(set(roles)) == len(roles):
-            return Axes.of(roles)
+            return roles
     guess = _guess(tuple(shape), channels)
     if guess is None:
         raise DataError(
             f"nothing says which of its axes ({size}) are rows and columns. Say so, for example axes='tcyx'."
         )
-    return Axes.of(guess)
+    return tuple(guess)
 
 
 def _role(name: str) -> str:
@@ -117,8 +73,12 @@ def ome_of(attributes: Mapping[str, Any]) -> Mapping[str, Any]:
     return inner if isinstance(inner, dict) else attributes
 
 
-def multiscale_of(attributes: Mapping[str, Any], series: int = 0) -> Multiscale | None:
-    """The image that the attributes of a group describe; None if they describe none."""
+def multiscale_of(attributes: Mapping[str, Any], series: int = 0) -> dict[str, Any] | None:
+    """The image that the attributes of a group describe; None if they describe none.
+
+    Its axes, types and units are empty where the file gives none. Its levels start with the finest: the path of the array,
+    the scale and the place of the first number along each axis.
+    """
     within = ome_of(attributes)
     images = within.get("multiscales")
     if images is None:
@@ -134,15 +94,14 @@ def multiscale_of(attributes: Mapping[str, Any], series: int = 0) -> Multiscale 
         {name: str(item[key]) for name, item in zip(names, items, strict=True) if item.get(key)}
         for key in ("type", "unit")
     )
-    common = _transforms(image.get("coordinateTransformations"), len(names))
-    return Multiscale(
-        version=str(within.get("version") or image.get("version") or ""),
-        name=str(image.get("name") or ""),
-        axes=names,
-        types=types,
-        units=units,
-        levels=tuple(_level(item, common, len(names)) for item in image["datasets"]),
-    )
+    common, key = image.get("coordinateTransformations") or (), "coordinateTransformations"
+    levels = [
+        (inner_path(item.get("path")), *_placed([*(item.get(key) or ()), *common], len(names)))
+        for item in image["datasets"]
+    ]
+    version = str(within.get("version") or image.get("version") or "")
+    name = str(image.get("name") or "")
+    return {"version": version, "name": name, "axes": names, "types": types, "units": units, "levels": levels}
 
 
 def inner_path(path: object) -> str:
@@ -151,39 +110,25 @@ def inner_path(path: object) -> str:
     if (
         not isinstance(path, str)
         or not parts
-        or any(not re.fullmatch(r"(?!\.\.$)[^\\:?#\0%*]+", item) for item in parts)
+        or not all(re.fullmatch(r"(?!\.\.$)[^\\:?#\0%*]+", part) for part in parts)
     ):
         raise DataError(f"its level lies at {str(path)[:60]!r}, which is no place inside the image.")
     return "/".join(parts)
 
 
-def _level(item: Mapping[str, Any], common: Mapping[str, tuple[float, ...]], axes: int) -> Level:
-    own = _transforms(item.get("coordinateTransformations"), axes)
-    scale, shift = own.get("scale", ()), own.get("translation", ())
-    outer, outer_shift = common.get("scale", ()), common.get("translation", ())
-    if outer:  # applied after that of the level
-        shift = tuple(a * b for a, b in zip(shift, outer, strict=True)) if shift else ()
-        scale = tuple(a * b for a, b in zip(scale, outer, strict=True)) if scale else outer
-    if outer_shift:
-        shift = tuple(a + b for a, b in zip(shift, outer_shift, strict=True)) if shift else outer_shift
-    return Level(path=inner_path(item.get("path")), scale=scale, translation=shift)
-
-
-def _transforms(items: Any, axes: int) -> dict[str, tuple[float, ...]]:
-    """The scale and translation of a list of transformations; "identity" adds nothing."""
-    found: dict[str, tuple[float, ...]] = {}
-    for item in items or ():
+def _placed(transforms: Sequence[Any], axes: int) -> tuple[list[float], list[float]]:
+    """The scale and the translation of each axis that transformations, one after the other, come to."""
+    scale, shift = np.ones(axes), np.zeros(axes)
+    for item in transforms if axes else ():
         kind = item.get("type")
         if kind == "identity":
             continue
-        values = item.get(kind) if kind in ("scale", "translation") else None
-        plain = isinstance(values, list) and all(
-            type(value) in (int, float) and math.isfinite(value) for value in values
-        )
-        if not plain or not values or len(values) != (axes or len(values)) or (kind == "scale" and min(values) <= 0):
+        values = np.asarray(item.get(kind) if kind in ("scale", "translation") else None)
+        is_sound = values.dtype.kind in "iuf" and values.shape == shift.shape and np.isfinite(values).all()
+        if not is_sound or (kind == "scale" and values.min() <= 0):
             raise DataError(f"a transformation is {str(item)[:80]!r}; scales are positive numbers, one for each axis.")
-        found[kind] = tuple(map(float, values))
-    return found
+        scale, shift = (scale * values, shift * values) if kind == "scale" else (scale, shift + values)
+    return scale.tolist(), shift.tolist()
 
 
 def plane_axes(result: Result) -> tuple[list[str], list[int]]:
@@ -196,35 +141,28 @@ def plane_axes(result: Result) -> tuple[list[str], list[int]]:
 
 def group_attributes(result: Result, labels: str, levels: int, zarr_format: int) -> dict[str, dict[str, Any]]:
     """The NGFF attributes of each group of a result, by its path."""
-    if result.kind != LABELS:
-        groups: dict[str, dict[str, Any]] = {"": {"multiscales": [_image(result, levels, zarr_format, "")]}}
-    else:
+    version = {"version": "0.4"} if zarr_format == 2 else {}
+    groups: dict[str, dict[str, Any]] = {"": {"multiscales": [_image(result, levels, "") | version]}}
+    if result.kind == LABELS:
         inner = f"labels/{labels}"
-        about = [(index, name, [*color, 255]) for index, (name, color) in enumerate(_classes(result))]
+        classes = zip(result.spec.names, result.spec.colors, strict=True)
+        about = [(index, name, [*color, 255]) for index, (name, color) in enumerate(classes)]
         if result.nodata is not None:
             about.append((int(result.nodata), "no data", [0, 0, 0, 0]))
-        label: dict[str, Any] = {
+        label = {
             "colors": [{"label-value": value, "rgba": rgba} for value, _, rgba in about],
             "properties": [{"label-value": value, "name": name} for value, name, _ in about],
             "source": {"image": "../../"},
         }
-        if zarr_format == 2:
-            label["version"] = "0.4"
         groups = {
-            inner: {"multiscales": [_image(result, levels, zarr_format, "")], "image-label": label},
+            inner: groups[""] | {"image-label": label | version},
             "labels": {"labels": [labels]},
-            "": {"multiscales": [_image(result, levels, zarr_format, f"{inner}/")]},
+            "": {"multiscales": [_image(result, levels, f"{inner}/") | version]},
         }
-    if zarr_format == 2:
-        return groups
-    return {path: {"ome": {"version": "0.5", **attributes}} for path, attributes in groups.items()}
+    return groups if version else {path: {"ome": {"version": "0.5", **group}} for path, group in groups.items()}
 
 
-def _classes(result: Result) -> list[tuple[str, tuple[int, int, int]]]:
-    return list(zip(result.spec.names, result.spec.colors, strict=True))
-
-
-def _image(result: Result, levels: int, zarr_format: int, prefix: str) -> dict[str, Any]:
+def _image(result: Result, levels: int, prefix: str) -> dict[str, Any]:
     """The description of an image of which each level takes every second pixel, so that the first stays in its place."""
     metadata = result.metadata if result.source.format == "ome-zarr" else {}
     names = [*plane_axes(result)[0], "y", "x"]
@@ -237,8 +175,7 @@ def _image(result: Result, levels: int, zarr_format: int, prefix: str) -> dict[s
     for level in range(levels):
         steps = [scale.get(name, 1.0) * (2**level if name in ("y", "x") else 1) for name in names]
         transforms: list[dict[str, Any]] = [{"type": "scale", "scale": steps}]
-        if shift:
+        if any(shift.values()):
             transforms.append({"type": "translation", "translation": [shift.get(name, 0.0) for name in names]})
         datasets.append({"path": f"{prefix}{level}", "coordinateTransformations": transforms})
-    image: dict[str, Any] = {"name": metadata.get("name") or result.kind, "axes": axes, "datasets": datasets}
-    return image | ({"version": "0.4"} if zarr_format == 2 else {})
+    return {"name": metadata.get("name") or result.kind, "axes": axes, "datasets": datasets}

@@ -6,7 +6,6 @@ import threading
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -15,9 +14,9 @@ from numpy.typing import NDArray
 from pixelwise.errors import DataError, UsageError
 from pixelwise.formats import local
 from pixelwise.formats.base import Source, SourceInfo
-from pixelwise.formats.raster import whole_numbers as whole_numbers
+from pixelwise.formats.raster import whole_numbers
 from pixelwise.formats.remote import shown
-from pixelwise.formats.zarr.ngff import Axes, Multiscale, axes_of, inner_path, multiscale_of, ome_of
+from pixelwise.formats.zarr.ngff import axes_of, inner_path, multiscale_of, ome_of
 from pixelwise.formats.zarr.store import Place, open_node, open_place
 
 WORKING_BYTES = 256 * 2**20
@@ -27,45 +26,28 @@ _KEPT_MASKS = 8
 
 
 def open_zarr(
-    location: str,
-    *,
-    level: int = 0,
-    series: int = 0,
-    axes: str | None = None,
-    channels: int | None = None,
+    location: str, *, level: int = 0, series: int = 0, axes: str | None = None, channels: int | None = None,
     labels: bool = False,
-) -> "ZarrSource":
-    """Open an array or an image.
+) -> "ZarrSource":  # fmt: skip
+    """Open an array or an image: a folder, a ZIP archive of one, or its URL.
 
-    Rows, columns and channels are found by the names that the file gives its axes. An array without names is (H, W),
-    (H, W, C) or (C, H, W) with up to four channels, else a stack of planes. All other axes (z, t) are planes, in order.
-
-    Args:
-        location: a folder, a ZIP archive of one, or its URL.
-        level: of the pyramid of an OME-Zarr image; 0 is the finest.
-        series: the number of the image where a file holds several.
-        axes: one letter for each axis, which overrules the file: "zyx", "yxc", "tczyx".
-        channels: how many the network takes; decides where a plain array leaves open what its axes are.
-        labels: read it as a mask; of an OME-Zarr image with labels these are read, not the image.
-
-    Raises:
-        DataError: there is no such array, or it is damaged, or cannot be used.
-        UsageError: there is no such level or series, `axes` do not fit, or zarr is not installed.
+    Rows, columns and channels are found by the names that the file gives its axes, or as `axes` says ("tczyx"). An array
+    without names is (H, W), (H, W, C) or (C, H, W) with as many `channels` as the network takes or up to four, else a
+    stack of planes. All other axes (z, t) are planes, in order. `series` is the number of the image where a file holds
+    several, `level` that in its pyramid; as `labels` those of an OME-Zarr image are read, where it has any, not the image.
     """
     for option, value in (("level", level), ("series", series)):
         if value < 0:
             raise UsageError(f"{option} {value}: levels and series are counted from 0.")
-    name = shown(location)
-    with _readable(name):
+    with _readable(shown(location)):
         place = open_place(location)
     try:
         with _readable(place.name):
             return ZarrSource(place, level, series, axes, channels, labels)
-    except UsageError as error:
+    except BaseException as error:
         place.close()
-        raise UsageError(f"{place.name}: {error}") from None
-    except BaseException:
-        place.close()
+        if isinstance(error, UsageError):
+            raise UsageError(f"{place.name}: {error}") from None
         raise
 
 
@@ -89,9 +71,10 @@ class ZarrSource(Source):
         prefix, node, image = _find(place, series, labels)
         attributes = node.attrs.asdict()
         if image is not None:
-            if level >= len(image.levels):
-                raise UsageError(f"level {level}: the image has {len(image.levels)} (0..{len(image.levels) - 1}).")
-            prefix = f"{prefix}/{image.levels[level].path}".lstrip("/")
+            levels = image["levels"]
+            if level >= len(levels):
+                raise UsageError(f"level {level}: the image has {len(levels)} (0..{len(levels) - 1}).")
+            prefix = f"{prefix}/{levels[level][0]}".lstrip("/")
             node = open_node(place, prefix)
             if not hasattr(node, "shape"):
                 raise DataError(f"its level {prefix!r} is a group, not an array.")
@@ -99,16 +82,18 @@ class ZarrSource(Source):
             raise UsageError("this is a plain array; it has level 0 and series 0 only.")
         self._array = node
         self._axes = axes_of(node.shape, _axis_names(node, image), axes, channels)
+        self._planes = [index for index, name in enumerate(self._axes) if name not in ("y", "x", "c")]
         self._gaps = bool(node.dtype.kind == "f" and node.fill_value is not None and np.isnan(node.fill_value))
         self._masks: dict[tuple[int, ...], NDArray[np.bool_]] = {}
         self._lock = threading.Lock()
         self._identity = place.identity(f"{place.top}/{prefix}".strip("/"))
         self.info = self._describe("zarr" if image is None else "ome-zarr")
-        self.metadata = MappingProxyType(_metadata(node, self._axes, image, level, attributes))
+        self.metadata = _metadata(node, self._axes, image, level, attributes)
 
     def _describe(self, kind: str) -> SourceInfo:
-        shape, axes, dtype = self._array.shape, self._axes, self._array.dtype
-        channels = 1 if axes.c is None else shape[axes.c]
+        sides, dtype = dict(zip(self._axes, self._array.shape, strict=True)), self._array.dtype
+        chunks = dict(zip(self._axes, self._array.chunks, strict=True))
+        channels = sides.get("c", 1)
         name = "uint8" if dtype.kind == "b" else dtype.newbyteorder("=").name
         if self._labels:
             name = "int64" if dtype.kind == "f" else name
@@ -116,16 +101,11 @@ class ZarrSource(Source):
                 raise DataError(
                     f"it has {channels} channels of {name}; a mask has one channel of whole numbers, or 8-bit RGB."
                 )
+        planes = math.prod(self._array.shape[axis] for axis in self._planes)
         return SourceInfo(
-            location=self._place.name,
-            format=kind,
-            height=shape[axes.y],
-            width=shape[axes.x],
-            channels=channels,
-            dtype=name,
-            planes=math.prod(shape[axis] for axis in axes.planes),
-            block_px=(min(self._array.chunks[axes.y], shape[axes.y]), min(self._array.chunks[axes.x], shape[axes.x])),
-        )
+            location=self._place.name, format=kind, height=sides["y"], width=sides["x"], channels=channels, dtype=name,
+            planes=planes, block_px=(min(chunks["y"], sides["y"]), min(chunks["x"], sides["x"])),
+        )  # fmt: skip
 
     def read(self, top: int, left: int, height: int, width: int, plane: int = 0) -> NDArray[Any]:
         """The window (height, width, C). Where NaN is the fill value of the array, NaN pixels are no data and read as 0."""
@@ -136,9 +116,7 @@ class ZarrSource(Source):
             window = self._window(top, left, height, width, plane)
             if window.dtype.kind == "f":
                 if self._gaps:
-                    gaps = np.isnan(window).any(axis=2)
-                    window[gaps] = 0
-                    self._remember((top, left, height, width, plane), ~gaps)
+                    window[~self._mask(window, (top, left, height, width, plane))] = 0
                 bad = int(np.count_nonzero(~np.isfinite(window)))
                 if bad:
                     raise DataError(f"{bad:,} of its numbers are NaN or infinite ({where}). Replace them.")
@@ -146,37 +124,34 @@ class ZarrSource(Source):
 
     def valid(self, top: int, left: int, height: int, width: int, plane: int = 0) -> NDArray[np.bool_] | None:
         """Where the window holds numbers; None unless NaN is the fill value of the array."""
-        if not self._gaps:
-            return None
         key = (top, left, height, width, plane)
-        with self._lock:
-            known = self._masks.get(key)
-        if known is None:
-            with _readable(self.info.location):
-                known = ~np.isnan(self._window(*key)).any(axis=2)
-        return known
+        if not self._gaps or key in self._masks:
+            return self._masks.get(key)
+        with _readable(self.info.location):
+            return self._mask(self._window(*key), key)
 
-    def _remember(self, key: tuple[int, ...], mask: NDArray[np.bool_]) -> None:
-        """Keep a mask for `valid`, which is asked for next."""
+    def _mask(self, window: NDArray[Any], key: tuple[int, ...]) -> NDArray[np.bool_]:
+        """Where a window holds numbers; kept, for whoever reads one asks for the other next."""
+        mask: NDArray[np.bool_] = ~np.isnan(window).any(axis=2)
         with self._lock:
-            self._masks[key] = mask
-            while len(self._masks) > _KEPT_MASKS:
-                self._masks.pop(next(iter(self._masks)))
+            self._masks = dict([*self._masks.items(), (key, mask)][-_KEPT_MASKS:])
+        return mask
 
     def _window(self, top: int, left: int, height: int, width: int, plane: int) -> NDArray[Any]:
         """The window (height, width, C), as stored."""
-        axes, shape = self._axes, self._array.shape
-        place = np.unravel_index(plane, tuple(shape[axis] for axis in axes.planes)) if axes.planes else ()
+        shape, dtype = self._array.shape, self._array.dtype.newbyteorder("=")
+        starts = np.unravel_index(plane, [shape[axis] for axis in self._planes]) if self._planes else ()
         box = [(0, side) for side in shape]
-        box[axes.y], box[axes.x] = (top, top + height), (left, left + width)
-        for axis, at in zip(axes.planes, place, strict=True):
-            box[axis] = (int(at), int(at) + 1)
-        out = np.empty([stop - start for start, stop in box], dtype=self._array.dtype.newbyteorder("="))
+        y, x = self._axes.index("y"), self._axes.index("x")
+        box[y], box[x] = (top, top + height), (left, left + width)
+        for axis, start in zip(self._planes, starts, strict=True):
+            box[axis] = (int(start), int(start) + 1)
+        out = np.empty([high - low for low, high in box], dtype)
         for part in self._parts(box):
             inner = (slice(low - start, high - start) for (low, high), (start, _) in zip(part, box, strict=True))
             out[tuple(inner)] = self._array[tuple(slice(low, high) for low, high in part)]
-        order = [axis for axis in (axes.y, axes.x, axes.c) if axis is not None]
-        return np.ascontiguousarray(out.transpose(*order, *axes.planes).reshape(height, width, -1))
+        order = [y, x, *(axis for axis, name in enumerate(self._axes) if name == "c")]
+        return np.ascontiguousarray(out.transpose(*order, *self._planes).reshape(height, width, -1))
 
     def _parts(self, box: list[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
         """A box, halved along the chunks until each part needs few of them."""
@@ -193,20 +168,17 @@ class ZarrSource(Source):
 
     def fingerprint(self) -> str:
         """SHA-256 over names and contents of the files; of large folders over sizes and times, of URLs over tags."""
-        with _readable(self.info.location):
-            return self._identity.fingerprint()
+        return self._identity.fingerprint()
 
     def check_unchanged(self) -> None:
         """Raise `DataError` if a chunk or the metadata were changed, added or removed."""
-        with _readable(self.info.location):
-            self._identity.check()
+        self._identity.check()
 
     def close(self) -> None:
-        """Let go of the files."""
         self._place.close()
 
 
-def _find(place: Place, series: int, labels: bool) -> tuple[str, Any, Multiscale | None]:
+def _find(place: Place, series: int, labels: bool) -> tuple[str, Any, dict[str, Any] | None]:
     """The image or array that a location means: the path of its group or array, that itself, and the image, if any."""
     node = open_node(place, "")
     if hasattr(node, "shape"):
@@ -229,9 +201,8 @@ def _find(place: Place, series: int, labels: bool) -> tuple[str, Any, Multiscale
         folder = f"{path}/labels".lstrip("/")
         names = ome_of(open_node(place, folder).attrs.asdict()).get("labels") or []
         if len(names) > 1:
-            raise DataError(
-                f"it has several labels. Name one of them: {', '.join(f'{folder}/{name}' for name in names)}."
-            )
+            choice = ", ".join(f"{folder}/{name}" for name in names)
+            raise DataError(f"it has several labels. Name one of them: {choice}.")
         if names:
             path = f"{folder}/{inner_path(names[0])}"
             node = open_node(place, path)
@@ -239,29 +210,26 @@ def _find(place: Place, series: int, labels: bool) -> tuple[str, Any, Multiscale
     return path, node, image
 
 
-def _axis_names(node: Any, image: Multiscale | None) -> Sequence[str | None] | None:
+def _axis_names(node: Any, image: dict[str, Any] | None) -> Sequence[str | None] | None:
     """What the file calls the axes; those of NGFF before 0.3 have one order."""
     if image is not None:
-        return image.axes or ("t", "c", "z", "y", "x")[: 5 * (len(node.shape) == 5)]
+        return image["axes"] or ("t", "c", "z", "y", "x")[: 5 * (len(node.shape) == 5)]
     names = node.metadata.dimension_names if node.metadata.zarr_format == 3 else node.attrs.get("_ARRAY_DIMENSIONS")
     return names if isinstance(names, list | tuple) else None
 
 
 def _metadata(
-    array: Any, axes: Axes, image: Multiscale | None, level: int, attributes: dict[str, Any]
+    array: Any, axes: tuple[str, ...], image: dict[str, Any] | None, level: int, attributes: dict[str, Any]
 ) -> dict[str, Any]:
     """What the writer of the same format keeps."""
-    found: dict[str, Any] = {
-        "zarr_format": array.metadata.zarr_format,
-        "axes": axes.names,
-        "sizes": {axes.names[axis]: array.shape[axis] for axis in axes.planes},
-    }
+    sizes = {name: side for name, side in zip(axes, array.shape, strict=True) if name not in ("y", "x", "c")}
+    found: dict[str, Any] = {"zarr_format": array.metadata.zarr_format, "axes": axes, "sizes": sizes}
     if image is None:
         return found
-    found |= {"ngff_version": image.version, "name": image.name, "level": level, "levels": len(image.levels)}
-    found |= {"types": dict(image.types), "units": dict(image.units)}
-    for key in ("scale", "translation"):
-        values = getattr(image.levels[level], key)
-        found[key] = dict(zip(axes.names, values, strict=True)) if len(values) == len(axes.names) else {}
+    _, scale, translation = image["levels"][level]
+    found |= {"ngff_version": image["version"], "level": level, "levels": len(image["levels"])}
+    found |= {key: image[key] for key in ("name", "types", "units")}
+    for key, values in (("scale", scale), ("translation", translation)):
+        found[key] = dict(zip(axes, values, strict=True)) if len(values) == len(axes) else {}
     omero = ome_of(attributes).get("omero")
     return found | ({"omero": omero} if isinstance(omero, dict) else {})

@@ -5,13 +5,11 @@ bounds end in the decoding process, which has little memory and little time.
 """
 
 import asyncio
-import hashlib
 import os
-import stat
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,8 +17,7 @@ from typing import Any
 from pixelwise.errors import DataError
 from pixelwise.files import ZARR_DOCUMENTS, extra
 from pixelwise.formats import remote
-from pixelwise.formats.local import WHOLE_BYTES, Identity
-from pixelwise.formats.local import fingerprint as file_fingerprint
+from pixelwise.formats.local import WHOLE_BYTES, Identity, Stamp, fingerprint
 from pixelwise.formats.raster import silence
 from pixelwise.formats.remote import NoSuchObject, RemoteStamp, bounded, read_range, shown
 
@@ -35,20 +32,12 @@ _MAX_SIDE = 2**31 - 1
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """An open store of zarr-python.
+    """An open store of zarr-python."""
 
-    Attributes:
-        name: path or URL, as it may be shown.
-        store: of zarr-python, read only.
-        top: the path in it at which the Zarr begins.
-        identity: tells of the array or group at a path whether it changed.
-        close: lets go of the files.
-    """
-
-    name: str
+    name: str  # path or URL, as it may be shown
     store: Any
-    identity: Callable[[str], Identity]
-    top: str = ""
+    identity: Callable[[str], Identity]  # of the array or group at a path
+    top: str = ""  # the path in the store at which the Zarr begins
     close: Callable[[], None] = lambda: None
 
 
@@ -58,45 +47,34 @@ def open_place(location: str) -> Place:
     path = remote.local_path(location) if remote.is_url(location) else location
     if path is not None and Path(path).is_dir():
         root = Path(path)
-        return Place(
-            name=path,
-            store=storage.LocalStore(root, read_only=True),
-            identity=lambda prefix: _local_identity(root, prefix),
-        )
+        store = storage.LocalStore(root, read_only=True)
+        return Place(name=path, store=store, identity=lambda prefix: _local_identity(root, prefix))
     if path is not None:
-        identity = Identity.local(path)  # says what is wrong with the name
+        of_file = Identity.local(path)  # says what is wrong with the name
         if not zipfile.is_zipfile(path):
             raise DataError("this is neither a Zarr folder nor a ZIP archive of one.")
         with zipfile.ZipFile(path) as archive:
             top = _top(archive)
         store = storage.ZipStore(Path(path), mode="r")
-        return Place(name=path, store=store, top=top, identity=lambda prefix: identity, close=store.close)
-    if not shown(location).lower().endswith(".zip"):
-        return Place(
-            name=shown(location),
-            store=storage.FsspecStore(_objects(location), read_only=True, path="", allowed_exceptions=(NoSuchObject,)),
-            identity=lambda prefix: _remote_identity(location, prefix),
-        )
+        return Place(name=path, store=store, top=top, identity=lambda prefix: of_file, close=store.close)
+    name = shown(location)
+    if not name.lower().endswith(".zip"):
+        store = storage.FsspecStore(_objects(location), read_only=True, path="", allowed_exceptions=(NoSuchObject,))
+        return Place(name=name, store=store, identity=lambda prefix: _remote_identity(location, prefix))
     stamp = RemoteStamp.of(location)
     file = remote.opener(location, stamp)()
     system = extra("fsspec.implementations.zip", "remote", "URLs").ZipFileSystem(fo=file)
     wrapper = extra("fsspec.implementations.asyn_wrapper", "remote", "URLs").AsyncFileSystemWrapper
+    store = storage.FsspecStore(wrapper(system, asynchronous=True), read_only=True, path="")
     of_archive = Identity(lambda: remote.fingerprint(location, stamp), lambda: stamp.check(location))
-    return Place(
-        name=shown(location),
-        store=storage.FsspecStore(wrapper(system, asynchronous=True), read_only=True, path=""),
-        top=_top(system.zip),
-        identity=lambda prefix: of_archive,
-        close=file.close,
-    )
+    return Place(name=name, store=store, top=_top(system.zip), identity=lambda prefix: of_archive, close=file.close)
 
 
 def is_zarr_folder(url: str) -> bool:
     """Whether the documents of a Zarr lie at a URL."""
-    base, mark, query = url.partition("?")
     for name in DOCUMENTS:
         with suppress(NoSuchObject):
-            read_range(f"{base.rstrip('/')}/{name}{mark}{query}", 0, 1)
+            read_range(_below(url, name), 0, 1)
             return True
     return False
 
@@ -104,6 +82,7 @@ def is_zarr_folder(url: str) -> bool:
 def open_node(place: Place, path: str) -> Any:
     """The array or group of zarr-python at a path."""
     zarr = extra("zarr", "zarr", "Zarr")
+    _check_blosc()
     try:
         with silence():
             node = zarr.open(store=place.store, path=f"{place.top}/{path}".strip("/"), mode="r", use_consolidated=False)
@@ -116,19 +95,14 @@ def open_node(place: Place, path: str) -> Any:
     if not node.shape or min(node.shape) < 1 or max(node.shape) > _MAX_SIDE:
         raise DataError(f"its shape is {node.shape}; each side should be from 1 to {_MAX_SIDE:,}.")
     metadata = node.metadata
-    if metadata.zarr_format == 2:
-        _check_codecs(
-            [item.get_config() for item in (metadata.compressor, *(metadata.filters or ())) if item is not None]
-        )
-        if getattr(metadata.compressor, "codec_id", "") == "blosc":
-            metadata = replace(metadata, compressor=_blosc_types()[0]())
-    else:
+    if metadata.zarr_format == 3:
         _check_codecs(metadata.to_dict()["codecs"])
-        metadata = replace(metadata, codecs=tuple(map(_checked, metadata.codecs)))
-    return zarr.Array(zarr.AsyncArray(metadata=metadata, store_path=node.store_path))
+    else:
+        _check_codecs(codec.get_config() for codec in (metadata.compressor, *(metadata.filters or ())) if codec)
+    return node
 
 
-def _check_codecs(codecs: Iterable[Any]) -> None:
+def _check_codecs(codecs: Iterable[Mapping[str, Any]]) -> None:
     """Refuse every codec that is not known to turn numbers into numbers."""
     for codec in codecs:
         name = str(codec.get("name") or codec.get("id"))
@@ -139,34 +113,18 @@ def _check_codecs(codecs: Iterable[Any]) -> None:
 
 
 @cache
-def _blosc_types() -> tuple[Any, Any]:
-    """The codecs of Zarr 2 and 3 for Blosc, which by itself fills the rest of a truncated chunk with whatever it finds."""
-    import numcodecs
-    from zarr.codecs import BloscCodec
+def _check_blosc() -> None:
+    """Have Blosc compare the lengths, for it fills the rest of a truncated chunk with whatever it finds in memory."""
+    blosc = extra("numcodecs", "zarr", "Zarr").Blosc
+    decode = blosc.decode
 
-    def check(data: Any) -> None:
-        view = memoryview(data).cast("B")
+    def checked(codec: Any, content: Any, out: Any = None) -> Any:
+        view = memoryview(content).cast("B")
         if len(view) < max(packed := int.from_bytes(view[12:16], "little"), 16):
             raise DataError(f"a chunk is truncated: {len(view):,} of {packed:,} bytes are there.")
+        return decode(codec, content, out)
 
-    class CheckedBlosc2(numcodecs.Blosc):
-        def decode(self, buf: Any, out: Any = None) -> Any:
-            check(buf)
-            return super().decode(buf, out)
-
-    class CheckedBlosc3(BloscCodec):
-        async def _decode_single(self, chunk_bytes: Any, chunk_spec: Any) -> Any:
-            check(chunk_bytes.as_buffer_like())
-            return await super()._decode_single(chunk_bytes, chunk_spec)
-
-    return CheckedBlosc2, CheckedBlosc3
-
-
-def _checked(codec: Any) -> Any:
-    """A codec of Zarr 3, with Blosc replaced by the one that checks."""
-    if codec.to_dict()["name"] in ("blosc", "numcodecs.blosc"):
-        return _blosc_types()[1]()
-    return replace(codec, codecs=tuple(map(_checked, codec.codecs))) if hasattr(codec, "index_codecs") else codec
+    blosc.decode = checked
 
 
 def _top(archive: zipfile.ZipFile) -> str:
@@ -176,79 +134,60 @@ def _top(archive: zipfile.ZipFile) -> str:
     return tops.pop() if len(tops) == 1 and not any(name in DOCUMENTS for name in names) else ""
 
 
+def _below(url: str, path: str) -> str:
+    """The URL of a path in a folder; a query (a signature) stays at the end."""
+    base, mark, query = url.partition("?")
+    return f"{base.rstrip('/')}/{path}".rstrip("/") + mark + query
+
+
 def _objects(location: str) -> Any:
-    """The file system of fsspec that reads below a URL, each object by `read_range`, with a query that the URL has."""
-    base, mark, query = location.partition("?")
+    """The file system of fsspec that reads below a URL, each object by `read_range`."""
 
     class Objects(extra("fsspec.asyn", "remote", "URLs").AsyncFileSystem):  # type: ignore[misc]
         cachable = False
 
         async def _cat_file(self, path: str, start: Any = None, end: Any = None, **_: Any) -> bytes:
-            return await asyncio.to_thread(read_range, f"{base.rstrip('/')}/{path}{mark}{query}", start, end)
+            return await asyncio.to_thread(read_range, _below(location, path), start, end)
 
     return Objects(asynchronous=True)
 
 
 def _local_identity(root: Path, prefix: str) -> Identity:
-    """Of all files below a folder, and the documents of the root."""
+    """Of all files below a folder, and the documents of the root; of large folders times count, not contents."""
 
-    def files() -> dict[str, os.stat_result]:
-        paths = [Path(parent, name) for parent, _, names in os.walk(root / prefix) for name in names]
-        found = {}
-        for path in sorted({*paths, *(root / name for name in DOCUMENTS if (root / name).is_file())}):
-            found[path.relative_to(root).as_posix()] = status = path.stat()
-            if not stat.S_ISREG(status.st_mode):  # a pipe would block whoever reads it
-                raise DataError(f"its part {path.name} is not a regular file.")
-        return found
+    def stamps() -> dict[str, Stamp]:
+        paths = {Path(parent, name) for parent, _, names in os.walk(root / prefix) for name in names}
+        paths |= {root / name for name in DOCUMENTS if (root / name).is_file()}
+        return {path.relative_to(root).as_posix(): Stamp.of(path) for path in sorted(paths)}
 
-    def fingerprint() -> str:
-        found = files()
-        small = sum(status.st_size for status in found.values()) <= WHOLE_BYTES
-        contents = [file_fingerprint(root / name) if small else status.st_mtime_ns for name, status in found.items()]
-        return _digest((name, found[name].st_size, content) for name, content in zip(found, contents, strict=True))
+    def content(found: Mapping[str, Stamp]) -> list[Any]:
+        is_small = sum(stamp.size for stamp in found.values()) <= WHOLE_BYTES
+        return [
+            (name, stamp.size, fingerprint(root / name) if is_small else stamp.mtime_ns)
+            for name, stamp in found.items()
+        ]
 
-    def state() -> list[Any]:
-        return [(name, status.st_size, status.st_mtime_ns, status.st_ino) for name, status in files().items()]
-
-    return _identity(state, fingerprint)
+    return Identity.of_files(stamps, content, str(root), "array")
 
 
 def _remote_identity(location: str, prefix: str) -> Identity:
     """Of all objects below a folder; of web servers, which list none, of the documents alone."""
-    base, mark, query = location.partition("?")
 
     def stamps() -> dict[str, RemoteStamp]:
         found = {}
         if not remote.is_web(location):
-            system, root = remote.filesystem(f"{base.rstrip('/')}/{prefix}".rstrip("/") + mark + query)
+            system, root = remote.filesystem(_below(location, prefix))
             with remote.remote_errors(shown(location)):
                 entries = sorted(system.find(root, detail=True, **bounded(system)).items())
             found = {
                 str(path)[len(root) :].lstrip("/"): RemoteStamp.from_info(info, location) for path, info in entries
             }
-        for key in dict.fromkeys(f"{place}/{name}".lstrip("/") for place in ("", prefix) for name in DOCUMENTS):
+        for key in dict.fromkeys(f"{place}/{name}" for place in ("", f"/{prefix}".rstrip("/")) for name in DOCUMENTS):
             with suppress(NoSuchObject):
-                found[f"/{key}"] = RemoteStamp.of(f"{base.rstrip('/')}/{key}{mark}{query}")
+                found[key] = RemoteStamp.of(_below(location, key.lstrip("/")))
         return found
 
-    def fingerprint() -> str:
-        return _digest((name, stamp.size, stamp.content or stamp.other) for name, stamp in stamps().items())
+    def content(found: Mapping[str, RemoteStamp]) -> list[Any]:
+        return [(name, stamp.size, stamp.content or stamp.other) for name, stamp in found.items()]
 
-    return _identity(stamps, fingerprint)
-
-
-def _identity(state: Callable[[], Any], fingerprint: Callable[[], str]) -> Identity:
-    before = state()
-
-    def check() -> None:
-        if state() != before:
-            raise DataError("the array changed while it was read. Run again when nothing writes to it.")
-
-    return Identity(fingerprint, check)
-
-
-def _digest(entries: Iterable[object]) -> str:
-    digest = hashlib.sha256()
-    for entry in entries:
-        digest.update(f"{entry}\n".encode(errors="replace"))
-    return digest.hexdigest()
+    return Identity.of_files(stamps, content, shown(location), "array")

@@ -4,7 +4,6 @@ An OME-Zarr of labels holds them once, as `labels/pixelwise` with the colours an
 same arrays as its image, so that it opens in any viewer. The folder is written beside its place and renamed at the end.
 """
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,17 +18,16 @@ from pixelwise.formats.base import LABELS, Result
 from pixelwise.formats.zarr.ngff import group_attributes, plane_axes
 
 MARK = "pixelwise"
-"""The key of the attributes that holds the classes and the mark; also the name of the labels in an OME-Zarr."""
+"""The key of the attributes that holds the classes and the origin; also the name of the labels in an OME-Zarr."""
 
 _CHUNK_PX = (256, 1024)
 _SMALLEST_PX = 1024  # a level of the pyramid that is no larger is the last
-_MAX_ATTRIBUTES_BYTES = 2**20
 
 
 def write_zarr(path: Path, result: Result) -> None:
     """Write a map as a plain Zarr array: (H, W), or (…, H, W) with the axes of the source's planes.
 
-    Classes, colours, nodata and the mark are its attribute "pixelwise".
+    Classes, colours, nodata and origin are its attribute "pixelwise".
     """
     with _new_store(path) as (zarr, store):
         array = _create(zarr, store, "", result)
@@ -57,19 +55,6 @@ def write_ome_zarr(path: Path, result: Result) -> None:
             group.attrs.put(attributes if name else attributes | _about(result))
 
 
-def read_zarr_mark(path: str | Path) -> dict[str, Any] | None:
-    """The mark of a folder that this module wrote; None for every other one, however damaged."""
-    for name, inner in (("zarr.json", True), (".zattrs", False)):
-        try:
-            with Path(path, name).open("rb") as file:
-                found = json.loads(file.read(_MAX_ATTRIBUTES_BYTES))
-            mark = (found["attributes"] if inner else found)[MARK]["mark"]
-        except (OSError, ValueError, LookupError, TypeError, RecursionError):
-            continue
-        return mark if isinstance(mark, dict) else None
-    return None
-
-
 @contextmanager
 def _new_store(path: Path) -> Iterator[tuple[ModuleType, Any]]:
     """zarr-python, and its store of a folder that takes its place at the end."""
@@ -89,9 +74,8 @@ def _zarr_format(result: Result) -> int:
 
 def _create(zarr: ModuleType, store: Any, name: str, result: Result, shape: tuple[int, ...] = ()) -> Any:
     names, sizes = plane_axes(result)
-    low, high = _CHUNK_PX
     shape = shape or (result.source.height, result.source.width)
-    block = [min(max(side, low), high) for side in result.source.block_px]
+    block = np.clip(result.source.block_px, *_CHUNK_PX).tolist()
     zarr_format = _zarr_format(result)
     return zarr.create_array(
         store,
@@ -107,23 +91,24 @@ def _create(zarr: ModuleType, store: Any, name: str, result: Result, shape: tupl
     )
 
 
-def _fill(array: Any, result: Result) -> None:
+def _bands(array: Any) -> Iterator[tuple[int, tuple[int, ...], int, int]]:
+    """The rows of chunks of all planes: the plane, its index in the array, the rows from top to bottom."""
     step, height = array.chunks[-2], array.shape[-2]
-    for plane, place in enumerate(np.ndindex(*array.shape[:-2])):
-        for top in range(0, height, step):
-            bottom = min(top + step, height)
-            array[(*place, slice(top, bottom), slice(None))] = result.rows(plane, top, bottom)
+    for plane, index in enumerate(np.ndindex(*array.shape[:-2])):
+        yield from ((plane, index, top, min(top + step, height)) for top in range(0, height, step))
+
+
+def _fill(array: Any, result: Result) -> None:
+    for plane, index, top, bottom in _bands(array):
+        array[(*index, slice(top, bottom))] = result.rows(plane, top, bottom)
 
 
 def _halve(zarr: ModuleType, store: Any, name: str, finer: Any, result: Result) -> Any:
     """The next level of a pyramid, made of the one before, a row of chunks at a time."""
-    height, width = (-(-side // 2) for side in finer.shape[-2:])
-    array = _create(zarr, store, name, result, (height, width))
-    for place in np.ndindex(*array.shape[:-2]):
-        for top in range(0, height, array.chunks[-2]):
-            bottom = min(top + array.chunks[-2], height)
-            rows = finer[(*place, slice(2 * top, min(2 * bottom, finer.shape[-2])), slice(None))]
-            array[(*place, slice(top, bottom), slice(None))] = rows[::2, ::2]
+    array = _create(zarr, store, name, result, tuple(-(-side // 2) for side in finer.shape[-2:]))
+    for _, index, top, bottom in _bands(array):
+        rows = finer[(*index, slice(2 * top, min(2 * bottom, finer.shape[-2])))]
+        array[(*index, slice(top, bottom))] = rows[::2, ::2]
     return array
 
 
