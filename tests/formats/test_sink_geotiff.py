@@ -19,7 +19,8 @@ from rasterio.transform import Affine
 from pixelwise.data.labels import LabelSpec
 from pixelwise.errors import PixelwiseError
 from pixelwise.formats import SourceInfo
-from pixelwise.formats.geotiff import open_geotiff, read_geotiff_mark, write_cog, write_geotiff
+from pixelwise.formats.geotiff import open_geotiff
+from pixelwise.formats.geotiff_write import read_geotiff_mark, write_cog, write_geotiff
 from pixelwise.formats.sinks import Result
 
 pytestmark = [

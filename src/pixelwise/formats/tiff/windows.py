@@ -3,39 +3,44 @@
 import io
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import product
 from pathlib import Path, PurePath
-from typing import Any, BinaryIO, cast
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pixelwise.errors import DataError, UsageError
+from pixelwise.formats.base import Opener
 from pixelwise.formats.local import Identity, readable
 
 CACHE_BYTES = 64 * 2**20
 MAX_BLOCK_BYTES = 2**30
 _GAP_BYTES = 2**16  # rows this close together are read in one go
 
-Opener = Callable[[], BinaryIO]
-"""Opens the same file anew, for reading, seekable."""
-
 Span = tuple[int, int]
 """Start and stop."""
+
+
+def identity_of(location: str, opener: Opener | None, identity: Identity | None) -> Identity:
+    """How to tell whether a file changed, which only of local ones is known without being told."""
+    if opener is None:
+        return Identity.local(location)
+    if identity is None:
+        raise UsageError(f"{location}: whoever opens it must also say how to tell whether it changed (identity).")
+    return identity
 
 
 @contextmanager
 def opening(location: str, opener: Opener | None, identity: Identity | None) -> "Iterator[Handles]":
     """A file by its path or by what opens it; closed again, with a `DataError` that names it, if opening fails."""
-    if opener is None:
-        opener, identity = cast(Opener, partial(Path(location).open, "rb", buffering=0)), Identity.local(location)
-    elif identity is None:
-        raise UsageError(f"{location}: whoever opens it must also say how to tell whether it changed (identity).")
+    identity = identity_of(location, opener, identity)
     with readable(location):
+        opener = opener or cast(Opener, partial(Path(location).open, "rb", buffering=0))
         file = Handles(opener, PurePath(location).name or "tiff", identity)
         try:
             if not file.size:
