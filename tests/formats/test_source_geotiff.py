@@ -114,6 +114,8 @@ def test_pixels_are_those_that_the_reader_of_tiff_gives(tmp_path):
         "bits": write(tmp_path / "b.tif", one % 2, **bits),
         "bits, white is zero": write(tmp_path / "bw.tif", one % 2, photometric="miniswhite", **bits),
         "four bits": write(tmp_path / "n4.tif", one % 16, nbits=4),
+        "four bits, white is zero": write(tmp_path / "w4.tif", one % 16, nbits=4, photometric="miniswhite"),
+        "palette of two colours": write(tmp_path / "p1.tif", one % 2, colormap={0: colors[3], 1: colors[9]}, **bits),
         "grey and opacity": write(tmp_path / "la.tif", random_image(2), alpha="yes"),
         "colour and opacity": write(tmp_path / "rgba.tif", random_image(4), photometric="rgb", alpha="yes"),
         "half floats": write(tmp_path / "h.tif", random_image(2, dtype="float32"), nbits=16),

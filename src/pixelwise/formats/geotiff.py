@@ -6,6 +6,7 @@ where that is not installed, the answer is what to install, not a picture that h
 
 import math
 import os
+import struct
 import threading
 import weakref
 from collections.abc import Iterator
@@ -27,11 +28,10 @@ from pixelwise.formats.raster import DECODE_ERRORS
 from pixelwise.formats.tiff.read import MAGIC, PLAIN, Rendering, TiffSource
 from pixelwise.formats.tiff.windows import Span, identity_of
 
-_GEO = {
-    33550: "ModelPixelScale", 33922: "ModelTiepoint", 34264: "ModelTransformation", 34735: "GeoKeyDirectory",
-    42112: "GDAL_METADATA", 42113: "GDAL_NODATA", 50844: "RPCCoefficient",
+_GEO = {  # ModelPixelScale, ModelTiepoint, ModelTransformation, GeoKeyDirectory, GDAL_METADATA, GDAL_NODATA, RPCCoefficient
+    33550, 33922, 34264, 34735, 42112, 42113, 50844,
 }  # fmt: skip
-_MAX_TAG_TEXT = 1 << 16
+_MAX_TAGS, _MAX_TAG_TEXT = 4096, 1 << 16
 _IDENTITY = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
 
 
@@ -39,12 +39,14 @@ def is_geotiff(head: bytes, name: str | os.PathLike[str], opener: Opener | None 
     """Whether a file is a TIFF with a place on Earth or with GDAL's tags; `opener` gives it where `name` is no path."""
     if head[:4] not in MAGIC:
         return False
+    order, is_big = "<" if head[:2] == b"II" else ">", b"+" in head[2:4]
+    start, link, length, entry = (8, "Q", "Q", 20) if is_big else (4, "I", "H", 12)
     try:
-        with (
-            opener() if opener is not None else Path(name).open("rb") as file,
-            tifffile.TiffFile(file, name="tiff", **PLAIN) as tiff,
-        ):
-            return any(tag in tiff.pages.first.tags for tag in _GEO)
+        with opener() if opener is not None else Path(name).open("rb") as file:
+            file.seek(struct.unpack_from(order + link, head, start)[0])
+            (count,) = struct.unpack(order + length, file.read(struct.calcsize(length)))
+            entries = file.read(min(count, _MAX_TAGS) * entry)
+        return any(struct.unpack_from(order + "H", entries, at)[0] in _GEO for at in range(0, len(entries), entry))
     except DECODE_ERRORS:
         return False
 

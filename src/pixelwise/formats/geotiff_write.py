@@ -63,16 +63,6 @@ def write_cog(path: Path, result: Result) -> None:
         raise cannot_write(path, error) from error
 
 
-def read_geotiff_mark(path: str | Path) -> dict[str, Any] | None:
-    """The mark of a GeoTIFF that this module wrote; None for every other file, however damaged."""
-    try:
-        with Path(path).open("rb") as file, gdal() as rasterio, Dataset(rasterio, lambda mode: file) as dataset:
-            mark = json.loads(dataset.tags().get(MARK_TAG, "null"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    return mark if isinstance(mark, dict) else None
-
-
 def write_rows(rasterio: ModuleType, path: Path, result: Result, **profile: Any) -> None:
     """Write the rows of all planes into a new tiled file that says nothing more; to be used inside `gdal()`."""
     with Dataset(rasterio, path.open, mode="w", **(_shape(result) | profile)) as dataset:

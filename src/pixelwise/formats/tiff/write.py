@@ -9,7 +9,6 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import numpy as np
 import tifffile
@@ -17,9 +16,8 @@ from numpy.typing import NDArray
 
 from pixelwise.files import atomic_path, cannot_write
 from pixelwise.formats.base import LABELS, Result
-from pixelwise.formats.raster import DECODE_ERRORS
+from pixelwise.formats.png import MARK
 from pixelwise.formats.tiff.read import NODATA_TAG
-from pixelwise.formats.writers import MARK
 
 TILE_PX = 512
 _BIG_BYTES = 2**32 - 2**25  # beyond this, a classic TIFF might not be able to point at its own tiles
@@ -61,20 +59,6 @@ def write_ome_tiff(path: Path, result: Result) -> None:
         metadata["TimeIncrement"], metadata["TimeIncrementUnit"] = result.metadata["time_increment_s"], "s"
     metadata["CommentAnnotation"] = {"Namespace": MARK, "Value": json.dumps(_about(result), sort_keys=True)}
     _write(path, result, shape, metadata, ome=True)
-
-
-def read_tiff_mark(path: str | Path) -> dict[str, Any] | None:
-    """The provenance record of a file that this module wrote; None for every other file, however damaged."""
-    try:
-        with tifffile.TiffFile(path, _multifile=False) as tiff:
-            text = tiff.pages.first.description
-        if text.rstrip().endswith("OME>"):
-            notes = ElementTree.fromstring(text).iterfind(f".//{{*}}CommentAnnotation[@Namespace='{MARK}']")
-            text = next(("".join(note.itertext()) for note in notes), "{}")
-        mark = json.loads(text).get(MARK)
-    except DECODE_ERRORS:
-        return None
-    return mark if isinstance(mark, dict) else None
 
 
 def _write(path: Path, result: Result, shape: tuple[int, ...], metadata: dict[str, Any], ome: bool) -> None:
