@@ -26,12 +26,7 @@ _NOT_KEPT = (
 
 
 def write_geotiff(path: Path, result: Result) -> None:
-    """Write a map as GeoTIFF: CRS, transform and tags of its image, class colours, nodata; one band for each plane.
-
-    Raises:
-        PixelwiseError: it cannot be written.
-        UsageError: rasterio is not installed.
-    """
+    """Write a map as GeoTIFF: CRS, transform and tags of its image, class colours, nodata; one band for each plane."""
     path = Path(path)
     try:
         with atomic_path(path) as part:
@@ -44,10 +39,6 @@ def write_cog(path: Path, result: Result) -> None:
     """As `write_geotiff`, as a cloud optimised GeoTIFF: smaller copies inside, which can be read piece by piece over HTTP.
 
     Labels are made smaller by their most frequent value, maps by the mean.
-
-    Raises:
-        PixelwiseError: it cannot be written, or there is too little room.
-        UsageError: rasterio is not installed.
     """
     path = Path(path)
     try:

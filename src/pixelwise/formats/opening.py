@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from pixelwise.errors import DataError, PixelwiseError, UsageError
 from pixelwise.formats.base import Source
 from pixelwise.formats.local import Identity, Stamp, readable
-from pixelwise.formats.registry import FORMATS, HEAD_BYTES, format_of, function_of, is_picture, named_format
+from pixelwise.formats.registry import FORMATS, HEAD_BYTES, format_of, function_of, named_format, picture_format
 from pixelwise.formats.remote import NoSuchObject, is_url, local_path, protocol_of, shown
 
 _HINTS = ("channels", "allow_no_affine")  # allowed for all formats: these help where a file leaves something open
@@ -56,8 +56,8 @@ def open_source(location: str | Path, *, format: str | None = None, **options: A
         return open_in_process(location, format=format, **given)  # the memory is that of this process
     if path is not None and format is None:
         head = _first_bytes(path)
-        if is_picture(head):
-            return _open(format_of(head, path), path, given)
+        if key := picture_format(head):
+            return _open(key, path, given)
         if not head and not os.path.isdir(path):  # noqa: PTH112  (also of names that no file can have)
             Stamp.of(path)  # what is not there, or no file, needs no child to find out
     return WorkerSource(name, format, given, is_remote=path is None)

@@ -52,14 +52,7 @@ def opening(location: str, opener: Opener | None, identity: Identity | None) -> 
 
 
 class Handles:
-    """Reads one file from several threads, each with a handle of its own while it reads.
-
-    Attributes:
-        name: of the file, without its folder.
-        identity: how to tell whether it changed.
-        size: bytes.
-        buffered: a handle for libraries that read the header.
-    """
+    """Reads one file from several threads, each with a handle of its own; `buffered` is for libraries that read the header."""
 
     def __init__(self, opener: Opener, name: str, identity: Identity) -> None:
         self._opener, self.name, self.identity = opener, name, identity
@@ -121,9 +114,6 @@ def arrange(axes: str, shape: tuple[int, ...], wanted: int | None = None) -> Lay
     S (samples) and C (channels) are channels, Z, T and pages (I) are planes. An axis that nothing names (Q) is the
     channels where it is the only one beside rows and columns, first or last. Where a file leaves it open, the number of
     channels that is wanted decides.
-
-    Raises:
-        DataError: there are no rows or no columns.
     """
     axes, shape = squeeze(axes, shape)
     if axes.count("Y") != 1 or axes.count("X") != 1:
@@ -154,12 +144,8 @@ class Stack:
     """Windows of a series of pages.
 
     Uncompressed pages that lie in one piece are read row by row, others by strips or tiles, of which the last 64 MiB are
-    kept decoded. A series whose pages are not its images (rows, for example) is decoded as a whole.
-
-    Attributes:
-        dtype: of the numbers, in the byte order of the machine.
-        block: rows and columns that are stored together.
-        size: planes, rows, columns, channels.
+    kept decoded. A series whose pages are not its images (rows, for example) is decoded as a whole. `block` are the rows and
+    columns that are stored together, `size` is planes, rows, columns, channels.
     """
 
     def __init__(self, series: Any, layout: Layout, handles: Handles) -> None:

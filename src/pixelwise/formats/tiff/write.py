@@ -30,9 +30,6 @@ def write_tiff(path: Path, result: Result) -> None:
 
     Only a row of tiles is in memory. uint8 labels have the colours of their classes as palette. The planes, their axes
     and the resolution of the source are kept, and its nodata becomes the tag that GDAL reads.
-
-    Raises:
-        PixelwiseError: the file cannot be written.
     """
     axes, shape = _stack(result)
     if shape and result.source.width == 1:  # tifffile would take this stack for one page; OME names its axes
@@ -43,11 +40,7 @@ def write_tiff(path: Path, result: Result) -> None:
 
 
 def write_ome_tiff(path: Path, result: Result) -> None:
-    """Write an OME-TIFF with the pixel size, the planes and the name of the source; otherwise as `write_tiff`.
-
-    Raises:
-        PixelwiseError: the file cannot be written.
-    """
+    """Write an OME-TIFF with the pixel size, the planes and the name of the source; otherwise as `write_tiff`."""
     axes, shape = _stack(result)
     if not set(axes) <= set("TZ") or len(set(axes)) != len(shape):  # what OME-TIFF can name besides channels
         axes, shape = ("Z", (result.source.planes,)) if result.source.planes > 1 else ("", ())
