@@ -50,7 +50,7 @@ from pixelwise.infer.bundle import ModelCard
 from pixelwise.infer.decide import Decision
 from pixelwise.infer.predictor import Predictor
 from pixelwise.infer.tiling import Region
-from pixelwise.infer.tiling.options import Tiling
+from pixelwise.infer.options import Tiling
 from pixelwise.infer.tiling.plan import choose_scorer
 from pixelwise.models import create_model
 
@@ -109,7 +109,7 @@ def stripes(predictor: Predictor) -> Label:
 
 def whole(predictor: Predictor) -> Label:
     def label(image: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], str]:
-        logits = predictor.network(predictor.window(image)[None])
+        logits = predictor.scores(predictor.window(image)[None])
         return logits.argmax(dim=1)[0].to(torch.uint8).cpu().numpy(), "whole image"
 
     return label
@@ -179,7 +179,7 @@ def run_one(args: argparse.Namespace) -> None:
     label = contestant(args.contestant, predictor)
     image = make_image(args.size)
     on_gpu = predictor.device.type == "cuda"
-    predictor.network(predictor.window(image[:256, :256])[None])  # first use of kernels and threads
+    predictor.scores(predictor.window(image[:256, :256])[None])  # first use of kernels and threads
     if on_gpu:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()

@@ -2,6 +2,7 @@
 
 import json
 
+import nibabel
 import numpy as np
 import pytest
 import typer
@@ -58,7 +59,7 @@ def test_fatal_problems_are_shown_and_exit_2(data):
     text = " ".join(result.stdout.split())
     assert "mask c.png holds value 255 (48 px), but there are 2 classes (0..1). Pass --ignore 255" in text
     assert "image d.png cannot be used: the file is empty" in text
-    assert "2 problems must be mended before training." in text
+    assert "2 problems must be fixed before training." in text
     assert "void" in run(data, "--ignore", "255", "--ignore", "254").stdout
 
 
@@ -90,3 +91,15 @@ def test_a_folder_that_is_not_there(tmp_path):
 
 def test_help_shows_an_example():
     assert "pixelwise inspect data/camvid" in run("--help").stdout
+
+
+def test_volumes_and_their_options(tmp_path, program):
+    for split in ("train", "val"):
+        for kind, top in (("images", 200), ("masks", 2)):
+            (tmp_path / split / kind).mkdir(parents=True)
+            voxels = np.random.default_rng(len(split)).integers(0, top, (8, 7, 6), dtype=np.uint8)
+            nibabel.Nifti1Image(voxels, np.diag([0.5, 0.5, 2, 1])).to_filename(tmp_path / split / kind / "a.nii.gz")
+    done = program("inspect", tmp_path, "--axis", 0)
+    assert done.code == 0
+    for words in ("nifti (2)", "7x6 (2)", "8 (2)", "0.5 x 0.5 x 2 mm (2)", "No problems found"):
+        assert words in done.out

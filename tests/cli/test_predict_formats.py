@@ -27,7 +27,7 @@ from rasterio.control import GroundControlPoint
 from rasterio.transform import from_gcps
 
 from pixelwise.formats import open_source
-from pixelwise.infer.engines.base import Labeller
+from pixelwise.infer.engines.local import Labeller
 from pixelwise.infer.predictor import load
 
 RNG = np.random.default_rng(0)
@@ -478,17 +478,17 @@ def test_images_of_a_web_server(label, bundles, program, web, tmp_path):
 def test_ctrl_c_says_that_the_same_command_goes_on(bundles, program, tmp_path, monkeypatch):
     for name in "abc":
         Image.fromarray(RGB).save(tmp_path / f"{name}.png")
-    score, started = Labeller.score, []
+    label, started = Labeller.label, []
 
     def interrupted(labeller, task):
         if started:
             raise KeyboardInterrupt
         started.append(task)
-        return score(labeller, task)
+        return label(labeller, task)
 
     arguments = ("predict", bundles[3], tmp_path, "--out", tmp_path / "out")
     with monkeypatch.context() as patch:
-        patch.setattr(Labeller, "score", interrupted)
+        patch.setattr(Labeller, "label", interrupted)
         done = program(*arguments)
     assert (done.code, done.out) == (130, "")
     assert done.err == "stopped: what was done is kept, and the same command goes on with the rest.\n"

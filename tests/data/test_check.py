@@ -114,7 +114,7 @@ def test_all_fatal_problems_are_listed_at_once(tree):
     with pytest.raises(DataError) as error:
         inspect_data(open_data(tree)).raise_if_fatal()
     text = str(error.value)
-    assert text.startswith(f"{tree}: 5 problems must be mended first:\n- ")
+    assert text.startswith(f"{tree}: 5 problems must be fixed first:\n- ")
     for part in (
         "train: mask train/masks/train_a.png is 4 x 6 px, but its image train/images/train_a.png is 6 x 4 px",
         "EXIF",

@@ -12,8 +12,8 @@ from PIL import Image
 from pixelwise.data.check import inspect_data
 from pixelwise.data.labels import CAMVID_NAMES, LabelSpec
 from pixelwise.data.layouts import open_data
-from pixelwise.data.matching import relative
-from pixelwise.data.splits import assign_splits
+from pixelwise.data.matching import Source, match_source, relative
+from pixelwise.data.pairs import assign_splits
 from pixelwise.errors import DataError, UsageError
 
 
@@ -291,8 +291,8 @@ def test_folders_that_are_not_understood(tmp_path):
     with pytest.raises(DataError, match="no folder of masks beside it"):
         open_data(tmp_path)
     (tmp_path / "masks").mkdir()
-    (tmp_path / "images/a.npy").write_bytes(b"x")
-    with pytest.raises(DataError, match=r"without images \(1 x \.npy\)"):
+    (tmp_path / "images/a.txt").write_bytes(b"x")
+    with pytest.raises(DataError, match=r"without images \(1 x \.txt\)"):
         open_data(tmp_path)
     write(tmp_path / "images/a.png")
     write(tmp_path / "masks/b.png")
@@ -315,3 +315,51 @@ def test_names_that_are_no_text_can_be_printed(tmp_path):
     problems = [*folder.problems, *inspect_data(folder).problems]
     assert any("\\udcff.png" in problem.message for problem in problems)
     json.dumps([problem.message for problem in problems], ensure_ascii=False).encode()
+
+
+# -- volumes, folders that are one image --
+
+
+def touch(root, *names):
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"")
+
+
+def found(folder, masks):
+    matches, problems = match_source(Source(split=None, images=folder, masks=masks), folder.parent)
+    assert not problems, problems
+    return {match.key: (match.image.name, match.mask.name) for match in matches}
+
+
+def test_double_suffixes_and_zarr_folders_are_one_name(tmp_path):
+    touch(
+        tmp_path, "images/a.nii.gz", "images/b.ome.tif", "images/c.ome.zarr/0/zarr.json", "images/c.ome.zarr/zarr.json"
+    )
+    touch(tmp_path, "masks/a_seg.nii", "masks/b.zarr/.zarray", "masks/c.npy")
+    assert found(tmp_path / "images", tmp_path / "masks") == {
+        "a": ("a.nii.gz", "a_seg.nii"),
+        "b": ("b.ome.tif", "b.zarr"),
+        "c": ("c.ome.zarr", "c.npy"),
+    }
+
+
+def test_a_folder_of_dicom_files_is_one_image_unless_its_files_have_masks(tmp_path):
+    touch(tmp_path, *(f"images/{case}/{index}.dcm" for case in "ab" for index in range(3)))
+    touch(tmp_path, "masks/a.nii.gz", "masks/b/seg.dcm")
+    assert found(tmp_path / "images", tmp_path / "masks") == {"a": ("a", "a.nii.gz"), "b": ("b", "seg.dcm")}
+    touch(tmp_path, *(f"slices/{case}/{index}.png" for case in "ab" for index in range(3)))
+    assert found(tmp_path / "images", tmp_path / "slices") == {
+        f"{case}/{index}": (f"{index}.dcm", f"{index}.png") for case in "ab" for index in range(3)
+    }
+
+
+def test_the_folder_of_images_may_be_one_series(tmp_path):
+    touch(tmp_path, "images/1.dcm", "images/2.dcm", "masks/liver.nii.gz")
+    assert found(tmp_path / "images", tmp_path / "masks") == {"images": ("images", "liver.nii.gz")}
+
+
+def test_several_segmentations_are_no_series(tmp_path):
+    touch(tmp_path, *(f"images/{case}/{index}.dcm" for case in "ab" for index in range(3)))
+    touch(tmp_path, "masks/a.dcm", "masks/b_seg.dcm")
+    assert found(tmp_path / "images", tmp_path / "masks") == {"a": ("a", "a.dcm"), "b": ("b", "b_seg.dcm")}

@@ -7,8 +7,7 @@ from torch import Tensor
 from torchvision import tv_tensors
 
 from pixelwise.data.labels import IGNORE_INDEX
-from pixelwise.data.transforms import PixelWeight, window_transform
-from pixelwise.data.windows import RandomWindow, draw_pixel
+from pixelwise.data.transforms import PixelWeight, RandomWindow, draw_pixel, window_transform
 
 
 def apply(transform, image, mask, seed=0):

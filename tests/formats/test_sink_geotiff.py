@@ -18,10 +18,9 @@ from rasterio.transform import Affine
 
 from pixelwise.data.labels import LabelSpec
 from pixelwise.errors import PixelwiseError
-from pixelwise.formats import SourceInfo
+from pixelwise.formats import Result, SourceInfo
 from pixelwise.formats.geotiff import open_geotiff
 from pixelwise.formats.geotiff_write import write_cog, write_geotiff
-from pixelwise.formats.sinks import Result
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning"),

@@ -7,9 +7,8 @@ import zarr
 
 from pixelwise.data.labels import LabelSpec
 from pixelwise.errors import DataError, PixelwiseError, UsageError
-from pixelwise.formats import SourceInfo, open_source
+from pixelwise.formats import Result, SourceInfo, open_source
 from pixelwise.formats.remote import check_writable, exists, publish, read_small, write_small
-from pixelwise.formats.sinks import Result
 from pixelwise.formats.zarr import write_ome_zarr, write_zarr
 
 SPEC = LabelSpec(names=("sky", "road"), colors=((10, 20, 250), (90, 80, 70)), values=((0,), (1,)))

@@ -9,8 +9,7 @@ import zarr
 
 from pixelwise.data.labels import LabelSpec
 from pixelwise.errors import PixelwiseError, UsageError
-from pixelwise.formats import SourceInfo, open_source
-from pixelwise.formats.sinks import LABELS, WRITERS, Result, choose_writer
+from pixelwise.formats import LABELS, WRITERS, Result, SourceInfo, choose_writer, open_source
 from pixelwise.formats.zarr import write_ome_zarr, write_zarr
 
 SPEC = LabelSpec(names=("sky", "road"), colors=((10, 20, 250), (90, 80, 70)), values=((0,), (1,)))
@@ -244,14 +243,20 @@ def test_every_writer_exists():
 @pytest.mark.parametrize(
     ("format", "planes", "kind", "wanted", "message"),
     [
-        ("png", 1, "labels", "jpeg", "cannot be written as jpeg: there is no such format. Possible are png, tiff"),
+        (
+            "png",
+            1,
+            "labels",
+            "jpeg",
+            "cannot be written as jpeg: there is no such format. Possible are png, geotiff, cog, ome-tiff, tiff, npy",
+        ),
         ("png", 1, "labels", "nifti", "a place in space"),
         (
             "nifti",
             5,
             "labels",
             "png",
-            "one plane, the image has 5. Possible are tiff, ome-tiff, geotiff, cog, nifti, zarr",
+            "one plane, the image has 5. Possible are geotiff, cog, ome-tiff, tiff, npy, nifti",
         ),
         ("nifti", 5, "labels", "dicom-seg", "refers to DICOM images"),
         ("nifti", 5, "entropy", "png", "labels, not numbers"),

@@ -18,11 +18,10 @@ from scipy import ndimage
 
 from pixelwise.data.labels import LabelSpec
 from pixelwise.errors import PixelwiseError, UsageError
-from pixelwise.formats import SourceInfo
+from pixelwise.formats import Result, SourceInfo
 from pixelwise.formats import geojson as geojson_module
 from pixelwise.formats.coco import run_lengths, write_coco
 from pixelwise.formats.geojson import simplify, with_shared_corners, write_geojson
-from pixelwise.formats.sinks import Result
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning"),

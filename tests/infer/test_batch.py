@@ -1,7 +1,6 @@
 import json
 import os
 import threading
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +13,12 @@ from torch import nn
 from pixelwise.data.labels import LabelSpec
 from pixelwise.errors import PixelwiseError, UsageError
 from pixelwise.formats.readers import read_mask
-from pixelwise.infer.batch import plan_batch, prefetch, run_batch
+from pixelwise.infer import plan_batch, run_batch
 from pixelwise.infer.bundle import ModelCard
-from pixelwise.infer.options import JobOptions
+from pixelwise.infer.options import JobOptions, Tiling
 from pixelwise.infer.predictor import Predictor
-from pixelwise.infer.tiling import Region, Scores
-from pixelwise.infer.tiling.options import Tiling
-from pixelwise.infer.tools import Tools
+from pixelwise.infer.prefetch import prefetch
+from pixelwise.infer.tiling import Region, Scorer, Scores
 
 SPEC = LabelSpec(names=("a", "b", "c"), colors=((250, 0, 0), (0, 250, 0), (0, 0, 250)), values=((0,), (1,), (2,)))
 
@@ -54,7 +52,7 @@ def statuses(outcomes):
 
 
 def label_names(batch, out):
-    return [job.outputs["labels"].relative_to(out).as_posix() for job in batch.jobs]
+    return [task.outputs["labels"].relative_to(out).as_posix() for task in batch.tasks]
 
 
 @pytest.fixture
@@ -154,7 +152,7 @@ def test_all_outputs_are_written(tmp_path):
     out = tmp_path / "out"
     batch = plan_batch([tmp_path / "a.png"], out, overlay=True, probabilities=True)
     assert statuses(run_batch(make_predictor(), batch)) == ["done"]
-    assert sorted(path.name for path in out.iterdir()) == ["a.png", "a_overlay.png", "a_probabilities.npy"]
+    assert sorted(path.name for path in out.glob("[!.]*")) == ["a.png", "a_overlay.png", "a_probabilities.npy"]
     prediction = make_predictor().predict(values)
     assert np.array_equal(read_mask(out / "a.png"), values.argmax(axis=2))
     assert np.array_equal(np.load(out / "a_probabilities.npy", allow_pickle=False), prediction.probabilities)
@@ -255,7 +253,7 @@ def test_a_full_disk_stops_the_batch_and_leaves_no_half_file(images, tmp_path, m
     monkeypatch.setattr("pixelwise.files.os.fsync", full)
     with pytest.raises(PixelwiseError, match="No space left on device"):
         list(run_batch(make_predictor(), batch))
-    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file() and ".pixelwise" not in path.parts]
 
 
 def test_the_next_item_is_read_while_the_present_one_is_used():
@@ -308,7 +306,7 @@ def test_the_format_of_the_image_is_that_of_the_labels(tmp_path):
     out = tmp_path / "out"
     assert statuses(run_batch(make_predictor(), plan_batch([tmp_path / "in"], out))) == ["done"] * 3
     made = ["b.npy", "deep/a.tif", "really.png"]
-    records = [f".pixelwise/{name}.json" for name in made if name != "really.png"]
+    records = [f".pixelwise/{name}.json" for name in made]
     assert names_in(out) == sorted([*records, *made])
     assert np.array_equal(tifffile.imread(out / "deep" / "a.tif"), values.argmax(axis=2))
     assert np.array_equal(np.load(out / "b.npy"), values.argmax(axis=2))
@@ -322,7 +320,7 @@ def test_another_format_can_be_wanted(tmp_path):
         assert label_names(batch, tmp_path / name) == [f"a{ending}"]
         assert statuses(run_batch(make_predictor(), batch)) == ["done"]
         assert (tmp_path / name / f"a{ending}").is_file()
-    with pytest.raises(UsageError, match="there is no format 'jpeg' for labels; there are png, tiff"):
+    with pytest.raises(UsageError, match="there is no format 'jpeg' for labels; there are png, "):
         plan_batch([tmp_path / "a.png"], tmp_path / "out", options=JobOptions(format="jpeg"))
     batch = plan_batch([tmp_path / "a.png"], tmp_path / "out", options=JobOptions(format="nifti"))
     (outcome,) = run_batch(make_predictor(), batch)
@@ -341,11 +339,15 @@ def test_records_know_what_is_ours(tmp_path):
     assert statuses(run_batch(make_predictor(), batch, overwrite=True)) == ["done"]
     assert np.array_equal(tifffile.imread(out / "a.tif"), values.argmax(axis=2))
     record = out / ".pixelwise" / "a.tif.json"
-    for damaged in (b"", b"[]", b"{", b'{"outputs": 3, "mark": {}}', b'{"outputs": {}, "mark": {}}'):
+    sound = record.read_bytes()
+    for damaged in (b"", b"[]", b"{", b'{"a.tif": 3}', b'{"a.tif": {"stamp": 3, "provenance": {}}}', b'{"a.tif": {}}'):
         record.write_bytes(damaged)
-        assert statuses(run_batch(make_predictor(), batch)) == ["skipped"]  # the file says itself what it is
-        (outcome,) = run_batch(make_predictor("2" * 64), batch)
-        assert "was not written by pixelwise" in outcome.message  # but that is not enough to replace it
+        (outcome,) = run_batch(make_predictor(), batch)
+        assert "was not written by pixelwise" in outcome.message
+    record.write_bytes(sound)
+    assert statuses(run_batch(make_predictor(), batch)) == ["skipped"]
+    os.utime(out / "a.tif")  # as of a copy
+    assert statuses(run_batch(make_predictor(), batch)) == ["skipped"]
     record.unlink()
     (out / "a.tif").unlink()
     assert statuses(run_batch(make_predictor(), batch)) == ["done"]
@@ -362,15 +364,16 @@ def test_a_kill_before_the_record_is_finished_leaves_our_own_files_ours(tmp_path
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr("pixelwise.infer.outfolder.OutFolder.end", killed)
+        patch.setattr("pixelwise.infer.outputs.OutFolder.end", killed)
         with pytest.raises(Killed):
             list(run_batch(make_predictor(), batch))
     assert (tmp_path / "out" / "a.tif").is_file()
+    assert statuses(run_batch(make_predictor(), batch)) == ["done"]
     assert statuses(run_batch(make_predictor(), batch)) == ["skipped"]
     assert statuses(run_batch(make_predictor("2" * 64), batch)) == ["done"]
 
 
-class Bands:
+class Bands(Scorer):
     """Bands of four rows, for networks that look at single pixels."""
 
     way, cost, memory_bytes = "stripes", 1.0, 1 << 20
@@ -381,20 +384,24 @@ class Bands:
     def score(self, read, region):
         for top in range(region.top, region.bottom, 4):
             height = min(4, region.bottom - top)
-            scores = self.predictor.network(read(top, region.left, height, region.width)[None])[0]
+            scores = self.predictor.scores(read(top, region.left, height, region.width)[None])[0]
             yield Scores(Region(top, region.left, height, region.width), scores)
 
 
-BANDS = replace(Tools.standard(), choose_scorer=lambda predictor, *_: Bands(predictor))
+@pytest.fixture
+def bands(monkeypatch):
+    """All images count as large and are computed in bands."""
+    monkeypatch.setattr("pixelwise.infer.pipeline.ONE_PASS_PX", 20)
+    monkeypatch.setattr("pixelwise.infer.prefetch.ONE_PASS_PX", 20)
+    monkeypatch.setattr("pixelwise.infer.pipeline.choose_scorer", lambda predictor, *_: Bands(predictor))
 
 
-def test_large_images_and_all_extra_outputs(tmp_path, monkeypatch):
-    monkeypatch.setattr("pixelwise.infer.engines.base.ONE_PASS_PX", 100)
+def test_large_images_and_all_extra_outputs(tmp_path, bands):
     values = write_image(tmp_path / "a.png", size=(23, 17))
     options = JobOptions(maps=("entropy",), overlay=True, probabilities=True, geojson=True, coco=True)
     out, notes, seen = tmp_path / "out", [], []
     batch = plan_batch([tmp_path / "a.png"], out, options=options)
-    hooks = {"note": notes.append, "progress": lambda *at: seen.append(at), "tools": BANDS}
+    hooks = {"note": notes.append, "progress": lambda *at: seen.append(at)}
     assert [outcome.message for outcome in run_batch(make_predictor(), batch, **hooks)] == [""]
     endings = (".geojson", ".png", "_coco.json", "_entropy.tif", "_overlay.png", "_probabilities.npy")
     assert names_in(out) == [".pixelwise/a.png.json", *(f"a{ending}" for ending in endings)]
@@ -408,13 +415,13 @@ def test_large_images_and_all_extra_outputs(tmp_path, monkeypatch):
     assert len(json.loads((out / "a.geojson").read_text())["features"]) > 3
     assert len(notes) == 1
     assert seen[-1] == (23 * 17, 23 * 17)
-    assert statuses(run_batch(make_predictor(), batch, tools=BANDS)) == ["skipped"]
+    assert statuses(run_batch(make_predictor(), batch)) == ["skipped"]
     (out / "a.geojson").write_text("{}")
-    (outcome,) = run_batch(make_predictor(), batch, tools=BANDS)
+    (outcome,) = run_batch(make_predictor(), batch)
     assert "a.geojson: exists and" in outcome.message
 
 
-def test_other_options_make_other_labels(tmp_path):
+def test_other_options_make_other_labels(tmp_path, bands):
     values = write_image(tmp_path / "a.png", size=(40, 30))
     for options, wanted in (
         (JobOptions(), "done"),
@@ -425,7 +432,7 @@ def test_other_options_make_other_labels(tmp_path):
         (JobOptions(), "done"),
     ):
         batch = plan_batch([tmp_path / "a.png"], tmp_path / "out", options=options)
-        assert statuses(run_batch(make_predictor(), batch, tools=BANDS)) == [wanted]
+        assert statuses(run_batch(make_predictor(), batch)) == [wanted]
         labels = read_mask(tmp_path / "out" / "a.png")
         assert np.array_equal(labels, values.argmax(axis=2)) == (options == JobOptions())
     with pytest.raises(UsageError, match="no class 'z'"):
@@ -470,7 +477,7 @@ def test_images_and_labels_behind_urls(tmp_path, monkeypatch):
         memory.pipe(f"/scans/day/{name}", (tmp_path / name).read_bytes())
     for given, wanted in (("memory://scans/", ["day/a.tif", "day/b.png"]), ("memory://scans/day/*.tif", ["a.tif"])):
         batch = plan_batch([given], "memory://labels")
-        assert [job.outputs["labels"].removeprefix("memory://labels/") for job in batch.jobs] == wanted
+        assert [task.outputs["labels"].removeprefix("memory://labels/") for task in batch.tasks] == wanted
     batch = plan_batch(["memory://scans/day/"], "memory://labels/")
     assert [outcome.message for outcome in run_batch(make_predictor(), batch)] == ["", ""]
     memory.get_file("/labels/a.tif", str(tmp_path / "got.tif"))

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 import pixelwise.infer.decide as module
 from pixelwise.data.labels import LabelSpec
 from pixelwise.errors import PixelwiseError, UsageError
-from pixelwise.infer.decide import Decision, parse_thresholds
+from pixelwise.infer.decide import Decision
 from pixelwise.infer.tiling import Region, Scores
 
 SPEC = LabelSpec(names=("sky", "road", "car"), colors=((1, 1, 1), (2, 2, 2), (3, 3, 3)), values=((0,), (1,), (2,)))
@@ -175,30 +175,3 @@ def test_the_decision_of_a_predictor_and_its_options():
     assert Decision.of(predictor, options) == wanted
     with pytest.raises(UsageError, match="Did you mean car"):
         Decision.of(predictor, SimpleNamespace(thresholds=(("cars", 0.3),), maps=()))
-
-
-def test_thresholds_are_read():
-    assert parse_thresholds([], SPEC) == {}
-    assert parse_thresholds(["car=0.3", " sky = 1"], SPEC) == {2: 0.3, 0: 1.0}
-    odd = LabelSpec(names=("a=b", "a"), colors=((1, 1, 1), (2, 2, 2)), values=((0,), (1,)))
-    assert parse_thresholds(["a=b=.5", "a=1e-3"], odd) == {0: 0.5, 1: 0.001}
-
-
-@pytest.mark.parametrize(
-    "texts, message",
-    [
-        (["cr=0.3"], "no class 'cr'. Did you mean car"),
-        (["tumour=0.3"], "no class 'tumour'.*The classes: sky, road, car"),
-        (["car"], "write class=probability, such as sky=0.3"),
-        (["=0.3"], "write class=probability"),
-        (["car=many"], "'many' is not a probability"),
-        (["car="], "'' is not a probability"),
-        (["car=30"], "'30' is not a probability above 0 and at most 1"),
-        (["car=0"], "above 0"),
-        (["car=nan"], "above 0"),
-        (["car=0.3", "car=0.4"], "'car' is given twice"),
-    ],
-)
-def test_thresholds_that_cannot_be_read(texts, message):
-    with pytest.raises(UsageError, match=message):
-        parse_thresholds(texts, SPEC)

@@ -1,9 +1,12 @@
 import json
 import math
 import shutil
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from PIL import Image
 from torch import nn
@@ -12,11 +15,14 @@ from pixelwise.data.labels import LabelSpec, save_labels
 from pixelwise.data.layouts import open_data
 from pixelwise.errors import DataError, PixelwiseError, UsageError
 from pixelwise.formats.readers import read_mask
+from pixelwise.infer import prefetch, scoring
 from pixelwise.infer.bundle import ModelCard, save_bundle
 from pixelwise.infer.evaluate import choose_examples, evaluate, open_for
 from pixelwise.infer.predictor import Predictor, load
+from pixelwise.infer.tiling.blend import BlendedTiles
 from pixelwise.metrics.confusion import ConfusionMatrix, Scores
 from pixelwise.models import create_model
+from pixelwise.ops.cost import PassMemory
 
 # Mask values differ from class ids, one is merged, one is void: what is scored must be class ids.
 SPEC = LabelSpec(
@@ -324,6 +330,52 @@ def test_examples_of_a_batch_are_what_was_scored(alike, tmp_path):
         example = tmp_path / "out" / "evaluation-test" / key
         confusion.update(read_mask(example / "prediction.png"), read_mask(example / "truth.png"))
         assert confusion.scores().miou == scores[name]
+
+
+def test_an_image_of_any_size_is_scored_window_by_window(tmp_path, monkeypatch):
+    """The labels and the mask of a large image are never in memory as a whole."""
+    write_pair(tmp_path / "data", "test", "a", np.random.default_rng(6), size=(90, 70))
+    save_labels(tmp_path / "data" / "classes.yaml", SPEC)
+    wanted = evaluate(strongest(), tmp_path / "data")
+    monkeypatch.setattr("pixelwise.infer.pipeline.ONE_PASS_PX", 100)
+    monkeypatch.setattr("pixelwise.infer.prefetch.ONE_PASS_PX", 100)
+    monkeypatch.setattr("pixelwise.infer.scoring.THINNED_PX", 100)
+    monkeypatch.setattr("pixelwise.infer.scoring.EXAMPLE_PX", 30)
+    monkeypatch.setattr(
+        "pixelwise.infer.pipeline.choose_scorer", lambda network, height, width, tiling, note: BlendedTiles(
+            network.scores, PassMemory(8.0), in_channels=3, num_classes=3, height=height, width=width, window_px=16,
+            overlap=0.0,
+        )
+    )  # fmt: skip
+    windows, add = [], scoring._Counting.add
+    monkeypatch.setattr(scoring._Counting, "add", lambda self, plane, region, arrays: (
+        windows.append(region), add(self, plane, region, arrays)
+    ))  # fmt: skip
+    found = evaluate(strongest(), tmp_path / "data", out=tmp_path / "out")
+    assert (found.matrix, found.per_image) == (wanted.matrix, wanted.per_image)
+    assert len(windows) > 4
+    with Image.open(tmp_path / "out" / "evaluation-test" / "best-1" / "image.png") as picture:
+        assert picture.size == (24, 30)
+
+
+@pytest.mark.parametrize("plane", [None, 1])
+def test_a_volume_is_scored_plane_by_plane(tmp_path, plane):
+    rng = np.random.default_rng(7)
+    pixels, truth = rng.integers(0, 256, (3, 20, 12, 3), dtype=np.uint8), rng.integers(0, 3, (3, 20, 12))
+    tifffile.imwrite(tmp_path / "image.tif", pixels, photometric="rgb")
+    mask = prefetch.ArraySource(FILE_VALUES[truth[0]][:, :, None])
+    mask.info = replace(mask.info, planes=3)
+    mask.read = lambda top, left, height, width, plane=0: FILE_VALUES[truth[plane]][
+        top : top + height, left : left + width, None
+    ]
+    pair = SimpleNamespace(name="a", mask="mask", plane=plane)
+    with prefetch.open_image(tmp_path / "image.tif", CARD) as image:
+        labelled = scoring._Labelled(pair, image, mask, SPEC)
+        store = scoring._Counting(labelled, 3)
+        scoring._label(strongest(), [labelled], [store])
+    wanted, planes = ConfusionMatrix(3), slice(None) if plane is None else slice(plane, plane + 1)
+    wanted.update(pixels.argmax(-1)[planes], truth[planes])
+    assert np.array_equal(store.confusion.matrix, wanted.matrix)
 
 
 def test_a_batch_has_at_least_one_image(alike):

@@ -17,14 +17,13 @@ import torch
 
 from pixelwise.data.labels import LabelSpec
 from pixelwise.formats import Source, SourceInfo
-from pixelwise.infer import load
-from pixelwise.infer.batch import plan_batch, run_batch
+from pixelwise.infer import load, plan_batch, run_batch
 from pixelwise.infer.bundle import ModelCard, save_bundle
-from pixelwise.infer.collect import MOST_BYTES
 from pixelwise.infer.estimates import finishing_bytes, pipeline_bytes, room_for_maps
 from pixelwise.infer.options import JobOptions
-from pixelwise.infer.parts import Parts
-from pixelwise.infer.reading import AheadReader, kept_bytes
+from pixelwise.infer.prefetch import WindowReader, kept_bytes
+from pixelwise.infer.regions import MOST_BYTES
+from pixelwise.infer.store import DiskStore
 from pixelwise.infer.tiling import Region
 from pixelwise.models import create_model
 
@@ -117,7 +116,7 @@ def test_a_process_that_was_killed_goes_on_where_it_was(tmp_path, run):
         process,
         said,
     ):
-        while not list(out.glob(".scene.tif.parts-*/entropy-*")):  # the last of the first part
+        while not list(out.glob(".scene.tif.store-*/entropy-*")):  # the last of the first part
             assert process.poll() is None, said
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
@@ -126,16 +125,16 @@ def test_a_process_that_was_killed_goes_on_where_it_was(tmp_path, run):
     predictor = load(run, precision="float32")
     expected = predictor.predict(tmp_path / "scene.tif").labels
 
-    [folder] = out.glob(".scene.tif.parts-*")
-    parts = Parts(folder, height, width, 1, {"labels": np.dtype(np.uint8), "entropy": np.dtype(np.float32)})
-    first, *others = parts.missing(0)
+    [folder] = out.glob(".scene.tif.store-*")
+    store = DiskStore(folder, height, width, 1, {"labels": np.dtype(np.uint8), "entropy": np.dtype(np.float32)})
+    first, *others = store.missing(0)
     assert not others
-    assert 0 < parts.done_px < height * width
-    assert np.array_equal(parts.rows("labels", 0, 0, first.top), expected[: first.top])
+    assert 0 < store.done_px < height * width
+    assert np.array_equal(store.rows("labels", 0, 0, first.top), expected[: first.top])
     [name] = (path.name for path in folder.glob("labels-0-0-*"))
     bottom = int(name.split("-")[3])
     twos = np.full((bottom, width), 2, dtype=np.uint8)  # what is finished is not computed again, so other labels stay
-    parts.write(0, Region(0, 0, bottom, width), {"labels": twos, "entropy": np.zeros((bottom, width), np.float32)})
+    store.add(0, Region(0, 0, bottom, width), {"labels": twos, "entropy": np.zeros((bottom, width), np.float32)})
 
     options = JobOptions(maps=("entropy",))
     [outcome] = run_batch(predictor, plan_batch([tmp_path / "scene.tif"], out, options=options))
@@ -147,7 +146,7 @@ def test_a_process_that_was_killed_goes_on_where_it_was(tmp_path, run):
         "scene.tif",
         "scene_entropy.tif",
     ]
-    assert not list(out.glob(".scene.tif.parts-*"))
+    assert not list(out.glob(".scene.tif.store-*"))
 
 
 class Blank(Source):
@@ -174,7 +173,7 @@ class Blank(Source):
 def test_the_reader_keeps_no_more_than_it_says(side, block_px, rows):
     source = Blank(side, block_px)
     most = 0
-    with AheadReader(source) as reader:
+    with WindowReader(source) as reader:
         for top in range(0, min(side, 6000), rows):
             reader.read(top, 0, min(rows, side - top), side)
             kept = [future.result().size for future in reader._chunks.values()]

@@ -7,8 +7,8 @@ from torch import nn
 
 from pixelwise.data.labels import LabelSpec
 from pixelwise.errors import DataError, PixelwiseError, UsageError
+from pixelwise.formats.png import read_mark
 from pixelwise.formats.readers import read_mask
-from pixelwise.formats.writers import read_mark
 from pixelwise.infer.bundle import ModelCard, save_bundle
 from pixelwise.infer.predictor import Predictor, load
 from pixelwise.models import create_model
@@ -246,26 +246,6 @@ def normed():
 def several(count=3, size=(16, 20)):
     draws = torch.Generator().manual_seed(0)
     return [torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=draws) for _ in range(count)]
-
-
-def test_images_of_one_size_are_labelled_together_as_alone(run):
-    predictor, images = load(run, device="cpu", precision="float32"), several()
-    together = predictor.label_batch(images, ["a", "b", "c"])
-    for image, prediction in zip(images, together, strict=True):
-        alone = predictor.label(image)
-        assert torch.allclose(alone.logits, prediction.logits, atol=1e-5)
-        assert np.array_equal(alone.labels, prediction.labels) and prediction.source is image
-    assert predictor.label_batch(images, ["a", "b", "c"], probabilities=False)[0].logits is None
-
-
-def test_what_is_wrong_in_a_batch_is_named():
-    images = [torch.zeros(3, 4, 4), torch.full((3, 4, 4), torch.inf)]
-    with pytest.raises(PixelwiseError, match=r"^b\.png: the network's scores overflow"):
-        exact().label_batch(images, ["a.png", "b.png"])
-    with pytest.raises(
-        PixelwiseError, match=r"^a and 1 more: 4 x 4 px .* does not fit into memory.* or a smaller batch"
-    ):
-        exact(Failing(MemoryError())).label_batch(images, ["a", "b"])
 
 
 def test_batch_statistics_are_those_of_training_without_a_trace(normed):

@@ -43,24 +43,32 @@ def test_enet_weights_of_camvid():
     assert weights.max() < 1 / math.log(1.02) and weights.argmax() == 10
 
 
+def test_linknet_weights_of_camvid():
+    weights = class_weights("linknet", PIXELS, IMAGE_PIXELS)
+    assert weights[3].item() == pytest.approx(1 / math.log(2.02), rel=1e-6)  # road, the most frequent
+    assert weights[10].item() == pytest.approx(1 / math.log(1.02 + 184_967 / 20_076_880), rel=1e-6)
+
+
 def test_none_is_one_for_all():
     assert class_weights("none", PIXELS, IMAGE_PIXELS).tolist() == [1.0] * 11
 
 
-@pytest.mark.parametrize("scheme", ["median_frequency", "sqrt_median_frequency", "enet"])
+@pytest.mark.parametrize("scheme", ["median_frequency", "sqrt_median_frequency", "enet", "linknet"])
 def test_a_class_without_pixels_weighs_nothing_and_changes_no_other(scheme):
     with_absent = class_weights(scheme, [*PIXELS, 0], [*IMAGE_PIXELS, 0])
     assert with_absent[-1] == 0 and torch.isfinite(with_absent).all()
     assert torch.equal(with_absent[:-1], class_weights(scheme, PIXELS, IMAGE_PIXELS))
 
 
-@pytest.mark.parametrize("scheme", ["median_frequency", "enet"])
+@pytest.mark.parametrize("scheme", ["median_frequency", "enet", "linknet"])
 def test_without_any_pixel_all_weigh_the_same(scheme):
     assert class_weights(scheme, [0, 0], [0, 0]).tolist() == [1.0, 1.0]
 
 
 def test_an_unknown_scheme_is_refused():
-    with pytest.raises(UsageError, match="'segnet' is not one of none, median_frequency, sqrt_median_frequency, enet"):
+    with pytest.raises(
+        UsageError, match="'segnet' is not one of none, median_frequency, sqrt_median_frequency, enet, linknet"
+    ):
         class_weights("segnet", PIXELS, IMAGE_PIXELS)
 
 

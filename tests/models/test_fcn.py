@@ -11,7 +11,7 @@ from torchvision.models.vgg import cfgs, make_layers
 
 from pixelwise.errors import UsageError
 from pixelwise.models import create_model, describe_model
-from pixelwise.models.fcn import FCN, FCNConfig
+from pixelwise.models.fcn import CONVS, FCN, FCNConfig
 
 NAMES = ["fcn32s", "fcn16s", "fcn8s", "fcn8s_at_once"]
 
@@ -145,7 +145,7 @@ def reference(state, image, finest, scales=(1.0, 1.0)):
     return crop(deconv("upscore8", x, 16, 8), 31, image)
 
 
-@pytest.mark.parametrize("upsampling", ["fixed", "learnt"])
+@pytest.mark.parametrize("upsampling", ["fixed", "inner", "learnt"])
 @pytest.mark.parametrize(
     ("name", "finest", "scales"),
     [("fcn32s", 32, ()), ("fcn16s", 16, (1, 1)), ("fcn8s", 8, (1, 1)), ("fcn8s_at_once", 8, (0.01, 0.0001))],
@@ -173,9 +173,9 @@ def test_receptive_fields_of_table_1_and_of_the_pools():
     with torch.device("meta"):
         model = create_model("fcn32s", num_classes=21)
     field, jump, fields = 1, 1, []
-    for names in model.stages:
-        for name in names:
-            field += (model.get_submodule(name).kernel_size[0] - 1) * jump
+    for stage, count in enumerate(CONVS, start=1):
+        for index in range(1, count + 1):
+            field += (model.get_submodule(f"conv{stage}_{index}").kernel_size[0] - 1) * jump
         field, jump = field + jump, 2 * jump
         fields.append((field, jump))
     assert fields[2:4] == [(44, 8), (100, 16)]
@@ -204,6 +204,22 @@ def test_all_enlargements_are_fixed_unless_asked():
     assert dict(learnt.named_parameters()).keys() >= ups
 
 
+@pytest.mark.parametrize(
+    ("name", "inner", "parameters"),
+    [
+        ("fcn32s", set(), 134_346_581),
+        ("fcn16s", {"upscore2.weight"}, 134_364_410),
+        ("fcn8s", {"upscore2.weight", "upscore_pool4.weight"}, 134_376_863),
+    ],
+)
+def test_the_paper_learns_the_inner_upsampling_and_fixes_the_last(name, inner, parameters):
+    with torch.device("meta"):
+        model = create_model(name, num_classes=21, upsampling="inner")
+    learnt = {path for path, item in model.named_parameters() if path.startswith("up") and item.requires_grad}
+    assert learnt == inner
+    assert sum(item.numel() for item in model.parameters() if item.requires_grad) == parameters
+
+
 def test_a_finer_network_starts_from_a_coarser_one():
     coarse, middle, fine, at_once = (filled(name) for name in NAMES)
     for finer, coarser, new in ((middle, coarse, "score_pool4"), (fine, middle, "score_pool3")):
@@ -217,7 +233,7 @@ def test_a_finer_network_starts_from_a_coarser_one():
 def test_at_first_a_finer_network_is_a_function_of_the_coarse_score():
     coarse = filled("fcn32s")
     image = torch.randn(1, 3, 58, 58)
-    score = coarse.score_fr(coarse.head(coarse.trunk(image)[4]))
+    score = coarse.score_fr(coarse.head(coarse.trunk(image)[-1]))
     for name, ups, crop in (
         ("fcn16s", ("upscore2", "upscore16"), 27),
         ("fcn8s", ("upscore2", "upscore_pool4", "upscore8"), 31),
@@ -291,7 +307,7 @@ def test_a_classifier_gives_the_trunk_and_the_head():
     model.load_state_dict(weights, strict=False)
     # 26 + 198 = 224: one score, which sees what the classifier sees of the padded image.
     for image in (torch.randn(2, 3, 26, 26), torch.randn(1, 3, 26, 58)):
-        fc7 = model.head(model.trunk(image)[4])
+        fc7 = model.head(model.trunk(image)[-1])
         padded = F.pad(image, (99, 99, 99, 99))
         features = classifier.features(padded)
         for column in range(fc7.shape[3]):

@@ -7,7 +7,8 @@ from torch import nn
 
 from pixelwise.errors import UsageError
 from pixelwise.models import create_model
-from pixelwise.ops.receptive_field import receptive_field
+from pixelwise.ops.nan_propagation import structure
+from pixelwise.ops.receptive_field import ReceptiveField, receptive_field
 
 
 class Cells(nn.Module):
@@ -308,3 +309,15 @@ def test_groups_are_told_apart():
 
     assert receptive_field(Apart(slice(0, 2)), in_channels=2).radius_px == (1, 1, 0, 0)
     assert receptive_field(Apart(slice(2, 4)), in_channels=2).radius_px == (5, 5, 0, 0)
+
+
+def test_tiles_cost_what_their_halos_add():
+    field = ReceptiveField(bounded=True, stride=8, radius_px=(20, 20, 20, 20), size_px=(41, 41))
+    assert field.tile_cost(48) == 4.0
+    assert ReceptiveField(bounded=False).tile_cost(48) == float("inf")
+
+
+def test_the_weights_of_large_convolutions_take_no_memory():
+    with torch.device("meta"):
+        large = nn.Conv2d(4096, 4096, 7)
+    assert structure(large).weight.untyped_storage().nbytes() == 4

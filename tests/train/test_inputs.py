@@ -80,7 +80,7 @@ def test_windows_are_the_same_after_an_interruption(toy_data: Path, tmp_path: Pa
 def test_windows_need_no_class_weights(toy_data: Path) -> None:
     from pixelwise.data.check import inspect_data
     from pixelwise.data.layouts import open_data
-    from pixelwise.train.parts import loss_weights
+    from pixelwise.train.module import loss_weights
 
     inspection = inspect_data(open_data(toy_data))
     model = patch_classifier()

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -137,7 +138,7 @@ def start(data: Path, run: Path, *options: str) -> subprocess.Popen[str]:
 def wait_for_step(process: subprocess.Popen[str], run: Path, step: int) -> None:
     """Until the checkpoint has seen `step` steps; the test's own time limit ends a wait that is in vain."""
     path = run / "checkpoints" / checkpoints.LAST_NAME
-    while not path.exists() or checkpoints.checkpoint_step(path) < step:
+    while not path.exists() or checkpoints.checkpoint_step(Path(shutil.copy(path, run))) < step:  # it is being replaced
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
 
@@ -222,16 +223,16 @@ def test_a_full_disk_is_told_and_keeps_the_last_checkpoint(
 def test_running_out_of_memory_says_what_to_change(
     toy_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pixelwise.train.task import SegmentationTask
+    from pixelwise.train.module import SegmentationModule
 
-    real = SegmentationTask.training_step
+    real = SegmentationModule.training_step
 
-    def hungry(self: SegmentationTask, batch: object, index: int) -> object:
+    def hungry(self: SegmentationModule, batch: object, index: int) -> object:
         if self.global_step == 2:
             raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
         return real(self, batch, index)
 
-    monkeypatch.setattr(SegmentationTask, "training_step", hungry)
+    monkeypatch.setattr(SegmentationModule, "training_step", hungry)
     with pytest.raises(PixelwiseError, match=r"memory ran out with batch_size=4.*batch_size=2.*is kept"):
         train(toy_data, tiny(steps=12, checkpoint_minutes=0), out=tmp_path / "run")
     assert last_state(tmp_path / "run")["global_step"] == 2

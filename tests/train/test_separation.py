@@ -13,14 +13,19 @@ from PIL import Image
 import pixelwise
 from pixelwise.data.layouts import Pair, open_data
 from pixelwise.data.samples import load_sample
-from pixelwise.data.separation import separate_touching, separation_weights
+from pixelwise.data.separation import (
+    instance_file,
+    separate,
+    separate_touching,
+    separation_weights,
+    where_objects_come_from,
+)
 from pixelwise.errors import DataError
 from pixelwise.losses import cross_entropy
 from pixelwise.models import create_model
 from pixelwise.train import make_config, train
+from pixelwise.train.module import SegmentationModule
 from pixelwise.train.schedule import Budget
-from pixelwise.train.separation import instance_file, separate, where_objects_come_from
-from pixelwise.train.task import SegmentationTask
 
 TINY = {
     "model": "unet",
@@ -133,12 +138,12 @@ def test_instance_maps_are_found_beside_the_masks(tmp_path: Path, split: str) ->
 # -- the loss of a step --
 
 
-def task(**options: object) -> SegmentationTask:
+def task(**options: object) -> SegmentationModule:
     torch.manual_seed(0)
     model = create_model("unet", num_classes=2, in_channels=1, tiny=True)
     weight = options.pop("weight", None)
     config = make_config({"channels_last": False, "ema": 0, **options})
-    return SegmentationTask(model, config, Budget(steps=1), mean=(0.0,), std=(1.0,), weight=weight)
+    return SegmentationModule(model, config, Budget(steps=1), mean=(0.0,), std=(1.0,), weight=weight)
 
 
 def test_the_weights_of_class_and_gap_are_added():
@@ -174,7 +179,7 @@ def test_training_with_gaps_and_elastic_deformation(
             os.kill(os.getpid(), signal.SIGTERM)
 
     train(cells, config, out=tmp_path / "torn", report=stop)
-    monkeypatch.setattr("pixelwise.train.parts.fits_in_cache", lambda _bytes: False)  # computed anew for each crop
+    monkeypatch.setattr("pixelwise.train.stream.fits_in_cache", lambda _bytes: False)  # computed anew for each crop
     assert train(cells, out=tmp_path / "torn", resume=True).steps == 5
     one, other = (pixelwise.load(tmp_path / name, device="cpu").model.state_dict() for name in ("whole", "torn"))
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -170,7 +171,9 @@ def start(data: Path, run: Path, *options: str) -> subprocess.Popen[str]:
 
 def stop_at(process: subprocess.Popen[str], folder: Path, step: int, how: signal.Signals) -> tuple[int, str]:
     path = folder / "checkpoints" / checkpoints.LAST_NAME
-    while not path.exists() or checkpoints.checkpoint_step(path) < step:
+    while (
+        not path.exists() or checkpoints.checkpoint_step(Path(shutil.copy(path, folder))) < step
+    ):  # it is being replaced
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
     process.send_signal(how)
@@ -209,7 +212,7 @@ def test_killed_before_the_first_checkpoint_of_a_stage_it_begins_that_stage_agai
 ) -> None:
     from pixelwise.train import run as run_module
 
-    whole, torn, real = tmp_path / "whole", tmp_path / "torn", run_module.make_task
+    whole, torn, real = tmp_path / "whole", tmp_path / "torn", run_module.make_module
     train(toy_data, tiny(steps=3, stages=["unet"]), out=whole)
 
     def dies_in_the_second(config: RunConfig, *args: object) -> object:
@@ -217,10 +220,10 @@ def test_killed_before_the_first_checkpoint_of_a_stage_it_begins_that_stage_agai
             raise KeyboardInterrupt
         return real(config, *args)
 
-    monkeypatch.setattr(run_module, "make_task", dies_in_the_second)
+    monkeypatch.setattr(run_module, "make_module", dies_in_the_second)
     with pytest.raises(KeyboardInterrupt):
         train(toy_data, tiny(steps=3, stages=["unet"]), out=torn)
-    monkeypatch.setattr(run_module, "make_task", real)
+    monkeypatch.setattr(run_module, "make_module", real)
     moved = torn.rename(tmp_path / "moved")  # what a stage starts from is found where the run lies now
     train(toy_data, out=moved, resume=True)
     assert_same_weights(whole, moved)

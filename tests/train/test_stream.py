@@ -7,11 +7,11 @@ from hypothesis import strategies as st
 
 from pixelwise.data.layouts import open_data
 from pixelwise.data.transforms import training_transform
+from pixelwise.train.plan import default_workers
 from pixelwise.train.stream import (
     BatchStream,
     CropSet,
     _print_unless_hung_up,
-    default_workers,
     fits_in_cache,
     make_loader,
     seed_of,

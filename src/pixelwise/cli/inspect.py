@@ -17,35 +17,53 @@ if TYPE_CHECKING:
 
 _SCHEMES: tuple[Literal["median_frequency", "enet"], ...] = ("median_frequency", "enet")
 _HEADINGS = {"median_frequency": "median freq.", "enet": "ENet"}
-_SIZES_SHOWN = 4
+_SHOWN = 4
 
 
 def inspect(
     data: Annotated[
         Path, typer.Argument(metavar="DATA", help="A folder of images and masks, or a CSV file that lists them.")
     ],
-    classes: Annotated[Path | None, typer.Option(help="A classes.yaml, in place of the one in DATA.")] = None,
-    ignore: Annotated[list[int] | None, typer.Option(help="A mask value that is void; may be repeated.")] = None,
+    classes: Annotated[Path | None, typer.Option(help="A classes.yaml, instead of the one in DATA.")] = None,
+    ignore: Annotated[list[int] | None, typer.Option(help="A mask value to ignore; repeatable.")] = None,
     group_by: Annotated[
-        str | None, typer.Option(help="Regular expression: names that agree in its group 1 share a split.")
+        str | None, typer.Option(help="Regular expression: images with the same group 1 stay in one split.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
+    axis: Annotated[int | None, typer.Option(help="NIfTI: voxel axis that slices are cut along; 2.")] = None,
+    level: Annotated[int | None, typer.Option(help="Slides, OME-Zarr: level of the pyramid; 0 is the finest.")] = None,
+    series: Annotated[str | None, typer.Option(help="DICOM: SeriesInstanceUID; OME-Zarr: number of the image.")] = None,
+    intensity: Annotated[
+        str | None, typer.Option(help="NIfTI, DICOM: auto, type or LOW,HIGH that become 0 and 1.")
+    ] = None,
+    allow_no_affine: Annotated[
+        bool, typer.Option("--allow-no-affine", help="NIfTI: accept volumes without an affine.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     r"""Show what is in a data folder: layout, images, classes, problems, class weights. Writes nothing.
 
-    Exit code 2 means that something must be mended before training.
+    Images and masks may be of any format that predict reads. Exit code 2 means that something must be fixed before
+    training.
 
     Example: pixelwise inspect data/camvid
 
     Example: pixelwise inspect data/hearts --group-by '(.*)-IM-'
     """
+    from pixelwise.cli.predict_options import parse_intensity
     from pixelwise.data.check import inspect_data
     from pixelwise.data.layouts import open_data
 
+    reading = {
+        "axis": axis,
+        "level": level,
+        "series": int(series) if series is not None and series.isascii() and series.isdigit() else series,
+        "intensity": None if intensity is None else parse_intensity(intensity),
+        "allow_no_affine": allow_no_affine or None,
+    }
     folder = open_data(data, classes=classes, ignore=tuple(ignore or ()), group_by=group_by)
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("Reading", total=len(folder.pairs))
-        inspection = inspect_data(folder, lambda done, total: progress.update(task, completed=done))
+        inspection = inspect_data(folder, lambda done, total: progress.update(task, completed=done), reading=reading)
     weights = _suggested_weights(inspection)
     if as_json:
         typer.echo(json.dumps(inspection.to_dict() | {"class_weights": weights}, indent=2))
@@ -77,23 +95,26 @@ def _page(inspection: "Inspection", weights: dict[str, list[float | None]]) -> G
 def _facts(inspection: "Inspection") -> Table:
     folder = inspection.folder
     splits = ", ".join(f"{stats.images:,} {name}" for name, stats in inspection.splits.items())
-    sizes = [f"{size} ({count:,})" for size, count in inspection.sizes.items()]
-    rest = len(sizes) - _SIZES_SHOWN
-    depth = ", ".join(f"{name} ({count:,})" for name, count in inspection.dtypes.items())
+    told = {key: _counted(counts) for key, counts in inspection.describe_images().items()}
     table = Table.grid(padding=(0, 2))
     for name, value in (
         ("Data", str(folder.root)),
         ("Layout", folder.layout),
         ("Images", f"{len(folder.pairs):,} ({splits})"),
-        ("Sizes", ", ".join(sizes[:_SIZES_SHOWN]) + (f" and {rest:,} more" if rest > 0 else "")),
+        ("Formats", told["formats"]),
+        ("Sizes", _counted(inspection.sizes)),
+        ("Planes", told["planes"]),
+        ("Spacing", told["spacings"]),
+        ("CRS", told["crs"]),
         ("Channels", str(inspection.channels)),
-        ("Bit depth", depth),
+        ("Bit depth", _counted(inspection.dtypes)),
         ("Mean", _numbers(inspection.mean)),
         ("Deviation", _numbers(inspection.std)),
         ("Masks", "RGB colours" if folder.labels.kind == "rgb" else "index"),
         ("Fingerprint", inspection.fingerprint[:16]),
     ):
-        table.add_row(Text(name, style="bold"), Text(value))
+        if value:
+            table.add_row(Text(name, style="bold"), Text(value))
     return table
 
 
@@ -130,8 +151,15 @@ def _problem_list(inspection: "Inspection") -> Text:
         lines.append(f"{problem.severity}: ", style=style).append(f"{problem.message}\n")
     fatal = sum(problem.severity == "fatal" for problem in inspection.problems)
     if fatal:
-        lines.append(f"{fatal} {'problem' if fatal == 1 else 'problems'} must be mended before training.", style="bold")
+        lines.append(f"{fatal} {'problem' if fatal == 1 else 'problems'} must be fixed before training.", style="bold")
     return lines
+
+
+def _counted(counts: dict[str, int]) -> str:
+    """ "480x360 (701)", the most frequent first."""
+    shown = [f"{name} ({count:,})" for name, count in counts.items()]
+    rest = len(shown) - _SHOWN
+    return ", ".join(shown[:_SHOWN]) + (f" and {rest:,} more" if rest > 0 else "")
 
 
 def _values(values: tuple[Any, ...]) -> str:

@@ -1,5 +1,7 @@
 """`pixelwise predict`: a label for every pixel of new images."""
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -7,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from pixelwise.cli.predict_options import check_engine, job_options, parse_intensity
+from pixelwise.errors import UsageError
 
 if TYPE_CHECKING:
     from pixelwise.infer.batch import Outcome
@@ -19,6 +21,11 @@ _OUTPUTS, _LARGE, _AVERAGED, _INPUTS, _WHERE = (
     "How images are read",
     "Where it is computed",
 )
+_UNITS = {"": 1, "B": 1} | {
+    f"{prefix}{ending}": base**power
+    for power, prefix in enumerate("KMGT", start=1)
+    for ending, base in (("", 1024), ("iB", 1024), ("B", 1000))
+}
 _MAPS = "entropy, mutual_information, max_probability, with commas between: also write NAME_MAP."
 
 
@@ -165,35 +172,111 @@ def predict(
 
     Example: pixelwise predict runs/land scene.tif --out labels --memory 2GiB --maps entropy --geojson
     """
-    check_engine(engine, address, workers)
+    _check_engine(engine, address, workers)
     reading = {
         "axis": axis,
         "level": level,
         "series": int(series) if series is not None and series.isascii() and series.isdigit() else series,
-        "intensity": None if intensity is None else parse_intensity(intensity),
+        "intensity": None if intensity is None else _parse_intensity(intensity),
         "allow_no_affine": allow_no_affine or None,
     }
-    options = job_options(
-        tile=tile, blend=blend, overlap=overlap, tolerance=tolerance, memory=memory, tta=tta, samples=samples, seed=seed,
-        maps=maps or (), threshold=threshold or (), min_area=min_area, format=format, geojson=geojson, coco=coco,
-        overlay=overlay, probabilities=probabilities, reading=reading,
-    )  # fmt: skip
+    if overlap is not None and blend is None:
+        raise UsageError("--overlap is that of blended tiles; add --blend gaussian, or leave it out.")
+    if seed and samples == 1:
+        raise UsageError("--seed is the dropout seed of --samples; add --samples 20, or leave it out.")
+    thresholds, memory_bytes = [_parse_threshold(text) for text in threshold or ()], memory and _parse_bytes(memory)
     from pixelwise.infer.batch import plan_batch
+    from pixelwise.infer.options import JobOptions, Tiling
     from pixelwise.infer.predictor import load
 
+    tiling = Tiling(
+        tile_px=tile, blend=blend, overlap=0.25 if overlap is None else overlap, tolerance=tolerance,  # type: ignore[arg-type]
+        memory_bytes=memory_bytes or None, tta=tta, samples=samples, seed=seed,  # type: ignore[arg-type]
+    )  # fmt: skip
+    options = JobOptions(
+        tiling=tiling, maps=_parse_list(maps or ()), thresholds=tuple(thresholds), min_area_px=min_area, format=format,
+        geojson=geojson, coco=coco, overlay=overlay, probabilities=probabilities,
+        reading=tuple((key, value) for key, value in reading.items() if value is not None),
+    )  # fmt: skip
     batch = plan_batch(inputs, out, options=options)
     predictor = load(run, device=device, precision=precision, batch_statistics=batch_statistics)
     outcomes = _label(predictor, batch, overwrite=overwrite, engine=engine, address=address, workers=workers)
     _summarise(outcomes, str(out))
 
 
+def _parse_bytes(text: str) -> int:
+    """A size such as 2GiB (1,024³ bytes each), 2G (the same), 500MB (1,000² each) or a number of bytes.
+
+    Raises:
+        UsageError: it is none of these, or less than 1 MiB, as "2" is where 2 GiB are meant.
+    """
+    match = re.fullmatch(r"(\d{1,18}(?:\.\d{1,9})?) *([A-Za-z]*)", text.strip())
+    units = {name.lower(): size for name, size in _UNITS.items()}
+    if match is None or match[2].lower() not in units:
+        raise UsageError(f"--memory {text}: write a size such as 2GiB, 500MB or a number of bytes.")
+    size = int(float(match[1]) * units[match[2].lower()])
+    if size < 2**20:
+        raise UsageError(f"--memory {text} is {size:,} bytes, too little for any network; write 2GiB or 500MB.")
+    return size
+
+
+def _parse_threshold(text: str) -> tuple[str, float]:
+    """CLASS=P as the name of the class and the probability; the name may hold "=".
+
+    Raises:
+        UsageError: it has another form.
+    """
+    name, sign, number = text.rpartition("=")
+    try:
+        share = float(number)
+    except ValueError:
+        share = float("nan")
+    if not sign or not name.strip() or not 0 < share <= 1:
+        raise UsageError(
+            f"--threshold {text}: write CLASS=P with the name of a class and a probability above 0 and at most 1, such as "
+            "tumour=0.3."
+        )
+    return name.strip(), share
+
+
+def _parse_list(texts: Sequence[str]) -> tuple[str, ...]:
+    """Names with commas between them, from an option that may be repeated; each once."""
+    names = [name.strip().replace("-", "_") for text in texts for name in text.split(",")]
+    return tuple(dict.fromkeys(name for name in names if name))
+
+
+def _parse_intensity(text: str) -> Any:
+    """ "auto", "type", or LOW,HIGH as two numbers.
+
+    Raises:
+        UsageError: it is none of these.
+    """
+    if text in ("auto", "type"):
+        return text
+    try:
+        low, high = (float(number) for number in text.split(","))
+    except ValueError as error:
+        raise UsageError(f"--intensity {text}: write auto, type, or LOW,HIGH such as -100,300.") from error
+    return low, high
+
+
+def _check_engine(engine: str, address: str | None, workers: int | None) -> None:
+    """Raise `UsageError` for an unknown engine, or options of the other one."""
+    if engine not in ("local", "ray"):
+        raise UsageError(f"--engine {engine}: there are local (this process) and ray (workers of a cluster).")
+    if engine == "local" and address is not None:
+        raise UsageError("--address is that of a Ray cluster; add --engine ray, or leave it out.")
+    if workers is not None and workers < 1:
+        raise UsageError(f"--workers must be at least 1, not {workers}.")
+
+
 def _label(predictor: Any, batch: Any, **how: Any) -> "list[Outcome]":
     """Label the batch below one bar; what goes wrong, and what is to be known, stands above it."""
-    from pixelwise.infer.batch import run_batch
+    from pixelwise.infer.engines import run_batch
 
     outcomes: list[Outcome] = []
     with _progress() as progress:
-        task = progress.add_task("labelling", total=len(batch.jobs) + len(batch.missing))
+        task = progress.add_task("labelling", total=len(batch.tasks) + len(batch.missing))
 
         def show(text: str) -> None:
             progress.console.print(_printable(text), markup=False, highlight=False, soft_wrap=True)

@@ -20,15 +20,13 @@ def train(
         Path, typer.Argument(metavar="DATA", help="A folder of images and masks, or a CSV file that lists them.")
     ],
     out: Annotated[Path, typer.Option("--out", help="The run folder to write.")],
-    model: Annotated[str | None, typer.Option(help="A network; `pixelwise models` lists them.")] = None,
+    model: Annotated[str | None, typer.Option(help="The network; `pixelwise models` lists them.")] = None,
     backbone: Annotated[
         str | None, typer.Option(help="The encoder of encoder_decoder: any timm or torchvision name.")
     ] = None,
     pretrained: Annotated[
         str | None,
-        typer.Option(
-            metavar="[FILE]", help="Start from trained weights: alone, from the library that owns them; or a file."
-        ),
+        typer.Option(metavar="[FILE]", help="Start from pretrained weights: of timm or torchvision, or of a FILE."),
     ] = None,
     init: Annotated[
         str | None,
@@ -37,34 +35,43 @@ def train(
         ),
     ] = None,
     stages: Annotated[
-        str | None, typer.Option(metavar="MODEL,…", help="Networks to train first, each from the one before.")
+        str | None, typer.Option(metavar="MODEL,…", help="Networks to train first; each starts from the previous one.")
     ] = None,
-    minutes: Annotated[float | None, typer.Option(help="Budget in minutes; the schedule fits itself to it.")] = None,
-    epochs: Annotated[int | None, typer.Option(help="Budget in epochs.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Budget in steps.")] = None,
-    classes: Annotated[Path | None, typer.Option(help="A classes.yaml, in place of the one in DATA.")] = None,
-    ignore: Annotated[list[int] | None, typer.Option(help="A mask value that is void; may be repeated.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="Train for this many minutes.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Train for this many epochs.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Train for this many steps.")] = None,
+    classes: Annotated[Path | None, typer.Option(help="A classes.yaml, instead of the one in DATA.")] = None,
+    ignore: Annotated[list[int] | None, typer.Option(help="A mask value to ignore; repeatable.")] = None,
     group_by: Annotated[
-        str | None, typer.Option(help="Regular expression: names that agree in its group 1 share a split.")
+        str | None, typer.Option(help="Regular expression: images with the same group 1 stay in one split.")
+    ] = None,
+    axis: Annotated[int | None, typer.Option(help="NIfTI: voxel axis that slices are cut along; 2.")] = None,
+    slices: Annotated[
+        int | None, typer.Option(metavar="N", help="Volumes: N neighbouring slices as channels, an odd number; 1.")
     ] = None,
     config: Annotated[
-        Path | None, typer.Option(help="A YAML file of options; what is typed here wins over it.")
+        Path | None, typer.Option(help="A YAML file of options; options of the command line override it.")
     ] = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Any option; options.KEY=VALUE sets the network's."),
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Any training option; options.KEY=VALUE is one of the network."
+        ),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
 ) -> None:
-    """Check the data, print the plan, train, score the best weights and write the report.
+    """Check the data, print the plan, train, evaluate the best weights and write the report.
 
-    A run that was interrupted in any way goes on with --resume. `--help` of the options for --set: docs/training.md.
+    Images and masks may be of any format that predict reads; a volume is trained on slice by slice, a large raster by
+    windows. --resume continues an interrupted run. All options for --set: docs/training.md.
 
     Example: pixelwise train data/camvid --out runs/camvid --backbone resnet18 --pretrained --minutes 30
 
     Example: pixelwise train data/camvid --out runs/fcn8s --model fcn8s --init vgg16 --stages fcn32s,fcn16s
 
     Example: pixelwise train data/cells --model unet --out runs/cells --epochs 100 --set crop_px=256 --set flips=dihedral
+
+    Example: pixelwise train data/livers --model unet --out runs/livers --slices 3 --set intensity=-160,240
     """
     from pixelwise.cli.progress import TrainingProgress
     from pixelwise.data.layouts import open_data
@@ -81,6 +88,8 @@ def train(
         "minutes": minutes,
         "epochs": epochs,
         "steps": steps,
+        "axis": axis,
+        "slices": slices,
     }
     typed = {key: value for key, value in typed.items() if value is not None}
     if backbone is not None:

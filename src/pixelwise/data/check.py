@@ -2,15 +2,18 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from pixelwise.data.labels import IGNORE_INDEX, LabelSpec
-from pixelwise.data.looks import ImageLook, PairLook, look_at
-from pixelwise.data.pairs import SPLITS, DataFolder, Problem
+from pixelwise.data.pairs import SPLITS, DataFolder, Pair, Problem
+from pixelwise.data.places import Places
 from pixelwise.data.problems import find_problems
-from pixelwise.data.scan import in_threads
+from pixelwise.data.samples import are_pictures, crs_name
+from pixelwise.data.scan import ImageScan, PairScan, in_threads, scan_pair
 from pixelwise.errors import DataError
 
 __all__ = ["Inspection", "SplitStats", "inspect_data"]
@@ -50,6 +53,8 @@ class Inspection:
         std: likewise; 1 for a channel that is constant, so that it can be divided by.
         fingerprint: SHA-256 over the splits, names and decoded pixels of all images and masks.
         problems: fatal ones first.
+        scans: what each pair of the folder holds, in its order.
+        reading: the options with which the images were read.
     """
 
     folder: DataFolder
@@ -61,6 +66,39 @@ class Inspection:
     std: tuple[float, ...]
     fingerprint: str
     problems: tuple[Problem, ...]
+    scans: tuple[PairScan, ...] = ()
+    reading: Mapping[str, Any] = field(default_factory=dict)
+
+    def samples(self, split: str) -> tuple[Pair, ...]:
+        """The pairs of a split, those of volumes plane by plane."""
+        made: list[Pair] = []
+        for scan in self.scans:
+            planes = scan.image.grid.planes if scan.image else 1
+            if scan.pair.split == split and planes == 1:
+                made.append(scan.pair)
+            elif scan.pair.split == split:
+                made += [replace(scan.pair, plane=plane, name=f"{scan.pair.name}:{plane}") for plane in range(planes)]
+        return tuple(made)
+
+    def places(self) -> dict[tuple[Path | None, int], Places]:
+        """Where the values lie in the training masks that are read by windows, by file and plane."""
+        return {
+            (scan.pair.mask, plane): places
+            for scan in self.scans
+            if scan.pair.split == "train" and scan.mask and not are_pictures(scan.pair)
+            for plane, places in enumerate(scan.mask.places)
+        }
+
+    def describe_images(self) -> dict[str, dict[str, int]]:
+        """How many images there are of each format, and of each size of a pixel and coordinate system that is known."""
+        images = [scan.image for scan in self.scans if scan.image]
+        found = {
+            "formats": Counter(image.format for image in images),
+            "spacings": Counter(image.spacing for image in images if image.spacing),
+            "crs": Counter(crs_name(image.grid.crs) for image in images if image.grid.crs),
+            "planes": Counter(str(image.grid.planes) for image in images if image.grid.planes > 1),
+        }
+        return {key: dict(counts.most_common()) for key, counts in found.items()}
 
     def raise_if_fatal(self) -> None:
         """Stop here if there are fatal problems.
@@ -73,7 +111,7 @@ class Inspection:
             raise DataError(f"{self.folder.root}: {fatal[0]}")
         if fatal:
             listing = "".join(f"\n- {message}" for message in fatal)
-            raise DataError(f"{self.folder.root}: {len(fatal)} problems must be mended first:{listing}")
+            raise DataError(f"{self.folder.root}: {len(fatal)} problems must be fixed first:{listing}")
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the single pairs, for JSON."""
@@ -88,16 +126,25 @@ class Inspection:
             "mean": list(self.mean),
             "std": list(self.std),
             "fingerprint": self.fingerprint,
+            "reading": _lists(dict(self.reading)),
+            **self.describe_images(),
             "problems": [_lists(asdict(problem)) for problem in self.problems],
         }
 
 
-def inspect_data(folder: DataFolder, on_progress: Callable[[int, int], None] | None = None) -> Inspection:
+def inspect_data(
+    folder: DataFolder,
+    on_progress: Callable[[int, int], None] | None = None,
+    *,
+    reading: Mapping[str, Any] | None = None,
+) -> Inspection:
     """Read every image and mask once, in threads, and find out what they hold and what is wrong.
 
     Args:
         folder: as `open_data` gives it.
         on_progress: called with the number of pairs done and the number of all.
+        reading: options of the images' formats (axis, level, series, intensity, ...), and `slices`, an odd number of
+            neighbouring planes of volumes that are read as channels.
 
     Returns:
         The same result for the same files, whatever the number of threads. Problems do not raise here.
@@ -115,13 +162,14 @@ def inspect_data(folder: DataFolder, on_progress: Callable[[int, int], None] | N
         >>> inspect_data(open_data(root)).sizes
         {'8x6': 4}
     """
-    looks = in_threads(look_at, folder.pairs, on_progress)
-    images = [look.image for look in looks if look.image is not None]
+    reading = {key: value for key, value in (reading or {}).items() if value is not None}
+    scans = in_threads(partial(scan_pair, reading=reading), folder.pairs, on_progress)
+    images = [scan.image for scan in scans if scan.image is not None]
     channels = _common_channels(images)
-    train = [look.image for look in looks if look.image is not None and look.pair.split == "train"]
+    train = [scan.image for scan in scans if scan.image is not None and scan.pair.split == "train"]
     mean, std = _mean_and_std(train, channels)
     splits = {
-        name: _split_stats([look for look in looks if look.pair.split == name], folder.labels)
+        name: _split_stats([scan for scan in scans if scan.pair.split == name], folder.labels)
         for name in SPLITS
         if name in folder.splits
     }
@@ -129,16 +177,18 @@ def inspect_data(folder: DataFolder, on_progress: Callable[[int, int], None] | N
         folder=folder,
         channels=channels,
         dtypes=dict(Counter(image.dtype for image in images).most_common()),
-        sizes=dict(Counter(f"{image.width}x{image.height}" for image in images).most_common()),
+        sizes=dict(Counter(f"{image.grid.width}x{image.grid.height}" for image in images).most_common()),
         splits=splits,
         mean=mean,
         std=std,
-        fingerprint=_fingerprint(looks),
-        problems=find_problems(folder, looks),
+        fingerprint=_fingerprint(scans),
+        problems=find_problems(folder, scans),
+        scans=tuple(scans),
+        reading=reading,
     )
 
 
-def _common_channels(images: Sequence[ImageLook]) -> int:
+def _common_channels(images: Sequence[ImageScan]) -> int:
     """Grey can be shown as RGB, so 1 and 3 are 3; of other mixtures the most frequent, and the check objects."""
     counts = Counter(image.channels for image in images)
     if set(counts) == {1, 3}:
@@ -146,16 +196,16 @@ def _common_channels(images: Sequence[ImageLook]) -> int:
     return counts.most_common(1)[0][0] if counts else 0
 
 
-def _split_stats(looks: Sequence[PairLook], labels: LabelSpec) -> SplitStats:
+def _split_stats(scans: Sequence[PairScan], labels: LabelSpec) -> SplitStats:
     pixels = [0] * labels.num_classes
     images_with = [0] * labels.num_classes
     image_pixels = [0] * labels.num_classes
     void = 0
-    for look in looks:
-        if look.mask is None:
+    for scan in scans:
+        if scan.mask is None:
             continue
         here: Counter[int] = Counter()
-        for value, count in look.mask.counts.items():
+        for value, count in scan.mask.counts.items():
             index = labels.class_of(value)
             if index is not None:
                 here[index] += count
@@ -163,9 +213,9 @@ def _split_stats(looks: Sequence[PairLook], labels: LabelSpec) -> SplitStats:
         for index, count in here.items():
             pixels[index] += count
             images_with[index] += 1
-            image_pixels[index] += look.mask.width * look.mask.height
+            image_pixels[index] += scan.mask.grid.pixels
     return SplitStats(
-        images=len(looks),
+        images=len(scans),
         pixels=tuple(pixels),
         void=void,
         images_with=tuple(images_with),
@@ -173,10 +223,10 @@ def _split_stats(looks: Sequence[PairLook], labels: LabelSpec) -> SplitStats:
     )
 
 
-def _mean_and_std(images: Sequence[ImageLook], channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _mean_and_std(images: Sequence[ImageScan], channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Over all pixels of all images together; grey counts for every channel of RGB."""
     usable = [image for image in images if image.channels in (channels, 1)]
-    total = sum(image.width * image.height for image in usable)
+    total = sum(image.pixels for image in usable)
     mean, std = [0.0] * channels, [1.0] * channels
     for channel in range(channels if total else 0):
         added = sum(image.sums[channel if image.channels > 1 else 0] for image in usable)
@@ -188,13 +238,13 @@ def _mean_and_std(images: Sequence[ImageLook], channels: int) -> tuple[tuple[flo
     return tuple(mean), tuple(std)
 
 
-def _fingerprint(looks: Sequence[PairLook]) -> str:
+def _fingerprint(scans: Sequence[PairScan]) -> str:
     digest = hashlib.sha256()
-    for look in looks:
-        image = look.image.digest if look.image else "unreadable"
-        mask = look.mask.digest if look.mask else "none"
-        name = look.pair.name.encode("utf-8", "surrogateescape")
-        digest.update(look.pair.split.encode() + b"\0" + name + f"\0{image}\0{mask}\n".encode())
+    for scan in scans:
+        image = scan.image.digest if scan.image else "unreadable"
+        mask = scan.mask.digest if scan.mask else "none"
+        name = scan.pair.name.encode("utf-8", "surrogateescape")
+        digest.update(scan.pair.split.encode() + b"\0" + name + f"\0{image}\0{mask}\n".encode())
     return digest.hexdigest()
 
 

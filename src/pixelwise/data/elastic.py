@@ -29,13 +29,6 @@ class RandomElastic(v2.Transform):
 
     Raises:
         UsageError: a negative sigma, or fewer than 2 points.
-
-    Example:
-        >>> image = tv_tensors.Image(torch.zeros(3, 40, 60, dtype=torch.uint8))
-        >>> mask = tv_tensors.Mask(torch.ones(40, 60, dtype=torch.uint8))
-        >>> out_image, out_mask = RandomElastic()(image, mask)
-        >>> tuple(out_image.shape), tuple(out_mask.shape)
-        ((3, 40, 60), (40, 60))
     """
 
     def __init__(self, sigma_px: float = 10.0, grid: int = 3) -> None:

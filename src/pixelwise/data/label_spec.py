@@ -139,13 +139,7 @@ class LabelSpec:
         return f"values {shown}" + (", …" if len(known) > 12 else "")
 
     def colorize(self, labels: np.ndarray) -> np.ndarray:
-        """Paint class ids (H, W) with the class colours: uint8 (H, W, 3); void and unknown ids are black.
-
-        Example:
-            >>> labels = LabelSpec(names=("a",), colors=((9, 8, 7),), values=((0,),))
-            >>> labels.colorize(np.array([[0, 255]], dtype=np.uint8)).tolist()
-            [[[9, 8, 7], [0, 0, 0]]]
-        """
+        """Paint class ids (H, W) with the class colours: uint8 (H, W, 3); void and unknown ids are black."""
         return self._palette[np.asarray(labels, dtype=np.uint8)]
 
     def palette_bytes(self) -> bytes:
@@ -189,11 +183,6 @@ class LabelSpec:
 
         Raises:
             DataError: anything is missing, unknown or of the wrong type; the content may come from anywhere.
-
-        Example:
-            >>> labels = LabelSpec(names=("a", "b"), colors=((0, 0, 0), (1, 2, 3)), values=((0,), (1, 5)))
-            >>> LabelSpec.from_dict(labels.to_dict()) == labels
-            True
         """
         if not isinstance(content, dict) or set(content) != set(_KEYS):
             found = ", ".join(sorted(map(str, content))) if isinstance(content, dict) else type(content).__name__
@@ -244,12 +233,7 @@ class LabelSpec:
 
 
 def value_counts(raw: np.ndarray) -> dict[Value, int]:
-    """How many pixels hold each value of a mask (H, W) or (H, W, 3), by ascending value.
-
-    Example:
-        >>> value_counts(np.array([[0, 0, 11]], dtype=np.uint8))
-        {0: 2, 11: 1}
-    """
+    """How many pixels hold each value of a mask (H, W) or (H, W, 3), by ascending value."""
     keys = _pack(raw).ravel()
     if keys.dtype == np.uint8:
         counts = np.bincount(keys, minlength=256)
@@ -262,12 +246,7 @@ def value_counts(raw: np.ndarray) -> dict[Value, int]:
 
 
 def distinct_colors(count: int) -> tuple[Color, ...]:
-    """`count` colours that are easy to tell apart; none of them is black, which is void's.
-
-    Example:
-        >>> len(set(distinct_colors(50)))
-        50
-    """
+    """`count` colours that are easy to tell apart; none of them is black, which is void's."""
     colors = []
     for index in range(count):
         hue = index * 0.618034 % 1.0  # the golden ratio spreads any number of hues evenly

@@ -1,6 +1,7 @@
 """Labels and where they come from: `LabelSpec`, `classes.yaml`, and CamVid's well-known classes."""
 
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,11 +19,11 @@ from pixelwise.data.label_spec import (
     Value,
     distinct_colors,
     is_color,
+    pack_value,
     plain_value,
     show_value,
     value_counts,
 )
-from pixelwise.data.proposals import propose_labels
 from pixelwise.errors import DataError
 from pixelwise.files import write_text
 
@@ -90,16 +91,7 @@ def load_labels(path: str | Path) -> LabelSpec:
 
 
 def save_labels(path: str | Path, labels: LabelSpec) -> None:
-    """Write a `classes.yaml` that `load_labels` reads back to an equal LabelSpec.
-
-    Example:
-        >>> import tempfile
-        >>> path = Path(tempfile.mkdtemp()) / "classes.yaml"
-        >>> labels = LabelSpec(names=("a",), colors=((1, 2, 3),), values=((4,),))
-        >>> save_labels(path, labels)
-        >>> load_labels(path) == labels
-        True
-    """
+    """Write a `classes.yaml` that `load_labels` reads back to an equal LabelSpec."""
     entries = zip(labels.names, labels.colors, labels.values, strict=True)
     content: dict[str, Any] = {
         "masks": labels.kind,
@@ -155,3 +147,67 @@ def _describe(error: ValidationError) -> str:
             what = f"{item['input']!r} is neither a name nor a mapping with a name (quote words like yes, no, on, off)"
         problems.append(f"{where or 'the file'}: {what}")
     return "; ".join(dict.fromkeys(problems))
+
+
+def propose_labels(
+    found: Mapping[Value, int],
+    *,
+    palette: Sequence[Color] | None = None,
+    camvid: bool = False,
+    ignore: Sequence[int] = (),
+) -> LabelSpec:
+    """Classes for masks that come without `classes.yaml`, from the values found in them.
+
+    0 with 1 or 255 is background and foreground. With `camvid` (SegNet's folder layout) the values 0..11 are CamVid's
+    eleven classes and void. Otherwise each value is a class, except a 255 beside small indices: by custom that is void,
+    but only the user can know, so it is left out here and the data check asks.
+
+    Args:
+        found: mask values and their pixel counts, over all masks.
+        palette: colours of the palette masks, by index.
+        camvid: whether the folder has the layout of SegNet's CamVid copy.
+        ignore: values the user calls void.
+
+    Raises:
+        DataError: there are no values, or too many to be classes.
+        UsageError: `ignore` cannot apply to colours.
+    """
+    if camvid and found and set(found) <= set(range(12)) and CAMVID_VOID in found:
+        spec = LabelSpec(
+            names=CAMVID_NAMES,
+            colors=CAMVID_COLORS,
+            values=tuple((index,) for index in range(11)),
+            ignore_values=(CAMVID_VOID,),
+        )
+        return spec.with_ignored(ignore)
+    values: list[Value] = sorted((value for value in found if value not in ignore), key=pack_value)
+    if not values or len(values) > MAX_CLASSES:
+        raise DataError(
+            f"the masks hold {len(values):,} different values, which cannot be classes (1 to {MAX_CLASSES} can). "
+            "Numbered instances, photographs and lossy (JPEG) masks look like this. Give the classes in "
+            "classes.yaml, or convert the masks."
+        )
+    if isinstance(values[0], tuple):
+        return _propose_colors(values).with_ignored(ignore)
+    return _propose_indices([value for value in values if isinstance(value, int)], palette, tuple(ignore))
+
+
+def _propose_indices(values: list[int], palette: Sequence[Color] | None, ignore: tuple[int, ...]) -> LabelSpec:
+    others = [value for value in values if value != IGNORE_INDEX]
+    if len(others) >= 2 and max(others) < 64:
+        values = others
+    colors = distinct_colors(len(values))
+    names = tuple(f"class {value}" for value in values)
+    if values in ([0, 1], [0, 255]):
+        names, colors = ("background", "foreground"), ((0, 0, 0), (230, 60, 60))
+    if palette is not None and min(values) >= 0 and max(values) < len(palette):
+        colors = tuple(palette[value] for value in values)
+    return LabelSpec(names=names, colors=colors, values=tuple((value,) for value in values), ignore_values=ignore)
+
+
+def _propose_colors(values: list[Value]) -> LabelSpec:
+    colors = tuple(value for value in values if isinstance(value, tuple))
+    names = tuple("#{:02x}{:02x}{:02x}".format(*color) for color in colors)
+    if colors == ((0, 0, 0), (255, 255, 255)):
+        names = ("background", "foreground")
+    return LabelSpec(names=names, colors=colors, values=tuple((color,) for color in colors), kind="rgb")

@@ -6,15 +6,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pixelwise.data.csv_pairs import find_csv, read_csv
 from pixelwise.data.labels import LabelSpec, Value, load_labels, propose_labels
-from pixelwise.data.matching import Match, Source, match_source
-from pixelwise.data.pairs import SPLITS, DataFolder, Pair, Problem
+from pixelwise.data.matching import Match, Source, find_csv, match_source, read_csv
+from pixelwise.data.pairs import (
+    SPLIT_ALIASES,
+    SPLITS,
+    VAL_OF_TRAIN,
+    DataFolder,
+    Pair,
+    Problem,
+    assign_splits,
+    compile_group_by,
+    group_of,
+)
 from pixelwise.data.scan import MaskScan, in_threads, scan_mask
-from pixelwise.data.splits import SPLIT_ALIASES, VAL_OF_TRAIN, assign_splits, compile_group_by, group_of
 from pixelwise.errors import DataError, UsageError
+from pixelwise.formats import SOURCE_SUFFIXES
 from pixelwise.formats.raster import Palette
-from pixelwise.formats.readers import IMAGE_SUFFIXES
 
 __all__ = ["SPLITS", "DataFolder", "Pair", "Problem", "open_data"]
 
@@ -230,7 +238,7 @@ def _find_labels(
     beside = (root if root.is_dir() else root.parent) / "classes.yaml"
     if classes is not None or beside.is_file():
         return load_labels(classes or beside).with_ignored(ignore)
-    scans = [scan for scan in in_threads(_scan_or_none, [pair.mask for pair in pairs if pair.mask]) if scan]
+    scans = [scan for scan in in_threads(_scan_or_none, [pair for pair in pairs if pair.mask]) if scan]
     if not scans:
         raise DataError(f"{root}: none of its masks can be read, for example {_first_error(pairs)}")
     kind = Counter(scan.kind for scan in scans).most_common(1)[0][0]
@@ -249,10 +257,10 @@ def _find_labels(
         raise DataError(f"{root}: {error}") from error
 
 
-def _scan_or_none(mask: Path) -> MaskScan | None:
+def _scan_or_none(pair: Pair) -> MaskScan | None:
     """None for a file that cannot be read; checking the data tells it with its reason."""
     try:
-        return scan_mask(mask)
+        return scan_mask(pair)
     except DataError:
         return None
 
@@ -260,7 +268,7 @@ def _scan_or_none(mask: Path) -> MaskScan | None:
 def _first_error(pairs: list[Pair]) -> str:
     for pair in pairs:
         try:
-            read = scan_mask(pair.mask) if pair.mask else None
+            read = scan_mask(pair) if pair.mask else None
         except DataError as error:
             return str(error)
         if read:
@@ -301,7 +309,7 @@ def _no_images(root: Path, words: str, sources: list[Source]) -> str:
         if path.is_file() and not path.name.startswith(".")
     )
     found = ", ".join(f"{count:,} x {suffix}" for suffix, count in other.most_common(5)) or "no files"
-    return f"{root}: {words} is there, but without images ({found}). Readable are {', '.join(IMAGE_SUFFIXES)}."
+    return f"{root}: {words} is there, but without images ({found}). Readable are {', '.join(SOURCE_SUFFIXES)}."
 
 
 def _nothing_matches(root: Path, layout: _Layout) -> str:

@@ -1,14 +1,17 @@
-"""Which mask belongs to which image: names are matched by stem, with the usual suffixes left out."""
+"""Which mask belongs to which image: names are matched by stem, with the usual endings left out, or listed in a CSV file."""
 
+import csv
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pixelwise.data.pairs import Problem
+from pixelwise.data.pairs import SPLIT_ALIASES, Problem
+from pixelwise.errors import DataError
+from pixelwise.formats import FORMATS, SOURCE_SUFFIXES
 from pixelwise.formats.raster import printable
-from pixelwise.formats.readers import IMAGE_SUFFIXES
+from pixelwise.formats.registry import stem_of
 
 _MASK_SUFFIX = re.compile(
     r"[_\-. ](masks?|labels?|gt|gtfine_labelids|gtfine_labeltrainids|label_?ids|label_?trainids|seg|segmentation|annot"
@@ -16,6 +19,9 @@ _MASK_SUFFIX = re.compile(
     re.IGNORECASE,
 )
 _IMAGE_SUFFIX = re.compile(r"[_\-. ](leftimg8bit|image|img|sat|rgb)$", re.IGNORECASE)
+_ZARR_FILES = ("zarr.json", ".zgroup", ".zarray")
+_BARE = re.compile(r"(?!dicomdir$)[^.]*|.*\.(?:\d+|ima)")  # names that scanners give to DICOM files
+_MAX_LOOKS = 20  # files of such names in a folder that are opened
 _NO_MASK = re.compile(r"_gtfine_(color|instanceids|instancetrainids)$", re.IGNORECASE)
 
 
@@ -45,9 +51,13 @@ def match_source(source: Source, root: Path) -> tuple[list[Match], list[Problem]
         source: the folders.
         root: what file names in messages are relative to.
     """
-    images, doubled = _by_key(image_files(source.images))
-    masks, doubled_masks = _by_key(image_files(source.masks) if source.masks else [])
+    wanted = {key for key, _ in image_files(source.images)}
+    masks, doubled_masks = _by_key(image_files(source.masks, wanted) if source.masks else [])
     masks = {key: path for key, path in masks.items() if not _NO_MASK.search(key)}
+    images, doubled = _by_key(image_files(source.images, masks))
+    if list(images) == ["."]:  # the folder itself is a series: it has one mask, whatever its name
+        images = {source.images.name: source.images}
+        masks = {source.images.name: next(iter(masks.values()))} if len(masks) == 1 else masks
     where = source.split or source.images.name
     problems = [_twice(where, what, root) for what in (*doubled, *doubled_masks)]
     chosen, orphans, rivals = _choose(images, masks)
@@ -63,25 +73,67 @@ def match_source(source: Source, root: Path) -> tuple[list[Match], list[Problem]
     return matches, problems
 
 
-def image_files(folder: Path) -> list[tuple[str, Path]]:
-    """The image files below a folder as (path below it without suffix, file), sorted; hidden ones are left out."""
+def image_files(folder: Path, other_keys: Container[str] = ()) -> list[tuple[str, Path]]:
+    """The images below a folder as (path below it without suffix, file), sorted; hidden ones are left out.
+
+    A Zarr is one image, and so is a folder of DICOM files that is one series, unless its files have partners of their own.
+
+    Args:
+        folder: where to look.
+        other_keys: the paths, without suffix, of the files that are to be paired with these.
+    """
     found = []
     for parent, folders, names in os.walk(folder):
+        here = Path(parent)
+        inner = here.relative_to(folder)
+        files = [(inner / stem_of(name)).as_posix() for name in names]
+        if here != folder and is_zarr(here):
+            folders.clear()
+            found.append((inner.with_name(stem_of(inner.name)).as_posix(), here))
+            continue
         folders[:] = [name for name in folders if not name.startswith((".", "__MACOSX"))]
-        for name in names:
-            path = Path(parent, name)
-            if path.suffix.lower() in IMAGE_SUFFIXES and not name.startswith("."):
-                found.append((path.relative_to(folder).with_suffix("").as_posix(), path))
+        if is_series(here, names) and not any(
+            key in other_keys or _MASK_SUFFIX.sub("", key) in other_keys for key in files
+        ):
+            found.append((inner.as_posix(), here))
+            continue
+        for key, name in zip(files, names, strict=True):
+            if name.lower().endswith(SOURCE_SUFFIXES) and not name.startswith("."):
+                found.append((key, here / name))
     return sorted(found)
 
 
-def listing(paths: Sequence[Path], root: Path, limit: int = 5) -> str:
-    """The first few names below `root`, and how many more there are.
+def is_zarr(folder: Path) -> bool:
+    """Whether a folder is an array, by what is in it or, so that a damaged one is missed, by its name."""
+    return folder.name.lower().endswith(".zarr") or any((folder / name).is_file() for name in _ZARR_FILES)
 
-    Example:
-        >>> listing([Path(f"/d/{i}.png") for i in range(7)], Path("/d"), limit=2)
-        '0.png, 1.png and 5 more'
+
+def is_series(folder: Path, names: Iterable[str]) -> bool:
+    """Whether the files right in a folder are one DICOM series.
+
+    They are if there are no other images, and either several files are named .dcm, or some without a suffix, or with a
+    number as suffix, are DICOM by their content.
     """
+    names = [name for name in names if not name.startswith(".")]
+    images = [name for name in names if name.lower().endswith(SOURCE_SUFFIXES)]
+    if any(not name.lower().endswith(FORMATS["dicom"].suffixes) for name in images):
+        return False
+    bare = [name for name in names if _BARE.fullmatch(name.lower())]
+    return len(images) > 1 or any(_is_dicom(folder / name) for name in sorted(bare)[:_MAX_LOOKS])
+
+
+def _is_dicom(path: Path) -> bool:
+    try:
+        if not path.is_file():
+            return False
+        with path.open("rb") as file:
+            return file.read(132)[128:] == b"DICM"
+    except OSError:
+        return False
+
+
+def listing(paths: Sequence[Path], root: Path, limit: int = 5) -> str:
+    """The first few names below `root`, and how many more there are."""
     shown = ", ".join(relative(path, root) for path in paths[:limit])
     return shown + (f" and {len(paths) - limit:,} more" if len(paths) > limit else "")
 
@@ -109,6 +161,8 @@ def _choose(
     for key, path in masks.items():
         stem = _MASK_SUFFIX.sub("", key)
         target = next((name for name in (key, stem) if name in images), None) or by_stem.get(stem) or by_stem.get(key)
+        folder = key.rpartition("/")[0]
+        target = target or (folder if folder in images else None)  # a mask in a folder named as the image
         if target is None:
             orphans.append(path)
         else:
@@ -139,3 +193,92 @@ def _lonely(where: str, lonely: list[Path], total: int, root: Path, split: str |
         f"{where}: {count}: {listing(lonely, root)}. Add a mask of the same name for each, or remove them.",
         files,
     )
+
+
+_NEEDED = {"image", "mask"}
+
+
+def find_csv(root: Path) -> list[Path]:
+    """The CSV files that list pairs: `root` itself, or those directly in it with an image and a mask column."""
+    if root.is_file():
+        return [root]
+    found = [path for path in sorted(root.glob("*.csv")) if path.is_file() and _columns(path) >= _NEEDED]
+    if len(found) > 1 and not all(path.stem.lower() in SPLIT_ALIASES for path in found):
+        names = ", ".join(path.name for path in found)
+        raise DataError(f"{root}: several CSV files list pairs ({names}). Give the one to use instead of the folder.")
+    return found
+
+
+def read_csv(path: Path) -> tuple[list[Match], list[Problem]]:
+    """Read one list of pairs. A file named train.csv, val.csv or test.csv needs no column for the split.
+
+    Raises:
+        DataError: the file is no such list; the message names the line.
+    """
+    own = SPLIT_ALIASES.get(path.stem.lower())
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            matches = [_match(path, line, row, own) for line, row in _rows(path, csv.reader(file, strict=True))]
+    except (OSError, csv.Error, ValueError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{path}: cannot be read as CSV ({error}).") from error
+    if not matches:
+        raise DataError(f"{path}: lists no pairs; below the line `image,mask` one line for each pair is wanted.")
+    if len({match.split is None for match in matches}) > 1:
+        raise DataError(f"{path}: some lines give a split and some do not. Give one for all of them or for none.")
+    return matches, _problems(path, matches)
+
+
+def _rows(path: Path, reader: Iterator[list[str]]) -> Iterator[tuple[int, dict[str, str]]]:
+    header = [name.strip().lower() for name in next(reader, [])]
+    if not set(header) >= _NEEDED:
+        shown = ", ".join(header)[:200] or "nothing"
+        raise DataError(
+            f"{path}: the first line must name the columns image and mask (and perhaps split); it has {shown}."
+        )
+    for line, cells in enumerate(reader, start=2):
+        if any(cell.strip() for cell in cells):
+            if len(cells) != len(header):
+                raise DataError(
+                    f"{path}, line {line}: {len(cells)} cells, but the first line names {len(header)} columns."
+                )
+            yield line, {name: cell.strip() for name, cell in zip(header, cells, strict=True)}
+
+
+def _match(path: Path, line: int, row: dict[str, str], own_split: str | None) -> Match:
+    if not row["image"]:
+        raise DataError(f"{path}, line {line}: no image is named.")
+    given = row.get("split", "")
+    split = SPLIT_ALIASES.get(given.lower()) if given else own_split
+    if given and split is None:
+        raise DataError(f"{path}, line {line}: split {given!r} is not one of train, val, test.")
+    image = path.parent / row["image"]
+    named = Path(row["image"])
+    key = named.with_name(stem_of(named.name)).as_posix()
+    return Match(split=split, image=image, mask=path.parent / row["mask"] if row["mask"] else None, key=key)
+
+
+def _problems(path: Path, matches: list[Match]) -> list[Problem]:
+    problems, seen = [], set()
+    for match in matches:
+        name = relative(match.image, path.parent)
+        if (match.split, match.key) in seen:
+            message = f"{path.name}: {name} stands in two lines (suffixes do not count). Keep one of them."
+            problems.append(Problem("fatal", message, (name,)))
+        seen.add((match.split, match.key))
+    lonely = [relative(match.image, path.parent) for match in matches if match.mask is None]
+    if lonely:
+        count = f"{len(lonely):,} images have no mask" if len(lonely) > 1 else "1 image has no mask"
+        message = f"{path.name}: {count}, the first is {lonely[0]}. Name a mask for each, or take the lines out."
+        problems.append(Problem("fatal", message, tuple(lonely)))
+    return problems
+
+
+def _columns(path: Path) -> set[str]:
+    """The names in the first line; none for a file that is no CSV."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            return {name.strip().lower() for name in next(csv.reader(file), [])}
+    except (OSError, csv.Error, ValueError):
+        return set()

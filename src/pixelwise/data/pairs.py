@@ -1,10 +1,14 @@
 """What a data folder is, once its layout was recognised: pairs of image and mask, classes, and problems."""
 
+import hashlib
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from pixelwise.data.labels import LabelSpec
+from pixelwise.errors import UsageError
 
 SPLITS = ("train", "val", "test")
 
@@ -19,6 +23,7 @@ class Pair:
         split: "train", "val" or "test".
         group: what must not be divided between splits, for example the patient; the name, if nothing was asked for.
         name: unique inside the folder: the path below the folder of images, without suffix.
+        plane: the one plane of a volume that is meant; None means all of the file.
     """
 
     image: Path
@@ -26,11 +31,12 @@ class Pair:
     split: str
     group: str
     name: str
+    plane: int | None = None
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Something wrong with the data; "fatal" ones must be mended before training."""
+    """Something wrong with the data; "fatal" ones must be fixed before training."""
 
     severity: Literal["fatal", "warning"]
     message: str
@@ -66,3 +72,77 @@ class DataFolder:
     def split(self, name: str) -> tuple[Pair, ...]:
         """The pairs of one split, by name; empty if there are none."""
         return tuple(pair for pair in self.pairs if pair.split == name)
+
+
+SPLIT_ALIASES = {
+    "train": "train", "training": "train",
+    "val": "val", "valid": "val", "validation": "val",
+    "test": "test", "testing": "test",
+}  # fmt: skip
+SPLITS = ("train", "val", "test")
+VAL_OF_TRAIN = (0.85, 0.15, 0.0)
+"""How a training split is divided where a test split was given but no validation split."""
+
+
+def assign_splits(groups: Iterable[str], fractions: Sequence[float]) -> dict[str, str]:
+    """The split of each group, by the hash of its name.
+
+    With so few groups that a wanted split would stay empty, the groups nearest to it by hash are moved there.
+
+    Args:
+        groups: names; repeats count once.
+        fractions: of train, val and test; they add up to 1.
+
+    Raises:
+        UsageError: the fractions are not three shares of a whole with something to train on.
+    """
+    _check_fractions(fractions)
+    position = {group: _position(group) for group in groups}
+    ordered = sorted(position, key=lambda group: (position[group], group))
+    borders = (fractions[0], fractions[0] + fractions[1])
+    splits = {group: SPLITS[sum(position[group] >= border for border in borders)] for group in ordered}
+    wanted = [name for name, share in zip(SPLITS, fractions, strict=True) if share > 0]
+    needed = wanted[: len(ordered)]
+    for name in needed:
+        if name not in splits.values():
+            spare = [group for group in ordered if _can_leave(group, splits, needed)]
+            splits[spare[0 if name == "train" else -1]] = name
+    return splits
+
+
+def group_of(name: str, pattern: re.Pattern[str] | None) -> str | None:
+    """The group of a name: group 1 of the pattern, else its whole match; None where it does not match."""
+    if pattern is None:
+        return name
+    found = pattern.search(name)
+    return None if found is None else found.group(1 if pattern.groups else 0)
+
+
+def compile_group_by(expression: str | None) -> re.Pattern[str] | None:
+    """Compile the regular expression of `--group-by`.
+
+    Raises:
+        UsageError: it is none.
+    """
+    try:
+        return None if expression is None else re.compile(expression)
+    except re.error as error:
+        raise UsageError(f"--group-by {expression!r} is not a regular expression: {error}.") from error
+
+
+def _can_leave(group: str, splits: dict[str, str], needed: Sequence[str]) -> bool:
+    own = splits[group]
+    return own not in needed or sum(split == own for split in splits.values()) > 1
+
+
+def _position(group: str) -> float:
+    digest = hashlib.sha256(group.encode("utf-8", "surrogateescape")).digest()
+    return int.from_bytes(digest[:7], "big") / 2**56
+
+
+def _check_fractions(fractions: Sequence[float]) -> None:
+    if len(fractions) != 3 or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6 or fractions[0] <= 0:
+        raise UsageError(
+            f"the fractions of train, val and test are {tuple(fractions)}. They must be three numbers that are not "
+            "negative and add up to 1, with some training data."
+        )

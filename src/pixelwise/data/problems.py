@@ -5,20 +5,20 @@ from collections.abc import Callable, Sequence
 from itertools import combinations
 
 from pixelwise.data.labels import IGNORE_INDEX, LabelSpec, Value
-from pixelwise.data.looks import PairLook
 from pixelwise.data.matching import listing, relative
 from pixelwise.data.pairs import SPLITS, DataFolder, Problem
+from pixelwise.data.scan import PairScan
 from pixelwise.formats.raster import printable
 
 _LISTED = 20
 """Of more problems of one kind in one split, the rest is told in one message."""
 
 
-def find_problems(folder: DataFolder, looks: Sequence[PairLook]) -> tuple[Problem, ...]:
+def find_problems(folder: DataFolder, scans: Sequence[PairScan]) -> tuple[Problem, ...]:
     """All problems of a folder, fatal ones first: those of the names, then those of the files."""
     problems = [*folder.problems, *_missing_parts(folder)]
-    by_split = {name: [look for look in looks if look.pair.split == name] for name in folder.splits}
-    per_split: tuple[Callable[[str, list[PairLook], DataFolder], list[Problem]], ...] = (
+    by_split = {name: [scan for scan in scans if scan.pair.split == name] for name in folder.splits}
+    per_split: tuple[Callable[[str, list[PairScan], DataFolder], list[Problem]], ...] = (
         _unreadable,
         _size_mismatches,
         _other_kind,
@@ -29,7 +29,7 @@ def find_problems(folder: DataFolder, looks: Sequence[PairLook]) -> tuple[Proble
     for check in per_split:
         for split, there in by_split.items():
             problems += check(split, there, folder)
-    problems += _mixed_images(folder, looks) + _shared_images(folder, looks) + _divided_groups(folder)
+    problems += _mixed_images(folder, scans) + _shared_images(folder, scans) + _divided_groups(folder)
     return tuple(sorted(problems, key=lambda problem: problem.severity != "fatal"))
 
 
@@ -45,12 +45,12 @@ def _missing_parts(folder: DataFolder) -> list[Problem]:
     return problems
 
 
-def _unreadable(split: str, looks: list[PairLook], folder: DataFolder) -> list[Problem]:
+def _unreadable(split: str, scans: list[PairScan], folder: DataFolder) -> list[Problem]:
     problems = []
-    for look in looks:
+    for scan in scans:
         for what, path, error in (
-            ("image", look.pair.image, look.image_error),
-            ("mask", look.pair.mask, look.mask_error),
+            ("image", scan.pair.image, scan.image_error),
+            ("mask", scan.pair.mask, scan.mask_error),
         ):
             if error is not None and path is not None:
                 name = relative(path, folder.root)
@@ -59,50 +59,51 @@ def _unreadable(split: str, looks: list[PairLook], folder: DataFolder) -> list[P
     return _capped(problems, f"{split}: {{}} more files cannot be used")
 
 
-def _size_mismatches(split: str, looks: list[PairLook], folder: DataFolder) -> list[Problem]:
+def _size_mismatches(split: str, scans: list[PairScan], folder: DataFolder) -> list[Problem]:
     problems = []
-    for look in looks:
-        image, mask = look.image, look.mask
-        if image is None or mask is None or (image.width, image.height) == (mask.width, mask.height):
+    for scan in scans:
+        if scan.image is None or scan.mask is None:
             continue
-        names = _names(folder, look)
-        turned = (image.width, image.height) == (mask.height, mask.width)
-        hint = " One of them may be turned: both have their own EXIF orientation." if turned else ""
-        message = (
-            f"{split}: mask {names[-1]} is {mask.width} x {mask.height} px, but its image {names[0]} is "
-            f"{image.width} x {image.height} px. Both must have the same size.{hint}"
-        )
-        problems.append(Problem("fatal", message, names))
-    return _capped(problems, f"{split}: {{}} more masks differ in size from their images")
+        image, mask, names = scan.image.grid, scan.mask.grid, _names(folder, scan)
+        if difference := mask.size_difference(image):
+            turned = (image.width, image.height) == (mask.height, mask.width)
+            hint = " One of them may be turned: both have their own EXIF orientation." if turned else ""
+            message = f"{difference.format(names[0])}. Both must have the same size.{hint}"
+        elif difference := mask.place_difference(image):
+            message = f"{difference.format(names[0])}. Resample the mask to the grid of its image."
+        else:
+            continue
+        problems.append(Problem("fatal", f"{split}: mask {names[-1]} {message}", names))
+    return _capped(problems, f"{split}: {{}} more masks differ in size or place from their images")
 
 
-def _other_kind(split: str, looks: list[PairLook], folder: DataFolder) -> list[Problem]:
-    wrong = [look for look in looks if look.mask and look.mask.kind != folder.labels.kind]
+def _other_kind(split: str, scans: list[PairScan], folder: DataFolder) -> list[Problem]:
+    wrong = [scan for scan in scans if scan.mask and scan.mask.kind != folder.labels.kind]
     if not wrong or wrong[0].mask is None:
         return []
     message = folder.labels.kind_mismatch(wrong[0].mask.kind)
     return [Problem("fatal", f"{split}: {_masks(wrong)} {message}", _mask_files(folder, wrong))]
 
 
-def _unknown_values(split: str, looks: list[PairLook], folder: DataFolder) -> list[Problem]:
+def _unknown_values(split: str, scans: list[PairScan], folder: DataFolder) -> list[Problem]:
     wrong, unknown = [], Counter[Value]()
-    for look in looks:
-        if look.mask is None or look.mask.kind != folder.labels.kind:
+    for scan in scans:
+        if scan.mask is None or scan.mask.kind != folder.labels.kind:
             continue
-        here = {value: count for value, count in look.mask.counts.items() if folder.labels.class_of(value) is None}
+        here = {value: count for value, count in scan.mask.counts.items() if folder.labels.class_of(value) is None}
         unknown.update(here)
         if here:
-            wrong.append(look)
+            wrong.append(scan)
     if not wrong:
         return []
     message = folder.labels.unknown_message(dict(unknown.most_common()))
     return [Problem("fatal", f"{split}: {_masks(wrong)} {message}", _mask_files(folder, wrong))]
 
 
-def _empty_masks(split: str, looks: list[PairLook], folder: DataFolder) -> list[Problem]:
-    held = [(look, _classes(look, folder.labels)) for look in looks if look.mask]
-    void = [look for look, classes in held if classes <= {IGNORE_INDEX}]
-    background = [look for look, classes in held if 0 in classes and classes <= {0, IGNORE_INDEX}]
+def _empty_masks(split: str, scans: list[PairScan], folder: DataFolder) -> list[Problem]:
+    held = [(scan, _classes(scan, folder.labels)) for scan in scans if scan.mask]
+    void = [scan for scan, classes in held if classes <= {IGNORE_INDEX}]
+    background = [scan for scan, classes in held if 0 in classes and classes <= {0, IGNORE_INDEX}]
     problems = []
     if void:
         problems.append(_empty(split, void, "no labelled pixel", folder))
@@ -111,17 +112,17 @@ def _empty_masks(split: str, looks: list[PairLook], folder: DataFolder) -> list[
     return problems
 
 
-def _empty(split: str, looks: list[PairLook], what: str, folder: DataFolder) -> Problem:
-    masks = [look.pair.mask for look in looks if look.pair.mask]
+def _empty(split: str, scans: list[PairScan], what: str, folder: DataFolder) -> Problem:
+    masks = [scan.pair.mask for scan in scans if scan.pair.mask]
     count = f"{len(masks):,} masks hold" if len(masks) > 1 else "1 mask holds"
     message = f"{split}: {count} {what}: {listing(masks, folder.root, limit=3)}."
-    return Problem("warning", message, _mask_files(folder, looks))
+    return Problem("warning", message, _mask_files(folder, scans))
 
 
-def _missing_classes(split: str, looks: list[PairLook], folder: DataFolder) -> list[Problem]:
-    if not any(look.mask for look in looks):
+def _missing_classes(split: str, scans: list[PairScan], folder: DataFolder) -> list[Problem]:
+    if not any(scan.mask for scan in scans):
         return []
-    seen = set().union(*(_classes(look, folder.labels) for look in looks if look.mask))
+    seen = set().union(*(_classes(scan, folder.labels) for scan in scans if scan.mask))
     missing = [name for index, name in enumerate(folder.labels.names) if index not in seen]
     if not missing:
         return []
@@ -132,18 +133,18 @@ def _missing_classes(split: str, looks: list[PairLook], folder: DataFolder) -> l
     return [Problem("warning", f"{split}: no mask contains {shown}. {effect}")]
 
 
-def _mixed_images(folder: DataFolder, looks: Sequence[PairLook]) -> list[Problem]:
+def _mixed_images(folder: DataFolder, scans: Sequence[PairScan]) -> list[Problem]:
     problems = []
-    channels = Counter(look.image.channels for look in looks if look.image)
+    channels = Counter(scan.image.channels for scan in scans if scan.image)
     if len(channels) > 1 and set(channels) != {1, 3}:
         shown = ", ".join(f"{count:,} with {number}" for number, count in channels.most_common())
         rare = [
-            look.pair.image for look in looks if look.image and look.image.channels != channels.most_common(1)[0][0]
+            scan.pair.image for scan in scans if scan.image and scan.image.channels != channels.most_common(1)[0][0]
         ]
         message = f"images differ in their number of channels ({shown}), for example {relative(rare[0], folder.root)}."
         files = tuple(relative(path, folder.root) for path in rare)
         problems.append(Problem("fatal", f"{message} Only grey among RGB can be used together.", files))
-    dtypes = Counter(look.image.dtype for look in looks if look.image)
+    dtypes = Counter(scan.image.dtype for scan in scans if scan.image)
     if len(dtypes) > 1:
         shown = ", ".join(f"{count:,} x {name}" for name, count in dtypes.most_common())
         message = f"images differ in bit depth ({shown}); each is divided by the largest number of its own type."
@@ -151,12 +152,12 @@ def _mixed_images(folder: DataFolder, looks: Sequence[PairLook]) -> list[Problem
     return problems
 
 
-def _shared_images(folder: DataFolder, looks: Sequence[PairLook]) -> list[Problem]:
+def _shared_images(folder: DataFolder, scans: Sequence[PairScan]) -> list[Problem]:
     """The same decoded pixels in two splits: the score there is better than it should be."""
     owners: dict[str, dict[str, str]] = defaultdict(dict)
-    for look in looks:
-        if look.image is not None:
-            owners[look.image.digest].setdefault(look.pair.split, relative(look.pair.image, folder.root))
+    for scan in scans:
+        if scan.image is not None:
+            owners[scan.image.digest].setdefault(scan.pair.split, relative(scan.pair.image, folder.root))
     problems = []
     for first, second in combinations(SPLITS, 2):
         shared = [(there[first], there[second]) for there in owners.values() if first in there and second in there]
@@ -186,24 +187,24 @@ def _divided_groups(folder: DataFolder) -> list[Problem]:
     return [Problem("fatal", message, files)]
 
 
-def _classes(look: PairLook, labels: LabelSpec) -> set[int]:
-    ids = {labels.class_of(value) for value in look.mask.counts} if look.mask else set()
+def _classes(scan: PairScan, labels: LabelSpec) -> set[int]:
+    ids = {labels.class_of(value) for value in scan.mask.counts} if scan.mask else set()
     return {index for index in ids if index is not None}
 
 
-def _masks(looks: list[PairLook]) -> str:
+def _masks(scans: list[PairScan]) -> str:
     """ "mask a.png", or "mask a.png (and 3 more masks)"; what follows speaks of one mask that holds something."""
-    name = printable(looks[0].pair.mask.name if looks[0].pair.mask else "")
-    more = len(looks) - 1
+    name = printable(scans[0].pair.mask.name if scans[0].pair.mask else "")
+    more = len(scans) - 1
     return f"mask {name}" + (f" (and {more:,} more mask{'s' * (more > 1)}, pixels added up)" if more else "")
 
 
-def _names(folder: DataFolder, look: PairLook) -> tuple[str, ...]:
-    return tuple(relative(path, folder.root) for path in (look.pair.image, look.pair.mask) if path)
+def _names(folder: DataFolder, scan: PairScan) -> tuple[str, ...]:
+    return tuple(relative(path, folder.root) for path in (scan.pair.image, scan.pair.mask) if path)
 
 
-def _mask_files(folder: DataFolder, looks: list[PairLook]) -> tuple[str, ...]:
-    return tuple(relative(look.pair.mask, folder.root) for look in looks if look.pair.mask)
+def _mask_files(folder: DataFolder, scans: list[PairScan]) -> tuple[str, ...]:
+    return tuple(relative(scan.pair.mask, folder.root) for scan in scans if scan.pair.mask)
 
 
 def _capped(problems: list[Problem], rest: str) -> list[Problem]:

@@ -1,14 +1,25 @@
-"""From a pair of files to the tensors that transforms and networks take."""
+"""From a pair of files to the tensors that transforms and networks take; whole, or by windows."""
 
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, from_numpy
 
-from pixelwise.data.labels import LabelSpec
-from pixelwise.data.layouts import Pair
-from pixelwise.errors import DataError
+from pixelwise.data.label_spec import IGNORE_INDEX, LabelSpec
+from pixelwise.data.matching import is_zarr
+from pixelwise.data.pairs import Pair
+from pixelwise.data.slices import Reading, is_picture, open_image
+from pixelwise.errors import DataError, PixelwiseError
+from pixelwise.files import extra
+from pixelwise.formats import FORMATS, Source, open_source
 from pixelwise.formats.raster import printable
 from pixelwise.formats.readers import read_image, read_mask
 
@@ -28,6 +39,206 @@ class Sample:
     name: str
 
 
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """Where the pixels of a file lie: their number, and the place that the file says they have in the world.
+
+    Attributes:
+        width: columns of a plane.
+        height: rows of a plane.
+        planes: of the file.
+        crs: coordinate system as WKT, or None.
+        transform: (a, b, c, d, e, f): x = a column + b row + c, y = d column + e row + f, or None.
+        affine: (4, 4), row by row: voxels to millimetres, or None.
+    """
+
+    width: int
+    height: int
+    planes: int = 1
+    crs: str | None = None
+    transform: tuple[float, ...] | None = None
+    affine: tuple[float, ...] | None = None
+
+    @classmethod
+    def of(cls, source: Source) -> "Grid":
+        """The grid of an open file."""
+        info, known = source.info, source.metadata
+        affine, transform, crs = known.get("affine"), known.get("transform"), known.get("crs")
+        return cls(
+            width=info.width,
+            height=info.height,
+            planes=info.planes,
+            crs=None if crs is None else str(crs),
+            transform=None if transform is None or crs is None else tuple(float(value) for value in transform),
+            affine=None if affine is None else tuple(np.asarray(affine, dtype=np.float64).ravel().tolist()),
+        )
+
+    @property
+    def pixels(self) -> int:
+        """Of all planes."""
+        return self.width * self.height * self.planes
+
+    def size_difference(self, image: "Grid") -> str | None:
+        """How the size of this mask differs from its image's; None if it does not."""
+        if (self.width, self.height) != (image.width, image.height):
+            return f"is {self.width} x {self.height} px, but its image {{}} is {image.width} x {image.height} px"
+        if self.planes != image.planes:
+            return f"has {_count(self.planes)}, but its image {{}} has {_count(image.planes)}"
+        return None
+
+    def place_difference(self, image: "Grid") -> str | None:
+        """How the place of this mask differs from its image's, as far as both files know it; None if it does not."""
+        if self.crs and image.crs and not _same_crs(self.crs, image.crs):
+            mine, its = crs_name(self.crs), crs_name(image.crs)
+            return f"is in the coordinate system {mine}, but its image {{}} is in {its}"
+        for what in ("transform", "affine"):
+            mine, its = getattr(self, what), getattr(image, what)
+            if mine and its and not _close(np.array(mine), np.array(its)):
+                return f"has the {what} {_numbers(mine)}, but its image {{}} has {_numbers(its)}"
+        return None
+
+
+class OpenPair:
+    """The open files of a pair, of which windows are read.
+
+    Args:
+        pair: which files.
+        labels: what the values of the mask mean.
+        channels: of the network's images; None keeps the file's.
+        reading: the run's options of reading.
+
+    Attributes:
+        image: the open image.
+        mask: the open mask, or None where the pair has none.
+
+    Raises:
+        DataError: a file cannot be used, or the two do not lie on the same grid.
+        UsageError: an option does not suit a format.
+    """
+
+    def __init__(
+        self, pair: Pair, labels: LabelSpec, channels: int | None = None, reading: Reading | None = None
+    ) -> None:
+        self.pair, self.labels, self.channels = pair, labels, channels
+        self.image = open_image(pair.image, reading, channels)
+        self.mask: Source | None = None
+        try:
+            if pair.mask is not None:
+                self.mask = open_mask(pair.mask, reading, pair.image)
+                check_grids(pair, Grid.of(self.image), Grid.of(self.mask))
+        except PixelwiseError:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Close both files."""
+        self.image.close()
+        if self.mask is not None:
+            self.mask.close()
+
+    def __enter__(self) -> "OpenPair":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def read_image(self, top: int, left: int, height: int, width: int, plane: int = 0) -> Tensor:
+        """A window of the image, (C, height, width): uint8, or float32 in unit scale."""
+        array = self.image.read(top, left, height, width, plane)
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise DataError(f"{printable(self.pair.image)}: holds numbers that are NaN or infinite. Replace them.")
+        return _tensor(self.pair.image, array, self.channels)
+
+    def read_mask(self, top: int, left: int, height: int, width: int, plane: int = 0) -> Tensor:
+        """The labels of a window, uint8 (height, width); void where the image has no data."""
+        if self.mask is None:
+            raise DataError(f"{printable(self.pair.image)}: has no mask.")
+        labels = _encode(self.pair.mask, self.labels, mask_values(self.mask.read(top, left, height, width, plane)))
+        valid = self.image.valid(top, left, height, width, plane)
+        return from_numpy(labels if valid is None else np.where(valid, labels, np.uint8(IGNORE_INDEX)))
+
+    def read(self, plane: int = 0) -> Sample:
+        """A whole plane."""
+        window = (0, 0, self.image.info.height, self.image.info.width, plane)
+        image, mask = self.read_image(*window), None if self.mask is None else self.read_mask(*window)
+        return Sample(image, mask, self.pair.name)
+
+
+class OpenPairs:
+    """The open files of the last few pairs; every process opens its own.
+
+    Args:
+        open_pair: opens one.
+    """
+
+    def __init__(self, open_pair: Callable[[Pair], OpenPair]) -> None:
+        self._open_pair = open_pair
+        self._most = max(8, 2 * (os.cpu_count() or 1))  # more than threads that read at a time
+        self._reset()
+
+    def _reset(self) -> None:
+        self._pairs: OrderedDict[tuple[Path, Path | None], OpenPair] = OrderedDict()
+        self._lock, self._owner = threading.Lock(), os.getpid()
+
+    def get(self, pair: Pair) -> OpenPair:
+        """The open files of a pair."""
+        if self._owner != os.getpid():  # forked: what is open belongs to the parent
+            self._reset()
+        key = (pair.image, pair.mask)
+        with self._lock:
+            if key not in self._pairs:
+                self._pairs[key] = self._open_pair(pair)
+            self._pairs.move_to_end(key)
+            if len(self._pairs) > self._most:
+                self._pairs.popitem(last=False)[1].close()
+            return self._pairs[key]
+
+    def close(self) -> None:
+        """Close all files."""
+        for pair in self._pairs.values():
+            pair.close()
+        self._reset()
+
+    def __getstate__(self) -> dict[str, Any]:  # to a process that is spawned
+        return {"_open_pair": self._open_pair, "_most": self._most}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._reset()
+
+
+def load_sample(pair: Pair, labels: LabelSpec, channels: int | None = None, reading: Reading | None = None) -> Sample:
+    """Read the files of a pair as a whole.
+
+    Args:
+        pair: which files; of a volume, which plane.
+        labels: what the values of the mask mean.
+        channels: the number of channels the network takes; grey images are repeated for 3. None keeps the file's.
+        reading: the run's options of reading.
+
+    Raises:
+        DataError: a file cannot be used, the grids differ, or the mask holds values that are no class.
+    """
+    if reading or not are_pictures(pair):
+        with OpenPair(pair, labels, channels, reading) as opened:
+            if pair.plane is None and opened.image.info.planes > 1:
+                name = printable(pair.image)
+                raise DataError(f"{name}: holds {opened.image.info.planes} planes and cannot be read as one image.")
+            return opened.read(pair.plane or 0)
+    array = read_image(pair.image)
+    image = _tensor(pair.image, array, channels)
+    if pair.mask is None:
+        return Sample(image, None, pair.name)
+    raw = read_mask(pair.mask)
+    check_grids(pair, *(Grid(width=pixels.shape[1], height=pixels.shape[0]) for pixels in (array, raw)))
+    return Sample(image, from_numpy(_encode(pair.mask, labels, raw)), pair.name)
+
+
+def are_pictures(pair: Pair) -> bool:
+    """Whether both files of a pair are read fastest as a whole, in this process."""
+    return is_picture(pair.image) and (pair.mask is None or is_picture(pair.mask))
+
+
 def to_tensor(array: np.ndarray, channels: int | None = None) -> torch.Tensor:
     """Turn an image (H, W, C) into what transforms and networks take.
 
@@ -41,10 +252,6 @@ def to_tensor(array: np.ndarray, channels: int | None = None) -> torch.Tensor:
 
     Raises:
         DataError: the image has another number of channels.
-
-    Example:
-        >>> to_tensor(np.full((2, 2, 1), 65535, dtype=np.uint16), channels=3).shape
-        torch.Size([3, 2, 2])
     """
     found = array.shape[2]
     if channels is not None and found != channels:
@@ -61,44 +268,83 @@ def to_tensor(array: np.ndarray, channels: int | None = None) -> torch.Tensor:
     return torch.from_numpy(planes if planes.flags.writeable else planes.copy())
 
 
-def load_sample(pair: Pair, labels: LabelSpec, channels: int | None = None) -> Sample:
-    """Read the files of a pair.
+def open_mask(path: str | Path, reading: Reading | None = None, image: str | Path | None = None) -> Source:
+    """Open a mask: the numbers as they are stored, or 8-bit colours.
 
     Args:
-        pair: which files.
-        labels: what the values of the mask mean.
-        channels: the number of channels the network takes; grey images are repeated for 3. None keeps the file's.
+        path: the mask.
+        reading: the run's options of reading; a volume is cut along their `axis`.
+        image: what is labelled; a DICOM segmentation gets its planes.
 
     Raises:
-        DataError: a file cannot be used, the sizes differ, or the mask holds values that are no class.
-
-    Example:
-        >>> import tempfile
-        >>> from pathlib import Path
-        >>> from PIL import Image
-        >>> root = Path(tempfile.mkdtemp())
-        >>> Image.new("L", (4, 3)).save(root / "a.png")
-        >>> Image.new("L", (4, 3), 1).save(root / "b.png")
-        >>> pair = Pair(image=root / "a.png", mask=root / "b.png", split="train", group="a", name="a")
-        >>> labels = LabelSpec(names=("no", "yes"), colors=((0, 0, 0), (9, 9, 9)), values=((0,), (1,)))
-        >>> sample = load_sample(pair, labels, channels=3)
-        >>> tuple(sample.image.shape), tuple(sample.mask.shape)
-        ((3, 3, 4), (3, 4))
+        DataError: the file is missing, damaged, or holds neither whole numbers nor 8-bit colours.
     """
-    array = read_image(pair.image)
+    options: dict[str, Any] = {"allow_no_affine": True}
+    if str(path).lower().endswith(FORMATS["nifti"].suffixes):
+        options["axis"] = (reading or {}).get("axis")
+    if may_be_segmentation(path):
+        options["like"] = None if image is None else str(image)
+    return open_source(path, labels=True, **options)
+
+
+def may_be_segmentation(path: str | Path) -> bool:
+    """Whether a mask is DICOM, by its name or because it is a folder that is no Zarr."""
+    return str(path).lower().endswith(FORMATS["dicom"].suffixes) or (Path(path).is_dir() and not is_zarr(Path(path)))
+
+
+def mask_values(array: NDArray[Any]) -> NDArray[Any]:
+    """What a mask's source gave, (h, w, 1) or (h, w, 3), as `LabelSpec` takes it: (h, w) numbers or (h, w, 3) colours."""
+    return array[:, :, 0] if array.shape[2] == 1 else array
+
+
+def check_grids(pair: Pair, image: Grid, mask: Grid) -> None:
+    """Raise `DataError` if a mask does not lie on the pixels of its image; the message shows both."""
+    name, other = printable(pair.mask or ""), printable(pair.image)
+    if difference := mask.size_difference(image):
+        raise DataError(f"{name}: the mask {difference.format(other)}. Both must have the same size.")
+    if difference := mask.place_difference(image):
+        raise DataError(f"{name}: the mask {difference.format(other)}. Resample the mask to the grid of its image.")
+
+
+def crs_name(wkt: str) -> str:
+    """A coordinate system in short, such as EPSG:32633."""
+    return str(extra("rasterio.crs", "geo", "coordinate systems").CRS.from_user_input(wkt).to_string())[:200]
+
+
+def _tensor(path: Path, array: NDArray[Any], channels: int | None) -> Tensor:
     try:
-        image = to_tensor(array, channels)
+        return to_tensor(array, channels)
     except DataError as error:
-        raise DataError(f"{printable(pair.image)}: {error}") from error
-    if pair.mask is None:
-        return Sample(image, None, pair.name)
-    raw = read_mask(pair.mask)
-    if raw.shape[:2] != array.shape[:2]:
-        raise DataError(
-            f"{printable(pair.mask)}: the mask is {raw.shape[1]} x {raw.shape[0]} px, but its image "
-            f"{printable(pair.image)} is {array.shape[1]} x {array.shape[0]} px. Both must have the same size."
-        )
+        raise DataError(f"{printable(path)}: {error}") from error
+
+
+def _encode(path: Path | None, labels: LabelSpec, raw: NDArray[Any]) -> NDArray[np.uint8]:
     try:
-        return Sample(image, from_numpy(labels.encode(raw)), pair.name)
+        return labels.encode(raw)
     except DataError as error:
-        raise DataError(f"{printable(pair.mask)}: the mask {error}") from error
+        raise DataError(f"{printable(path or '')}: the mask {error}") from error
+
+
+def _close(one: NDArray[Any], other: NDArray[Any]) -> bool:
+    """Whether two matrices place the pixels alike: (4, 4) in a row to a thousandth, (2, 3) to a hundredth of a pixel."""
+    if len(one) == 16:
+        spacing = np.linalg.norm(one.reshape(4, 4)[:3, :3], axis=0).min()
+        return bool(np.allclose(one, other, rtol=1e-3, atol=1e-3 * spacing))
+    pixel = np.linalg.norm(one.reshape(2, 3)[:, :2], axis=0).min()
+    return bool((np.abs(one - other) <= pixel * np.array([1e-6, 1e-6, 1e-2] * 2)).all())
+
+
+def _same_crs(one: str, other: str) -> bool:
+    if one == other:
+        return True
+    crs = extra("rasterio.crs", "geo", "coordinate systems").CRS
+    return bool(crs.from_user_input(one) == crs.from_user_input(other))
+
+
+def _numbers(values: tuple[float, ...]) -> str:
+    digits = 6 if len(values) == 16 else 10  # of an affine, which is stored as float32
+    return f"({', '.join(f'{value:.{digits}g}' for value in values)})"
+
+
+def _count(planes: int) -> str:
+    return f"{planes:,} plane{'s' * (planes != 1)}"

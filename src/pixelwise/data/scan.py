@@ -1,22 +1,39 @@
-"""A look into every mask of a folder: which values it holds. Remembered, since proposing and checking both need it."""
+"""One pass over the two files of a pair: what can be known of them alone, before they are compared with the others.
+
+Files are read by strips of rows, so that the size of an image does not matter. Masks are remembered, since proposing
+classes and checking both need them.
+"""
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
-from pixelwise.data.labels import Value, value_counts
+from pixelwise.data.label_spec import Value, pack_value, value_counts
+from pixelwise.data.pairs import Pair
+from pixelwise.data.places import Places
+from pixelwise.data.samples import Grid, mask_values, may_be_segmentation, open_mask
+from pixelwise.data.slices import Reading, is_picture, open_image
 from pixelwise.errors import DataError
+from pixelwise.formats import Source
 from pixelwise.formats.raster import Palette, printable
-from pixelwise.formats.readers import read_mask_file
+from pixelwise.formats.readers import read_image, read_mask_file
 
 MAX_VALUES = 4096
+MAX_VALUES_OF_LARGE = 256  # of each the places are counted
+WHOLE_PX = 16_000_000
+"""Planes of more pixels are not read as a whole, neither here nor in training."""
+
+_STRIP_PX = 4_000_000
+_BLOCK_PX = 1 << 20
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -24,66 +41,142 @@ R = TypeVar("R")
 
 @dataclass(frozen=True, kw_only=True)
 class MaskScan:
-    """What one mask holds: `counts` in pixels per value, `digest` of the decoded pixels, `format` of the file."""
+    """What one mask holds.
 
-    width: int
-    height: int
+    Attributes:
+        grid: its size and place.
+        kind: "index", or "rgb" for colours.
+        counts: pixels per value, by ascending value.
+        palette: its colours by index, or None.
+        digest: SHA-256 of the decoded pixels.
+        format: of the file.
+        places: for each plane of a mask that is too large to be read as a whole, where its values are.
+    """
+
+    grid: Grid
     kind: Literal["index", "rgb"]
     counts: Mapping[Value, int]
     palette: Palette | None
     digest: str
     format: str
+    places: tuple[Places, ...] = ()
 
 
-def scan_mask(path: Path) -> MaskScan:
-    """Read a mask and count its values; asked again about an unchanged file, it answers from memory.
+@dataclass(frozen=True, kw_only=True)
+class ImageScan:
+    """What one image holds.
+
+    Attributes:
+        grid: its size and place.
+        channels: numbers per pixel.
+        dtype: their type.
+        digest: SHA-256 of the decoded pixels.
+        format: of the file.
+        spacing: size of a pixel or voxel with its unit, in words; "" if the file does not know it.
+        pixels: how many hold data.
+        sums: per channel in unit scale, over the pixels that hold data; empty if nobody asked.
+        squares: likewise, of the squares.
+    """
+
+    grid: Grid
+    channels: int
+    dtype: str
+    digest: str
+    format: str
+    spacing: str = ""
+    pixels: int = 0
+    sums: tuple[float, ...] = ()
+    squares: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairScan:
+    """A pair and what its files hold; a file that cannot be read has an error instead."""
+
+    pair: Pair
+    image: ImageScan | None
+    mask: MaskScan | None
+    image_error: str | None = None
+    mask_error: str | None = None
+
+
+def scan_pair(pair: Pair, reading: Reading | None = None) -> PairScan:
+    """Read both files. Sums are taken of training images only, for the others nobody asks."""
+    image = mask = image_error = mask_error = None
+    try:
+        image = _scan_image(pair.image, reading, with_sums=pair.split == "train")
+    except DataError as error:
+        image_error = _reason(error, pair.image)
+    try:
+        mask = scan_mask(pair, reading) if pair.mask is not None else None
+    except DataError as error:
+        mask_error = _reason(error, pair.mask)
+    return PairScan(pair=pair, image=image, mask=mask, image_error=image_error, mask_error=mask_error)
+
+
+def scan_mask(pair: Pair, reading: Reading | None = None) -> MaskScan:
+    """Read the mask of a pair and count its values; asked again about an unchanged file, it answers from memory.
 
     Raises:
-        DataError: as `read_mask`, or the mask holds so many values that they cannot be classes.
+        DataError: as `open_mask`, or the mask holds so many values that they cannot be classes.
     """
+    path, axis = Path(pair.mask or ""), (reading or {}).get("axis")
+    image = pair.image if may_be_segmentation(path) else None
     try:
         status = path.stat()
     except (OSError, ValueError):
-        return _scan(path, 0, 0)  # which raises the reader's own message
-    return _scan(path, status.st_mtime_ns, status.st_size)
+        return _scan_mask(path, image, axis, 0, 0)  # which raises the reader's own message
+    return _scan_mask(path, image, axis, status.st_mtime_ns, status.st_size)
 
 
-@lru_cache(maxsize=50_000)
-def _scan(path: Path, _mtime_ns: int, _size: int) -> MaskScan:
-    raw, raster = read_mask_file(path)
-    counts = value_counts(raw)
-    if len(counts) > MAX_VALUES:
-        raise DataError(
-            f"{printable(path)}: holds {len(counts):,} different values; it looks like a photograph, not a mask of classes."
-        )
-    return MaskScan(
-        width=raw.shape[1],
-        height=raw.shape[0],
-        kind="rgb" if raw.ndim == 3 else "index",
-        counts=counts,
-        palette=raster.palette,
-        digest=pixel_digest(raw),
-        format=raster.format,
-    )
+def strips(source: Source) -> Iterator[tuple[int, int]]:
+    """(top, bottom) of the strips in which a plane is read: all at once, or several rows of blocks of a large one."""
+    height, width = source.info.height, source.info.width
+    rows = height
+    if height * width > WHOLE_PX:
+        block = min(source.info.block_px[0], height)
+        rows = max(1, _STRIP_PX // width)
+        rows = max(block, rows // block * block) if block * width <= WHOLE_PX else rows
+    for top in range(0, height, rows):
+        yield top, min(top + rows, height)
 
 
-def pixel_digest(array: np.ndarray) -> str:
-    """SHA-256 of the decoded pixels with their shape and type: equal for one image in two lossless formats."""
-    digest = hashlib.sha256(f"{array.shape} {array.dtype.name}".encode())
-    digest.update(np.ascontiguousarray(array).data)
-    return digest.hexdigest()
+def sums_in_unit_scale(array: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Per channel of pixels (..., C): the sum and the sum of squares of its numbers divided by their type's maximum.
+
+    Whole numbers of 8 bit are added exactly, others in float64.
+    """
+    flat = array.reshape(-1, array.shape[-1])
+    sums = np.zeros(array.shape[-1])
+    squares = np.zeros(array.shape[-1])
+    scale = float(np.iinfo(array.dtype).max) if array.dtype.kind in "ui" else 1.0
+    for start in range(0, len(flat), _BLOCK_PX):
+        block = flat[start : start + _BLOCK_PX]
+        added = _byte_sums(block) if array.dtype == np.uint8 else _float_sums(block)
+        sums += added[0]
+        squares += added[1]
+    return sums / scale, squares / scale**2
+
+
+def pixel_digest(shape: tuple[int, ...], arrays: Iterator[NDArray[Any]]) -> str:
+    """SHA-256 of decoded pixels with their shape and type: equal for one image in two lossless formats."""
+    digest = None
+    for array in arrays:
+        digest = digest or hashlib.sha256(f"{shape} {array.dtype.name}".encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest() if digest else ""
 
 
 def in_threads(
-    work: Callable[[T], R], items: Sequence[T], on_progress: Callable[[int, int], None] | None = None
+    function: Callable[[T], R], items: Sequence[T], on_progress: Callable[[int, int], None] | None = None
 ) -> list[R]:
-    """The results of `work` in the order of `items`; decoding leaves Python's lock, so threads do help.
+    """The results of `function` in the order of `items`; decoding leaves Python's lock, so threads do help.
 
     `on_progress(done, total)` is called in this thread as results come in.
     """
     results = []
     with ThreadPoolExecutor(max_workers=worker_count()) as pool:
-        for result in pool.map(work, items):
+        for result in pool.map(function, items):
             results.append(result)
             if on_progress is not None:
                 on_progress(len(results), len(items))
@@ -94,3 +187,138 @@ def worker_count() -> int:
     """How many cores this process may use, at most 16."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(cores, 16)
+
+
+def _scan_image(path: Path, reading: Reading | None, *, with_sums: bool) -> ImageScan:
+    if is_picture(path) and not reading:
+        array = read_image(path)
+        height, width, channels = array.shape
+        sums, squares = sums_in_unit_scale(array) if with_sums else (np.zeros(0), np.zeros(0))
+        return ImageScan(
+            grid=Grid(width=width, height=height),
+            channels=channels,
+            dtype=array.dtype.name,
+            digest=pixel_digest(array.shape, iter([array])),
+            format=path.suffix.lower().lstrip("."),
+            pixels=height * width,
+            sums=tuple(sums.tolist()),
+            squares=tuple(squares.tolist()),
+        )
+    with open_image(path, reading) as source:
+        return _scan_source(source, with_sums)
+
+
+def _scan_source(source: Source, with_sums: bool) -> ImageScan:
+    info = source.info
+    sums, squares, pixels = np.zeros(info.channels), np.zeros(info.channels), 0
+
+    def arrays() -> Iterator[NDArray[Any]]:
+        nonlocal sums, squares, pixels
+        for plane in range(info.planes):
+            for top, bottom in strips(source):
+                array = source.read(top, 0, bottom - top, info.width, plane)
+                if array.dtype.kind == "f" and not np.isfinite(array).all():
+                    raise DataError(f"{info.location}: holds numbers that are NaN or infinite. Replace them.")
+                yield array
+                valid = source.valid(top, 0, bottom - top, info.width, plane) if with_sums else None
+                pixels += int(valid.sum()) if valid is not None else (bottom - top) * info.width
+                if with_sums:
+                    added = sums_in_unit_scale(array if valid is None else array[valid])
+                    sums, squares = sums + added[0], squares + added[1]
+
+    shape = (info.height, info.width, info.channels)
+    digest = pixel_digest(shape if info.planes == 1 else (info.planes, *shape), arrays())
+    return ImageScan(
+        grid=Grid.of(source),
+        channels=info.channels,
+        dtype=info.dtype,
+        digest=digest,
+        format=info.format,
+        spacing=_spacing(source.metadata),
+        pixels=pixels,
+        sums=tuple(sums.tolist()) if with_sums else (),
+        squares=tuple(squares.tolist()) if with_sums else (),
+    )
+
+
+@lru_cache(maxsize=50_000)
+def _scan_mask(path: Path, image: Path | None, axis: int | None, _mtime_ns: int, _size: int) -> MaskScan:
+    if is_picture(path):
+        raw, raster = read_mask_file(path)
+        grid, found = Grid(width=raw.shape[1], height=raw.shape[0]), value_counts(raw)
+        whole = (
+            [Places(grid.height, grid.width)] if grid.pixels > WHOLE_PX and len(found) <= MAX_VALUES_OF_LARGE else []
+        )
+        for place in whole:
+            place.add(0, raw, found)
+        return MaskScan(
+            grid=grid,
+            kind="rgb" if raw.ndim == 3 else "index",
+            counts=_checked(path, found),
+            palette=raster.palette,
+            digest=pixel_digest(raw.shape, iter([raw])),
+            format=raster.format,
+            places=tuple(whole),
+        )
+    with open_mask(path, {"axis": axis}, image) as source:
+        info, counts = source.info, Counter[Value]()
+        is_large = info.height * info.width > WHOLE_PX
+        places = [Places(info.height, info.width) for _ in range(info.planes if is_large else 0)]
+
+        def arrays() -> Iterator[NDArray[Any]]:
+            for plane in range(info.planes):
+                for top, bottom in strips(source):
+                    raw = mask_values(source.read(top, 0, bottom - top, info.width, plane))
+                    yield raw
+                    found = value_counts(raw)
+                    counts.update(found)
+                    _checked(path, counts, MAX_VALUES_OF_LARGE if places else MAX_VALUES)
+                    if places:
+                        places[plane].add(top, raw, found)
+
+        shape = (info.height, info.width) + ((3,) if info.channels == 3 else ())
+        digest = pixel_digest(shape if info.planes == 1 else (info.planes, *shape), arrays())
+        return MaskScan(
+            grid=Grid.of(source),
+            kind="rgb" if info.channels == 3 else "index",
+            counts=dict(sorted(counts.items(), key=lambda item: pack_value(item[0]))),
+            palette=source.metadata.get("palette"),
+            digest=digest,
+            format=info.format,
+            places=tuple(places),
+        )
+
+
+def _checked(path: Path, counts: Mapping[Value, int], most: int = MAX_VALUES) -> Mapping[Value, int]:
+    if len(counts) > most:
+        raise DataError(
+            f"{printable(path)}: holds {len(counts):,} different values; it looks like a photograph, not a mask of classes."
+        )
+    return counts
+
+
+def _spacing(metadata: Mapping[str, Any]) -> str:
+    """The size of a pixel or voxel, in words."""
+    if zooms := metadata.get("zooms"):
+        return " x ".join(f"{float(value):.4g}" for value in zooms[:3]) + " mm"
+    if metadata.get("transform") and metadata.get("crs"):
+        a, b, _, d, e, _ = metadata["transform"]
+        return f"{np.hypot(a, d):.6g} x {np.hypot(b, e):.6g} units of the CRS"
+    if size := metadata.get("pixel_size_um"):
+        return " x ".join(f"{float(value):.4g}" for value in size.values()) + " um"
+    return ""
+
+
+def _byte_sums(block: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    values = np.arange(256)
+    counts = np.stack([np.bincount(channel, minlength=256) for channel in block.T])
+    return counts @ values, counts @ values**2
+
+
+def _float_sums(block: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    wide = block.astype(np.float64)
+    return wide.sum(axis=0), np.einsum("nc,nc->c", wide, wide)
+
+
+def _reason(error: DataError, path: Path | None) -> str:
+    return str(error).removeprefix(f"{printable(path or '')}: ")

@@ -1,19 +1,32 @@
 """Pixel weights that make a network learn the thin background between cells that touch.
 
+Instance maps lie in a folder `instances` beside the folder of masks, under the names of the masks; every value but 0 is one
+object. Objects that touch are parted by a line of background (class 0), in the labels too: without it there would be no gap
+to learn. Without instance maps, the connected regions of a mask's classes are the objects, and those that touch are one.
+
 Source: Ronneberger, Fischer, Brox. U-Net. MICCAI 2015 (arXiv:1505.04597), section 3, equation 2.
 """
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
+from torch import Tensor, from_numpy
 
-from pixelwise.data.labels import IGNORE_INDEX
-from pixelwise.errors import UsageError
+from pixelwise.data.label_spec import IGNORE_INDEX
+from pixelwise.data.pairs import Pair
+from pixelwise.data.samples import Sample, mask_values, open_mask
+from pixelwise.data.slices import Reading, is_picture
+from pixelwise.errors import DataError, UsageError
+from pixelwise.formats.raster import printable
+from pixelwise.formats.readers import read_mask
 
+INSTANCES = "instances"
 NEGLECTED = 1e-3  # an extra weight below this is left out, so that a cell acts on its neighbourhood only
 EIGHT = np.ones((3, 3), dtype=bool)  # pixels that share an edge or a corner touch
 
@@ -48,10 +61,6 @@ def separation_weights(
 
     Raises:
         UsageError: labels that are not a plane of whole numbers from 0 on, w0 or sigma out of range, too few class weights.
-
-    Example:
-        >>> separation_weights(np.array([[1, 0, 2, 0, 0]]), is_instances=True).round(1)
-        array([[ 1. , 11. ,  1. , 10.2,  8.3]], dtype=float32)
     """
     _check_plane(labels)
     if not (w0 >= 0 and sigma_px > 0):
@@ -86,10 +95,6 @@ def separate_touching(instances: NDArray[Any], *, width_px: int = 1) -> NDArray[
 
     Raises:
         UsageError: labels that are not a plane of whole numbers from 0 on, or another width.
-
-    Example:
-        >>> separate_touching(np.array([[5, 5, 5, 7, 7]])).tolist()
-        [[5, 5, 0, 7, 7]]
     """
     if width_px not in (1, 2):
         raise UsageError(f"separate touching cells: width_px must be 1 or 2, not {width_px}.")
@@ -156,3 +161,62 @@ def _balance(classes: NDArray[Any], class_weights: Sequence[float] | None) -> ND
             f"separation weights: the labels hold class {highest}, but class_weights has {len(class_weights)} entries."
         )
     return np.asarray(class_weights, dtype=np.float32)[classes.astype(np.int64)]
+
+
+def separate(
+    pair: Pair, sample: Sample, *, w0: float, sigma_px: float, reading: Reading | None = None
+) -> tuple[Sample, Tensor]:
+    """The sample with touching objects parted, and what gaps weigh beside their class: (H, W) float32, 0 far from any.
+
+    Raises:
+        DataError: the instance map cannot be read, or has another size than the mask.
+    """
+    if sample.mask is None:
+        raise DataError(f"{printable(pair.image)}: has no mask, so its objects cannot be separated.")
+    mask, path = sample.mask.numpy(), instance_file(pair)
+    if path is None:
+        weights = separation_weights(mask, w0=w0, sigma_px=sigma_px)
+    else:
+        instances = _read_instances(path, mask.shape, pair.plane or 0, reading)
+        parted = separate_touching(instances)
+        mask = np.where((instances != 0) & (parted == 0), 0, mask).astype(mask.dtype)
+        weights = separation_weights(parted, w0=w0, sigma_px=sigma_px, is_instances=True)
+    # The map holds 1 for the class beside the gap's weight; the classes' own weights are known to the loss.
+    return replace(sample, mask=from_numpy(mask)), from_numpy((weights - 1).clip(min=0))
+
+
+def instance_file(pair: Pair) -> Path | None:
+    """The instance map that belongs to a pair, or None; splits may lie above or below the folders."""
+    if pair.mask is None:
+        return None
+    folder, name = pair.mask.parent, pair.mask.name
+    places = (folder.with_name(INSTANCES) / name, folder.parent.with_name(INSTANCES) / folder.name / name)
+    return next((path for path in places if path.exists()), None)
+
+
+def where_objects_come_from(pairs: Sequence[Pair]) -> str:
+    """In words, for the plan: between what gaps are weighed."""
+    count = sum(instance_file(pair) is not None for pair in pairs)
+    if not count:
+        return "between the connected regions of the masks"
+    if count < len(pairs):
+        return f"between the objects that {INSTANCES}/ numbers in {count:,} images, else between connected regions"
+    return f"between the objects that {INSTANCES}/ numbers"
+
+
+def _read_instances(path: Path, shape: tuple[int, ...], plane: int, reading: Reading | None) -> NDArray[Any]:
+    """One number per pixel (H, W), also where a file tells objects by RGB colours."""
+    if is_picture(path):
+        values = read_mask(path)
+    else:
+        with open_mask(path, reading) as source:
+            values = mask_values(source.read(0, 0, source.info.height, source.info.width, plane))
+    if values.shape[:2] != shape:
+        raise DataError(
+            f"{printable(path)}: the instance map is {values.shape[1]} x {values.shape[0]} px, but its mask is {shape[1]} x "
+            f"{shape[0]} px. Both must have the same size."
+        )
+    if values.ndim == 2:
+        return values
+    red, green, blue = np.moveaxis(values.astype(np.int32), 2, 0)
+    return (red << 16) | (green << 8) | blue

@@ -1,10 +1,12 @@
 """Augmentation of image and mask together, with torchvision's v2 transforms.
 
 Masks are resampled by nearest neighbour only, and pixels that a crop takes from outside the image are void. Every transform
-draws from torch's global generator, so seeding that generator decides the result (see `pixelwise.data.dataset`).
+draws from torch's global generator, so seeding that generator decides the result. The crop comes first and takes images
+and masks that lie in files too (`Windowed`), of which it reads no more than its window.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -15,7 +17,7 @@ from torchvision.transforms.v2 import functional as F
 
 from pixelwise.data.elastic import RandomElastic
 from pixelwise.data.labels import IGNORE_INDEX
-from pixelwise.data.windows import RandomWindow, draw_pixel
+from pixelwise.ops.mirror import mirror_crop
 
 Flips = Literal["none", "horizontal", "both", "dihedral"]
 
@@ -24,11 +26,41 @@ class PixelWeight(tv_tensors.Mask):
     """A float32 weight per pixel that goes through the same geometry as the mask; nearest neighbour, 0 outside the image."""
 
 
+class Windowed:
+    """An image that is too large to load: its size is known, windows of it are read.
+
+    Args:
+        shape: (height, width).
+        read: (top, left, height, width) -> the window, as `tv_tensors.Image` or `tv_tensors.Mask`.
+        draw_pixel: of a mask: row and column of a pixel of a class drawn evenly, None if all is void.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        read: Callable[[int, int, int, int], Tensor],
+        draw_pixel: Callable[[], tuple[int, int] | None] | None = None,
+    ) -> None:
+        self.shape, self.read, self.draw_pixel = shape, read, draw_pixel
+
+
+class _Crop(v2.Transform):
+    """A transform that may come first: all inputs are images and masks, in memory or `Windowed`."""
+
+    def forward(self, *inputs: Any) -> Any:
+        params = self.make_params(list(inputs))
+        return tuple(self.transform(item, params) for item in inputs)
+
+
+def _labels_of(inputs: list[Any]) -> Any:
+    return next(item for item in inputs if type(item) is tv_tensors.Mask or getattr(item, "draw_pixel", None))
+
+
 def _uniform(low: float, high: float) -> float:
     return float(torch.empty(()).uniform_(low, high))
 
 
-class RandomScaleCrop(v2.Transform):
+class RandomScaleCrop(_Crop):
     """A square crop of `crop_px` from the image magnified by a random factor, in one resampling of the needed window only.
 
     The factor is drawn log-uniformly from `scale`. With probability `focus` the window holds a pixel of a class drawn
@@ -40,13 +72,6 @@ class RandomScaleCrop(v2.Transform):
         scale: smallest and largest magnification.
         focus: probability in [0, 1] of choosing the window by a class.
         fill: one value per channel, in the image's own units.
-
-    Example:
-        >>> image = tv_tensors.Image(torch.zeros(3, 40, 60, dtype=torch.uint8))
-        >>> mask = tv_tensors.Mask(torch.ones(40, 60, dtype=torch.uint8))
-        >>> out_image, out_mask = RandomScaleCrop(32, scale=(0.5, 2.0))(image, mask)
-        >>> tuple(out_image.shape), tuple(out_mask.shape)
-        ((3, 32, 32), (32, 32))
     """
 
     def __init__(
@@ -61,26 +86,31 @@ class RandomScaleCrop(v2.Transform):
         self.crop_px, self.scale, self.focus, self.fill = crop_px, scale, focus, fill
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        mask = next(item for item in flat_inputs if type(item) is tv_tensors.Mask)
+        mask = _labels_of(flat_inputs)
         height, width = mask.shape[-2:]
         window = max(1, round(self.crop_px / math.exp(_uniform(*map(math.log, self.scale)))))
         row, column = self._centre(mask) if _uniform(0, 1) < self.focus else (None, None)
         return {"window": window, "top": _start(height, window, row), "left": _start(width, window, column)}
 
-    def _centre(self, mask: Tensor) -> tuple[int, int] | tuple[None, None]:
+    def _centre(self, mask: Tensor | Windowed) -> tuple[int, int] | tuple[None, None]:
         """A pixel of a class drawn evenly from those present."""
+        if isinstance(mask, Windowed):
+            return (mask.draw_pixel and mask.draw_pixel()) or (None, None)
         return draw_pixel(mask) if bool((mask != IGNORE_INDEX).any()) else (None, None)
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        is_mask = isinstance(inpt, tv_tensors.Mask)
         top, left, window = params["top"], params["left"], params["window"]
         height, width = inpt.shape[-2:]
         # Cut what exists, then pad: a window far larger than the image must not be filled twice.
-        inside = inpt[..., max(top, 0) : min(top + window, height), max(left, 0) : min(left + window, width)]
+        rows, columns = (max(top, 0), min(top + window, height)), (max(left, 0), min(left + window, width))
         below, right = max(top + window - height, 0), max(left + window - width, 0)
         padding = (max(-left, 0), max(-top, 0), right, below)
+        if isinstance(inpt, Windowed):
+            inside = inpt = inpt.read(rows[0], columns[0], rows[1] - rows[0], columns[1] - columns[0])
+        else:
+            inside = inpt[..., slice(*rows), slice(*columns)]
         out = inside.as_subclass(torch.Tensor)
-        if is_mask:
+        if isinstance(inpt, tv_tensors.Mask):
             out = _pad(out[None], padding, (0,) if isinstance(inpt, PixelWeight) else (IGNORE_INDEX,))
             out = F.resize(out, [self.crop_px] * 2, interpolation=v2.InterpolationMode.NEAREST_EXACT)
             return tv_tensors.wrap(out[0], like=inpt)
@@ -173,14 +203,6 @@ def training_transform(
         fill: what lies outside the image, per channel in unit scale (the training mean, so that it is 0 to the network).
         is_uint8: whether the images come as uint8; `fill` is then scaled to 0..255.
         elastic: standard deviation in crop pixels of the 3x3 random vectors of the deformation; 0 leaves it out.
-
-    Example:
-        >>> transform = training_transform(crop_px=16, scale=(0.5, 2), focus=0.5, flips="horizontal",
-        ...                                photometric=0.2, fill=(0.5,), is_uint8=True)
-        >>> image = tv_tensors.Image(torch.zeros(1, 9, 30, dtype=torch.uint8))
-        >>> mask = tv_tensors.Mask(torch.zeros(9, 30, dtype=torch.uint8))
-        >>> [tuple(item.shape) for item in transform(image, mask)]
-        [(1, 16, 16), (16, 16)]
     """
     fill = tuple(value * 255 if is_uint8 else value for value in fill)
     steps: list[v2.Transform] = [RandomScaleCrop(crop_px, scale=scale, focus=focus, fill=fill)]
@@ -190,15 +212,7 @@ def training_transform(
 
 
 def window_transform(*, window_px: int, flips: Flips, photometric: float) -> v2.Transform:
-    """The augmentation of training on windows: one around a pixel of an evenly drawn class, flips, photometric.
-
-    Example:
-        >>> transform = window_transform(window_px=9, flips="dihedral", photometric=0.2)
-        >>> image = tv_tensors.Image(torch.zeros(1, 9, 30, dtype=torch.uint8))
-        >>> mask = tv_tensors.Mask(torch.zeros(9, 30, dtype=torch.uint8))
-        >>> [tuple(item.shape) for item in transform(image, mask)]
-        [(1, 9, 9), (1, 1)]
-    """
+    """The augmentation of training on windows: one around a pixel of an evenly drawn class, flips, photometric."""
     return v2.Compose([RandomWindow(window_px), *_in_place(flips, photometric)])
 
 
@@ -215,3 +229,65 @@ def _in_place(flips: Flips, photometric: float) -> list[v2.Transform]:
     if photometric:
         steps.append(RandomPhotometric(photometric))
     return steps
+
+
+class RandomWindow(_Crop):
+    """The window around a pixel of a class that is drawn evenly from the classes of the mask, and that pixel's class.
+
+    So each class of an image is seen as often as any other, however few its pixels (Ciresan et al., NIPS 2012, draw as many
+    windows of one class as of the other). Outside the image the window shows its mirror image. Of a mask that is all void
+    any pixel is drawn, and its label is void.
+
+    The window of row i begins at row i - window_px // 2, columns alike, as in `pixelwise.models.patch_classifier`. A flip
+    keeps the centre of an odd window; that of an even one moves by a pixel.
+
+    Args:
+        window_px: side of the window in pixels, of any size.
+    """
+
+    def __init__(self, window_px: int) -> None:
+        super().__init__()
+        self.window_px = window_px
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        mask = _labels_of(flat_inputs)
+        if isinstance(mask, Windowed):
+            row, column = (mask.draw_pixel and mask.draw_pixel()) or _any_pixel(mask.shape)
+        else:
+            row, column = draw_pixel(mask.as_subclass(Tensor))
+        return {"row": row, "column": column}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        row, column = params["row"], params["column"]
+        if isinstance(inpt, Windowed) and inpt.draw_pixel:
+            return inpt.read(row, column, 1, 1)
+        if isinstance(inpt, Windowed):
+            top, bottom = _mirrored_span(row - self.window_px // 2, self.window_px, inpt.shape[0])
+            left, right = _mirrored_span(column - self.window_px // 2, self.window_px, inpt.shape[1])
+            inpt, row, column = inpt.read(top, left, bottom - top, right - left), row - top, column - left
+        plain = inpt.as_subclass(Tensor)
+        if isinstance(inpt, tv_tensors.Mask):
+            return tv_tensors.wrap(plain[..., row : row + 1, column : column + 1].clone(), like=inpt)
+        before = self.window_px // 2
+        return tv_tensors.Image(mirror_crop(plain, row - before, column - before, self.window_px, self.window_px))
+
+
+def draw_pixel(mask: Tensor) -> tuple[int, int]:
+    """Row and column of a pixel of a class drawn evenly from those in `mask`, uint8 (H, W); of any pixel if all is void."""
+    cells = mask.flatten()
+    classes = torch.bincount(cells, minlength=IGNORE_INDEX + 1)[:IGNORE_INDEX].nonzero().flatten()
+    wanted = classes[torch.randint(len(classes), ())] if len(classes) else IGNORE_INDEX
+    places = (cells == wanted).nonzero().flatten()
+    return divmod(int(places[torch.randint(len(places), ())]), mask.shape[-1])
+
+
+def _any_pixel(shape: tuple[int, int]) -> tuple[int, int]:
+    return divmod(int(torch.randint(shape[0] * shape[1], ())), shape[1])
+
+
+def _mirrored_span(start: int, count: int, length: int) -> tuple[int, int]:
+    """The first and one after the last row that `mirror_crop` shows of an image of `length` rows."""
+    if count >= length:
+        return 0, length
+    low, high = min(start, 2 * length - 1 - start - count), max(start + count, 1 - start)
+    return max(low, 0) if start + count > length else max(start, 0), min(high, length)

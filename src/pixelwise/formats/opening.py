@@ -126,7 +126,7 @@ def _open(key: str, location: str, options: dict[str, Any], **given: Any) -> Sou
     offered = [name for name in _parameters(key) if name not in _GIVEN]
     for name in options:
         if name not in offered and name not in _HINTS:
-            has = [option for option in offered if option not in _HINTS]
+            has = [option for option in offered if option not in (*_HINTS, "labels")]
             choice = f"it has {', '.join(has)}" if has else "it has no options"
             raise UsageError(f"{shown(location)}: its format ({key}) has no option {name}; {choice}.")
     try:

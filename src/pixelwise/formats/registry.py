@@ -88,7 +88,7 @@ FORMATS: Mapping[str, Format] = {
                     becomes="ome-tiff"),
     "geotiff": Format(opens="geotiff.open_geotiff", creates="geotiff_write.write_geotiff", suffixes=(".tif",),
                       looks="geotiff.is_geotiff", package=_GEO, becomes="geotiff"),
-    "cog": Format(creates="geotiff_write.write_cog", suffixes=(".tif",), package=_GEO),
+    "cog": Format(creates="geotiff_write.write_cog", suffixes=(".tif",), package=_GEO, becomes="geotiff"),
     "ome-tiff": Format(creates="tiff.write_ome_tiff", suffixes=(".ome.tif", ".ome.tiff"), becomes="ome-tiff"),
     "tiff": Format(opens="tiff.open_tiff", creates="tiff.write_tiff", suffixes=(".tif", ".tiff", ".btf", ".tf8"),
                    magic=_TIFF, becomes="tiff"),
@@ -141,7 +141,8 @@ def named_format(name: str) -> str:
     """
     found = _READ_AS.get(name, name)
     if found not in FORMATS:
-        found = next((key for key, known in FORMATS.items() if known.opens and f".{name}" in known.suffixes), "")
+        named = [key for key, known in FORMATS.items() if known.opens and f".{name}" in known.suffixes]
+        found = named[-1] if named else ""  # the more general format stands later
     if not found:
         possible = [key for key, known in FORMATS.items() if known.opens or key in _READ_AS]
         raise UsageError(f"format {name!r} is not known; possible are {', '.join(possible)}.")

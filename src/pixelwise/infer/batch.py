@@ -1,29 +1,66 @@
-"""Label many images: find them, refuse what cannot end well, skip what is finished, go on past what is broken."""
+"""The images of one call and the outputs they become: files, folders, globs and URLs, checked before anything starts."""
 
-from collections.abc import Iterator, Sequence
-from pathlib import Path, PurePath
+import os
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePath, PurePosixPath
+from typing import Literal
+from urllib.parse import unquote
 
-from pixelwise.errors import UsageError
+from pixelwise.data.matching import is_series, is_zarr
+from pixelwise.errors import PixelwiseError, UsageError
 from pixelwise.files import extra
-from pixelwise.formats.remote import is_url, local_path
-from pixelwise.formats.sinks import LABELS, WRITERS
-from pixelwise.infer.engines.base import ENDINGS, Batch, Job, Labeller, Outcome
-from pixelwise.infer.engines.local import prefetch
-from pixelwise.infer.engines.local import run as run_local
-from pixelwise.infer.inputs import Location, find_images, real, stem_of
-from pixelwise.infer.job import Note, Progress, silent, uncounted
+from pixelwise.formats.base import LABELS
+from pixelwise.formats.registry import FORMATS, SOURCE_SUFFIXES, WRITERS, likely_suffix, stem_of
+from pixelwise.formats.remote import is_url, list_images, local_path, protocol_of, shown
 from pixelwise.infer.options import JobOptions
-from pixelwise.infer.outfolder import OutFolder
-from pixelwise.infer.predictor import Predictor
-from pixelwise.infer.tools import Tools
-from pixelwise.ops.spatial_dropout import with_spatial_dropout
+from pixelwise.infer.outputs import Location, OutFolder
 
-__all__ = ["Batch", "Job", "Outcome", "plan_batch", "prefetch", "run_batch"]
+ENDINGS = {
+    "overlay": "_overlay.png",
+    "probabilities": "_probabilities.npy",
+    "geojson": ".geojson",
+    "coco": "_coco.json",
+}
+_DICOM = FORMATS["dicom"].suffixes
 
-_LIKELY = {".ome.tif": ".ome.tif", ".ome.tiff": ".ome.tif", ".tif": ".tif", ".tiff": ".tif"} | {
-    ".nii.gz": ".nii.gz", ".nii": ".nii.gz", ".dcm": ".nii.gz", ".ome.zarr": ".ome.zarr", ".zarr": ".zarr", ".npy": ".npy",
-    ".svs": ".ome.tif", ".ndpi": ".ome.tif", ".scn": ".ome.tif", ".bif": ".ome.tif",
-}  # fmt: skip
+
+class OutputError(PixelwiseError):
+    """An output cannot be written, so those of the next images could not be either."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One image to label and the files it becomes.
+
+    Attributes:
+        path: the image.
+        outputs: "labels", and the others that were asked for; the content of the image may change their suffixes.
+    """
+
+    path: Location
+    outputs: dict[str, Location]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one input: "done", "skipped" (it was finished before) or "failed" (`message` says why)."""
+
+    path: Location
+    status: Literal["done", "skipped", "failed"]
+    message: str = ""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """All the work of one call: the tasks, the inputs that do not exist, where the outputs go and what they are."""
+
+    tasks: tuple[Task, ...]
+    missing: tuple[Outcome, ...] = ()
+    out: Location = Path()
+    options: JobOptions = field(default_factory=JobOptions)
 
 
 def plan_batch(
@@ -45,20 +82,11 @@ def plan_batch(
         out: the folder of the results, or its URL.
         overlay: also write the colours over the image.
         probabilities: also write the probabilities of all classes.
-        options: all wishes; the two before are added to them.
+        options: all options; then the two before are not looked at.
 
     Raises:
         UsageError: there is no input at all, two inputs would become the same file, an output is also an input, or a
             package for what is wanted is not installed.
-
-    Example:
-        >>> import tempfile
-        >>> folder = Path(tempfile.mkdtemp())
-        >>> (folder / "day").mkdir()
-        >>> (folder / "day" / "a.jpg").touch()
-        >>> batch = plan_batch([folder], "labels")
-        >>> batch.jobs[0].outputs["labels"].as_posix()
-        'labels/day/a.png'
     """
     options = options or JobOptions(overlay=overlay, probabilities=probabilities)
     if options.format is not None and options.format not in WRITERS:
@@ -71,85 +99,13 @@ def plan_batch(
     folder = OutFolder(out)
     finder = find_images(inputs, local)
     kinds = [LABELS, *options.maps, *(kind for kind in ENDINGS if getattr(options, kind))]
-    jobs = [
-        Job(path, {kind: folder.at(_output_name(name, str(path), kind, options.format)) for kind in kinds})
+    tasks = [
+        Task(path, {kind: folder.at(_output_name(name, str(path), kind, options.format)) for kind in kinds})
         for (_, name), path in finder.found.items()
     ]
-    _refuse_clashes(jobs)
+    _refuse_clashes(tasks)
     missing = tuple(Outcome(path, "failed", message) for path, message in finder.missing)
-    return Batch(tuple(jobs), missing, folder.out, options)
-
-
-def run_batch(
-    predictor: Predictor,
-    batch: Batch,
-    *,
-    overwrite: bool = False,
-    engine: str = "local",
-    address: str | None = None,
-    workers: int | None = None,
-    note: Note = silent,
-    progress: Progress = uncounted,
-    tools: Tools | None = None,
-) -> Iterator[Outcome]:
-    """Label every image of the batch, one outcome each; while one is computed the next is decoded.
-
-    An output that is finished is skipped: it was written by the same network from an input with the same content. One
-    from another network or input is made again. A file that pixelwise did not write is never replaced. A job that was
-    killed goes on where it was.
-
-    Args:
-        predictor: The network.
-        batch: From `plan_batch`.
-        overwrite: Do everything again, and replace whatever has the name of an output.
-        engine: "local" (this process) or "ray" (workers of a cluster, or of this machine).
-        address: of the Ray cluster; None starts Ray in this process.
-        workers: of Ray; for the local engine, threads that decode. None chooses.
-        note: Takes what the user should know, one line each.
-        progress: Told (pixels done, pixels in all) of large images.
-        tools: Who opens, scores, decides and writes; None takes those of the package.
-
-    Raises:
-        UsageError: there is no such engine, or its package is not installed; samples of a network without dropout.
-        PixelwiseError: an output cannot be written (disk full, no permission). Nothing half-written stays.
-
-    Example:
-        >>> from pixelwise.data.labels import LabelSpec
-        >>> from pixelwise.infer.bundle import ModelCard
-        >>> from pixelwise.models import create_model
-        >>> from PIL import Image
-        >>> import tempfile
-        >>> spec = LabelSpec(names=("sky", "road"), colors=((0, 0, 255), (90, 90, 90)), values=((0,), (1,)))
-        >>> config = {"tiny": True, "num_classes": 2, "in_channels": 3}
-        >>> card = ModelCard(model="unet", config=config, labels=spec, mean=(0.5,) * 3, std=(0.2,) * 3)
-        >>> predictor = Predictor(create_model("unet", **config), card, device="cpu")
-        >>> folder = Path(tempfile.mkdtemp())
-        >>> Image.new("RGB", (8, 6)).save(folder / "a.jpg")
-        >>> batch = plan_batch([folder / "*.jpg"], folder / "labels")
-        >>> [outcome.status for outcome in run_batch(predictor, batch)]
-        ['done']
-        >>> [outcome.status for outcome in run_batch(predictor, batch)]
-        ['skipped']
-    """
-    if batch.options.tiling.samples > 1:  # a network without dropout is told once, not for each image
-        with_spatial_dropout(predictor.model, batch.options.tiling.seed)
-    labeller = Labeller(
-        predictor=predictor,
-        batch=batch,
-        tools=tools or Tools.standard(),
-        overwrite=overwrite,
-        note=note,
-        progress=progress,
-    )
-    yield from batch.missing
-    if engine == "local":
-        yield from run_local(labeller, threads=workers)
-    elif engine == "ray":
-        from pixelwise.infer.engines.ray import run as run_on_ray
-
-        yield from run_on_ray(labeller, address=address, workers=workers)
-    else:
-        raise UsageError(f"there is no engine {engine!r}; there are local and ray.")
+    return Batch(tuple(tasks), missing, folder.out, options)
 
 
 def _check_packages(options: JobOptions) -> None:
@@ -166,36 +122,34 @@ def _output_name(name: PurePath, path: str, kind: str, wanted: str | None) -> Pu
     """The name that an output will have, as far as the name of the image tells; its content decides at the end."""
     if kind in ENDINGS:
         return name.with_name(name.name + ENDINGS[kind])
-    name_of_image = path.rstrip("/").lower()
-    likely = next((suffix for end, suffix in _LIKELY.items() if name_of_image.endswith(end)), ".png")
-    suffix = WRITERS[wanted].suffixes[0] if wanted else likely
+    suffix = WRITERS[wanted].suffixes[0] if wanted else likely_suffix(PurePath(path).name)
     if kind == LABELS:
         return name.with_name(name.name + suffix)
     return name.with_name(f"{name.name}_{kind}{'.tif' if suffix == '.png' else suffix}")
 
 
-def _refuse_clashes(jobs: Sequence[Job]) -> None:
+def _refuse_clashes(tasks: Sequence[Task]) -> None:
     """Names are compared without their suffixes, for these may still change."""
     owners: dict[str, tuple[Location, Location]] = {}
     clashes = []
-    for job in jobs:
-        for output in job.outputs.values():
-            first, its = owners.setdefault(_bare(output), (job.path, output))
-            if first != job.path:
+    for task in tasks:
+        for output in task.outputs.values():
+            first, its = owners.setdefault(_bare(output), (task.path, output))
+            if first != task.path:
                 result = output if its == output else f"{_bare(output)}, whatever its suffix"
-                clashes.append(f"{first} and {job.path} would both become {result}")
+                clashes.append(f"{first} and {task.path} would both become {result}")
     if clashes:
         more = f", and {len(clashes) - 5:,} more" if len(clashes) > 5 else ""
         listed = "; ".join(clashes[:5])
         raise UsageError(f"{listed}{more}. Rename one, or label them in two calls with different --out folders.")
-    inputs = {real(job.path) for job in jobs if isinstance(job.path, Path)} | {
-        job.path for job in jobs if isinstance(job.path, str)
+    inputs = {real(task.path) for task in tasks if isinstance(task.path, Path)} | {
+        task.path for task in tasks if isinstance(task.path, str)
     }
-    for job in jobs:
-        for output in job.outputs.values():
+    for task in tasks:
+        for output in task.outputs.values():
             if (real(output) if isinstance(output, Path) else output) in inputs:
                 raise UsageError(
-                    f"the result of {job.path} would replace the input {output}. Choose another --out folder."
+                    f"the result of {task.path} would replace the input {output}. Choose another --out folder."
                 )
 
 
@@ -203,3 +157,157 @@ def _bare(output: Location) -> str:
     path = str(output)
     name = PurePath(path).name
     return path[: len(path) - len(name)] + stem_of(name)
+
+
+class Finder:
+    """Collects the images that arguments mean, each known by its real place and its name below the output folder.
+
+    Args:
+        out: the output folder, which is left out; None if it is a URL.
+
+    Attributes:
+        found: (real place, name of the output without a suffix) -> the image, in the order of the arguments.
+        missing: (argument or name, what is wrong with it).
+    """
+
+    def __init__(self, out: Path | None) -> None:
+        self.out = real(out) if out is not None else None
+        self.found: dict[tuple[Location, PurePath], Location] = {}
+        self.missing: list[tuple[Location, str]] = []
+
+    def add(self, given: str) -> None:
+        """Take what one argument means.
+
+        Raises:
+            UsageError: it is the output folder, or a URL of an unknown kind.
+        """
+        path = local_path(given) if is_url(given) else given
+        try:
+            self._add_url(given) if path is None else self._add(Path(path))
+        except OSError as error:
+            self._miss(given, f"cannot be read ({error.strerror}).")
+
+    def _add_url(self, url: str) -> None:
+        # A folder says so by its slash; a server need not know folders.
+        bare = shown(url)
+        if not bare.endswith("/") and not set(PurePosixPath(bare).name) & set("*?["):
+            return self._found(url, PurePosixPath(stem_of(_name_in(bare))), url)
+        base = bare.partition("*")[0].rpartition("/")[0]
+        try:
+            listed = list_images(url.rstrip("/"), SOURCE_SUFFIXES)
+        except UsageError:
+            raise
+        except PixelwiseError as error:
+            self.missing.append((url, str(error)))
+            return None
+        if not listed:
+            self._miss(bare, "holds no images.")
+        for item in listed if set(bare) & set("*?[") else _with_series(listed):
+            inner = PurePosixPath(item.removeprefix(base).lstrip("/"))
+            name = inner.name or PurePosixPath(item).name  # the folder itself may be an image
+            self._found(item, inner.with_name(stem_of(name)) if inner.name else PurePosixPath(stem_of(name)), item)
+        return None
+
+    def _add(self, path: Path) -> None:
+        before = len(self.found)
+        if path.is_dir():
+            self._add_folder(path, path)
+            if len(self.found) == before:
+                self._miss(path, f"holds no images ({', '.join(sorted(SOURCE_SUFFIXES))}).")
+        elif os.path.lexists(path):
+            self._add_file(path, path.parent)
+        elif set(str(path)) & set("*?["):
+            self._add_glob(path)
+        else:
+            self._miss(path, "there is no such file or folder.")
+
+    def _add_glob(self, pattern: Path) -> None:
+        parts = pattern.parts
+        first = next(index for index, part in enumerate(parts) if set(part) & set("*?["))
+        base = Path(*parts[:first])
+        try:
+            matches = sorted(base.glob(str(PurePath(*parts[first:]))))
+        except (ValueError, NotImplementedError) as error:
+            return self._miss(pattern, f"is not a glob that can be used ({error}).")
+        if not matches:
+            self._miss(pattern, "no file matches.")
+        for match in matches:
+            if match.is_dir():
+                self._add_folder(match, base)
+            elif not match.name.startswith("."):
+                self._add_file(match, base)
+
+    def _add_folder(self, folder: Path, base: Path) -> None:
+        if real(folder) == self.out:
+            raise UsageError(f"--out {self.out}: is also an input. Choose another folder for the results.")
+        for parent, folders, names in os.walk(folder, onerror=self._unreadable):
+            here = Path(parent)
+            above = base if here != base else Path(os.path.abspath(here)).parent  # noqa: PTH100
+            if is_zarr(here):
+                folders.clear()
+                self._add_file(here, above)
+                continue
+            inner = [name for name in sorted(folders) if not name.startswith(".")]
+            folders[:] = [name for name in inner if real(here / name) != self.out]
+            if is_series(here, names):
+                self._add_file(here, above)
+                continue
+            for name in sorted(names):
+                if not name.startswith(".") and name.lower().endswith(SOURCE_SUFFIXES):
+                    self._add_file(here / name, base)
+
+    def _add_file(self, path: Path, base: Path) -> None:
+        # A folder given by itself is named after itself, also if it was written as `.` or `..`.
+        shown_path = path if path.is_relative_to(base) else Path(os.path.abspath(path))  # noqa: PTH100
+        inner = PurePath(shown_path.relative_to(base))
+        self._found(real(path), inner.with_name(stem_of(inner.name)), path)
+
+    def _found(self, place: Location, name: PurePath, image: Location) -> None:
+        self.found.setdefault((place, name), image)
+
+    def _unreadable(self, error: OSError) -> None:
+        self._miss(error.filename, f"cannot be read ({error.strerror}).")
+
+    def _miss(self, name: Location, message: str) -> None:
+        self.missing.append((name, f"{name}: {message}"))
+
+
+def _with_series(urls: Sequence[str]) -> list[str]:
+    """Several DICOM files that have a folder to themselves are one image, as `is_series` says of local ones."""
+    folders = defaultdict(list)
+    for url in urls:
+        folders[url.rpartition("/")[0]].append(url)
+    series = {
+        folder
+        for folder, inner in folders.items()
+        if len(inner) > 1 and all(url.lower().endswith(_DICOM) for url in inner)
+    }
+    return list(dict.fromkeys(url.rpartition("/")[0] if url.rpartition("/")[0] in series else url for url in urls))
+
+
+def find_images(inputs: Sequence[str | Path], out: Path | None) -> Finder:
+    """All the images that arguments mean.
+
+    Raises:
+        UsageError: there is no image at all, or an input is the output folder.
+    """
+    finder = Finder(out)
+    for given in inputs:
+        finder.add(str(given))
+    if not finder.found:
+        reasons = " ".join(message for _, message in finder.missing[:5])
+        raise UsageError(f"no images to label. {reasons}".strip())
+    return finder
+
+
+def real(path: Path) -> Path:
+    """`path` without links; unlike `Path.resolve` this survives a loop of links."""
+    return Path(os.path.realpath(path))
+
+
+def _name_in(url: str) -> str:
+    """The name of what a URL leads to. Servers of the web write it with %20 for spaces, object stores as it is."""
+    name = PurePosixPath(url).name
+    if protocol_of(url) not in ("http", "https"):
+        return name
+    return re.sub(r"[/\\\x00]", "_", unquote(name))

@@ -55,16 +55,9 @@ class ModelCard:
         data: Where it was trained (fingerprint, name of the folder, counts).
         versions: Versions of pixelwise, torch and python that trained it.
         scores: What it scored, by split.
+        reading: How its images were opened (axis, intensity window, bands, slices), if not by the defaults.
         weights_sha256: Of `model.safetensors`, 64 hex digits; filled in by `save_bundle`.
         format: Version of this layout.
-
-    Example:
-        >>> from pixelwise.data.labels import LabelSpec
-        >>> labels = LabelSpec(names=("sky", "road"), colors=((0, 0, 255), (90, 90, 90)), values=((0,), (1,)))
-        >>> config = {"num_classes": 2, "in_channels": 1}
-        >>> card = ModelCard(model="unet", config=config, labels=labels, mean=(0.5,), std=(0.2,))
-        >>> ModelCard.from_dict(card.to_dict()) == card
-        True
     """
 
     model: str
@@ -75,6 +68,7 @@ class ModelCard:
     data: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, Any] = field(default_factory=dict)
     scores: dict[str, Any] = field(default_factory=dict)
+    reading: dict[str, Any] = field(default_factory=dict)
     weights_sha256: str = ""
     format: int = FORMAT
 
@@ -86,7 +80,9 @@ class ModelCard:
     def to_dict(self) -> dict[str, Any]:
         """The card as plain values that JSON can hold."""
         values = {item.name: getattr(self, item.name) for item in fields(self)}
-        values |= {"config": _lists(self.config), "labels": self.labels.to_dict()}
+        values |= {"config": _lists(self.config), "labels": self.labels.to_dict(), "reading": _lists(self.reading)}
+        if not self.reading:
+            del values["reading"]  # so that older versions read the card
         return values | {"mean": list(self.mean), "std": list(self.std)}
 
     @classmethod
@@ -96,19 +92,23 @@ class ModelCard:
         Raises:
             DataError: a key is missing or unknown, or a value has the wrong type or is out of range.
         """
+        if isinstance(values, dict):
+            values = {"reading": {}} | values  # cards of earlier versions have none
         _check_keys(values, cls)
         if not isinstance(values["model"], str) or not re.fullmatch(r"\w[\w.-]{0,99}", values["model"]):
             raise DataError(f"'model' must be the name of a registered model, not {_short(values['model'])}.")
         digest = values["weights_sha256"]
         if not isinstance(digest, str) or not re.fullmatch(r"([0-9a-f]{64})?", digest):
             raise DataError(f"'weights_sha256' must be 64 hex digits, not {_short(digest)}.")
-        for key in ("config", "data", "versions", "scores"):
+        values = {"reading": {}, **values}
+        for key in ("config", "data", "versions", "scores", "reading"):
             if not isinstance(values[key], dict) or not all(isinstance(name, str) for name in values[key]):
                 raise DataError(f"'{key}' must be a mapping, not {_short(values[key])}.")
         card = cls(
             **values
             | {
                 "config": {key: _config_value(key, value) for key, value in values["config"].items()},
+                "reading": {key: _config_value(key, value) for key, value in values["reading"].items()},
                 "labels": LabelSpec.from_dict(values["labels"]),
                 "mean": _numbers("mean", values["mean"]),
                 "std": _numbers("std", values["std"]),
@@ -122,19 +122,6 @@ def save_bundle(folder: str | Path, model: nn.Module, card: ModelCard) -> ModelC
     """Write `model.safetensors`, then `model.json`, each atomically; returns the card with the hash of the weights.
 
     The card names the hash of the weights, so a pair torn by a power cut or a copy is noticed by `load_bundle`.
-
-    Example:
-        >>> import tempfile
-        >>> from pixelwise.data.labels import LabelSpec
-        >>> from pixelwise.models import create_model
-        >>> labels = LabelSpec(names=("sky", "road"), colors=((0, 0, 255), (90, 90, 90)), values=((0,), (1,)))
-        >>> config = {"tiny": True, "num_classes": 2, "in_channels": 1}
-        >>> card = ModelCard(model="unet", config=config, labels=labels, mean=(0.5,), std=(0.2,))
-        >>> folder = tempfile.mkdtemp()
-        >>> card = save_bundle(folder, create_model("unet", **config), card)
-        >>> model, loaded = load_bundle(folder)
-        >>> loaded == card
-        True
     """
     folder = Path(folder)
     # Clones: safetensors refuses tensors that share memory or are strided (channels_last).
@@ -157,12 +144,6 @@ def load_bundle(folder: str | Path, device: str | torch.device = "cpu") -> tuple
 
     Raises:
         DataError: a file is missing, damaged, does not belong to the other, or describes something impossible.
-
-    Example:
-        >>> load_bundle("no/such/run")
-        Traceback (most recent call last):
-            ...
-        pixelwise.errors.DataError: no/such/run: is not a folder. Give the run folder that `pixelwise train` wrote.
     """
     folder = Path(folder)
     card = load_card(folder)
@@ -182,12 +163,6 @@ def load_card(folder: str | Path) -> ModelCard:
 
     Raises:
         DataError: there is no `model.json`, or it is not one that this version understands.
-
-    Example:
-        >>> load_card("no/such/run")
-        Traceback (most recent call last):
-            ...
-        pixelwise.errors.DataError: no/such/run: is not a folder. Give the run folder that `pixelwise train` wrote.
     """
     path = Path(folder) / CARD_NAME
     if not path.is_file():
@@ -259,7 +234,7 @@ def _check_keys(values: Any, cls: type[ModelCard]) -> None:
             f"format {_short(version)} is unknown; this version of pixelwise reads format {FORMAT}. Update pixelwise."
         )
     known = {item.name for item in fields(cls)}
-    if missing := known - values.keys():
+    if missing := known - values.keys() - {"reading"}:
         raise DataError(f"{', '.join(sorted(missing))} missing.")
     if unknown := values.keys() - known:
         raise DataError(f"unknown keys {_short(sorted(map(str, unknown)))}.")

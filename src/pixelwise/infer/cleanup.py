@@ -56,12 +56,6 @@ def remove_small(
     Raises:
         UsageError: a number that is not allowed.
         PixelwiseError: there is no room for the temporary file.
-
-    Example:
-        >>> labels = np.array([[1, 1, 1, 1], [1, 0, 1, 1], [2, 2, 2, 2]], dtype=np.uint8)
-        >>> cleaned = remove_small(lambda top, bottom: labels[top:bottom], 3, 4, min_area_px=2)
-        >>> cleaned(0, 3).tolist()
-        [[1, 1, 1, 1], [1, 1, 1, 1], [2, 2, 2, 2]]
     """
     if min(height, width) < 1 or min_area_px < 0 or (band_px is not None and band_px < 1):
         raise UsageError(

@@ -1,6 +1,6 @@
 """From scores to a class for every pixel, and to maps of how sure that is."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from pixelwise.data.labels import IGNORE_INDEX, LabelSpec
 from pixelwise.errors import PixelwiseError, UsageError
 from pixelwise.formats.base import LABELS, MAPS
-from pixelwise.infer.tiling.base import Scores
+from pixelwise.infer.network import Scores
 from pixelwise.models.registry import suggestion
 
 _CHUNK = 1 << 22  # scores at a time, so that the memory for the maps does not grow with the window
@@ -40,16 +40,6 @@ class Decision:
 
     Raises:
         UsageError: a value that is not allowed.
-
-    Example:
-        >>> from pixelwise.infer.tiling import Region
-        >>> probabilities = torch.tensor([[[0.6, 0.9]], [[0.4, 0.1]]])
-        >>> scores = Scores(Region(0, 0, 1, 2), probabilities.log())
-        >>> Decision(num_classes=2)(scores)["labels"]
-        array([[0, 0]], dtype=uint8)
-        >>> arrays = Decision(num_classes=2, thresholds={1: 0.3}, maps=("max_probability",))(scores)
-        >>> arrays["labels"], arrays["max_probability"].round(2)
-        (array([[1, 0]], dtype=uint8), array([[0.6, 0.9]], dtype=float32))
     """
 
     num_classes: int
@@ -166,44 +156,6 @@ class Decision:
             raise UsageError("there are pixels without data, but no label for them; give nodata a number.")
         for name, array in arrays.items():
             array[~valid] = self.nodata if name == LABELS else np.nan
-
-
-def parse_thresholds(texts: Iterable[str], spec: LabelSpec) -> dict[int, float]:
-    """Probabilities by class index, from texts such as "tumour=0.3".
-
-    Raises:
-        UsageError: a text has another form, the class does not exist (similar names are suggested) or comes twice, or the
-            number is not above 0 and at most 1.
-
-    Example:
-        >>> spec = LabelSpec(names=("tissue", "tumour"), colors=((0, 0, 0), (9, 9, 9)), values=((0,), (1,)))
-        >>> parse_thresholds(["tumour=0.3"], spec)
-        {1: 0.3}
-        >>> parse_thresholds(["tumor=0.3"], spec)
-        Traceback (most recent call last):
-            ...
-        pixelwise.errors.UsageError: threshold: there is no class 'tumor'. Did you mean tumour? The classes: tissue, tumour.
-    """
-    thresholds: dict[int, float] = {}
-    for text in texts:
-        name, sign, number = text.rpartition("=")  # names may hold "=" themselves
-        if not sign or not name.strip():
-            raise UsageError(f"threshold {text!r}: write class=probability, such as {spec.names[0]}=0.3.")
-        index = _class_index(name.strip(), spec)
-        if index in thresholds:
-            raise UsageError(f"threshold: class {spec.names[index]!r} is given twice. Keep one.")
-        thresholds[index] = _share(number, text)
-    return thresholds
-
-
-def _share(number: str, text: str) -> float:
-    try:
-        share = float(number)
-    except ValueError:
-        share = float("nan")
-    if not 0 < share <= 1:
-        raise UsageError(f"threshold {text!r}: {number.strip()!r} is not a probability above 0 and at most 1.")
-    return share
 
 
 def _class_index(name: str, spec: LabelSpec) -> int:

@@ -4,15 +4,16 @@ import shutil
 import sys
 from pathlib import Path
 
+import torch
+
 from pixelwise.errors import PixelwiseError, UsageError
-from pixelwise.formats import Source
-from pixelwise.infer.collect import MOST_BYTES
-from pixelwise.infer.options import JobOptions
+from pixelwise.formats.base import Source
+from pixelwise.infer.network import Scorer
+from pixelwise.infer.options import JobOptions, Tiling
 from pixelwise.infer.overlay import OVERLAY_PX
-from pixelwise.infer.reading import kept_bytes
-from pixelwise.infer.tiling.base import Scorer
-from pixelwise.infer.tiling.options import Tiling
-from pixelwise.ops.streaming.heap import resident_bytes
+from pixelwise.infer.prefetch import kept_bytes
+from pixelwise.infer.regions import MOST_BYTES
+from pixelwise.ops.streaming.allocator import resident_bytes
 
 PROCESS_BYTES = 2 << 30
 """What a process may take in all on a CPU, unless the user says otherwise."""
@@ -57,19 +58,20 @@ def finishing_bytes(source: Source, options: JobOptions) -> int:
     return max(overlay, MOST_BYTES) + (_CLEAN_UP_BYTES if options.min_area_px > 1 else 0)
 
 
-def told_memory(source: Source, options: JobOptions, scorer: Scorer, *, on_cpu: bool) -> str:
-    """What the process takes at most until all outputs are there, itself included, in words."""
+def statement(source: Source, options: JobOptions, scorer: Scorer, device: torch.device) -> str:
+    """What the user should know before the start: the way, its cost, and what the process takes at most, in words."""
     now = memory_now()
-    own = now + pipeline_bytes(source, in_one_window=scorer.way == "whole image")
+    own = now + pipeline_bytes(source, in_one_window=scorer.is_whole)
     afterwards = now + finishing_bytes(source, options)
-    if on_cpu:
+    if device.type == "cpu":
         text = f"{gibibytes(max(own + scorer.memory_bytes, afterwards))} of memory"
     else:
-        device = gibibytes(scorer.memory_bytes)
-        text = f"{device} of the device's memory and {gibibytes(max(own, afterwards))} of the machine's"
-    if disk := getattr(scorer, "disk_bytes", 0):
-        text += f" and {gibibytes(disk)} on the disk of {getattr(scorer, 'scratch', '')}"
-    return text + ", and more for the outlines of many regions" * options.geojson
+        memory = gibibytes(scorer.memory_bytes)
+        text = f"{memory} of the device's memory and {gibibytes(max(own, afterwards))} of the machine's"
+    if scorer.disk_bytes:
+        text += f" and {gibibytes(scorer.disk_bytes)} on the disk of {scorer.scratch}"
+    text += ", and more for the outlines of many regions" * options.geojson
+    return f"{scorer.way}, {scorer.cost:.2f}x the multiply-adds of one pass, at most {text}"
 
 
 def more_than_wished(name: str, wish: Tiling, scorer: Scorer) -> str:
@@ -97,12 +99,7 @@ def room_for_maps(source: Source) -> int:
 
 
 def gibibytes(count: int) -> str:
-    """A number of bytes for the eye.
-
-    Example:
-        >>> gibibytes(1_400_000_000), gibibytes(30_000_000), gibibytes(3_000_000), gibibytes(40_000)
-        ('1.3 GiB', '29 MiB', '2.9 MiB', '39 KiB')
-    """
+    """A number of bytes for the eye."""
     if count >= 0.1 * 2**30:
         return f"{count / 2**30:.1f} GiB"
     if count >= 2**20:
@@ -111,12 +108,7 @@ def gibibytes(count: int) -> str:
 
 
 def free_bytes(folder: Path) -> tuple[int, Path]:
-    """The room on the disk on which `folder` is or will be, and the part of its path that exists.
-
-    Example:
-        >>> free_bytes(Path("no/such/folder"))[1].as_posix()
-        '.'
-    """
+    """The room on the disk on which `folder` is or will be, and the part of its path that exists."""
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     return shutil.disk_usage(folder).free, folder

@@ -1,42 +1,23 @@
 """Score a trained network on a split: one exact confusion matrix over every labelled pixel, at full resolution."""
 
 import math
-import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypedDict
-
-import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
-from torch import Tensor
+from typing import Any
 
 from pixelwise.data.labels import LabelSpec
 from pixelwise.data.layouts import DataFolder, Pair, open_data
-from pixelwise.data.samples import Sample, load_sample
 from pixelwise.errors import DataError, PixelwiseError, UsageError
 from pixelwise.files import write_json
-from pixelwise.formats.writers import label_image, write_png
-from pixelwise.infer.batch import prefetch
-from pixelwise.infer.overlay import displayable
 from pixelwise.infer.predictor import Predictor, load
-from pixelwise.metrics.confusion import ConfusionMatrix, Scores
+from pixelwise.infer.scoring import ImageScore, score_pairs, write_examples
+from pixelwise.metrics.confusion import Scores
 
 EXAMPLES = 2  # of each of best, median and worst
 BATCH = 10  # images in a pass with statistics of the batch, as the authors of FC-DenseNet tested
-EXAMPLE_PX = 1024  # the long side of an example picture, at most
 CLASSES_NAME = "classes.yaml"
-
-
-class ImageScore(TypedDict):
-    """The scores of one image: mIoU over the classes that occur in it, NaN where nothing is labelled."""
-
-    name: str
-    miou: float
-    global_accuracy: float
-    pixels: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +72,8 @@ def evaluate(
 ) -> Evaluation:
     """Score a trained network on a split of a data folder.
 
-    Nothing is resized; void pixels are dropped from truth and prediction.
+    Nothing is resized; void pixels are dropped from truth and prediction. Images may be of any format and size: what does
+    not fit into memory is predicted, read and counted window by window.
     Writes `evaluation-<split>.json`, and the best, median and worst images by mIoU below `evaluation-<split>/`.
 
     Args:
@@ -116,6 +98,7 @@ def evaluate(
         >>> config = {"tiny": True, "num_classes": 2, "in_channels": 3}
         >>> card = ModelCard(model="unet", config=config, labels=spec, mean=(0.5,) * 3, std=(0.2,) * 3)
         >>> predictor = Predictor(create_model("unet", **config), card, device="cpu")
+        >>> from PIL import Image
         >>> root = Path(tempfile.mkdtemp())
         >>> for kind, mode in (("images", "RGB"), ("masks", "L")):
         ...     (root / "test" / kind).mkdir(parents=True)
@@ -133,7 +116,7 @@ def evaluate(
         batch = BATCH if predictor.batch_statistics else 1
     if batch < 1:
         raise UsageError(f"batch must be at least 1, not {batch}.")
-    confusion, per_image, groups = _score(predictor, folder, pairs, batch, on_progress)
+    confusion, per_image, groups = score_pairs(predictor, folder, pairs, batch, on_progress)
     target = predictor.folder if out is None else Path(out)
     chosen = choose_examples(per_image) if target is not None else {}
     evaluation = Evaluation(
@@ -150,7 +133,9 @@ def evaluate(
         batch=batch,
     )
     if target is not None:
-        _write(evaluation, target, predictor, folder, pairs, chosen, groups)
+        pictures = target / f"evaluation-{split}"
+        write_examples(pictures, predictor, folder, pairs, chosen, groups)
+        write_evaluation(evaluation, target / f"evaluation-{split}.json")
     return evaluation
 
 
@@ -214,13 +199,7 @@ def check_labels(labels: LabelSpec, folder: DataFolder) -> None:
 
 
 def choose_examples(per_image: Sequence[ImageScore], count: int = EXAMPLES) -> dict[str, int]:
-    """The indices of the best, worst and median images by mIoU, none twice; images without labels are left out.
-
-    Example:
-        >>> scores = [{"name": str(i), "miou": i / 10, "global_accuracy": 1.0, "pixels": 9} for i in range(7)]
-        >>> choose_examples(scores)
-        {'best-1': 6, 'best-2': 5, 'worst-1': 0, 'worst-2': 1, 'median-1': 3, 'median-2': 2}
-    """
+    """The indices of the best, worst and median images by mIoU, none twice; images without labels are left out."""
     scored = [index for index, entry in enumerate(per_image) if not math.isnan(entry["miou"])]
     ranked = sorted(scored, key=lambda index: (-per_image[index]["miou"], per_image[index]["name"]))
     best, rest = ranked[:count], ranked[count:]
@@ -242,107 +221,6 @@ def _pairs(folder: DataFolder, split: str) -> tuple[Pair, ...]:
             f"({_listed(unlabelled)}), so they cannot be scored. Add the masks, or take the images out."
         )
     return pairs
-
-
-def _score(
-    predictor: Predictor,
-    folder: DataFolder,
-    pairs: Sequence[Pair],
-    batch: int,
-    on_progress: Callable[[int, int], None] | None,
-) -> tuple[ConfusionMatrix, list[ImageScore], list[range]]:
-    """The matrix of all pixels together, the scores of each image, and which images shared a pass."""
-    confusion = ConfusionMatrix(predictor.labels.num_classes)
-    per_image: list[ImageScore] = []
-    groups: list[range] = []
-    for group in _predictions(predictor, folder, pairs, batch):
-        groups.append(range(len(per_image), len(per_image) + len(group)))
-        for sample, labels in group:
-            one = ConfusionMatrix(predictor.labels.num_classes)
-            one.update(labels, _mask(sample))
-            confusion += one
-            per_image.append(_image_score(sample.name, one.scores()))
-            if on_progress is not None:
-                on_progress(len(per_image), len(pairs))
-    return confusion, per_image, groups
-
-
-def _predictions(
-    predictor: Predictor, folder: DataFolder, pairs: Sequence[Pair], batch: int
-) -> Iterator[list[tuple[Sample, NDArray[np.uint8]]]]:
-    """The pairs' samples, with masks, and predicted labels (H, W): those that share a pass together."""
-
-    def read(pair: Pair) -> Sample:
-        return load_sample(pair, folder.labels, predictor.card.in_channels)
-
-    def label(group: list[tuple[Pair, Sample]]) -> list[tuple[Sample, NDArray[np.uint8]]]:
-        samples, names = [sample for _, sample in group], [str(pair.image) for pair, _ in group]
-        made = predictor.label_batch([sample.image for sample in samples], names, probabilities=False)
-        return [(sample, prediction.labels) for sample, prediction in zip(samples, made, strict=True)]
-
-    group: list[tuple[Pair, Sample]] = []
-    for pair, future in prefetch(read, pairs):
-        sample = future.result()
-        if group and not _are_alike(group[0][1].image, sample.image):
-            yield label(group)
-            group = []
-        group.append((pair, sample))
-        if len(group) == batch:
-            yield label(group)
-            group = []
-    if group:
-        yield label(group)
-
-
-def _are_alike(image: Tensor, other: Tensor) -> bool:
-    return (image.shape, image.dtype) == (other.shape, other.dtype)
-
-
-def _mask(sample: Sample) -> NDArray[np.uint8]:
-    return np.asarray(sample.mask, dtype=np.uint8)
-
-
-def _image_score(name: str, scores: Scores) -> ImageScore:
-    return {
-        "name": name,
-        "miou": scores.miou if scores.pixels else math.nan,
-        "global_accuracy": scores.global_accuracy,
-        "pixels": scores.pixels,
-    }
-
-
-def _write(
-    evaluation: Evaluation,
-    target: Path,
-    predictor: Predictor,
-    folder: DataFolder,
-    pairs: Sequence[Pair],
-    chosen: dict[str, int],
-    groups: Sequence[range],
-) -> None:
-    pictures = target / f"evaluation-{evaluation.split}"
-    for old in (old for kind in ("best", "median", "worst") for old in pictures.glob(f"{kind}-*")):
-        shutil.rmtree(old, ignore_errors=True)
-    for group in groups:  # together again, since statistics of the batch depend on all of it
-        if keys := [key for key, index in chosen.items() if index in group]:
-            (made,) = _predictions(predictor, folder, [pairs[index] for index in group], len(group))
-            for key in keys:
-                _write_example(pictures / key, *made[chosen[key] - group.start], predictor.labels)
-    write_evaluation(evaluation, target / f"evaluation-{evaluation.split}.json")
-
-
-def _write_example(folder: Path, sample: Sample, labels: NDArray[np.uint8], spec: LabelSpec) -> None:
-    truth = _mask(sample)
-    write_png(folder / "image.png", _shrunk(Image.fromarray(displayable(sample.image)), Image.Resampling.BOX))
-    write_png(folder / "truth.png", _shrunk(label_image(truth, spec), Image.Resampling.NEAREST))
-    write_png(folder / "prediction.png", _shrunk(label_image(labels, spec), Image.Resampling.NEAREST))
-
-
-def _shrunk(picture: Image.Image, how: Image.Resampling) -> Image.Image:
-    scale = EXAMPLE_PX / max(picture.size)
-    if scale >= 1:
-        return picture
-    return picture.resize((max(1, round(picture.width * scale)), max(1, round(picture.height * scale))), how)
 
 
 def _listed(names: Sequence[str], most: int = 20) -> str:

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from pixelwise.data.samples import to_tensor
 from pixelwise.errors import DataError, PixelwiseError, UsageError
-from pixelwise.formats.readers import read_image
-from pixelwise.infer.devices import is_out_of_memory, resolve_device
+from pixelwise.formats import open_source
+from pixelwise.infer.network import is_out_of_memory, resolve_device
 from pixelwise.infer.overlay import displayable
 from pixelwise.models.backbones import backbone_normalisation, resolve_backbone, torchvision_classifier
 from pixelwise.models.matching import match_state
@@ -189,7 +189,11 @@ class WindowClassifier:
         if scale_px is not None and scale_px < 1:
             raise UsageError(f"scale_px must be at least 1 pixel, not {scale_px}.")
         name = str(image) if isinstance(image, str | Path) else "the image"
-        array = read_image(image) if isinstance(image, str | Path) else np.asarray(image)
+        if isinstance(image, str | Path):
+            with open_source(image, channels=3) as opened:
+                array = opened.read(0, 0, opened.info.height, opened.info.width)
+        else:
+            array = np.asarray(image)
         try:
             source = to_tensor(array[:, :, None] if array.ndim == 2 else array, 3)  # (3, H, W)
         except (DataError, IndexError) as error:

@@ -44,13 +44,7 @@ class Band:
 
     @classmethod
     def of(cls, labels: Labels) -> "Band":
-        """The runs of labels (h, w).
-
-        Example:
-            >>> band = Band.of(np.array([[1, 1, 2], [2, 2, 2]], dtype=np.uint8))
-            >>> band.values.tolist(), band.lengths.tolist(), band.stacked.T.tolist()
-            ([1, 2, 2], [2, 1, 3], [[0, 2, 2], [1, 2, 1]])
-        """
+        """The runs of labels (h, w)."""
         height, width = labels.shape
         starts = np.ones((height, width), dtype=bool)
         np.not_equal(labels[:, 1:], labels[:, :-1], out=starts[:, 1:])
@@ -164,13 +158,6 @@ class Table:
 
     Args:
         folder: of the temporary file; the system's own unless given.
-
-    Example:
-        >>> table = Table()
-        >>> table.write(0, np.array([5, 6, 7]))
-        >>> table.patch(np.array([1]), np.array([-1]))
-        >>> table.read(0, 3).tolist()
-        [5, -1, 7]
     """
 
     def __init__(self, folder: str | Path | None = None) -> None:

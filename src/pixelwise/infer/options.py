@@ -1,17 +1,71 @@
-"""What a user may ask of a prediction, as one value: how it is computed, what comes out, how inputs are read."""
+"""What a user may ask of a prediction: how it is computed, what comes out, how inputs are read."""
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
 from pixelwise.errors import UsageError
-from pixelwise.formats.sinks import MAPS
-from pixelwise.infer.tiling.options import Tiling
+from pixelwise.formats.base import MAPS
+
+Blend = Literal["gaussian", "cosine", "uniform"]
+TTA = Literal["flips", "d4", "scales"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiling:
+    """How large images are predicted; what is None is chosen from the network, the image and the memory.
+
+    Attributes:
+        tile_px: side of the tiles (with `blend`: of the windows).
+        blend: weight of the windows' pixels where windows overlap; also for networks that allow exact tiles.
+        overlap: share of a window that the next one repeats, 0 to 0.9 (blended tiles).
+        tolerance: the halo is cropped where the measured influence of a pixel falls below this share (0: never).
+        memory_bytes: limit of what prediction takes beside the weights.
+        scratch: an existing folder for a spill file, where memory is short (on CPUs); None: no spill file.
+        tta: average over transformed images.
+        samples: passes with dropout to average; 1 is none.
+        seed: dropout seed.
+
+    Raises:
+        UsageError: a value that is not allowed, or two that exclude each other.
+    """
+
+    tile_px: int | None = None
+    blend: Blend | None = None
+    overlap: float = 0.25
+    tolerance: float = 0.0
+    memory_bytes: int | None = None
+    scratch: str | None = None
+    tta: TTA | None = None
+    samples: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for key, allowed in (("blend", get_args(Blend)), ("tta", get_args(TTA))):
+            if getattr(self, key) not in (None, *allowed):
+                raise UsageError(f"{key} is one of {', '.join(allowed)}, not {getattr(self, key)!r}.")
+        if self.tile_px is not None and self.tile_px < 1:
+            raise UsageError(f"tile must be at least 1 px, not {self.tile_px}.")
+        if not 0 <= self.overlap <= 0.9:
+            raise UsageError(f"overlap must be a share from 0 to 0.9, not {self.overlap}.")
+        if not 0 <= self.tolerance < 1:
+            raise UsageError(f"tolerance must be a share from 0 to less than 1, not {self.tolerance}.")
+        if self.memory_bytes is not None and self.memory_bytes < 1:
+            raise UsageError(f"memory must be a positive number of bytes, not {self.memory_bytes}.")
+        if self.samples < 1:
+            raise UsageError(f"samples must be at least 1, not {self.samples}.")
+        if self.tta and self.samples > 1:
+            raise UsageError("tta and samples cannot be combined; choose one.")
+        if self.tolerance and (self.tta or self.samples > 1):
+            raise UsageError(
+                "tolerance cannot be combined with tta or samples, which stream tiles without a halo to crop."
+            )
+        if self.blend and self.tolerance:
+            raise UsageError("tolerance belongs to exact tiles and blend to overlapping windows; choose one.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class JobOptions:
-    """The wishes for one call; the defaults ask for labels alone, in the format of each input.
+    """The options of one call; the defaults ask for labels alone, in the format of each input.
 
     Attributes:
         tiling: how large images are cut, and which passes are averaged.
@@ -27,10 +81,6 @@ class JobOptions:
 
     Raises:
         UsageError: a value that is not allowed, or two that exclude each other.
-
-    Example:
-        >>> JobOptions(maps=("entropy",), min_area_px=50).changes()
-        {'min_area_px': 50}
     """
 
     tiling: Tiling = field(default_factory=Tiling)
@@ -61,12 +111,6 @@ class JobOptions:
         if self.min_area_px < 0:
             raise UsageError(f"the smallest area must be 0 px or more, not {self.min_area_px}.")
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether one pass over the whole image gives all that is wanted."""
-        plain = JobOptions(format=self.format, overlay=self.overlay, probabilities=self.probabilities)
-        return self == plain
-
     def changes(self) -> dict[str, Any]:
         """What makes the labels other ones than by default, as values that JSON can hold.
 
@@ -86,13 +130,3 @@ class JobOptions:
         if self.reading:
             changed["reading"] = dict(self.reading)
         return changed
-
-    def to_dict(self) -> dict[str, Any]:
-        """All of it, as values that JSON can hold."""
-        return asdict(self) | {"thresholds": dict(self.thresholds), "reading": dict(self.reading)}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "JobOptions":
-        """What `to_dict` gave."""
-        pairs = {key: tuple(values[key].items()) for key in ("thresholds", "reading")}
-        return cls(**{**values, **pairs, "tiling": Tiling(**values["tiling"]), "maps": tuple(values["maps"])})

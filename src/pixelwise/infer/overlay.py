@@ -1,7 +1,7 @@
 """Pictures to look at: any image as 8-bit RGB, and the class colours laid over it."""
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from pixelwise.data.samples import to_tensor
 from pixelwise.errors import UsageError
 from pixelwise.formats import Result, Source
 from pixelwise.formats.base import Classes
-from pixelwise.formats.writers import write_png
+from pixelwise.formats.png import write_png
 
 OVERLAY_PX = 4096
 """Pictures of larger images are made smaller, for nobody can look at them otherwise."""
@@ -24,10 +24,6 @@ def displayable(image: Tensor) -> NDArray[np.uint8]:
 
     8-bit images keep their values; others (16 bit, float) are stretched between their 1st and 99th percentile, because
     their values need not fill the range. One or two channels are shown as grey, of more than three the first three.
-
-    Example:
-        >>> displayable(torch.tensor([[[0, 255]]], dtype=torch.uint8)).tolist()
-        [[[0, 0, 0], [255, 255, 255]]]
     """
     channels = image[:3] if image.shape[0] >= 3 else image[:1].expand(3, -1, -1)
     if image.dtype == torch.uint8:
@@ -43,18 +39,24 @@ def blend(image: NDArray[np.uint8], labels: NDArray[np.uint8], spec: Classes, al
 
     Raises:
         UsageError: `alpha` is not in 0..1.
-
-    Example:
-        >>> from pixelwise.data.labels import LabelSpec
-        >>> spec = LabelSpec(names=("a",), colors=((200, 0, 0),), values=((0,),))
-        >>> image, labels = np.full((1, 1, 3), 100, dtype=np.uint8), np.zeros((1, 1), dtype=np.uint8)
-        >>> blend(image, labels, spec, alpha=0.5).getpixel((0, 0))
-        (150, 50, 50)
     """
     if not 0 <= alpha <= 1:
         raise UsageError(f"alpha must be between 0 (only the image) and 1 (only the classes), got {alpha}.")
     mixed = image * np.float32(1 - alpha) + spec.colorize(labels) * np.float32(alpha)
     return Image.fromarray(np.rint(mixed).astype(np.uint8))
+
+
+def thinned(source: Source, step: int, plane: int = 0) -> Tensor:
+    """Every `step`-th row and column of a plane, (C, h, w); only a band of rows is in memory.
+
+    Raises:
+        DataError: the image cannot be read.
+    """
+    info, bands = source.info, []
+    for top, bottom in _bands(info.height, info.width, step):
+        bands.append(source.read(top, 0, bottom - top, info.width, plane)[::step, ::step])
+    with np.errstate(over="ignore"):
+        return to_tensor(np.concatenate(bands))
 
 
 def write_overlay(path: Path, result: Result, source: Source) -> None:
@@ -71,13 +73,9 @@ def write_overlay(path: Path, result: Result, source: Source) -> None:
     """
     info = source.info
     step = -(-max(info.height, info.width) // OVERLAY_PX)
-    rows, labels = [], []
-    band = max(1, (4 << 20) // info.width // step) * step  # rows that are read at once
-    for top in range(0, info.height, band):
-        bottom = min(top + band, info.height)
-        rows.append(source.read(top, 0, bottom - top, info.width)[::step, ::step])
-        labels.append(result.rows(0, top, bottom)[::step, ::step])
-    picture, classes = displayable(_tensor(np.concatenate(rows))), np.concatenate(labels)
+    picture = displayable(thinned(source, step))
+    rows = [result.rows(0, top, bottom)[::step, ::step] for top, bottom in _bands(info.height, info.width, step)]
+    classes = np.concatenate(rows)
     mixed = blend(picture, classes.clip(0, result.spec.num_classes - 1), result.spec)
     if result.nodata is not None:  # no class, no colour
         array = np.array(mixed)
@@ -86,6 +84,7 @@ def write_overlay(path: Path, result: Result, source: Source) -> None:
     write_png(path, mixed, result.mark)
 
 
-def _tensor(pixels: NDArray[Any]) -> torch.Tensor:
-    with np.errstate(over="ignore"):
-        return to_tensor(pixels)
+def _bands(height: int, width: int, step: int) -> Iterator[tuple[int, int]]:
+    """First and last + 1 of the rows that are read at once, whole steps."""
+    band = max(1, (4 << 20) // width // step) * step
+    return ((top, min(top + band, height)) for top in range(0, height, band))

@@ -1,11 +1,9 @@
 """Load a trained network once, then label images of any size.
 
 Nothing is resized: a prediction is exactly what one forward pass over the whole image, at its own size, says. Large images
-are computed piece by piece (`infer.tiling`), with the same scores where the network allows it.
+are computed window by window (`infer.tiling`), with the same scores where the network allows it.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,24 +14,18 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from pixelwise.data.labels import LabelSpec
 from pixelwise.data.samples import to_tensor
-from pixelwise.errors import DataError, PixelwiseError, UsageError
-from pixelwise.formats import Source
-from pixelwise.formats.readers import read_image
-from pixelwise.formats.writers import label_image, write_png
+from pixelwise.errors import DataError, UsageError
+from pixelwise.formats.base import LABELS, Source
+from pixelwise.formats.png import label_image, write_png
 from pixelwise.infer.bundle import ModelCard, load_bundle
-from pixelwise.infer.devices import is_out_of_memory, resolve_device, resolve_precision
+from pixelwise.infer.network import Network, resolve_device, resolve_precision
+from pixelwise.infer.options import JobOptions, Tiling
 from pixelwise.infer.overlay import blend, displayable
-from pixelwise.infer.tiling.options import Tiling
-from pixelwise.ops.batch_statistics import batch_statistics as statistics_of_the_batch
-from pixelwise.ops.cost import PassMemory
-from pixelwise.ops.receptive_field import ReceptiveField
-
-ONE_PASS_PX = 1 << 20
-"""Images of no more pixels are always labelled in one pass."""
+from pixelwise.infer.pipeline import LOGITS, Pipeline
+from pixelwise.infer.prefetch import ArraySource, open_image
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -89,7 +81,7 @@ class Prediction:
         write_png(path, label_image(self.labels, self.spec), {"model": self.weights_sha256})
 
 
-class Predictor:
+class Predictor(Network):
     """A trained network, ready to label images. Make one with `load`.
 
     Args:
@@ -126,28 +118,8 @@ class Predictor:
         folder: Path | None = None,
         batch_statistics: bool = False,
     ) -> None:
-        if batch_statistics and not any(isinstance(module, _BatchNorm) for module in model.modules()):
-            raise UsageError(
-                f"batch statistics: {card.model} has no batch norm, so they change nothing. Leave them out."
-            )
-        self.batch_statistics = batch_statistics
-        self.device = resolve_device(device)
-        self.precision = resolve_precision(precision, self.device)
-        self.card = card
+        super().__init__(model, card, device=device, precision=precision, batch_statistics=batch_statistics)
         self.folder = folder
-        self.model = model.to(self.device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
-        self.memory_of_a_pass: PassMemory | None = None  # measured when a large image needs it
-        self.receptive_fields: dict[int, ReceptiveField] = {}
-        self.cut_radii: dict[tuple[int, float], tuple[int, int, int, int]] = {}  # by network and tolerance
-        self.scorers: dict[tuple[Any, ...], Any] = {}  # by size and wishes, so that the search for them is done once
-        shape = (1, -1, 1, 1)
-        self._mean = torch.tensor(card.mean, device=self.device).reshape(shape)
-        self._std = torch.tensor(card.std, device=self.device).reshape(shape)
-
-    @property
-    def labels(self) -> LabelSpec:
-        """Names and colours of the classes."""
-        return self.card.labels
 
     def predict(
         self,
@@ -156,145 +128,70 @@ class Predictor:
         probabilities: bool = True,
         tile_px: int | None = None,
         tiling: Tiling | None = None,
+        plane: int = 0,
     ) -> Prediction:
         """Label every pixel of one image, at its own size.
 
-        An image of more than a million pixels is computed piece by piece if one pass would take more than 1 GiB on a CPU, or
-        half of a GPU's free memory; the scores are those of one pass (to rounding) where the receptive field of the network
-        has an end. The image and the labels themselves lie in memory; for larger ones use `pixelwise predict` or
-        `infer.batch`, which read and write by windows.
+        An image of more than a million pixels is computed window by window if one pass would take more than 1 GiB on a
+        CPU, or half of a GPU's free memory; the scores are those of one pass (to rounding) where the receptive field of
+        the network has an end. The image and the labels themselves lie in memory; for larger ones use `pixelwise
+        predict` or `infer.run_batch`, which read and write by windows.
 
         Args:
-            image: A file, an array (H, W) or (H, W, C), or a tensor (C, H, W). Integers are divided by the maximum of
-                their type, floats are taken as they are (0..1). One channel is repeated where the network wants three.
+            image: A file of any format, an array (H, W) or (H, W, C), or a tensor (C, H, W). Integers are divided by the
+                maximum of their type, floats are taken as they are (0..1). One channel is repeated where the network
+                wants three.
             probabilities: False keeps only the labels, which takes K times less memory.
-            tile_px: Side of the pieces, whatever the memory.
-            tiling: More wishes: memory, blending, averages over transformed images. `tile_px` comes before its own.
+            tile_px: Side of the tiles, whatever the memory.
+            tiling: More options: memory, blending, averages over transformed images. `tile_px` comes before its own.
+            plane: Of a file that holds several (a slice of a volume).
 
         Raises:
             DataError: the file cannot be read, or the image does not suit the network.
             UsageError: the network does not allow what was asked for.
             PixelwiseError: the image does not fit into memory, or the result is not finite.
         """
-        name = str(image) if isinstance(image, str | Path) else "the image"
-        source = self.read(image)
-        if tile_px is None and tiling is None and source.shape[1] * source.shape[2] <= ONE_PASS_PX:
-            return self.label(source, name=name, probabilities=probabilities)
-        from pixelwise.infer.tiling.memory_image import label_in_parts  # which is built on this class
-
-        wishes = tiling or Tiling()
+        tiling = tiling or Tiling()
         if tile_px is not None:
-            wishes = replace(wishes, tile_px=tile_px)
-        return label_in_parts(self, source, name, wishes, probabilities=probabilities)
+            tiling = replace(tiling, tile_px=tile_px)
+        source = self._source(image, plane)
+        options = JobOptions(tiling=tiling)
+        pipeline = Pipeline(network=self, source=source, options=options, with_logits=probabilities)
+        store = pipeline.store()
+        pipeline.label(store)
+        height, width = source.info.height, source.info.width
+        with np.errstate(over="ignore"):
+            pixels = to_tensor(source.read(0, 0, height, width), self.card.in_channels)
+        return Prediction(
+            labels=store.rows(LABELS, 0, 0, height),
+            spec=self.labels,
+            source=pixels,
+            logits=torch.from_numpy(store.rows(LOGITS, 0, 0, height)) if probabilities else None,
+            weights_sha256=self.card.weights_sha256,
+        )
 
-    def label(self, source: Tensor, *, name: str = "the image", probabilities: bool = True) -> Prediction:
-        """As `predict`, for an image (C, H, W) that `read` gave; errors call it `name`."""
-        return self.label_batch([source], [name], probabilities=probabilities)[0]
-
-    def label_batch(
-        self, sources: Sequence[Tensor], names: Sequence[str], *, probabilities: bool = True
-    ) -> list[Prediction]:
-        """As `label`, for images of one size and type in a single pass."""
-        with _out_of_memory_named(names, sources[0]):
-            logits = self.logits(torch.stack(list(sources)))  # (N, K, H, W)
-            best, labels = logits.max(dim=1)  # (N, H, W)
-            for name, values in zip(names, best, strict=True):
-                if not bool(torch.isfinite(values).all()):
-                    raise PixelwiseError(
-                        f"{name}: the network's scores overflow ({self.precision}). Check the values of the image, or use "
-                        "precision float32."
-                    )
-            return [
-                Prediction(
-                    labels=labels[index].to("cpu", torch.uint8).numpy(),
-                    spec=self.labels,
-                    source=source,
-                    logits=logits[index].cpu() if probabilities else None,
-                    weights_sha256=self.card.weights_sha256,
-                )
-                for index, source in enumerate(sources)
-            ]
-
-    def read(self, image: str | Path | NDArray[np.generic] | Tensor) -> Tensor:
-        """The image as the network's tensor (C, H, W), uint8 or float32 in unit scale, on the CPU.
-
-        Raises:
-            DataError: it cannot be read, is empty, or has channels that the network cannot use.
-        """
-        name, array = "the image", image
+    def _source(self, image: Any, plane: int) -> Source:
+        """The image in memory."""
         if isinstance(image, str | Path):
-            name, array = str(image), read_image(image)
-        elif isinstance(image, Tensor):
+            with open_image(image, self.card) as source:
+                info = source.info
+                self.check_channels(info.channels, info.location)
+                if not 0 <= plane < info.planes:
+                    raise UsageError(f"{image}: there is no plane {plane}; it has {info.planes}, counted from 0.")
+                pixels = source.read(0, 0, info.height, info.width, plane)
+                return ArraySource(pixels, name=info.location, valid=source.valid(0, 0, info.height, info.width, plane))
+        if isinstance(image, Tensor):
             if image.ndim != 3:
                 raise DataError(f"the image tensor must have shape (C, H, W), got {tuple(image.shape)}.")
-            array = image.detach().cpu().permute(1, 2, 0).numpy()
-        if not isinstance(array, np.ndarray):
+            image = image.detach().cpu().permute(1, 2, 0).numpy()
+        if not isinstance(image, np.ndarray):
             raise DataError(f"the image must be a path, an array or a tensor, got {type(image).__name__}.")
-        array = array[:, :, None] if array.ndim == 2 else array
+        array = image[:, :, None] if image.ndim == 2 else image
         if array.ndim != 3 or 0 in array.shape:
-            raise DataError(f"{name}: must have shape (H, W) or (H, W, C) with no side empty, got {array.shape}.")
+            raise DataError(f"the image: must have shape (H, W) or (H, W, C) with no side empty, got {array.shape}.")
         if array.dtype.kind not in "buif":
-            raise DataError(f"{name}: must hold whole numbers or floats, got {array.dtype}.")
-        try:
-            with np.errstate(over="ignore"):  # numbers beyond float32 become infinite, which `label` refuses
-                return to_tensor(array, self.card.in_channels)
-        except DataError as error:
-            raise DataError(f"{name}: {error}") from error
-
-    def check_channels(self, found: int, name: str) -> None:
-        """Raise `DataError` if images of so many channels do not suit the network; one channel is repeated for three."""
-        wanted = self.card.in_channels
-        if found != wanted and (found, wanted) != (1, 3):
-            raise DataError(
-                f"{name}: it has {found} channel{'s' * (found != 1)}, but {wanted} are wanted. Only one can be repeated."
-            )
-
-    @torch.inference_mode()
-    def window(self, pixels: NDArray[Any]) -> Tensor:
-        """The network's input of a window (H, W, C) of an image: float32 (C, H, W), normalised, on the device.
-
-        Raises:
-            DataError: it has channels that the network cannot use.
-        """
-        with np.errstate(over="ignore"):  # numbers beyond float32 become infinite, which the scores show
-            tensor = to_tensor(pixels, self.card.in_channels)
-        return self.normalised(tensor[None])[0]
-
-    def window_reader(self, source: Source, plane: int = 0) -> Callable[[int, int, int, int], Tensor]:
-        """(top, left, height, width) -> the network's input in that window of the source, as `window` gives it."""
-        self.check_channels(source.info.channels, source.info.location)
-
-        def read(top: int, left: int, height: int, width: int) -> Tensor:
-            return self.window(source.read(top, left, height, width, plane))
-
-        return read
-
-    @torch.inference_mode()
-    def network(self, x: Tensor) -> Tensor:
-        """Class scores of normalised input: float32 (N, C, H, W) on the device -> float32 (N, K, H, W)."""
-        norms = statistics_of_the_batch(self.model) if self.batch_statistics else nullcontext()
-        with norms, torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
-            return self.model(x.contiguous(memory_format=torch.channels_last)).float()  # (N, K, H, W)
-
-    @torch.inference_mode()
-    def logits(self, image: Tensor) -> Tensor:
-        """Class scores of a batch: (N, C, H, W), uint8 or float in unit scale -> (N, K, H, W) float32 on the device.
-
-        Raises:
-            DataError: the shape or the type does not suit the network.
-        """
-        channels = self.card.in_channels
-        if image.ndim != 4 or image.shape[1] != channels or 0 in image.shape:
-            raise DataError(f"the network takes (N, {channels}, H, W), got {tuple(image.shape)}.")
-        if image.dtype != torch.uint8 and not image.is_floating_point():
-            raise DataError(f"a batch must be uint8 or float in unit scale (0..1), got {image.dtype}.")
-        return self.network(self.normalised(image))
-
-    def normalised(self, image: Tensor) -> Tensor:
-        """(N, C, H, W), uint8 or float in unit scale -> float32 as the network wants it, on the device."""
-        unit = image.to(self.device).float()
-        unit = unit / 255 if image.dtype == torch.uint8 else unit
-        return (unit - self._mean) / self._std
+            raise DataError(f"the image: must hold whole numbers or floats, got {array.dtype}.")
+        return ArraySource(array)
 
 
 def load(
@@ -324,19 +221,3 @@ def load(
     return Predictor(
         model, card, device=target, precision=precision, folder=Path(run), batch_statistics=batch_statistics
     )
-
-
-@contextmanager
-def _out_of_memory_named(names: Sequence[str], image: Tensor) -> Iterator[None]:
-    """Turn running out of memory into an error that names the image and its size."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        channels, height, width = image.shape
-        more, instead = (f" and {len(names) - 1} more", "a smaller batch") if len(names) > 1 else ("", "")
-        raise PixelwiseError(
-            f"{names[0]}{more}: {width} x {height} px with {channels} channels does not fit into memory. Use a machine or "
-            f"device with more memory, or {instead or 'cut the image into parts'}."
-        ) from error

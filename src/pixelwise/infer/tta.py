@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pixelwise.errors import UsageError
-from pixelwise.infer.tiling.base import Read, Region
+from pixelwise.infer.network import Read, Region
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,17 +23,6 @@ class Transform:
         flip_rows: upside down.
         flip_columns: left to right.
         scale: of the sides; resized bilinearly, pixel areas aligned, without a blur before it shrinks.
-
-    Example:
-        >>> import torch
-        >>> image = torch.arange(6.0).reshape(1, 1, 2, 3)
-        >>> turn = Transform(transpose=True, flip_columns=True)
-        >>> turn.apply(image)[0, 0]
-        tensor([[3., 0.],
-                [4., 1.],
-                [5., 2.]])
-        >>> torch.equal(turn.undo(turn.apply(image), (2, 3)), image)
-        True
     """
 
     transpose: bool = False
@@ -64,12 +53,7 @@ class Transform:
         return scores.transpose(-2, -1) if self.transpose else scores
 
     def place(self, region: Region, size: tuple[int, int]) -> Region:
-        """Where a region of an image of `size` = (H, W) lies in the transformed image; flips and turns only.
-
-        Example:
-            >>> Transform(flip_columns=True).place(Region(0, 0, 2, 3), (10, 10))
-            Region(top=0, left=7, height=2, width=3)
-        """
+        """Where a region of an image of `size` = (H, W) lies in the transformed image; flips and turns only."""
         self._check_exact()
         if self.transpose:
             region, size = Region(region.left, region.top, region.width, region.height), (size[1], size[0])
@@ -118,10 +102,6 @@ def transforms_of(tta: str) -> tuple[Transform, ...]:
 
     Raises:
         UsageError: there is no such set.
-
-    Example:
-        >>> len(transforms_of("d4"))
-        8
     """
     if tta not in TRANSFORMS:
         raise UsageError(f"tta is one of {', '.join(TRANSFORMS)}, not {tta!r}.")
@@ -133,12 +113,6 @@ class Transformed(nn.Module):
 
     The weights are those of `model` itself. Its code has no branch on values, so torch.export and make_fx capture it
     at a fixed size as flips, transpositions and bilinear resizing around the network.
-
-    Example:
-        >>> import torch
-        >>> mirrored = Transformed(nn.Conv2d(3, 2, 3, padding=1), Transform(flip_columns=True))
-        >>> tuple(mirrored(torch.zeros(1, 3, 4, 5)).shape)
-        (1, 2, 4, 5)
     """
 
     def __init__(self, model: nn.Module, transform: Transform) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pixelwise.errors import UsageError
 
-Scheme = Literal["none", "median_frequency", "sqrt_median_frequency", "enet"]
+Scheme = Literal["none", "median_frequency", "sqrt_median_frequency", "enet", "linknet"]
 
 
 def class_weights(scheme: Scheme | Sequence[float], pixels: Sequence[int], image_pixels: Sequence[int]) -> Tensor:
@@ -19,6 +19,8 @@ def class_weights(scheme: Scheme | Sequence[float], pixels: Sequence[int], image
       frequency being the class's pixels over all pixels of the images that contain it.
     * `sqrt_median_frequency`: its square root; between balance and none.
     * `enet` (Paszke et al., arXiv:1606.02147): 1 / ln(1.02 + the class's share of all labelled pixels).
+    * `linknet` (Chaurasia, Culurciello, arXiv:1707.03718, the authors' code): 1 / ln(1.02 + the class's pixels over those of
+      the most frequent class).
     * numbers, one per class, are taken as they are: weights that a paper prints need not follow from the pixels (SegNet's
       for CamVid do not).
 
@@ -45,8 +47,8 @@ def class_weights(scheme: Scheme | Sequence[float], pixels: Sequence[int], image
     present = counts > 0
     if scheme == "none" or not present.any():
         return torch.ones(len(counts))
-    if scheme == "enet":
-        weights = 1 / torch.log(1.02 + counts / counts.sum())
+    if scheme in ("enet", "linknet"):
+        weights = 1 / torch.log(1.02 + counts / (counts.sum() if scheme == "enet" else counts.max()))
     else:
         frequency = counts / torch.tensor(image_pixels, dtype=torch.float64).clamp(min=1)
         weights = frequency[present].quantile(0.5) / frequency

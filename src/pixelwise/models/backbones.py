@@ -19,12 +19,7 @@ PROBE_PX = 224  # every classifier of the two libraries takes this size, and its
 
 
 class Backbone(nn.Module):
-    """A trunk that maps (N, C, H, W) to feature maps, finest first.
-
-    Attributes:
-        channels: of each map.
-        strides: of each map in pixels, strictly rising powers of two.
-    """
+    """A trunk that maps (N, C, H, W) to feature maps, finest first, of `channels` and `strides` (rising powers of two)."""
 
     def __init__(self, body: nn.Module, channels: list[int], strides: list[int], channels_last: bool) -> None:
         super().__init__()
@@ -43,18 +38,10 @@ class Backbone(nn.Module):
 def create_backbone(name: str, *, in_channels: int = 3) -> Backbone:
     """The trunk of a timm or torchvision classifier with random weights; nothing is downloaded.
 
-    Args:
-        name: as timm or torchvision write it. Where both have it, timm's is taken, unless the name starts with
-            `torchvision/`.
-        in_channels: image channels; the first convolution is built for them.
+    Where both libraries have `name`, timm's is taken, unless it starts with `torchvision/`.
 
     Raises:
         UsageError: no such backbone, or one that gives no feature maps or takes one image size only.
-
-    Example:
-        >>> trunk = create_backbone("resnet18")
-        >>> trunk.channels, trunk.strides
-        ([64, 64, 128, 256, 512], [2, 4, 8, 16, 32])
     """
     library, name = resolve_backbone(name)
     return _timm_backbone(name, in_channels) if library == "timm" else _torchvision_backbone(name, in_channels)
@@ -80,13 +67,6 @@ def create_trunk(name: str, *, in_channels: int = 3) -> nn.Module:
     """A network with fresh random weights whose modules stand where those of `create_backbone(name).body` do.
 
     The body of a torchvision backbone is a graph without the library's own blocks; here, they are there, head included.
-
-    Raises:
-        UsageError: as `create_backbone`.
-
-    Example:
-        >>> type(create_trunk("torchvision/resnet18").get_submodule("layer2.0")).__name__
-        'BasicBlock'
     """
     library, name = resolve_backbone(name)
     return _timm_backbone(name, in_channels).body if library == "timm" else torchvision_classifier(name, in_channels)

@@ -62,15 +62,7 @@ class _Sampled(nn.Module):
 
 
 class BayesianSegNet(_Sampled, SegNet):
-    """SegNet with dropout; its state is that of a SegNet, so that the weights of either serve the other.
-
-    Example:
-        >>> import torch
-        >>> model = BayesianSegNet(BayesianSegNetConfig(num_classes=5, widths=(4, 4, 4, 4, 4)))
-        >>> mean, uncertainty = model.sample(torch.zeros(1, 3, 37, 50), samples=4, seed=0)
-        >>> tuple(mean.shape), tuple(uncertainty.shape)
-        ((1, 5, 37, 50), (1, 37, 50))
-    """
+    """SegNet with dropout; its state is that of a SegNet, so that the weights of either serve the other."""
 
     def __init__(self, config: BayesianSegNetConfig) -> None:
         super().__init__(config)
@@ -90,15 +82,7 @@ class BayesianSegNet(_Sampled, SegNet):
 
 
 class BayesianSegNetBasic(_Sampled, SegNetBasic):
-    """SegNet-Basic with dropout; its state is that of a SegNet-Basic, so that the weights of either serve the other.
-
-    Example:
-        >>> import torch
-        >>> model = BayesianSegNetBasic(BayesianSegNetBasicConfig(num_classes=5, width=4))
-        >>> mean, uncertainty = model.sample(torch.zeros(1, 3, 37, 50), samples=4, seed=0)
-        >>> tuple(mean.shape), tuple(uncertainty.shape)
-        ((1, 5, 37, 50), (1, 37, 50))
-    """
+    """SegNet-Basic with dropout; its state is that of a SegNet-Basic, so that the weights of either serve the other."""
 
     def __init__(self, config: BayesianSegNetBasicConfig) -> None:
         super().__init__(config)

@@ -46,11 +46,6 @@ class DeconvNet(nn.Module):
 
     Batch norm sees one value per image at fc6 and fc7 where the image is not larger than 224x224 px: batches of 8 or
     more, as the authors took, keep it meaningful, and a batch of one cannot be trained on.
-
-    Example:
-        >>> model = DeconvNet(DeconvNetConfig(num_classes=5, widths=(4, 4, 4, 4, 4), head_width=8)).eval()
-        >>> tuple(model(torch.zeros(1, 3, 37, 50)).shape)
-        (1, 5, 37, 50)
     """
 
     stride = 32

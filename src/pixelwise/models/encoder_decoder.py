@@ -86,13 +86,7 @@ class UpStep(nn.Module):
 
 
 class EncoderDecoder(nn.Module):
-    """A backbone, a decoder step per stride down to `finest`, a 1x1 scorer, bilinear interpolation to the image.
-
-    Example:
-        >>> model = EncoderDecoder(EncoderDecoderConfig(num_classes=3, backbone="resnet10t"))
-        >>> tuple(model.eval()(torch.zeros(1, 3, 41, 30)).shape)
-        (1, 3, 41, 30)
-    """
+    """A backbone, a decoder step per stride down to `finest`, a 1x1 scorer, bilinear interpolation to the image."""
 
     def __init__(self, config: EncoderDecoderConfig) -> None:
         super().__init__()
@@ -164,10 +158,8 @@ def _remember_pools(encoder: Backbone, in_channels: int) -> dict[int, MaxPoolKee
         )
     pools = {}
     for name, (stride, width) in found.items():
-        parent, _, child = name.rpartition(".")
-        pool = MaxPoolKeepingIndices(encoder.get_submodule(name), channels=width)  # type: ignore[arg-type]
-        setattr(encoder.get_submodule(parent), child, pool)
-        pools[stride] = pool
+        pools[stride] = MaxPoolKeepingIndices(encoder.get_submodule(name), channels=width)  # type: ignore[arg-type]
+        encoder.set_submodule(name, pools[stride])
     return pools
 
 

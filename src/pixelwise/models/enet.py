@@ -191,13 +191,7 @@ class Encoder(nn.Module):
 
 
 class ENet(nn.Module):
-    """The encoder and the decoder that unpools.
-
-    Example:
-        >>> model = ENet(ENetConfig(num_classes=5))
-        >>> tuple(model.eval()(torch.zeros(1, 3, 33, 50)).shape)
-        (1, 5, 33, 50)
-    """
+    """The encoder and the decoder that unpools."""
 
     stride = STRIDE
 
@@ -219,14 +213,7 @@ class ENet(nn.Module):
 
 
 class ENetEncoder(nn.Module):
-    """The encoder with a classifier at stride 8: what is trained first; its `encoder` then starts an `ENet`.
-
-    Example:
-        >>> model = ENetEncoder(ENetConfig(num_classes=5)).eval()
-        >>> image = torch.zeros(1, 3, 33, 50)
-        >>> tuple(model.score_grid(image).shape), tuple(model(image).shape)
-        ((1, 5, 5, 7), (1, 5, 33, 50))
-    """
+    """The encoder with a classifier at stride 8: what is trained first; its `encoder` then starts an `ENet`."""
 
     stride = STRIDE
 

@@ -109,13 +109,7 @@ class DenseBlock(nn.Module):
 
 
 class FCDenseNet(nn.Module):
-    """Fully convolutional DenseNet.
-
-    Example:
-        >>> model = FCDenseNet(FCDenseNetConfig(num_classes=2, growth=4, layers=(1, 2, 3, 2, 1), first_width=8))
-        >>> tuple(model.eval()(torch.zeros(1, 3, 37, 50)).shape)
-        (1, 2, 37, 50)
-    """
+    """Fully convolutional DenseNet."""
 
     def __init__(self, config: FCDenseNetConfig) -> None:
         super().__init__()

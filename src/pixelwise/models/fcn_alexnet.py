@@ -10,18 +10,19 @@ Shapes: N batch, C channels, K classes, H W image size; h w the coarsest grid: f
 """
 
 from dataclasses import dataclass
-from typing import get_args
+from typing import Literal, get_args
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pixelwise.errors import UsageError
-from pixelwise.models.fcn import PADDING_PX, Upsampling, init_weights
+from pixelwise.models.fcn import PADDING_PX, init_weights
 from pixelwise.models.registry import register_model
 from pixelwise.ops.pooling import CeilMaxPool2d
 from pixelwise.ops.resize import crop_like
 from pixelwise.ops.upsampling import bilinear_upsampling
 
+Upsampling = Literal["fixed", "learnt"]
 CROP = 18  # the centre of the first score's 63x63 kernel, 31, less that of its receptive field in the image, 13
 
 
@@ -48,14 +49,7 @@ class FCNAlexNetConfig:
 
 
 class FCNAlexNet(nn.Module):
-    """AlexNet's eight layers as convolutions, one score every 32 px, bilinear to the image.
-
-    Example:
-        >>> import torch
-        >>> model = FCNAlexNet(FCNAlexNetConfig(num_classes=5, widths=(4, 4, 4, 4, 4), head_width=8))
-        >>> tuple(model(torch.zeros(1, 3, 20, 33)).shape)
-        (1, 5, 20, 33)
-    """
+    """AlexNet's eight layers as convolutions, one score every 32 px, bilinear to the image."""
 
     stride = 32
     classifiers: tuple[str, ...] = ()

@@ -13,32 +13,21 @@ Shapes: N batch, C channels, K classes, H W image size; h w the coarsest grid: f
 """
 
 from dataclasses import dataclass
-from typing import get_args
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pixelwise.errors import UsageError
-from pixelwise.models.fcn import PADDING_PX, Upsampling, init_weights
+from pixelwise.models.fcn import PADDING_PX, init_weights
 from pixelwise.models.registry import register_model
 from pixelwise.ops.pooling import CeilMaxPool2d
 from pixelwise.ops.resize import crop_like
 from pixelwise.ops.upsampling import bilinear_upsampling
 
+Upsampling = Literal["fixed", "learnt"]
 CROP = 98
-# Channels of the 1x1, of the 3x3 and of the 5x5 with the 1x1 that narrows before each, and of the 1x1 after pooling.
-BLOCKS = {
-    "inception_3a": (64, 96, 128, 16, 32, 32),
-    "inception_3b": (128, 128, 192, 32, 96, 64),
-    "inception_4a": (192, 96, 208, 16, 48, 64),
-    "inception_4b": (160, 112, 224, 24, 64, 64),
-    "inception_4c": (128, 128, 256, 24, 64, 64),
-    "inception_4d": (112, 144, 288, 32, 64, 64),
-    "inception_4e": (256, 160, 320, 32, 128, 128),
-    "inception_5a": (256, 160, 320, 32, 128, 128),
-    "inception_5b": (384, 192, 384, 48, 128, 128),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,9 +52,15 @@ class FCNGoogLeNetConfig:
 
 
 class Inception(nn.Module):
-    """Four views of a map, concatenated: 1x1, 3x3 and 5x5 convolutions, and 3x3 max pooling; a ReLU after each."""
+    """Four views of a map, concatenated: 1x1, 3x3 and 5x5 convolutions, and 3x3 max pooling; a ReLU after each.
 
-    def __init__(self, channels: int, widths: list[int]) -> None:
+    Args:
+        channels: of the map.
+        widths: channels of the 1x1, of the 3x3 and of the 5x5 with the 1x1 that narrows before each, and of the 1x1 after
+            pooling.
+    """
+
+    def __init__(self, channels: int, widths: tuple[int, ...]) -> None:
         super().__init__()
         one, three_reduce, three, five_reduce, five, pooled = widths
         self.conv1x1 = nn.Conv2d(channels, one, 1)
@@ -84,13 +79,7 @@ class Inception(nn.Module):
 
 
 class FCNGoogLeNet(nn.Module):
-    """GoogLeNet's 22 layers with weights, one score every 32 px, bilinear to the image.
-
-    Example:
-        >>> model = FCNGoogLeNet(FCNGoogLeNetConfig(num_classes=5, width=0.1))
-        >>> tuple(model(torch.zeros(1, 3, 20, 33)).shape)
-        (1, 5, 20, 33)
-    """
+    """GoogLeNet's 22 layers with weights, one score every 32 px, bilinear to the image."""
 
     stride = 32
     classifiers: tuple[str, ...] = ()
@@ -98,21 +87,29 @@ class FCNGoogLeNet(nn.Module):
     def __init__(self, config: FCNGoogLeNetConfig) -> None:
         super().__init__()
 
-        def wide(channels: int) -> int:
-            return max(1, round(channels * config.width))
+        def wide(*channels: int) -> tuple[int, ...]:
+            return tuple(max(1, round(item * config.width)) for item in channels)
 
-        self.conv1 = nn.Conv2d(config.in_channels, wide(64), 7, stride=2, padding=PADDING_PX)
-        self.conv2_reduce = nn.Conv2d(wide(64), wide(64), 1)
-        self.conv2 = nn.Conv2d(wide(64), wide(192), 3, padding=1)
+        def inception(before: Inception, *widths: int) -> Inception:
+            return Inception(before.channels, wide(*widths))
+
+        (narrow, channels) = wide(64, 192)
+        self.conv1 = nn.Conv2d(config.in_channels, narrow, 7, stride=2, padding=PADDING_PX)
+        self.conv2_reduce = nn.Conv2d(narrow, narrow, 1)
+        self.conv2 = nn.Conv2d(narrow, channels, 3, padding=1)
         self.pool = CeilMaxPool2d(3, 2)
         self.norm = nn.LocalResponseNorm(5, alpha=1e-4, beta=0.75)
-        channels = wide(192)
-        for name, widths in BLOCKS.items():
-            block = Inception(channels, [wide(item) for item in widths])
-            self.add_module(name, block)
-            channels = block.channels
+        self.inception_3a = Inception(channels, wide(64, 96, 128, 16, 32, 32))
+        self.inception_3b = inception(self.inception_3a, 128, 128, 192, 32, 96, 64)
+        self.inception_4a = inception(self.inception_3b, 192, 96, 208, 16, 48, 64)
+        self.inception_4b = inception(self.inception_4a, 160, 112, 224, 24, 64, 64)
+        self.inception_4c = inception(self.inception_4b, 128, 128, 256, 24, 64, 64)
+        self.inception_4d = inception(self.inception_4c, 112, 144, 288, 32, 64, 64)
+        self.inception_4e = inception(self.inception_4d, 256, 160, 320, 32, 128, 128)
+        self.inception_5a = inception(self.inception_4e, 256, 160, 320, 32, 128, 128)
+        self.inception_5b = inception(self.inception_5a, 384, 192, 384, 48, 128, 128)
         self.dropout = nn.Dropout(config.dropout)
-        self.score_fr = nn.Conv2d(channels, config.num_classes, 1)
+        self.score_fr = nn.Conv2d(self.inception_5b.channels, config.num_classes, 1)
         learnt = config.upsampling == "learnt"
         self.upscore = bilinear_upsampling(config.num_classes, kernel=63, stride=32, learnt=learnt)
         init_weights(self)
@@ -122,10 +119,11 @@ class FCNGoogLeNet(nn.Module):
         x = self.norm(self.pool(x))  # (N, 64, H1/2, W1/2)
         x = F.relu(self.conv2(F.relu(self.conv2_reduce(x))))  # (N, 192, H1/2, W1/2)
         x = self.pool(self.norm(x))  # (N, 192, H1/4, W1/4)
-        for name in BLOCKS:
-            if name in ("inception_4a", "inception_5a"):
-                x = self.pool(x)  # (N, 480, H1/8, W1/8), then (N, 832, h, w)
-            x = self.get_submodule(name)(x)  # (N, 256, H1/4, W1/4) ... (N, 1024, h, w)
+        x = self.inception_3b(self.inception_3a(x))  # (N, 256, H1/4, W1/4), then (N, 480, H1/4, W1/4)
+        x = self.inception_4a(self.pool(x))  # (N, 512, H1/8, W1/8)
+        x = self.inception_4d(self.inception_4c(self.inception_4b(x)))  # (N, 528, H1/8, W1/8)
+        x = self.inception_4e(x)  # (N, 832, H1/8, W1/8)
+        x = self.inception_5b(self.inception_5a(self.pool(x)))  # (N, 832, h, w), then (N, 1024, h, w)
         scores = self.upscore(self.score_fr(self.dropout(x)))  # (N, K, 32h + 31, 32w + 31)
         return crop_like(scores, image, CROP)  # (N, K, H, W)
 

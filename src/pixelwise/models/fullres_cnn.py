@@ -34,16 +34,7 @@ class FullResCNNConfig:
 
 
 class FullResCNN(nn.Module):
-    """Convolutions of stride 1 with padding, so that every map has the size of the image.
-
-    Example:
-        >>> import torch
-        >>> model = FullResCNN(FullResCNNConfig(num_classes=2, widths=(4, 4)))
-        >>> tuple(model(torch.zeros(1, 3, 5, 7)).shape)
-        (1, 2, 5, 7)
-        >>> model.receptive_field_px, model.multiply_adds_per_px
-        (7, 324)
-    """
+    """Convolutions of stride 1 with padding, so that every map has the size of the image."""
 
     stride = 1
 

@@ -56,14 +56,7 @@ def _norm_relu(width: int, eps: float = EPSILON) -> tuple[nn.Module, nn.Module]:
 
 
 class LinkNet(nn.Module):
-    """LinkNet on a ResNet.
-
-    Example:
-        >>> import torch
-        >>> model = LinkNet(LinkNetConfig(num_classes=5))
-        >>> tuple(model.eval()(torch.zeros(1, 3, 33, 50)).shape)
-        (1, 5, 33, 50)
-    """
+    """LinkNet on a ResNet."""
 
     def __init__(self, config: LinkNetConfig) -> None:
         super().__init__()

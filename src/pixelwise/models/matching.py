@@ -13,27 +13,16 @@ COUNTER = "num_batches_tracked"  # batch norm counts its steps; older files lack
 
 @dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """What became of the tensors of a file.
+    """What became of the tensors of a file."""
 
-    Attributes:
-        source: where they came from, with the licence where it is known.
-        fitted: names in the network that were filled.
-        adapted: the first convolution, if it was converted to another number of channels.
-        missing: names in the network that nothing filled; they keep their random values.
-        unused: names in the file that the network has no place for (a classifier's last layer, say).
-        mismatched: names whose shapes differ, with both shapes.
-        by_order: the names differed, and tensors were paired by order because every shape agreed.
-        classifier: the classifier of timm or torchvision that they are of, if any; it wants its own normalisation.
-    """
-
-    source: str
-    fitted: tuple[str, ...]
-    adapted: tuple[str, ...]
-    missing: tuple[str, ...]
-    unused: tuple[str, ...]
-    mismatched: tuple[str, ...]
-    by_order: bool
-    classifier: str | None = None
+    source: str  # where they came from, with the licence where it is known
+    fitted: tuple[str, ...]  # names in the network that were filled
+    adapted: tuple[str, ...]  # the first convolution, if it was converted to another number of channels
+    missing: tuple[str, ...]  # names in the network that nothing filled; they keep their random values
+    unused: tuple[str, ...]  # names in the file that the network has no place for (a classifier's last layer, say)
+    mismatched: tuple[str, ...]  # names whose shapes differ, with both shapes
+    by_order: bool  # the names differed, and tensors were paired by order because every shape agreed
+    classifier: str | None = None  # of timm or torchvision, whose weights they are; it has its own normalisation
 
     def summary(self) -> str:
         """One line to print."""

@@ -2,7 +2,7 @@
 
 Paper:  no single one. SegNet (arXiv:1511.00561) and DeconvNet (arXiv:1505.04366) flipped VGG-16, LinkNet (arXiv:1707.03718)
         the outline of ResNet-18; this flips convolutional classifiers of timm and torchvision. The rule stands at the top of
-        `reflection.py`, and `Mirror.reflection()` lists what became of which part.
+        `mirror_decoder.py`, and `Mirror.reflection()` lists what became of which part.
 Differs from the papers: `backbone="vgg16_bn", skip="none"` is SegNet, layer by layer. LinkNet's decoder blocks are lighter
         than the residual blocks of its encoder; here, they are the same.
 Skips join the decoder's map at the place, width and size of the encoder's: "add" adds it (LinkNet); "concat" stacks it, and
@@ -11,26 +11,27 @@ Skips join the decoder's map at the place, width and size of the encoder's: "add
 Shapes: N batch, C channels, K classes, H W image size.
 """
 
-import math
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Literal, get_args
+from itertools import groupby
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from pixelwise.errors import UsageError
 from pixelwise.models.backbones import PROBE_PX, create_backbone, create_trunk
-from pixelwise.models.chain import Chain, Part
-from pixelwise.models.reflected_layers import at_width, has_width
-from pixelwise.models.reflection import IMAGE, Level, plan
-from pixelwise.models.reflection_table import Row, describe
+from pixelwise.models.mirror_chain import Chain, Part
+from pixelwise.models.mirror_decoder import Level, plan
+from pixelwise.models.mirror_layers import at_width, has_width
 from pixelwise.models.registry import register_model
+from pixelwise.ops.convolutionalize.capture import without_memory
 from pixelwise.ops.resize import crop_like, pad_to_multiple
 from pixelwise.ops.unpool import MaxPoolKeepingIndices
-from pixelwise.ops.watch import run_on_meta, watch
 
 Skip = Literal["none", "add", "concat", "reduce"]
 Up = Literal["unpool", "transposed"]
+_CONTAINERS = (nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,38 +66,50 @@ class Join(nn.Module):
         return both if self.mix is None else self.mix(both)
 
 
-class Mirror(nn.Module):
-    """A trunk and its mirror image, which takes its last map back to the image's size, a level for each of its maps.
+@dataclass(frozen=True)
+class Row:
+    """A part of the encoder and its mirror image; prints as one line."""
 
-    Example:
-        >>> model = Mirror(MirrorConfig(num_classes=3, backbone="test_resnet")).eval()
-        >>> tuple(model(torch.zeros(1, 3, 41, 30)).shape)
-        (1, 3, 41, 30)
-        >>> print(model.reflection()[-1])
-        layer4.0                 BasicBlock              192 -> 96   1/2 | BasicBlock reflected                 96 -> 192  x2
-    """
+    encoder: str  # path of the part in the encoder
+    kind: str  # its class
+    decoder: str  # what stands for it in the decoder
+    channels: tuple[int, int]  # in and out, in the encoder
+    back: tuple[int, int]  # in and out, in the decoder
+    stride: int  # by how much the encoder's part shrinks the map, and the decoder's enlarges it
+
+    def __str__(self) -> str:
+        there = f"{self.channels[0]:>4} -> {self.channels[1]:<4}"
+        back = f"{self.back[0]:>4} -> {self.back[1]:<4}"
+        name = f"{self.encoder:<24} {self.kind:<22}"
+        return f"{name} {there} 1/{self.stride} | {self.decoder:<34} {back} x{self.stride}"
+
+
+class Mirror(nn.Module):
+    """A trunk and its mirror image, which takes its last map back to the image's size, a level for each of its maps."""
 
     def __init__(self, config: MirrorConfig) -> None:
         super().__init__()
         self.encoder = create_backbone(config.backbone, in_channels=config.in_channels)
         self.stride = max(self.encoder.strides)
-        chain, maps = self._read(config)
+        trunk = create_trunk(config.backbone, in_channels=config.in_channels)
+        levels = zip(self.encoder.channels, self.encoder.strides, strict=True)
+        chain = Chain(trunk, (config.in_channels, PROBE_PX, 2 * PROBE_PX), config.backbone, levels)
         pools = self._keep_indices(chain) if config.up == "unpool" else {}
         steps = plan(chain)
-        self._rows = describe(chain, steps, config.num_classes, pools)
+        self._rows = _rows(chain, steps, config.num_classes, pools)
         self.decoder, self.joins = nn.ModuleList(), nn.ModuleList()
-        ends = {number: _after(chain, number) for number in maps[:-1]}  # whose mirror images lead to these maps
+        ends = {target: chain.after(target) for target in chain.maps[:-1]}  # whose mirror images lead to these maps
         stacked = 0  # channels that the skip of the level before leaves on top
-        for target in (*maps[-2::-1], IMAGE):
+        for target in (*chain.maps[-2::-1], chain.image):
             level = Level(chain, target, pools, config.num_classes)
             reached = False
-            while steps and not (reached and steps[0].part.kind != "keep"):
+            while steps and not (reached and steps[0].kind != "keep"):
                 step = steps.pop(0)
                 level.write(step, extra_in=stacked)
-                reached, stacked = reached or step.part is ends.get(target), 0
+                reached, stacked = reached or step is ends.get(target), 0
             self.decoder.append(level.module())
-            if target != IMAGE:
-                takes_both = steps[0].part.kind == "conv" and steps[0].part.conv.groups == 1
+            if target is not chain.image:
+                takes_both = steps[0].kind == "conv" and steps[0].layer.groups == 1
                 stacked = chain.width(target) if config.skip == "concat" and takes_both else 0
                 mix = None if stacked else _mix(chain, config.skip, chain.width(target))
                 self.joins.append(Join(config.skip, mix))
@@ -112,73 +125,33 @@ class Mirror(nn.Module):
         return crop_like(scores, image)
 
     def reflection(self) -> list[Row]:
-        """Each part of the encoder with its mirror image, from the image inwards; a row can be printed.
-
-        Returns:
-            Rows; the decoder runs through them from the last to the first.
-        """
+        """Each part of the encoder with its mirror image, from the image inwards; the decoder runs backwards."""
         return list(self._rows)
-
-    def _read(self, config: MirrorConfig) -> tuple[Chain, list[int]]:
-        """The trunk as a chain, and the numbers of the encoder's maps in it, finest first."""
-        fresh = create_trunk(config.backbone, in_channels=config.in_channels)
-        image = torch.empty(1, config.in_channels, PROBE_PX, 2 * PROBE_PX, device="meta")
-        try:
-            seen = watch(fresh, image)
-        except (AssertionError, RuntimeError) as error:
-            reason = str(error).splitlines()[0]
-            raise UsageError(
-                f"mirror: backbone {config.backbone!r} does not take images of any size ({reason}). Choose another."
-            ) from error
-        found: dict[tuple[int, int], int] = {}  # the last map of each width and stride
-        for number in [item for item in seen.returned if len(seen.shapes[item]) == 4] or seen.shapes:
-            if len(shape := seen.shapes[number]) == 4:
-                stride, across = (
-                    2 ** round(math.log2(px / n)) for px, n in zip(image.shape[2:], shape[2:], strict=True)
-                )
-                if stride == across:  # a head may pool to squares
-                    found[shape[1], stride] = number
-        maps = [found.get(level, IMAGE) for level in zip(self.encoder.channels, self.encoder.strides, strict=True)]
-        if IMAGE in maps:
-            raise UsageError(
-                f"mirror: backbone {config.backbone!r} cannot be reflected: its maps are not (N, C, H, W) inside. Choose a "
-                "convolutional one (resnet18, vgg16_bn, ...), or --model encoder_decoder."
-            )
-        return Chain(fresh, seen, maps[-1], config.backbone), maps
 
     def _keep_indices(self, chain: Chain) -> dict[str, MaxPoolKeepingIndices]:
         """Let the encoder's poolings remember where the maxima stood; returns them by path."""
-        pools = {}
+        pools, body = {}, self.encoder.body
         for part in chain.parts:
             if part.keeps_places:
-                parent, _, child = f"body.{part.path}".rpartition(".")
-                owner = self.encoder.get_submodule(parent)
-                pools[part.path] = MaxPoolKeepingIndices(getattr(owner, child), channels=chain.width(part.output))
-                setattr(owner, child, pools[part.path])
+                pool: Any = body.get_submodule(part.path)
+                pools[part.path] = MaxPoolKeepingIndices(pool, channels=chain.width(part.output))
+                body.set_submodule(part.path, pools[part.path])
         return pools
 
     def _smallest_px(self, config: MirrorConfig) -> int:
         """The least multiple of the stride that the network takes; unpadded ones (AlexNet) need more than one."""
         reason = ""
+        hollow: Any = without_memory(self)
         for size_px in range(self.stride, PROBE_PX + 1, self.stride):
-            self.smallest_px = size_px
+            hollow.smallest_px = size_px
             try:
-                run_on_meta(self, torch.empty(1, config.in_channels, size_px, size_px))
+                hollow(torch.empty(1, config.in_channels, size_px, size_px, device="meta"))
                 return size_px
             except (AssertionError, RuntimeError) as error:
                 reason = str(error).splitlines()[0]
         raise UsageError(
             f"mirror: backbone {config.backbone!r} cannot be reflected: no image up to {PROBE_PX} px passes ({reason})."
         )
-
-
-def _after(chain: Chain, number: int) -> Part:
-    """The part of the chain that leads away from a map."""
-    start = next((index for index, part in enumerate(chain.parts) if part.source == number), None)
-    if start is None:
-        call = next(call for call in chain.seen.calls if number in call.outputs)
-        raise chain.refuse(call, "gives a map to the decoder from the middle of a part with several ways")
-    return next(part for part in chain.parts[start:] if part.kind != "keep")
 
 
 def _mix(chain: Chain, skip: Skip, width: int) -> nn.Module | None:
@@ -191,13 +164,65 @@ def _mix(chain: Chain, skip: Skip, width: int) -> nn.Module | None:
     for part in chain.parts[1:]:
         if part.kind != "keep":
             break
-        layer = None if part.is_function else chain.network.get_submodule(part.path)
-        if layer is not None and has_width(layer):
-            layers.append(at_width(layer, chain.width(part.output), width))
+        if part.layer is not None and has_width(part.layer):
+            layers.append(at_width(part.layer, chain.width(part.output), width))
     has_norm = any(True for layer in layers for _ in layer.parameters())
     conv = nn.Conv2d(2 * width, width, 3, padding=1, bias=not has_norm)
     nn.init.kaiming_normal_(conv.weight)
     return nn.Sequential(conv, *layers)
+
+
+def _rows(chain: Chain, steps: list[Part], num_classes: int, unpooled: Collection[str]) -> list[Row]:
+    """A row for each block of the trunk that has a mirror image, from the image inwards."""
+    movers = [step for step in reversed(steps) if step.kind != "keep"]
+    rows: list[Row] = []
+    for path, group in groupby(movers, lambda part: _owner(chain, part)):
+        parts = list(group)
+        source, target = parts[0].source, parts[-1].target
+        channels = chain.width(source), chain.width(target)
+        kind = type(chain.network.get_submodule(path)).__name__
+        rows.append(
+            Row(
+                encoder=path or "(whole)",
+                kind=kind,
+                decoder=_image(parts, kind, unpooled),
+                channels=channels,
+                back=(channels[1], channels[0] if rows else num_classes),
+                stride=round(chain.size(source)[0] / chain.size(target)[0]),
+            )
+        )
+    return rows
+
+
+def _owner(chain: Chain, part: Part) -> str:
+    """The block that a part belongs to: the outermost module that is no mere container and holds no other block."""
+    if part.kind in ("block", "ways"):
+        return part.path
+    levels = part.path.split(".")
+    for end in range(1, len(levels)):
+        path = ".".join(levels[:end])
+        inside = [other for other in chain.parts if other.path.startswith(path + ".")]
+        is_container = type(chain.network.get_submodule(path)) in _CONTAINERS
+        if not is_container and all(other.kind not in ("block", "ways") for other in inside):
+            return path
+    return part.path
+
+
+def _image(parts: list[Part], kind: str, unpooled: Collection[str]) -> str:
+    """What stands for a block in the decoder, in words."""
+    part = parts[0]
+    if part.kind == "block":
+        return f"{kind}, fresh"
+    if part.kind == "pool" and len(parts) == 1:
+        kernel, stride, _ = part.geometry
+        size = max(kernel, stride)
+        return "unpooling by indices" if part.path in unpooled else f"ConvTranspose2d {size}x{size}, per channel"
+    if part.kind != "conv" or len(parts) > 1 or type(part.layer).__name__ != kind:
+        return f"{kind} reflected"
+    height, width = part.layer.kernel_size
+    if max(part.layer.stride) == 1:
+        return f"Conv2d {height}x{width}"
+    return "Conv2d 1x1, repeated" if max(height, width) == 1 else f"ConvTranspose2d {height}x{width}"
 
 
 register_model(

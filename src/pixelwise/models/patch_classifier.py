@@ -81,14 +81,6 @@ class PatchClassifier(nn.Module):
 
     Attributes:
         window: side of the windows in pixels.
-
-    Example:
-        >>> model = PatchClassifier(PatchClassifierConfig(window=13, widths=(4, 4), kernels=(4, 2), pools=(2, 2))).eval()
-        >>> image = torch.rand(1, 3, 9, 11)
-        >>> tuple(model(image).shape), tuple(model.classify(torch.rand(7, 3, 13, 13)).shape)
-        ((1, 2, 9, 11), (7, 2))
-        >>> torch.allclose(model(image), model.slide(image), atol=1e-5)
-        True
     """
 
     stride = 1

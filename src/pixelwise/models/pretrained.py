@@ -116,12 +116,7 @@ def load_classifier(model: nn.Module, name: str) -> Loaded:
 
 
 def is_classifier(name: str) -> bool:
-    """Whether timm or torchvision has a classifier of this name.
-
-    Example:
-        >>> is_classifier("vgg16"), is_classifier("runs/street")
-        (True, False)
-    """
+    """Whether timm or torchvision has a classifier of this name."""
     try:
         resolve_backbone(name)
     except UsageError:

@@ -15,21 +15,13 @@ from pixelwise.ops.cost import multiply_adds
 
 @dataclass(frozen=True, kw_only=True)
 class ModelInfo:
-    """What the registry knows of a network.
+    """What the registry knows of a network."""
 
-    Attributes:
-        name: what `create_model` takes.
-        paper: authors, title, venue, year.
-        build: makes the network from its configuration.
-        config: the default configuration, a frozen dataclass with `num_classes` and `in_channels`.
-        tiny: the fields that make it small enough for a test.
-    """
-
-    name: str
-    paper: str
-    build: Callable[[Any], nn.Module]
-    config: Any
-    tiny: Mapping[str, Any] = field(default_factory=dict)
+    name: str  # what `create_model` takes
+    paper: str  # authors, title, venue, year
+    build: Callable[[Any], nn.Module]  # makes the network from its configuration
+    config: Any  # the default configuration, a frozen dataclass with `num_classes` and `in_channels`
+    tiny: Mapping[str, Any] = field(default_factory=dict)  # the fields that make it small enough for a test
 
 
 _MODELS: dict[str, ModelInfo] = {}
@@ -154,12 +146,7 @@ def create_model(name: str, *, num_classes: int, in_channels: int = 3, tiny: boo
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Trainable numbers in `model`.
-
-    Example:
-        >>> count_parameters(nn.Linear(3, 2))
-        8
-    """
+    """Trainable numbers in `model`."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
@@ -174,10 +161,6 @@ def describe_model(
         in_channels: image channels in.
         size: height and width in pixels of the image that the multiply-adds are counted for (CamVid's by default).
         **config: fields of the network's configuration.
-
-    Example:
-        >>> describe_model("unet")["parameters"]
-        31032395
     """
     with torch.device("meta"):
         model = create_model(name, num_classes=num_classes, in_channels=in_channels, **config)

@@ -30,14 +30,7 @@ class SegNetConfig:
 
 
 class SegNet(nn.Module):
-    """SegNet; layers bear the names of the authors' release (conv1_1 ... conv5_3, conv5_3_D ... conv1_1_D).
-
-    Example:
-        >>> import torch
-        >>> model = SegNet(SegNetConfig(num_classes=5, widths=(4, 4, 4, 4, 4)))
-        >>> tuple(model(torch.zeros(2, 3, 37, 50)).shape)
-        (2, 5, 37, 50)
-    """
+    """SegNet; layers bear the names of the authors' release (conv1_1 ... conv5_3, conv5_3_D ... conv1_1_D)."""
 
     stride = 32
     classifiers = ("torchvision/vgg16_bn", "torchvision/vgg16")
@@ -85,16 +78,7 @@ def _decoder_stage(stage: int, config: SegNetConfig) -> nn.Sequential:
 
 
 def init_msra(module: nn.Module) -> None:
-    """Gaussian weights of standard deviation sqrt(2 / fan in), biases at zero (the prototxts' `msra`; arXiv:1502.01852).
-
-    Example:
-        >>> import torch
-        >>> _ = torch.manual_seed(0)
-        >>> conv = nn.Conv2d(32, 64, 3)
-        >>> init_msra(conv)
-        >>> round(conv.weight.std().item(), 2), round((2 / 288) ** 0.5, 2)
-        (0.08, 0.08)
-    """
+    """Gaussian weights of standard deviation sqrt(2 / fan in), biases at zero (the prototxts' `msra`; arXiv:1502.01852)."""
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
         nn.init.zeros_(module.bias)  # type: ignore[arg-type]

@@ -36,14 +36,7 @@ class SegNetBasicConfig:
 
 
 class SegNetBasic(nn.Module):
-    """SegNet-Basic; layers bear the names of the authors' release (conv1 ... conv4, conv_decode4 ... conv_decode1).
-
-    Example:
-        >>> import torch
-        >>> model = SegNetBasic(SegNetBasicConfig(num_classes=5, width=4))
-        >>> tuple(model(torch.zeros(2, 3, 37, 50)).shape)
-        (2, 5, 37, 50)
-    """
+    """SegNet-Basic; layers bear the names of the authors' release (conv1 ... conv4, conv_decode4 ... conv_decode1)."""
 
     stride = 2**DEPTH
 

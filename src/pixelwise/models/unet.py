@@ -81,12 +81,7 @@ class BilinearUp(nn.Conv2d):
 
 
 def crop_centre(features: Tensor, border_px: int) -> Tensor:
-    """`features` (N, C, H, W) without `border_px` pixels on each side.
-
-    Example:
-        >>> tuple(crop_centre(torch.zeros(1, 2, 64, 64), 4).shape)
-        (1, 2, 56, 56)
-    """
+    """`features` (N, C, H, W) without `border_px` pixels on each side."""
     height, width = features.shape[-2:]
     return features[..., border_px : height - border_px, border_px : width - border_px]
 
@@ -98,11 +93,6 @@ class UNet(nn.Module):
         stride: of the coarsest level, in pixels.
         crops: pixels cut from each side of the skips, coarsest first: 4, 16, 40, 88 in `unet_valid`.
         border_px: how much smaller than the tile the scores are on each side: 92 in `unet_valid`.
-
-    Example:
-        >>> model = UNet(UNetConfig(num_classes=2, in_channels=1, widths=(4, 8)))
-        >>> tuple(model(torch.zeros(1, 1, 5, 7)).shape)
-        (1, 2, 5, 7)
     """
 
     def __init__(self, config: UNetConfig) -> None:
@@ -153,11 +143,6 @@ class UNet(nn.Module):
 
         Raises:
             UsageError: a size at which a pooling would lose a row or column, or nothing would be left.
-
-        Example:
-            >>> model = UNet(UNetConfig(widths=(4, 4, 4, 4, 4), valid=True))
-            >>> tuple(model.score_tile(torch.zeros(1, 3, 188, 204)).shape)
-            (1, 2, 4, 20)
         """
         first = (_next_size(1, self.stride) if self.valid else self.stride) + 2 * self.border_px
         if any(side < first or (side - first) % self.stride for side in tile.shape[-2:]):

@@ -20,23 +20,13 @@ DEPTHS = (2, 2, 3, 3, 3)  # convolutions in each stage
 
 
 def check_widths(network: str, widths: tuple[int, ...]) -> None:
-    """Raises `UsageError` unless there is a positive width for each of the five stages.
-
-    Example:
-        >>> check_widths("segnet", (8, 8, 16, 16, 16))
-    """
+    """Raises `UsageError` unless there is a positive width for each of the five stages."""
     if len(widths) != len(DEPTHS) or min(widths) < 1:
         raise UsageError(f"{network}: widths must be {len(DEPTHS)} positive numbers, not {widths}.")
 
 
 def vgg_encoder(in_channels: int, widths: tuple[int, ...]) -> nn.ModuleList:
-    """Five stages of 3x3 convolutions, each with batch norm and ReLU, named conv1_1, bn1_1, relu1_1, ..., relu5_3.
-
-    Example:
-        >>> encoder = vgg_encoder(3, WIDTHS)
-        >>> [name for name, _ in encoder[0].named_children()]
-        ['conv1_1', 'bn1_1', 'relu1_1', 'conv1_2', 'bn1_2', 'relu1_2']
-    """
+    """Five stages of 3x3 convolutions, each with batch norm and ReLU, named conv1_1, bn1_1, relu1_1, ..., relu5_3."""
     stages = nn.ModuleList()
     for stage, (before, width) in enumerate(pairwise((in_channels, *widths)), start=1):
         layers: OrderedDict[str, nn.Module] = OrderedDict()
@@ -49,25 +39,10 @@ def vgg_encoder(in_channels: int, widths: tuple[int, ...]) -> nn.ModuleList:
 
 
 def encoder_weights(network: str, encoder: nn.ModuleList, classifier: nn.Module) -> dict[str, Tensor]:
-    """What a VGG-16 classifier knows of `encoder`: its convolutions and, where it has them, its norms.
-
-    Args:
-        network: its name, for the errors.
-        encoder: from `vgg_encoder`, the network's attribute of that name.
-        classifier: torchvision's `vgg16_bn` or `vgg16`, or one with the same `features`.
-
-    Returns:
-        entries of the network's state dict; the first convolution adapted to the encoder's channels.
+    """Entries of a network's state for its `encoder`, from the convolutions and norms of torchvision's vgg16_bn or vgg16.
 
     Raises:
         UsageError: another architecture, or other widths.
-
-    Example:
-        >>> import torchvision.models
-        >>> encoder = vgg_encoder(1, WIDTHS)
-        >>> weights = encoder_weights("segnet", encoder, torchvision.models.vgg16())
-        >>> len(weights), tuple(weights["encoder.0.conv1_1.weight"].shape)
-        (26, (64, 1, 3, 3))
     """
     given = _trunk(network, classifier)
     weights: dict[str, Tensor] = {}
@@ -101,12 +76,7 @@ def _counts(layer: nn.Module) -> bool:
 
 
 def check_shape(network: str, name: str, own: Tensor, given: Tensor) -> None:
-    """Raises `UsageError` if the classifier's tensor has not the shape of the network's own.
-
-    Example:
-        >>> import torch
-        >>> check_shape("segnet", "conv1_1.bias", torch.zeros(64), torch.zeros(64))
-    """
+    """Raises `UsageError` if the classifier's tensor has not the shape of the network's own."""
     if own.shape != given.shape:
         raise UsageError(
             f"{network}: {name} has the shape {tuple(own.shape)}, and {tuple(given.shape)} in the classifier. Weights of a "

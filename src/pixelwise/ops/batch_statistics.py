@@ -30,16 +30,6 @@ def batch_statistics(model: nn.Module) -> Iterator[None]:
     Raises:
         UsageError: inside, if a map that reaches a batch norm has one value per channel (one image, one cell), which has
             no variance.
-
-    Example:
-        >>> import torch
-        >>> norm = nn.BatchNorm2d(1).eval()
-        >>> batch = torch.tensor([1.0, 3.0]).view(2, 1, 1, 1)
-        >>> with batch_statistics(norm):
-        ...     norm(batch).flatten().tolist()
-        [-0.9999949932098389, 0.9999949932098389]
-        >>> norm.running_mean
-        tensor([0.])
     """
     modes = [(module, module.training) for module in model.modules()]
     norms = _norms(model)
@@ -64,14 +54,6 @@ def running_averages_kept(model: nn.Module) -> Iterator[None]:
     """Inside the `with`, passes in training mode leave the running averages of `model` and their counters as they are.
 
     For passes that repeat one already counted: recomputation in the backward pass would update them a second time.
-
-    Example:
-        >>> import torch
-        >>> norm = nn.BatchNorm2d(1)
-        >>> with running_averages_kept(norm):
-        ...     _ = norm(torch.rand(4, 1, 2, 2))
-        >>> norm.running_mean, int(norm.num_batches_tracked)
-        (tensor([0.]), 0)
     """
     names = ("running_mean", "running_var", "num_batches_tracked")
     kept = [(norm, name, getattr(norm, name)) for norm in _norms(model) for name in names]

@@ -20,17 +20,10 @@ FIT_PX = (512, 1024, 2048)  # sides of the images that a `PassMemory` is fitted 
 
 
 def multiply_adds(model: nn.Module, shape: tuple[int, int, int, int]) -> int:
-    """Multiplications (each with its addition) of the convolutions and matrix products in one forward pass.
+    """Multiplications (each with its addition) of the convolutions and matrix products for an image of shape (N, C, H, W).
 
-    Norms, activations, pooling and fixed interpolation are not counted, as in the literature's figures.
-
-    Args:
-        model: on any device; on `meta` nothing is computed and no memory is needed.
-        shape: (N, C, H, W) of the image.
-
-    Example:
-        >>> multiply_adds(nn.Conv2d(3, 8, 3, padding=1), (1, 3, 10, 10))  # 8 x 27 for each of 100 pixels
-        21600
+    Norms, activations, pooling and fixed interpolation are not counted, as in the literature's figures. A model on `meta`
+    computes nothing and needs no memory.
     """
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     was_training = model.training
@@ -44,23 +37,12 @@ def multiply_adds(model: nn.Module, shape: tuple[int, int, int, int]) -> int:
 
 
 def peak_bytes(run: Run, shape: tuple[int, int, int, int], device: str | torch.device = "cpu") -> int:
-    """The most that the tensors of one pass take at any time: the image, the maps, the logits; not the weights.
+    """The most that the tensors of one pass over an image of shape (N, C, H, W) take at any time, without the weights.
 
     Nothing is computed and none of it is allocated: the operations run on tensors that have a shape and a type only.
-    (`measured_bytes` really runs the pass.)
-
-    Args:
-        run: the network, on `device`.
-        shape: (N, C, H, W) of the image, however large.
-        device: where the image would be.
 
     Raises:
         DataDependentOutputException, DynamicOutputShapeException: a step of the network asks for the values of a tensor.
-
-    Example:
-        >>> conv = nn.Conv2d(3, 8, 3, padding=1)
-        >>> peak_bytes(conv, (1, 3, 100, 100))  # 3 maps of 100 x 100 float32, then 8, and the weights in another order
-        440864
     """
     live = _LiveBytes()
     with torch.inference_mode(), FakeTensorMode(allow_non_fake_inputs=True), live:
@@ -69,12 +51,7 @@ def peak_bytes(run: Run, shape: tuple[int, int, int, int], device: str | torch.d
 
 
 def measured_bytes(run: Run, shape: tuple[int, int, int, int], device: str | torch.device = "cpu") -> int:
-    """As `peak_bytes`, from a pass that is run, for networks whose steps ask for the values of tensors.
-
-    Example:
-        >>> measured_bytes(nn.Conv2d(3, 8, 3, padding=1), (1, 3, 100, 100))
-        440864
-    """
+    """As `peak_bytes`, from a pass that is run, for networks whose steps ask for the values of tensors."""
     live = _LiveBytes()
     with torch.inference_mode(), live:
         run(torch.zeros(shape, device=device).contiguous(memory_format=torch.channels_last))
@@ -83,12 +60,7 @@ def measured_bytes(run: Run, shape: tuple[int, int, int, int], device: str | tor
 
 @dataclass(frozen=True)
 class PassMemory:
-    """The memory of a pass over an image of any size: `per_px * H * W + per_side * (H + W) + fixed` bytes.
-
-    Example:
-        >>> PassMemory(per_px=44.0)(1, 100, 100)
-        440000
-    """
+    """The memory of a pass over an image of any size: `per_px * H * W + per_side * (H + W) + fixed` bytes."""
 
     per_px: float
     per_side: float = 0.0

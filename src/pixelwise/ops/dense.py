@@ -10,21 +10,9 @@ from torch import Tensor
 
 
 def max_pool_dense(x: Tensor, kernel: int, dilation: int = 1) -> Tensor:
-    """Max pooling of stride 1 over kernel x kernel cells that are `dilation` apart.
+    """Max pooling of stride 1 over kernel x kernel cells, `dilation` apart: (N, C, H - (kernel - 1) * dilation, likewise).
 
     Equal to `torch.nn.functional.max_pool2d`; several times faster on a CPU, where that runs cell by cell.
-
-    Args:
-        x: (N, C, H, W)
-        kernel: at least 1, in cells.
-        dilation: the product of the strides that were removed before, in cells.
-
-    Returns:
-        (N, C, H - (kernel - 1) * dilation, W - (kernel - 1) * dilation)
-
-    Example:
-        >>> max_pool_dense(torch.tensor([[[[1.0, 5.0, 2.0], [3.0, 4.0, 9.0]]]]), 2)
-        tensor([[[[5., 9.]]]])
     """
     for axis in (-2, -1):  # the maximum over a square is one over rows, then one over columns
         count = x.shape[axis] - (kernel - 1) * dilation

@@ -73,10 +73,6 @@ def speed_up_depthwise(model: nn.Module) -> int:
     """Give the slow depthwise convolutions of `model` the faster backward pass; returns how many there were.
 
     Parameters, names and results of the forward pass stay what they were. It acts under bfloat16 autocast on a CPU only.
-
-    Example:
-        >>> speed_up_depthwise(nn.Sequential(nn.Conv2d(8, 8, 5, padding=2, groups=8, bias=False)))
-        1
     """
     slow = [module for module in model.modules() if _is_slow(module)]
     for module in slow:

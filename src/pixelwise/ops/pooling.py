@@ -9,19 +9,9 @@ from pixelwise.ops.resize import has_known_size
 
 
 class CeilMaxPool2d(nn.MaxPool2d):
-    """`nn.MaxPool2d` with `ceil_mode`, which can also be exported for all sizes at once.
+    """`nn.MaxPool2d` with `ceil_mode`, which can also be exported for all sizes at once; `stride` is at most `kernel`.
 
     A side of n cells gives ceil((n - kernel) / stride) + 1; windows that reach over the border take what they hold.
-
-    Args:
-        kernel: side of a window in cells.
-        stride: from one window to the next, in cells; no more than `kernel`.
-
-    Example:
-        >>> import torch
-        >>> CeilMaxPool2d(2, 2)(torch.arange(9.0).view(1, 1, 3, 3))
-        tensor([[[[4., 5.],
-                  [7., 8.]]]])
     """
 
     def __init__(self, kernel: int, stride: int) -> None:

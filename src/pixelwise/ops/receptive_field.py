@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pixelwise.errors import UsageError
-from pixelwise.ops.reach import Reach, structure
+from pixelwise.ops.nan_propagation import NanPropagation, structure
 
 FIRST_PX, THIN_PX = 256, 8  # the sides to begin with
 UNKNOWN_STRIDE, LARGEST_STRIDE = 32, 256
@@ -39,12 +39,7 @@ class ReceptiveField:
     size_px: tuple[int, int] | None = None
 
     def tile_cost(self, tile_px: int) -> float:
-        """What exact tiles of `tile_px` px compute, each with its halo, over one pass; infinite if the field has no end.
-
-        Example:
-            >>> ReceptiveField(bounded=True, stride=8, radius_px=(20, 20, 20, 20), size_px=(41, 41)).tile_cost(48)
-            4.0
-        """
+        """What exact tiles of `tile_px` px compute, each with its halo, over one pass; infinite if the field has no end."""
         if self.stride is None or self.radius_px is None:
             return math.inf
         above, below, left, right = (-(-px // self.stride) * self.stride for px in self.radius_px)
@@ -153,7 +148,7 @@ class _Canvas:
     def _reached(self, shift: int) -> Tensor:
         image = torch.zeros(self.shape)
         image.select(self.axis, self.middle + shift).fill_(torch.nan)
-        with Reach(thrifty=self.thrifty):
+        with NanPropagation(thrifty=self.thrifty):
             logits = self.model(image)
         if logits.shape[-2:] != image.shape[-2:]:
             raise UsageError(

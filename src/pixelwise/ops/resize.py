@@ -9,30 +9,15 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 
 def has_known_size(*maps: Tensor) -> bool:
-    """Whether heights and widths are numbers; not so while a graph is captured for all sizes.
-
-    Example:
-        >>> has_known_size(torch.zeros(1, 3, 4, 5))
-        True
-    """
+    """Whether heights and widths are numbers; not so while a graph is captured for all sizes."""
     return all(isinstance(length, int) for item in maps for length in item.shape[-2:])
 
 
 def pad_to_multiple(image: Tensor, multiple: int, *, at_least: int = 1) -> Tensor:
-    """Repeat the last row and column until height and width are multiples of `multiple`.
+    """Repeat the last row and column of (N, C, H, W) until both sides are multiples of `multiple`, and not below `at_least`.
 
-    Args:
-        image: (N, C, H, W) with H, W >= 1.
-        multiple: at least 1, in pixels.
-        at_least: no side of the result is shorter, in pixels; a multiple of `multiple`.
-
-    Returns:
-        (N, C, ceil(H / multiple) * multiple, ceil(W / multiple) * multiple). The image stays at the top left, so
-        `crop_like` undoes it. Repeating the border works from one pixel on, which mirroring does not.
-
-    Example:
-        >>> tuple(pad_to_multiple(torch.zeros(1, 3, 33, 64), 32).shape)
-        (1, 3, 64, 64)
+    The image stays at the top left, so `crop_like` undoes it. Repeating the border works from one pixel on, which mirroring
+    does not.
     """
     height, width = image.shape[-2:]
     below, right = (_missing(length, multiple, at_least) for length in (height, width))
@@ -55,12 +40,7 @@ def _missing(length: int, multiple: int, at_least: int) -> int:
 
 
 def crop_like(scores: Tensor, image: Tensor, offset: int = 0) -> Tensor:
-    """The part of `scores` (N, K, H', W') from row and column `offset` on that has the height and width of `image`.
-
-    Example:
-        >>> tuple(crop_like(torch.zeros(1, 5, 64, 64), torch.zeros(1, 3, 33, 64)).shape)
-        (1, 5, 33, 64)
-    """
+    """The part of `scores` (N, K, H', W') from row and column `offset` on that has the height and width of `image`."""
     height, width = image.shape[-2:]
     if not has_known_size(scores, image):  # a slice would ask of every size whether it cuts anything
         rows, columns = (torch.arange(offset, offset + length, device=scores.device) for length in (height, width))
@@ -69,24 +49,14 @@ def crop_like(scores: Tensor, image: Tensor, offset: int = 0) -> Tensor:
 
 
 def upsample_to(features: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
-    """Bilinear resampling of (N, C, h, w) to `size` = (H, W) pixels, pixel areas aligned; unchanged if it has that size.
-
-    Example:
-        >>> tuple(upsample_to(torch.zeros(1, 2, 4, 4), (8, 12)).shape)
-        (1, 2, 8, 12)
-    """
+    """Bilinear resampling of (N, C, h, w) to `size` = (H, W) pixels, pixel areas aligned; unchanged if it has that size."""
     if has_known_size(features) and tuple(features.shape[-2:]) == tuple(size):
         return features
     return F.interpolate(features, size=tuple(size), mode="bilinear", align_corners=False)
 
 
 def bilinear_kernel(size: int) -> Tensor:
-    """The (size, size) weights with which a transposed convolution interpolates bilinearly (FCN, arXiv:1411.4038, 4.3).
-
-    Example:
-        >>> bilinear_kernel(4)[0] / bilinear_kernel(4)[0, 0]
-        tensor([1., 3., 3., 1.])
-    """
+    """The (size, size) weights with which a transposed convolution interpolates bilinearly (FCN, arXiv:1411.4038, 4.3)."""
     factor = (size + 1) // 2
     centre = factor - 1 if size % 2 else factor - 0.5
     row = 1 - (torch.arange(size) - centre).abs() / factor

@@ -33,12 +33,6 @@ def sample_with_dropout(
 
     Raises:
         UsageError: fewer than one sample, or a model without dropout.
-
-    Example:
-        >>> model = nn.Sequential(nn.Dropout(0.5), nn.Conv2d(3, 2, 1))
-        >>> mean, uncertainty = sample_with_dropout(model, torch.ones(1, 3, 4, 5), samples=8, seed=0)
-        >>> tuple(mean.shape), tuple(uncertainty.shape)
-        ((1, 2, 4, 5), (1, 4, 5))
     """
     if samples < 1:
         raise UsageError(f"samples must be at least 1, not {samples}.")
@@ -62,15 +56,7 @@ def sample_with_dropout(
 
 @contextlib.contextmanager
 def seeded(device: torch.device, seed: int | None) -> Iterator[None]:
-    """Random numbers on `device` that start from `seed`; afterwards they go on as if nothing had been drawn.
-
-    Example:
-        >>> with seeded(torch.device("cpu"), 7):
-        ...     first = torch.rand(3)
-        >>> with seeded(torch.device("cpu"), 7):
-        ...     torch.equal(torch.rand(3), first)
-        True
-    """
+    """Random numbers on `device` that start from `seed`; afterwards they go on as if nothing had been drawn."""
     if seed is None:
         yield
         return

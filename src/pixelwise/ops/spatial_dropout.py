@@ -41,13 +41,6 @@ def spatial_dropout(
 
     Returns:
         As `x`; the mask is a pure function of (seed, sample, layer, channel, row, column).
-
-    Example:
-        >>> x, seed, sample = torch.ones(1, 2, 6, 7), torch.tensor(1), torch.tensor(0)
-        >>> whole = spatial_dropout(x, 0.5, seed, sample, 3, 0, 0, False)
-        >>> window = spatial_dropout(x[..., 2:5, 1:4], 0.5, seed, sample, 3, 2, 1, False)
-        >>> torch.equal(window, whole[..., 2:5, 1:4])
-        True
     """
     out = torch.empty_like(x)
     if out.numel() == 0:
@@ -86,17 +79,7 @@ def _(x: Tensor, p: float, seed: Tensor, sample: Tensor, layer: int, top: int, l
 class SpatialDropout(nn.Module):
     """Dropout that acts in every mode and by the place in the map; `with_spatial_dropout` puts it into networks.
 
-    Args:
-        p: share of the values that are dropped.
-        index: number of the module in its network.
-        seed: int64 without dimensions, shared by the modules of a network.
-        sample: likewise; `set_sample` changes it.
-        channelwise: whether whole channels are dropped.
-
-    Example:
-        >>> dropout = SpatialDropout(0.5, 0, torch.tensor(7), torch.tensor(0))
-        >>> tuple(dropout(torch.ones(2, 3, 4, 5)).shape)
-        (2, 3, 4, 5)
+    `index` is the module's number in its network; `seed` and `sample` (int64) are shared by all modules of a network.
     """
 
     seed: Tensor
@@ -126,16 +109,6 @@ def with_spatial_dropout(model: nn.Module, seed: int = 0) -> nn.Module:
 
     Raises:
         UsageError: no dropout layer has a share above 0, or one is of a kind that has no counterpart here.
-
-    Example:
-        >>> model = nn.Sequential(nn.Dropout(0.5), nn.Conv2d(3, 2, 1))
-        >>> sampled = with_spatial_dropout(model, seed=3)
-        >>> image = torch.ones(1, 3, 4, 5)
-        >>> torch.equal(sampled(image), sampled(image))
-        True
-        >>> set_sample(sampled, 1)
-        >>> type(model[0]).__name__, type(sampled[0]).__name__
-        ('Dropout', 'SpatialDropout')
     """
     weights = [*model.parameters(), *model.buffers()]
     result = copy.deepcopy(model, {id(item): item for item in weights}).eval()
@@ -165,12 +138,6 @@ def set_sample(model: nn.Module, sample: int) -> None:
     """Let the next passes of a network from `with_spatial_dropout` be those of pass number `sample`."""
     for layer in _layers(model):
         layer.sample.fill_(sample)
-
-
-def set_seed(model: nn.Module, seed: int) -> None:
-    """Let the next passes of a network from `with_spatial_dropout` be those of this seed."""
-    for layer in _layers(model):
-        layer.seed.fill_(_signed(seed, 64))
 
 
 def _start_pass(model: nn.Module, args: tuple[Any, ...]) -> None:

@@ -10,19 +10,8 @@ from pixelwise.ops.resize import has_known_size
 def max_pool_keeping_indices(x: Tensor, kernel: int | tuple[int, int] = 2) -> tuple[Tensor, Tensor]:
     """The maximum of each window and its place; windows do not overlap, and those cut by the border count (ceil mode).
 
-    Of equal values in a window, the first in reading order is taken.
-
-    Args:
-        x: (N, C, H, W) with H, W >= 1.
-        kernel: height and width of a window in cells, also the step from one to the next.
-
-    Returns:
-        maxima (N, C, ceil(H / kernel), ceil(W / kernel)) and indices of that shape (int64): row * W + column in `x`.
-
-    Example:
-        >>> maxima, indices = max_pool_keeping_indices(torch.tensor([[[[1.0, 9.0, 2.0], [3.0, 4.0, 5.0]]]]))
-        >>> maxima.tolist(), indices.tolist()
-        ([[[[9.0, 5.0]]]], [[[[1, 5]]]])
+    (N, C, H, W) becomes maxima (N, C, ceil(H / kernel), ceil(W / kernel)) and indices of that shape (int64), row * W +
+    column in `x`. Of equal values in a window, the first in reading order is taken.
     """
     kernel = _pair(kernel)
     if has_known_size(x):
@@ -36,21 +25,9 @@ def max_pool_keeping_indices(x: Tensor, kernel: int | tuple[int, int] = 2) -> tu
 
 
 def max_unpool(values: Tensor, indices: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
-    """Put each value where the maximum of its window stood, zeros elsewhere; the gradient takes the same way back.
+    """Put each value (N, C, h, w) where the maximum of its window stood, zeros elsewhere: (N, C, *size).
 
-    Args:
-        values: (N, C, h, w), as many as the maxima were.
-        indices: of `max_pool_keeping_indices`, of the same shape.
-        size: (H, W) of the map that was pooled.
-
-    Returns:
-        (N, C, H, W)
-
-    Example:
-        >>> places = torch.tensor([[[[1, 5]]]])
-        >>> max_unpool(torch.tensor([[[[9.0, 5.0]]]]), places, (2, 3))
-        tensor([[[[0., 9., 0.],
-                  [0., 0., 5.]]]])
+    `indices` come from `max_pool_keeping_indices`, `size` is that of the map that was pooled; gradients take the same way.
     """
     # The operator behind F.max_unpool2d, which compares sizes in Python and so cannot be exported for all of them.
     return torch.ops.aten.max_unpool2d(values, indices, size)
@@ -62,13 +39,6 @@ class MaxPoolKeepingIndices(nn.Module):
     Args:
         pool: the pooling to stand in for; its windows must not overlap (kernel = stride), else a maximum has two places.
         channels: of the maps it pools.
-
-    Example:
-        >>> pool = MaxPoolKeepingIndices(nn.MaxPool2d(2), channels=1)
-        >>> maxima = pool(torch.tensor([[[[1., 9.], [3., 4.]]]]))
-        >>> pool.unpool(maxima)
-        tensor([[[[0., 9.],
-                  [0., 0.]]]])
     """
 
     def __init__(self, pool: nn.MaxPool2d, *, channels: int) -> None:

@@ -8,19 +8,10 @@ from pixelwise.ops.resize import bilinear_kernel
 
 
 class FixedBilinear(nn.Module):
-    """A transposed convolution whose bilinear kernel never changes (FCN, arXiv:1411.4038, section 3.3).
+    """A transposed convolution of `channels` maps whose bilinear kernel never changes (FCN, arXiv:1411.4038, section 3.3).
 
     It gives what a full (K, K, k, k) kernel with bilinear filters on its diagonal gives, from the k numbers of one row:
     no channel mixes with another, and the filter is the product of a row and a column. They are no part of the state.
-
-    Args:
-        channels: K of the maps.
-        kernel: k, the side of the filter.
-        stride: the factor of enlargement.
-
-    Example:
-        >>> FixedBilinear(1, kernel=4, stride=2)(torch.ones(1, 1, 3, 3))[0, 0, 3]
-        tensor([0.2500, 0.7500, 1.0000, 1.0000, 1.0000, 1.0000, 0.7500, 0.2500])
     """
 
     row: Tensor
@@ -41,19 +32,8 @@ class FixedBilinear(nn.Module):
 def bilinear_upsampling(channels: int, *, kernel: int, stride: int, learnt: bool) -> nn.Module:
     """An enlargement of (N, K, h, w) by `stride` that is bilinear, or starts so and may learn to mix the channels.
 
-    Args:
-        channels: K of the maps.
-        kernel: the side of the filter in pixels of the result.
-        stride: the factor of enlargement.
-        learnt: whether the filters are parameters: K * K * kernel * kernel, bilinear on the diagonal, else zero.
-
-    Returns:
-        A module; its maps measure (h - 1) * stride + kernel, and the centre of cell i lies at i * stride + (kernel - 1) / 2.
-
-    Example:
-        >>> up = bilinear_upsampling(3, kernel=4, stride=2, learnt=True)
-        >>> tuple(up(torch.zeros(1, 3, 5, 6)).shape), up.weight.numel()
-        ((1, 3, 12, 14), 144)
+    Its maps measure (h - 1) * stride + kernel, and the centre of cell i lies at i * stride + (kernel - 1) / 2. If `learnt`,
+    the filters are K * K * kernel * kernel parameters, bilinear on the diagonal, else zero.
     """
     if not learnt:
         return FixedBilinear(channels, kernel=kernel, stride=stride)
@@ -61,12 +41,7 @@ def bilinear_upsampling(channels: int, *, kernel: int, stride: int, learnt: bool
 
 
 def learnt_bilinear(channels: int, *, kernel: int, stride: int, padding: int = 0) -> nn.ConvTranspose2d:
-    """A transposed convolution that starts as bilinear interpolation, channel by channel; `padding` cells go at each border.
-
-    Example:
-        >>> tuple(learnt_bilinear(3, kernel=4, stride=2, padding=1)(torch.zeros(1, 3, 5, 6)).shape)
-        (1, 3, 10, 12)
-    """
+    """A transposed convolution that starts as bilinear interpolation of each channel; `padding` is cut at each border."""
     deconv = nn.ConvTranspose2d(channels, channels, kernel, stride=stride, padding=padding, bias=False)
     diagonal = torch.arange(channels)
     with torch.no_grad():

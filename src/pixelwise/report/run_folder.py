@@ -15,7 +15,7 @@ from pixelwise.files import read_json
 from pixelwise.metrics import Scores
 
 RUN_FILES = ("model.json", "config.yaml", "plan.json", "data.json", "environment.json", "metrics.csv")
-METRICS = ("epoch", "elapsed_s", "lr", "train_loss", "images_per_s", "val_loss", "val_miou", "val_global_accuracy")
+METRICS = ("epoch", "elapsed_s", "lr", "train_loss", "images_per_s", "val_miou", "val_global_accuracy")
 
 MAX_NUMBER, MAX_STEP = 1e30, 1e12
 

@@ -110,7 +110,7 @@ def training_curves(run: Path) -> tuple[str, list[Curve]]:
         return Line(label=label, points=columns[column], smooth=smooth)
 
     plots = {
-        "Loss": (line("training", "train_loss", smooth=True), line("validation", "val_loss")),
+        "Loss": (line("training", "train_loss", smooth=True),),
         "Validation, %": (line("mIoU", "val_miou"), line("pixel accuracy", "val_global_accuracy")),
         "Learning rate": (line("", "lr"),),
         "Images per second": (line("", "images_per_s"),),

@@ -71,9 +71,20 @@ class RunConfig(BaseModel):
     )
     elastic: float = Field(default=0.0, ge=0, description="elastic deformation: deviation of its 3x3 vectors in pixels")
 
+    axis: Literal[0, 1, 2] | None = Field(default=None, description="NIfTI: voxel axis along which slices are cut; 2")
+    slices: int = Field(default=1, ge=1, description="neighbouring slices of a volume read as channels, an odd number")
+    intensity: Literal["auto", "type"] | tuple[float, float] | None = Field(
+        default=None, description="NIfTI, DICOM: auto, type, or the two numbers that become 0 and 1"
+    )
+    level: int | None = Field(default=None, ge=0, description="slides, OME-Zarr: level of the pyramid; 0 is the finest")
+    series: int | str | None = Field(
+        default=None, description="DICOM: SeriesInstanceUID; OME-Zarr: number of the image"
+    )
+    allow_no_affine: bool = Field(default=False, description="NIfTI: accept volumes without an affine")
+
     class_weights: ClassWeights = Field(
         default="sqrt_median_frequency",
-        description="none, median_frequency, its square root, or enet; or one number per class",
+        description="none, median_frequency, its square root, enet, or linknet; or one number per class",
     )
     reduction: Reduction = Field(default="mean", description="divide the loss by the labelled pixels, or only sum")
     separation: float = Field(default=0.0, ge=0, description="U-Net's w0: weight of the gaps between touching objects")
@@ -125,6 +136,12 @@ class RunConfig(BaseModel):
         """`fcn32s,fcn16s` as it is typed."""
         return tuple(name.strip() for name in value.split(",") if name.strip()) if isinstance(value, str) else value
 
+    @field_validator("intensity", mode="before")
+    @classmethod
+    def _range(cls, value: Any) -> Any:
+        """`-160,240` as it is typed."""
+        return tuple(value.split(",")) if isinstance(value, str) and "," in value else value
+
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         given = [key for key in ("minutes", "epochs", "steps") if getattr(self, key) is not None]
@@ -134,6 +151,10 @@ class RunConfig(BaseModel):
             raise ValueError(f"scale must be two positive numbers, the smaller first, not {self.scale}")
         if self.init is not None and self.pretrained is not None:
             raise ValueError("init and pretrained both name the weights to start from; give one of them")
+        if self.slices % 2 == 0:
+            raise ValueError(f"slices must be an odd number: a slice and as many on each side, not {self.slices}")
+        if isinstance(self.intensity, tuple) and not self.intensity[0] < self.intensity[1]:
+            raise ValueError(f"intensity must be two numbers, the smaller first, not {self.intensity}")
         for key, (other, wanted) in NEEDS.items():
             given, unset = getattr(self, other), type(self).model_fields[other].default
             counts = given == wanted if wanted else given != unset
@@ -147,6 +168,12 @@ class RunConfig(BaseModel):
         if self.clip is not None:
             return self.clip
         return 1.0 if self.reduction == "mean" else 0.0
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """The options with which images are read, as far as they are set; kept in the model card."""
+        keys = ("axis", "slices", "intensity", "level", "series", "allow_no_affine")
+        return {key: getattr(self, key) for key in keys if getattr(self, key) != type(self).model_fields[key].default}
 
     @property
     def budget(self) -> tuple[str, float]:
@@ -197,10 +224,6 @@ def parse_settings(settings: list[str]) -> dict[str, Any]:
 
     Raises:
         UsageError: no `=`, or a value that is not YAML.
-
-    Example:
-        >>> parse_settings(["lr=0.01", "options.widths=[64, 32]"])
-        {'lr': 0.01, 'options': {'widths': [64, 32]}}
     """
     values: dict[str, Any] = {}
     for setting in settings:

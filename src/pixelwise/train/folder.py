@@ -16,8 +16,8 @@ from pixelwise.errors import DataError, UsageError
 from pixelwise.files import read_json, write_json, write_text
 from pixelwise.infer.bundle import CARD_NAME
 from pixelwise.train.config import RunConfig, make_config, read_config
-from pixelwise.train.environment import cpu_name
 from pixelwise.train.plan import Plan
+from pixelwise.train.start import cpu_name
 
 CONFIG_NAME, PLAN_NAME, STATE_NAME = "config.yaml", "plan.json", "environment.json"
 

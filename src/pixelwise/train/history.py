@@ -13,16 +13,7 @@ COLUMNS = (
 
 
 class History:
-    """Appends rows to a CSV file; rows after `first_step`, of a part of the run that is done again, are dropped first.
-
-    Example:
-        >>> import tempfile
-        >>> path = Path(tempfile.mkdtemp()) / "metrics.csv"
-        >>> History(path).add(step=1, train_loss=0.5)
-        >>> History(path, first_step=1).add(step=2, train_loss=0.25)
-        >>> [row["train_loss"] for row in read_history(path)]
-        ['0.5', '0.25']
-    """
+    """Appends rows to a CSV file; rows after `first_step`, of a part of the run that is done again, are dropped first."""
 
     def __init__(self, path: Path, first_step: int = 0) -> None:
         self.path = path

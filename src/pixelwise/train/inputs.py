@@ -16,12 +16,7 @@ OF_CROPS = ("crop_px", "scale", "focus", "elastic", "separation")  # options tha
 
 
 def window_px(model: nn.Module) -> int | None:
-    """The side of the windows that `model` is trained on, or None for a network that is trained on crops.
-
-    Example:
-        >>> window_px(nn.Conv2d(3, 2, 1)) is None
-        True
-    """
+    """The side of the windows that `model` is trained on, or None for a network that is trained on crops."""
     side = getattr(model, "window", None)
     return side if isinstance(side, int) and callable(getattr(model, "classify", None)) else None
 

@@ -16,11 +16,6 @@ def make_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer
     The rate of what lies in the network's `encoder` is multiplied by `encoder_lr`, that of the biases of convolutions by
     `bias_lr`. Weights of more than one dimension are decayed: by AdamW on their own, by the others as a term l2 / 2 |w|^2 of
     the loss, as torch does it.
-
-    Example:
-        >>> made = make_optimizer(nn.Conv2d(1, 1, 3), RunConfig(optimizer="sgd", lr=0.5, bias_lr=2))
-        >>> [(group["peak_lr"], group["weight_decay"]) for group in made.param_groups]
-        [(0.5, 0.01), (1.0, 0.0)]
     """
     groups: dict[tuple[bool, bool, bool], list[nn.Parameter]] = {}
     for name, parameter, is_bias in _parameters(model):

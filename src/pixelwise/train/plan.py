@@ -2,6 +2,7 @@
 
 import copy
 import math
+import os
 import statistics
 import time
 from dataclasses import asdict, dataclass
@@ -11,18 +12,19 @@ import torch
 from torch import nn
 
 from pixelwise.data.check import Inspection
-from pixelwise.infer.devices import peak_memory_bytes, resolve_device, resolve_precision
+from pixelwise.data.pairs import Pair
+from pixelwise.data.separation import where_objects_come_from
+from pixelwise.infer.network import peak_memory_bytes, resolve_device, resolve_precision
 from pixelwise.losses import cross_entropy
 from pixelwise.models.registry import count_parameters
 from pixelwise.ops.depthwise import speed_up_depthwise
 from pixelwise.train.config import RunConfig
 from pixelwise.train.inputs import batch_size, draws_per_image, label_px, training_logits, window_px
-from pixelwise.train.separation import where_objects_come_from
 from pixelwise.train.start import Start
-from pixelwise.train.stream import default_workers
 
 CROP_STEP_PX = 32  # the stride of nearly every encoder: crops of its multiples need no padding
 LARGEST_CROP_PX = 352
+LARGEST_TRIAL_PX = 1024  # side of the image whose validation is timed
 READING = 1.5  # a validated image takes so many times as long as the network alone
 VALIDATION_SHARE = 0.08  # of a time budget; more would be taken from learning
 
@@ -87,12 +89,7 @@ class Plan:
 
 
 def choose_crop_px(sizes: dict[str, int]) -> int:
-    """The largest multiple of 32 px that fits the shorter side of the median image, at most 352 and at least 32.
-
-    Example:
-        >>> choose_crop_px({"480x360": 701})
-        352
-    """
+    """The largest multiple of 32 px that fits the shorter side of the median image, at most 352 and at least 32."""
     shorter = [min(map(int, size.split("x"))) for size, count in sizes.items() for _ in range(count)]
     fitting = int(statistics.median(shorter)) // CROP_STEP_PX * CROP_STEP_PX
     return max(CROP_STEP_PX, min(LARGEST_CROP_PX, fitting))
@@ -105,8 +102,8 @@ def make_plan(config: RunConfig, inspection: Inspection, start: Start, *, stage:
     precision = resolve_precision(config.precision, device)
     window = window_px(model)
     crop_px, batch = window or config.crop_px or choose_crop_px(inspection.sizes), batch_size(config, model)
-    train, val = len(folder.split("train")), len(folder.split("val"))
-    draws = train * draws_per_image(model, _average_pixels(inspection))
+    val = len(inspection.samples("val"))
+    draws = len(epoch_pairs(inspection, crop_px)) * draws_per_image(model, _average_pixels(inspection))
     per_epoch = math.ceil(draws / (batch * config.devices))
     step_s = time_steps(config, model, (batch, inspection.channels, crop_px), device, precision)
     val_images = min(val, config.max_val_images or val)
@@ -154,6 +151,15 @@ def make_plan(config: RunConfig, inspection: Inspection, start: Start, *, stage:
     )
 
 
+def epoch_pairs(inspection: Inspection, crop_px: int) -> list[Pair]:
+    """What an epoch draws from: each training sample once; a plane that is read by windows, once for each crop in it."""
+    large, pairs = inspection.places(), []
+    for pair in inspection.samples("train"):
+        places = large.get((pair.mask, pair.plane or 0))
+        pairs += [pair] * (max(1, round(places.height * places.width / crop_px**2)) if places else 1)
+    return pairs
+
+
 def _validate_every(config: RunConfig, per_epoch: int, step_s: float, validation_s: float) -> int:
     """Steps between validations: an epoch, or under a time budget as many epochs as keep them to their share of it."""
     epochs = config.validate_every or 1
@@ -192,7 +198,7 @@ def time_steps(
 
 def _image_s(model: nn.Module, inspection: Inspection, device: torch.device, precision: str) -> float:
     """Seconds to read, label and score one image: measured on the most frequent size, scaled to the average one."""
-    width, height = map(int, next(iter(inspection.sizes)).split("x"))
+    width, height = (min(int(side), LARGEST_TRIAL_PX) for side in next(iter(inspection.sizes)).split("x"))
     trial = copy.deepcopy(model).to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
     image = torch.zeros(1, inspection.channels, height, width, device=device)
     image = image.contiguous(memory_format=torch.channels_last)
@@ -211,11 +217,12 @@ def _average_pixels(inspection: Inspection) -> float:
 
 
 def image_area(size: str) -> int:
-    """The pixels of a "WIDTHxHEIGHT".
-
-    Example:
-        >>> image_area("480x360")
-        172800
-    """
+    """The pixels of a "WIDTHxHEIGHT"."""
     width, height = map(int, size.split("x"))
     return width * height
+
+
+def default_workers(device_type: str) -> int:
+    """Processes to prepare crops: one where the CPU computes the network too, up to eight beside a GPU."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(1, cores - 1) if device_type == "cpu" else min(8, max(1, cores - 1))

@@ -11,9 +11,8 @@ from pixelwise.data.check import Inspection, inspect_data
 from pixelwise.data.layouts import DataFolder, open_data
 from pixelwise.errors import DataError, PixelwiseError, UsageError
 from pixelwise.files import write_json
-from pixelwise.infer.devices import is_out_of_memory
+from pixelwise.infer.network import is_out_of_memory
 from pixelwise.train.checkpoints import LAST_NAME, checkpoint_step
-from pixelwise.train.conductor import Report
 from pixelwise.train.config import RunConfig
 from pixelwise.train.folder import (
     STATE_NAME,
@@ -24,18 +23,12 @@ from pixelwise.train.folder import (
     write_config,
     write_start,
 )
-from pixelwise.train.parts import (
-    loss_weights,
-    make_conductor,
-    make_dataset,
-    make_stream,
-    make_task,
-    make_trainer,
-    quiet,
-)
+from pixelwise.train.loop import Report, make_loop, make_trainer, quiet
+from pixelwise.train.module import loss_weights, make_module
 from pixelwise.train.plan import Plan, make_plan
 from pixelwise.train.stages import Stage, check_stages, plan_stages
 from pixelwise.train.start import Start, start_network
+from pixelwise.train.stream import make_dataset, make_stream
 
 OnPlan = Callable[[Plan, Inspection], None]
 
@@ -102,7 +95,7 @@ def train(
     out = Path(out)
     config = settle_config(out, config, resume)
     folder = data if isinstance(data, DataFolder) else open_data(data)
-    inspection = inspect_data(folder)
+    inspection = inspect_data(folder, reading=config.reading)
     inspection.raise_if_fatal()
     if not folder.split("train"):
         raise DataError(f"{folder.root}: holds no training images. Give it a train split.")
@@ -144,23 +137,23 @@ def _train_stage(
     if not state:
         write_config(*whole)  # so that --resume finds the options of all stages
         state = write_start(out, stage.recorded, plan, inspection, command)
-    task = make_task(config, plan, start.model, weight)
-    conductor = make_conductor(plan, inspection, out, first_step, report)
-    trainer = make_trainer(config, plan, conductor, out)
+    module = make_module(config, plan, start.model, weight)
+    loop = make_loop(plan, inspection, out, first_step, report)
+    trainer = make_trainer(config, plan, loop, out)
     loader = make_stream(config, plan, dataset, first_step)
     with _as_readable_errors(plan, checkpoint), quiet():
-        trainer.fit(task, train_dataloaders=loader, ckpt_path=checkpoint if first_step else None)
-    best = task.progress.best_miou if task.progress.best_miou >= 0 else None
+        trainer.fit(module, train_dataloaders=loader, ckpt_path=checkpoint if first_step else None)
+    best = module.progress.best_miou if module.progress.best_miou >= 0 else None
     if trainer.is_global_zero:
-        outcome = {"finished": conductor.interrupted is None, "best_miou": best, "steps": trainer.global_step}
-        write_json(out / STATE_NAME, state | outcome | {"seconds": task.progress.elapsed_s})
+        outcome = {"finished": loop.interrupted is None, "best_miou": best, "steps": trainer.global_step}
+        write_json(out / STATE_NAME, state | outcome | {"seconds": module.progress.elapsed_s})
     return Run(
         folder=out,
         plan=plan,
         best_miou=best,
         steps=trainer.global_step,
-        seconds=task.progress.elapsed_s,
-        interrupted=conductor.interrupted,
+        seconds=module.progress.elapsed_s,
+        interrupted=loop.interrupted,
     )
 
 

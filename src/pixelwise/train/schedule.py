@@ -15,10 +15,6 @@ class Budget:
         steps: of the optimiser.
         seconds: of training.
         steps_per_epoch: how many steps are a pass over the data.
-
-    Example:
-        >>> Budget(steps=10).progress(step=5, elapsed_s=99.0)
-        0.5
     """
 
     steps: int | None = None
@@ -55,12 +51,6 @@ def lr_factor(
         epoch: passes over the data so far, a fraction included.
         decay: factor of `exponential`.
         decay_epochs: how often it is applied.
-
-    Example:
-        >>> [round(lr_factor(p, schedule="poly", warmup=0.1, power=1), 2) for p in (0.05, 0.1, 0.55, 1)]
-        [0.5, 1.0, 0.5, 0.0]
-        >>> [lr_factor(0.5, schedule="exponential", warmup=0, power=1, epoch=e, decay=0.5) for e in (0.9, 1, 3)]
-        [1.0, 0.5, 0.125]
     """
     if progress < warmup:
         rise = progress / warmup

@@ -42,11 +42,6 @@ def plan_stages(config: RunConfig, out: Path) -> tuple[Stage, ...]:
 
     Raises:
         UsageError: there is no such network.
-
-    Example:
-        >>> stages = plan_stages(RunConfig(model="fcn8s", stages=("fcn32s", "fcn16s"), init="vgg16"), Path("run"))
-        >>> [(stage.folder.as_posix(), stage.config.init) for stage in stages]
-        [('run/stages/1-fcn32s', 'vgg16'), ('run/stages/2-fcn16s', 'run/stages/1-fcn32s'), ('run', 'run/stages/2-fcn16s')]
     """
     if not config.stages:
         return (Stage(config=config, recorded=config, folder=out),)

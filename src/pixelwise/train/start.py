@@ -1,6 +1,9 @@
 """What a network starts from: random numbers, a classifier's weights, a file, or the weights of another run."""
 
+import platform
+import shlex
 import statistics
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -112,3 +115,18 @@ def _for_channels(norm: Normalisation, channels: int) -> Normalisation | None:
     if channels == 1 and len(norm[0]) == 3:
         return (statistics.fmean(norm[0]),), (statistics.fmean(norm[1]),)
     return None
+
+
+def cpu_name() -> str:
+    """The processor's name as the system tells it."""
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def command_line() -> list[str]:
+    """What was typed, as a shell would take it."""
+    return [shlex.quote(part) for part in (Path(sys.argv[0]).name, *sys.argv[1:])]

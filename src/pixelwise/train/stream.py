@@ -8,21 +8,31 @@ import hashlib
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+from pixelwise.data.check import Inspection
 from pixelwise.data.labels import LabelSpec
 from pixelwise.data.layouts import Pair
-from pixelwise.data.samples import Sample, load_sample
-from pixelwise.data.transforms import PixelWeight
+from pixelwise.data.places import ClassPlaces, Places
+from pixelwise.data.samples import OpenPair, OpenPairs, Sample, are_pictures, load_sample
+from pixelwise.data.separation import separate
+from pixelwise.data.slices import Reading
+from pixelwise.data.transforms import PixelWeight, Windowed
+from pixelwise.errors import UsageError
+from pixelwise.train.config import RunConfig
+from pixelwise.train.inputs import input_transform
+from pixelwise.train.plan import Plan, epoch_pairs
 
 Weigh = Callable[[Pair, Sample], tuple[Sample, Tensor]]  # a sample as it is trained on, and its pixels' weights (H, W)
 
@@ -39,13 +49,15 @@ class CropSet(Dataset[tuple[Tensor, ...]]):
     """Augmented crops by (index of the pair, position in the stream): image, mask and, if asked for, pixel weights.
 
     Args:
-        pairs: with masks.
+        pairs: with masks; of volumes, single planes.
         labels: what their values mean.
         channels: of the network's images.
         transform: from `training_transform`.
         seed: of the run.
         cache: keep the decoded images in memory (shared with the workers where processes fork), and their weights too.
         weigh: computes the weights of an image's pixels.
+        reading: the run's options of reading.
+        places: by mask and plane, where the values of masks lie that are read by windows, as their images are.
     """
 
     def __init__(
@@ -57,28 +69,57 @@ class CropSet(Dataset[tuple[Tensor, ...]]):
         seed: int,
         cache: bool,
         weigh: Weigh | None = None,
+        reading: Reading | None = None,
+        places: Mapping[tuple[Path | None, int], Places] | None = None,
     ) -> None:
-        self.pairs, self.labels, self.channels = pairs, labels, channels
+        self.pairs, self.labels, self.channels, self.reading = pairs, labels, channels, reading
         self.transform, self.seed, self.weigh = transform, seed, weigh
-        self._samples: list[tuple[Tensor, ...]] | None = None
+        self._places = {key: ClassPlaces(found, labels) for key, found in (places or {}).items()}
+        self._opened = OpenPairs(partial(OpenPair, labels=labels, channels=channels, reading=reading))
+        self._samples: dict[int, tuple[Tensor, ...]] = {}
         if cache:
+            whole = [index for index, pair in enumerate(pairs) if (pair.mask, pair.plane or 0) not in self._places]
             with ThreadPoolExecutor(os.cpu_count()) as pool:
-                self._samples = list(pool.map(self._load, range(len(pairs))))
+                self._samples = dict(zip(whole, pool.map(self._load, whole), strict=True))
+        self._opened.close()  # the workers open their own
 
-    def _load(self, index: int) -> tuple[Tensor, ...]:
-        pair = self.pairs[index]
-        sample, weights = load_sample(pair, self.labels, self.channels), None
+    def _load(self, index: int) -> tuple[Any, ...]:
+        """The sample as tensors, or as `Windowed` images where it is read by windows."""
+        pair, plane = self.pairs[index], self.pairs[index].plane or 0
+        if (places := self._places.get((pair.mask, plane))) is not None:
+            return self._windowed(self._opened.get(pair), plane, places)
+        if are_pictures(pair) and not self.reading:
+            sample = load_sample(pair, self.labels, self.channels)
+        else:
+            sample = self._opened.get(pair).read(plane)
+        weights = None
         if self.weigh is not None:
             sample, weights = self.weigh(pair, sample)
         given = (tv_tensors.Image(sample.image), tv_tensors.Mask(sample.mask))
         return given if weights is None else (*given, PixelWeight(weights))
+
+    def _windowed(self, opened: OpenPair, plane: int, places: ClassPlaces) -> tuple[Windowed, Windowed]:
+        if self.weigh is not None:
+            raise UsageError(
+                f"separation: {opened.pair.image} is too large for it, since the distances are measured in whole images. "
+                "Cut it into images of at most 16 million pixels, or leave separation out."
+            )
+        shape = opened.image.info.height, opened.image.info.width
+
+        def read_image(top: int, left: int, height: int, width: int) -> Tensor:
+            return tv_tensors.Image(opened.read_image(top, left, height, width, plane))
+
+        def read_mask(top: int, left: int, height: int, width: int) -> Tensor:
+            return tv_tensors.Mask(opened.read_mask(top, left, height, width, plane))
+
+        return Windowed(shape, read_image), Windowed(shape, read_mask, partial(places.draw, read_mask))
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, ...]:
         index, position = key
-        sample = self._samples[index] if self._samples is not None else self._load(index)
+        sample = self._samples.get(index) or self._load(index)
         with torch.random.fork_rng(devices=[]):
             # Not torch.manual_seed: that also prepares the seed of every GPU, which takes longer than cutting a window.
             torch.default_generator.manual_seed(seed_of(self.seed, "crop", position))
@@ -87,14 +128,7 @@ class CropSet(Dataset[tuple[Tensor, ...]]):
 
 
 class BatchStream(Sampler[list[tuple[int, int]]]):
-    """Endless batches of (index, position): one shuffled epoch after the other, from `first_step` on.
-
-    Example:
-        >>> whole = iter(BatchStream(5, batch_size=2, seed=0))
-        >>> later = iter(BatchStream(5, batch_size=2, seed=0, first_step=2))
-        >>> [next(whole) for _ in range(3)][2] == next(later)
-        True
-    """
+    """Endless batches of (index, position): one shuffled epoch after the other, from `first_step` on."""
 
     def __init__(
         self, images: int, *, batch_size: int, seed: int, first_step: int = 0, rank: int = 0, world: int = 1
@@ -148,12 +182,6 @@ def _print_unless_hung_up(kind: type[BaseException], error: BaseException, trace
         sys.__excepthook__(kind, error, trace)
 
 
-def default_workers(device_type: str) -> int:
-    """Processes to prepare crops: one where the CPU computes the network too, up to eight beside a GPU."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(1, cores - 1) if device_type == "cpu" else min(8, max(1, cores - 1))
-
-
 def fits_in_cache(images_bytes: int) -> bool:
     """Whether decoded images of this size may be kept in memory."""
     try:
@@ -161,3 +189,44 @@ def fits_in_cache(images_bytes: int) -> bool:
     except (AttributeError, OSError, ValueError):
         return images_bytes < 1 << 30  # a machine that does not tell its memory gets a cautious gigabyte
     return images_bytes < CACHE_SHARE * memory
+
+
+def make_dataset(config: RunConfig, plan: Plan, inspection: Inspection, model: nn.Module) -> CropSet:
+    """What the steps draw from; the images are read here if they fit into memory."""
+    is_uint8 = set(inspection.dtypes) == {"uint8"}
+    transform = input_transform(config, model, crop_px=plan.crop_px, fill=plan.mean, is_uint8=is_uint8)
+    pairs, places = epoch_pairs(inspection, plan.crop_px), inspection.places()
+    bytes_of_pixel = inspection.channels * (1 if is_uint8 else 4) + 1 + (4 if config.separation else 0)
+    whole = [
+        scan.image.grid.pixels
+        for scan in inspection.scans
+        if scan.pair.split == "train" and scan.image and (scan.pair.mask, 0) not in places
+    ]
+    weigh = None
+    if config.separation:
+        weigh = partial(separate, w0=config.separation, sigma_px=config.separation_sigma_px, reading=inspection.reading)
+    return CropSet(
+        pairs,
+        inspection.folder.labels,
+        inspection.channels,
+        transform,
+        config.seed,
+        fits_in_cache(sum(whole) * bytes_of_pixel),
+        weigh,
+        inspection.reading,
+        places,
+    )
+
+
+def make_stream(config: RunConfig, plan: Plan, dataset: CropSet, first_step: int) -> Any:
+    """The loader of endless batches, entered at `first_step`."""
+    rank = int(os.environ.get("LOCAL_RANK", 0))
+    stream = BatchStream(
+        len(dataset),
+        batch_size=plan.batch_size,
+        seed=config.seed,
+        first_step=first_step,
+        rank=rank,
+        world=config.devices,
+    )
+    return make_loader(dataset, stream, workers=plan.workers, pin_memory=plan.device.startswith("cuda"))

@@ -1,7 +1,6 @@
 """Blended tiles against the definition: every pixel the average of its windows' logits, weighted, whatever is asked for."""
 
 import math
-from collections import Counter
 from itertools import pairwise
 
 import pytest
@@ -84,8 +83,8 @@ def blended(run, image, window_px, overlap, weights, classes):
 
 
 @settings(deadline=None, max_examples=80, derandomize=True)
-@given(data=st.data(), overlap=overlaps, blend=st.sampled_from(BLENDS), batch=st.integers(1, 5))
-def test_one_more_stays_one_more(data, overlap, blend, batch):
+@given(data=st.data(), overlap=overlaps, blend=st.sampled_from(BLENDS))
+def test_one_more_stays_one_more(data, overlap, blend):
     height, width = data.draw(st.integers(1, 70)), data.draw(st.integers(1, 70))
     window_px = data.draw(st.integers(1, 80) if overlap < 0.9 else st.integers(20, 80))
     image = torch.rand(1, height, width, generator=torch.Generator().manual_seed(height * width)) * 10 - 5
@@ -96,7 +95,6 @@ def test_one_more_stays_one_more(data, overlap, blend, batch):
         window_px=window_px,
         overlap=overlap,
         weights=blend,
-        batch=batch,
         budget_bytes=budget,
     )
     region = regions(data.draw, height, width)
@@ -105,14 +103,14 @@ def test_one_more_stays_one_more(data, overlap, blend, batch):
 
 
 @settings(deadline=None, max_examples=40, derandomize=True)
-@given(data=st.data(), overlap=overlaps, blend=st.sampled_from(BLENDS), batch=st.integers(1, 3))
-def test_averages_are_those_of_the_definition_for_any_region(data, overlap, blend, batch):
+@given(data=st.data(), overlap=overlaps, blend=st.sampled_from(BLENDS))
+def test_averages_are_those_of_the_definition_for_any_region(data, overlap, blend):
     height, width = data.draw(st.integers(1, 60)), data.draw(st.integers(1, 60))
     window_px = data.draw(st.integers(8, 40))
     image = torch.randn(2, height, width, generator=torch.Generator().manual_seed(height + 100 * width))
     budget = data.draw(st.sampled_from([None, 1, 40_000]))
     options = {"window_px": window_px, "overlap": overlap, "weights": blend}
-    tiles = tiles_of(Centred(), (height, width), channels=2, classes=3, batch=batch, budget_bytes=budget, **options)
+    tiles = tiles_of(Centred(), (height, width), channels=2, classes=3, budget_bytes=budget, **options)
     expected = blended(Centred(), image, window_px, overlap, blend, 3)
     assert torch.allclose(scored(tiles, image, classes=3), expected, atol=1e-5)
     region = regions(data.draw, height, width)
@@ -167,7 +165,7 @@ def test_weights_are_symmetric_and_fall_to_the_border(blend, size):
 
 def test_numbers_of_sixteen_bits_do_not_overflow():
     image = torch.full((1, 40, 50), 60_000.0, dtype=torch.float16)
-    tiles = tiles_of(lambda x: x.half(), (40, 50), window_px=16, overlap=0.75, batch=3)
+    tiles = tiles_of(lambda x: x.half(), (40, 50), window_px=16, overlap=0.75)
     assert torch.allclose(scored(tiles, image), torch.full((1, 40, 50), 60_000.0), rtol=1e-3)
     image = torch.rand(1, 40, 50)
     tiles = tiles_of(lambda x: x.bfloat16(), (40, 50), window_px=16, overlap=0.75, weights="uniform")
@@ -196,73 +194,10 @@ def test_the_cost_is_that_of_the_windows():
 
     for budget in (None, 70_000):  # with the smaller one, columns are done in groups
         seen.clear()
-        tiles = tiles_of(run, (90, 130), window_px=32, overlap=0.25, batch=2, budget_bytes=budget)
+        tiles = tiles_of(run, (90, 130), window_px=32, overlap=0.25, budget_bytes=budget)
         scored(tiles, torch.rand(1, 90, 130))
         assert tiles.cost == pytest.approx(sum(seen) / (90 * 130))
     assert tiles.group_px < 130
-
-
-def limited(most_px, classes=1, error=torch.OutOfMemoryError):
-    """A network for which memory runs out with more pixels than that; and how many it was given."""
-    seen = Counter()
-
-    def run(x):
-        pixels = x[:, 0].numel()
-        seen[pixels] += 1
-        if pixels > most_px:
-            raise error("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return x + 1
-
-    return run, seen
-
-
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError, RuntimeError])
-def test_out_of_memory_halves_the_batch_then_the_window_and_says_so(error):
-    image, notes = torch.rand(1, 100, 170), []
-    run, seen = limited(20 * 20, error=error)
-    tiles = tiles_of(run, (100, 170), window_px=64, batch=4, note=notes.append)
-    assert torch.allclose(scored(tiles, image), image + 1, atol=1e-5)
-    assert notes == [
-        "out of memory with 4 windows at a time; going on with 2.",
-        "out of memory with 2 windows at a time; going on with 1.",
-        "out of memory with windows of 64 px; going on with windows of 32 px, so that labels may differ from those made "
-        "with enough memory.",
-        "out of memory with windows of 32 px; going on with windows of 16 px, so that labels may differ from those made "
-        "with enough memory.",
-    ]
-    # what was found once is not tried again
-    assert sorted(seen.items())[1:] == [(32**2, 1), (64**2, 1), (2 * 64**2, 1), (4 * 64**2, 1)]
-    assert torch.allclose(scored(tiles, image), image + 1, atol=1e-5) and len(notes) == 4
-
-
-def test_what_was_done_before_memory_ran_out_is_kept():
-    image, calls = torch.rand(1, 96, 32), []
-
-    def run(x):
-        calls.append(tuple(x.shape[2:]))
-        if len(calls) == 3:
-            raise torch.OutOfMemoryError("CUDA out of memory.")
-        return x + 1
-
-    tiles = tiles_of(run, (96, 32), window_px=32, overlap=0.0)
-    assert torch.allclose(scored(tiles, image), image + 1, atol=1e-5)
-    assert calls[:3] == [(32, 32)] * 3 and set(calls[3:]) == {(16, 16)}  # two windows were done, the third in parts
-
-
-def test_where_windows_cannot_be_smaller_the_error_comes_out():
-    run, _ = limited(10)
-    with pytest.raises(torch.OutOfMemoryError):
-        scored(tiles_of(run, (100, 100), window_px=64), torch.rand(1, 100, 100))
-
-
-def test_other_errors_are_not_taken_for_missing_memory():
-    def run(x):
-        raise RuntimeError("shapes do not fit")
-
-    notes = []
-    with pytest.raises(RuntimeError, match="shapes do not fit"):
-        scored(tiles_of(run, (50, 50), note=notes.append), torch.rand(1, 50, 50))
-    assert not notes
 
 
 def test_errors_of_reading_come_out():

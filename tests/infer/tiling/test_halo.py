@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from pixelwise.errors import UsageError
-from pixelwise.infer.tiling.base import Region
+from pixelwise.infer.tiling import Region
 from pixelwise.infer.tiling.halo import BATCH_PX, Axis, HaloTiles
 from pixelwise.models import create_model, list_models
 from pixelwise.ops.cost import PassMemory
@@ -170,46 +170,6 @@ def test_a_region_computes_only_the_tiles_it_touches():
     tiles = halo_tiles(run, AVERAGES, image, tile_px=16, batch=1)
     joined(tiles, image, Region(20, 20, 3, 3))
     assert run.shapes == [(1, 1, 20, 20)]
-
-
-def test_out_of_memory_halves_the_batch_then_the_tiles_and_goes_on():
-    image, notes = torch.randn(1, 64, 64), []
-    run = Averages(most_px=350)
-    tiles = halo_tiles(run, AVERAGES, image, tile_px=16, batch=4, note=notes.append)
-    region = Region(0, 0, 64, 64)
-    parts = list(tiles.score(reader(image), region))
-    assert notes == [
-        "out of memory with 2 tiles at a time; going on with 1.",
-        "out of memory with tiles of 16 x 16 px; going on with 8 x 16 px.",
-    ]
-    scores = torch.full((CLASSES, 64, 64), torch.nan)
-    for part in parts:
-        window = scores[:, part.region.top : part.region.bottom, part.region.left : part.region.right]
-        assert bool(window.isnan().all())
-        window.copy_(part.values)
-    assert torch.allclose(scores, Averages()(image[None])[0], atol=1e-6)
-    # What was done is not done again, and no more large tiles are tried: each row of tiles has 4 x 2 halves.
-    assert len(run.shapes) == len(parts) <= 34
-
-
-def test_it_goes_on_where_it_was():
-    """Memory that runs out late changes what comes after, not what came before."""
-    image, run = torch.randn(1, 64, 16), Averages()
-    tiles = halo_tiles(run, AVERAGES, image, tile_px=16, batch=1)
-    parts = tiles.score(reader(image), Region(0, 0, 64, 16))
-    first = next(parts)
-    run.most_px = 200
-    rest = list(parts)
-    assert first.region == Region(0, 0, 16, 16)
-    assert [part.region.top for part in rest] == [16, 24, 32, 40, 48, 56]
-
-
-def test_the_smallest_tile_that_runs_out_of_memory_ends_it():
-    image, notes = torch.randn(1, 16, 16), []
-    tiles = halo_tiles(Averages(most_px=4), AVERAGES, image, tile_px=4, note=notes.append)
-    with pytest.raises(RuntimeError, match="can't allocate memory"):
-        joined(tiles, image)
-    assert notes[-1] == "out of memory with tiles of 2 x 4 px; going on with 2 x 2 px."
 
 
 def test_other_errors_are_not_swallowed():

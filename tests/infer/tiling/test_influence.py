@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from pixelwise.errors import UsageError
-from pixelwise.infer.tiling.base import Region
+from pixelwise.infer.tiling import Region
 from pixelwise.infer.tiling.halo import HaloTiles
 from pixelwise.infer.tiling.influence import Influence, cut_radius, influence, like_a_photo
 from pixelwise.models import create_model

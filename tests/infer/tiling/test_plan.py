@@ -7,9 +7,9 @@ from torch import nn
 from pixelwise.data.labels import LabelSpec
 from pixelwise.errors import UsageError
 from pixelwise.infer.bundle import ModelCard
+from pixelwise.infer.options import Tiling
 from pixelwise.infer.predictor import Predictor
 from pixelwise.infer.tiling import Region
-from pixelwise.infer.tiling.options import Tiling
 from pixelwise.infer.tiling.plan import choose_scorer
 from pixelwise.models import create_model
 

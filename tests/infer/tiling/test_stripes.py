@@ -11,12 +11,13 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pixelwise.errors import PixelwiseError
+from pixelwise.infer.prefetch import NextRows
 from pixelwise.infer.tiling import Region
-from pixelwise.infer.tiling.stripes import NextRows, Stripes
+from pixelwise.infer.tiling.stripes import Stripes
 from pixelwise.models import create_model, list_models
 from pixelwise.ops.receptive_field import receptive_field
 from pixelwise.ops.streaming import NotWindowed
-from pixelwise.ops.streaming.shelf import Shelf
+from pixelwise.ops.streaming.spill import SpillFile
 
 CLASSES = 3
 
@@ -151,8 +152,10 @@ def test_where_columns_cost_much_rows_wait_on_the_disk(tmp_path, monkeypatch):
     assert scorer.cost == 1 and scorer.memory_bytes <= 13_000_000 and 5e6 < scorer.disk_bytes < 9e6
     image = torch.randn(3, *size)
     sizes = []
-    put = Shelf.put
-    monkeypatch.setattr(Shelf, "put", lambda shelf, rows: (put(shelf, rows), sizes.append(shelf.size))[0])
+    put = SpillFile.put
+    monkeypatch.setattr(
+        SpillFile, "put", lambda spill_file, rows: (put(spill_file, rows), sizes.append(spill_file.size))[0]
+    )
     expected = whole_pass(model, image)
     assert_same(scored(scorer, image, Region(0, 0, *size)), expected, float(expected.abs().max()))
     assert max(sizes) == scorer.disk_bytes and not list(tmp_path.iterdir())
@@ -165,8 +168,10 @@ def test_each_column_has_a_file_of_its_own(tmp_path, monkeypatch):
     scorer = Stripes(model, 300, 1500, in_channels=3, budget_bytes=13_000_000, scratch=tmp_path)
     assert len(scorer.cuts) > 3 and scorer.disk_bytes > 0  # the columns at the sides are narrower
     sizes = []
-    put = Shelf.put
-    monkeypatch.setattr(Shelf, "put", lambda shelf, rows: (put(shelf, rows), sizes.append(shelf.size))[0])
+    put = SpillFile.put
+    monkeypatch.setattr(
+        SpillFile, "put", lambda spill_file, rows: (put(spill_file, rows), sizes.append(spill_file.size))[0]
+    )
     scored(scorer, torch.randn(3, 300, 1500), Region(0, 0, 300, 1500))
     assert 0.9 * scorer.disk_bytes <= max(sizes) <= scorer.disk_bytes
 
@@ -182,12 +187,12 @@ def test_a_full_disk_is_told_with_its_folder(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    with Shelf(tmp_path) as shelf:
-        monkeypatch.setattr(shelf, "_file", SimpleNamespace(seek=full, close=shelf._file.close))
+    with SpillFile(tmp_path) as spill_file:
+        monkeypatch.setattr(spill_file, "_file", SimpleNamespace(seek=full, close=spill_file._file.close))
         with pytest.raises(PixelwiseError, match=f"{tmp_path}: no room .*No space left.* allow more memory"):
-            shelf.put(torch.ones(3, 4))
+            spill_file.put(torch.ones(3, 4))
     with pytest.raises(PixelwiseError, match="nowhere: rows that wait cannot be stored there"):
-        Shelf(tmp_path / "nowhere")
+        SpillFile(tmp_path / "nowhere")
 
 
 def test_columns_that_save_nothing_are_not_cut():

@@ -1,8 +1,7 @@
 import pytest
 import torch
 
-from pixelwise.infer.tiling import Region
-from pixelwise.infer.tiling.whole import WholeImage
+from pixelwise.infer.tiling import Region, WholeImage
 from pixelwise.ops.cost import PassMemory
 
 

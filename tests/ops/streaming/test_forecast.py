@@ -11,9 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pixelwise.models import create_model
 from pixelwise.ops.streaming import WindowedNetwork
-from pixelwise.ops.streaming.forecast import Ledger, cost_of, item_sizes, multiply_adds, peaks, scratch_bytes
+from pixelwise.ops.streaming.forecast import Forecast, cost_of, item_sizes, multiply_adds, peaks, scratch_bytes
 from pixelwise.ops.streaming.network import LEAST_STEP_PX, Stream
-from pixelwise.ops.streaming.shelf import Shelf
+from pixelwise.ops.streaming.spill import SpillFile
 from pixelwise.ops.streaming.windows import Span, Window, whole
 
 
@@ -63,7 +63,7 @@ def read(top, left, height, width):
 def test_what_is_held_and_the_most_of_it_are_as_told(name, columns):
     graph = network(name, 150, 140).graph
     region, sizes, stripe = Window(Span(0, 150), columns), item_sizes(graph, 4), 32
-    told, stream, live = Ledger(graph, region, sizes), Stream(graph, region), Live()
+    told, stream, live = Forecast(graph, region, sizes), Stream(graph, region), Live()
     for row in range(stripe, 150 + stripe, stripe):
         row = min(row, 150)
         told.walk(row, stripe)
@@ -78,17 +78,17 @@ def test_what_is_held_and_the_most_of_it_are_as_told(name, columns):
 def test_rows_that_wait_on_the_disk_are_as_told(tmp_path):
     graph = network("fcdensenet56", 900, 40).graph
     region, sizes = whole(900, 40), item_sizes(graph, 4)
-    told, live = Ledger(graph, region, sizes, has_shelf=True), Live()
-    with Shelf(tmp_path) as shelf:
-        stream = Stream(graph, region, shelf=shelf)
+    told, live = Forecast(graph, region, sizes, has_spill_file=True), Live()
+    with SpillFile(tmp_path) as spill_file:
+        stream = Stream(graph, region, spill_file=spill_file)
         for row in range(32, 932, 32):
             row = min(row, 900)
             told.walk(row, 32)
             with torch.inference_mode(), live:
                 stream.advance(row, read, 32)
             assert live.now == pytest.approx(sum(told.held), rel=0.02, abs=10_000)
-            assert shelf.size == told.peaks.disk
-    assert told.peaks == peaks(graph, region, 32, sizes, has_shelf=True)
+            assert spill_file.size == told.peaks.disk
+    assert told.peaks == peaks(graph, region, 32, sizes, has_spill_file=True)
     without = peaks(graph, region, 32, sizes)
     assert without.disk == 0 and told.peaks.memory < 0.8 * without.memory
     assert told.peaks.disk > 0.8 * (without.memory - told.peaks.memory)

@@ -15,7 +15,7 @@ from torch import nn
 import pixelwise.ops.streaming.network as network_module
 from pixelwise.ops.streaming import NotWindowed, WindowedNetwork
 from pixelwise.ops.streaming.rules import RULES
-from pixelwise.ops.streaming.shelf import Shelf
+from pixelwise.ops.streaming.spill import SpillFile
 
 aten = torch.ops.aten
 
@@ -71,9 +71,9 @@ def reader(image):
     return read
 
 
-def streamed(network, image, top, left, height, width, stripe_px, shelf=None):
+def streamed(network, image, top, left, height, width, stripe_px, spill_file=None):
     place = {"top": top, "left": left, "height": height, "width": width}
-    parts = list(network.stripes(reader(image), **place, stripe_px=stripe_px, shelf=shelf))
+    parts = list(network.stripes(reader(image), **place, stripe_px=stripe_px, spill_file=spill_file))
     assert [first for first, _ in parts] == list(range(top, top + height, stripe_px))
     return torch.cat([logits for _, logits in parts], 1)
 
@@ -84,11 +84,13 @@ def check(model, size, windows, step_px=4):
     expected = whole_pass(model, image)
     network = WindowedNetwork(model, *size, in_channels=3)
     scale = max(1e-3, float(expected.abs().max()))
-    with pytest.MonkeyPatch.context() as patch, Shelf(Path(gettempdir())) as shelf:
+    with pytest.MonkeyPatch.context() as patch, SpillFile(Path(gettempdir())) as spill_file:
         patch.setattr(network_module, "LEAST_STEP_PX", step_px)
-        patch.setattr(network_module, "_SOON_PX", 0)  # whatever waits at all goes to the shelf, if there is one
+        patch.setattr(network_module, "_SOON_PX", 0)  # whatever waits at all goes to the spill file, if there is one
         for number, (top, left, height, width, stripe_px) in enumerate(windows):
-            found = streamed(network, image, top, left, height, width, stripe_px, shelf if number % 2 == 0 else None)
+            found = streamed(
+                network, image, top, left, height, width, stripe_px, spill_file if number % 2 == 0 else None
+            )
             wanted = expected[:, top : top + height, left : left + width]
             assert found.shape == wanted.shape
             assert float((found - wanted).abs().max()) <= 1e-5 * scale, (top, left, height, width, stripe_px)

@@ -52,7 +52,7 @@ def opening(location: str, opener: Opener | None, identity: Identity | None) -> 
 
 
 class Handles:
-    """Reads one file from several threads, each with a handle of its own; `buffered` is for libraries that read the header."""
+    """Reads one file from several threads, each by a handle of its own; `buffered` is for libraries that read headers."""
 
     def __init__(self, opener: Opener, name: str, identity: Identity) -> None:
         self._opener, self.name, self.identity = opener, name, identity

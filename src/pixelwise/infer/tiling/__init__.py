@@ -1,5 +1,5 @@
-"""Prediction of images that are too large for one pass."""
+"""Strategies to score an image region by region: in one pass, exactly in stripes or tiles, or blended."""
 
-from pixelwise.infer.tiling.base import Read, Region, Scorer, Scores
+from pixelwise.infer.network import Region, Scorer, Scores, WholeImage
 
-__all__ = ["Read", "Region", "Scorer", "Scores"]
+__all__ = ["Region", "Scorer", "Scores", "WholeImage"]

@@ -5,7 +5,8 @@ window reaches is divided by the sum of its weights and given away. The band is 
 size of the image.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
+from contextlib import closing
 from math import ceil
 from typing import get_args
 
@@ -13,18 +14,16 @@ import torch
 from torch import Tensor
 
 from pixelwise.errors import UsageError
-from pixelwise.infer.devices import is_out_of_memory
-from pixelwise.infer.tiling.ahead import ReadAhead
-from pixelwise.infer.tiling.base import Read, Region, Scores
-from pixelwise.infer.tiling.options import Blend
+from pixelwise.infer.network import Read, Region, Scorer, Scores
+from pixelwise.infer.options import Blend
+from pixelwise.infer.prefetch import prefetch, read_batch
 from pixelwise.ops.cost import PassMemory, Run
 
 LEAST_WEIGHT = 1e-3  # of a pixel in its window, so that sums of weights are far from zero
 GIVEN_BYTES = 2**24  # scores are given away in pieces of about this size
-SMALLEST_PX = 16  # windows are not halved below it
 
 
-class BlendedTiles:
+class BlendedTiles(Scorer):
     """Weighted averages of the logits of overlapping windows; see the module.
 
     Windows are as many as steps of `window_px * (1 - overlap)` need to cover the image, and spread evenly and symmetrically:
@@ -32,13 +31,12 @@ class BlendedTiles:
     are averaged, not probabilities; weights fall from the middle of a window to its border, never below 0.001.
 
     Where the band does not fit into the budget, the columns are done in groups; windows across a seam between groups are
-    computed for either. Where memory runs out, the batch is halved, then windows are made up of windows of half their side,
-    and the work goes on with the next window.
+    computed for either.
 
     Cost: pixels of all windows that are computed, over those of the image.
 
     Args:
-        run: images (N, C, h, w) -> logits (N, K, h, w) of any float type; of one image of a batch, whatever the others are.
+        run: images (N, C, h, w) -> logits (N, K, h, w) of any float type; one window at a time.
         memory: what a pass takes.
         in_channels: C.
         num_classes: K.
@@ -47,24 +45,10 @@ class BlendedTiles:
         window_px: side of the windows.
         overlap: share of a window that the next one repeats at least, 0 to 0.9.
         weights: "gaussian" (deviation: an eighth of the side), "cosine" (half a period of it) or "uniform".
-        batch: windows that go through the network together, at most.
         budget_bytes: what blending may take; None for no limit.
-        note: told when memory ran out.
 
     Raises:
         UsageError: an option that is not allowed.
-
-    Example:
-        >>> image, scores = torch.rand(1, 50, 70), torch.zeros(1, 50, 70)
-        >>> read = lambda top, left, height, width: image[:, top : top + height, left : left + width]
-        >>> tiles = BlendedTiles(
-        ...     lambda x: x + 1, PassMemory(8.0), in_channels=1, num_classes=1, height=50, width=70, window_px=32
-        ... )
-        >>> for part in tiles.score(read, Region(0, 0, 50, 70)):
-        ...     window = part.region
-        ...     scores[:, window.top : window.bottom, window.left : window.right] = part.values
-        >>> torch.allclose(scores, image + 1), round(tiles.cost, 2)
-        (True, 1.76)
     """
 
     def __init__(
@@ -79,21 +63,17 @@ class BlendedTiles:
         window_px: int,
         overlap: float = 0.25,
         weights: Blend = "gaussian",
-        batch: int = 1,
         budget_bytes: int | None = None,
-        note: Callable[[str], None] = lambda message: None,
     ) -> None:
         if window_px < 1 or not 0 <= overlap <= 0.9:
             raise UsageError(
                 f"windows must be at least 1 px wide and overlap by a share of 0 to 0.9, not {window_px} px and {overlap}."
             )
-        self.run, self.memory, self.note, self.overlap, self.weights = run, memory, note, overlap, weights
-        self.in_channels, self.num_classes, self.batch = in_channels, num_classes, max(1, batch)
+        self.run, self.memory, self.in_channels, self.num_classes = run, memory, in_channels, num_classes
         self.size = (min(window_px, height), min(window_px, width))
         self.way = f"blended tiles of {self.size[0]} x {self.size[1]} px"
         self.tops, self.lefts = starts(height, self.size[0], overlap), starts(width, self.size[1], overlap)
         self.weight = window_weights(self.size, weights)  # (h, w)
-        self._halvings = 0  # how often windows are halved, since memory ran out
         self.group_px = self._group_px(height, width, budget_bytes)
         self.memory_bytes = self._bytes(self.group_px)
         groups = range(0, width, self.group_px)
@@ -113,75 +93,22 @@ class BlendedTiles:
         height, width = self.size
         rows = [top for top in self.tops if top < region.bottom and top + height > region.top]
         lefts = self._reaching(region.left, region.right)
-        windows = [[Region(top, left, height, width) for left in lefts] for top in rows]
+        windows = [Region(top, left, height, width) for top in rows for left in lefts]
         band: _Band | None = None
         done = region.top
-        with ReadAhead(read) as ahead:
-            for index, line in enumerate(windows):
-                following = windows[index + 1] if index + 1 < len(windows) else []
-                for window, logits in self._logits(ahead, line, following):
-                    if band is None:  # only now is the device known
-                        band = _Band(region, height, self.num_classes, logits.device)
-                    band.add(window, logits, self.weight.to(logits.device))
-                final = min(rows[index + 1], region.bottom) if following else region.bottom
-                if band is not None and final > done:
+        with closing(prefetch(lambda window: read_batch(read, [window]), windows)) as coming:
+            for index, (window, image) in enumerate(coming, start=1):
+                with torch.no_grad():
+                    logits = self.run(image.result())[0].float()  # (K, h, w)
+                if band is None:  # only now is the device known
+                    band = _Band(region, height, self.num_classes, logits.device)
+                band.add(window, logits, self.weight.to(logits.device))
+                del logits, image
+                line, rest = divmod(index, len(lefts))
+                final = min(rows[line], region.bottom) if line < len(rows) else region.bottom
+                if not rest and final > done:
                     yield from band.give(done, final)
                     done = final
-
-    def _logits(
-        self, ahead: ReadAhead, line: Sequence[Region], following: Sequence[Region]
-    ) -> Iterator[tuple[Region, Tensor]]:
-        """The logits of the windows of a line, (K, h, w) each; the first of the following line are fetched at its end."""
-        start = 0
-        while start < len(line):
-            windows = line[start : start + self.batch]
-            then = line[start + self.batch : start + 2 * self.batch] or following[: self.batch]
-            logits = self._attempt(lambda w=windows, t=then: ahead.batch(w, then=t), len(windows))  # type: ignore[misc]
-            if logits is None:
-                continue
-            start += len(windows)
-            for window in windows:
-                yield window, logits.pop(0)
-
-    def _attempt(self, images: Callable[[], Tensor], count: int) -> list[Tensor] | None:
-        """The logits of each window of a batch, or None if memory ran out, from when on less is tried at a time."""
-        try:
-            return list(self._pass(images(), self._halvings).unbind())
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error) or (count == 1 and self._smallest()):
-                raise
-        # The traceback, which holds the tensors of the pass, is gone by here.
-        if count > 1:
-            self.batch = count // 2
-            self.note(f"out of memory with {count} windows at a time; going on with {self.batch}.")
-        else:
-            self._halvings += 1
-            side = max(self.size) >> self._halvings
-            self.note(
-                f"out of memory with windows of {2 * side} px; going on with windows of {side} px, so that labels may "
-                "differ from those made with enough memory."
-            )
-        return None
-
-    def _smallest(self) -> bool:
-        return max(self.size) >> (self._halvings + 1) < SMALLEST_PX
-
-    @torch.no_grad()
-    def _pass(self, images: Tensor, halvings: int) -> Tensor:
-        """Logits (N, K, h, w) of windows, in float32; those of halved windows are blended from their parts."""
-        if not halvings:
-            return self.run(images).float()
-        height, width = images.shape[-2:]
-        size = (-(-height // 2), -(-width // 2))
-        weight = window_weights(size, self.weights).to(images.device)
-        total = torch.zeros(len(images), self.num_classes, height, width, device=images.device)
-        sums = torch.zeros(height, width, device=images.device)
-        for top in starts(height, size[0], self.overlap):
-            for left in starts(width, size[1], self.overlap):
-                part = (..., slice(top, top + size[0]), slice(left, left + size[1]))
-                total[part] += self._pass(images[part], halvings - 1) * weight
-                sums[part] += weight
-        return total.div_(sums)
 
     def _reaching(self, left: int, right: int) -> list[int]:
         """First columns of the windows that cover any of the columns left ... right - 1."""
@@ -190,12 +117,12 @@ class BlendedTiles:
     def _bytes(self, group_px: int) -> int:
         """A pass, the windows read meanwhile, the band with its weights, and two of the pieces that are given away."""
         height, width = self.size
-        windows = self.batch * height * width
+        window = height * width
         band = (self.num_classes + 1) * height * group_px
         given = 2 * _rows_given(self.num_classes, group_px) * self.num_classes * group_px
-        logits = windows * self.num_classes  # weighted, in float32
-        read = windows * self.in_channels
-        return self.memory(self.batch, height, width) + 4 * (read + band + given + logits)
+        logits = window * self.num_classes  # weighted, in float32
+        read = window * self.in_channels
+        return self.memory(1, height, width) + 4 * (read + band + given + logits)
 
     def _group_px(self, height: int, width: int, budget_bytes: int | None) -> int:
         """Columns to do together: all, or as many as the budget allows, a window at least."""
@@ -252,14 +179,6 @@ def starts(length: int, window: int, overlap: float) -> list[int]:
         length: of the image, in pixels.
         window: of the windows, at most `length`.
         overlap: 0 to 0.9.
-
-    Example:
-        >>> starts(100, 40, 0.25)
-        [0, 30, 60]
-        >>> starts(100, 40, 0.0)
-        [0, 30, 60]
-        >>> starts(10, 10, 0.25)
-        [0]
     """
     spare = length - window
     step = max(1, int(window * (1 - overlap)))
@@ -279,10 +198,6 @@ def window_weights(size: tuple[int, int], kind: Blend) -> Tensor:
 
     Raises:
         UsageError: another kind.
-
-    Example:
-        >>> window_weights((1, 3), "cosine")
-        tensor([[0.5000, 1.0000, 0.5000]])
     """
     if kind not in get_args(Blend):
         raise UsageError(f"blend is one of {', '.join(get_args(Blend))}, not {kind!r}.")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pixelwise.errors import UsageError
-from pixelwise.infer.tiling.base import Read, Region, Scorer, Scores
+from pixelwise.infer.network import Read, Region, Scorer, Scores
 from pixelwise.ops.spatial_dropout import set_sample
 
 Member = Callable[[Read, Region], Tensor]
@@ -22,16 +22,7 @@ _BUFFERS = 4  # of that size
 
 
 class Average:
-    """The mean probability and the mean entropy of passes that come one by one, in float32.
-
-    Example:
-        >>> average = Average()
-        >>> for scores in (torch.tensor([0.0, 0.0]), torch.tensor([200.0, 0.0])):
-        ...     average.add(scores.view(2, 1, 1))
-        >>> values, spread = average.result()
-        >>> values.exp().flatten().tolist(), round(float(spread), 4)  # half of log 2
-        ([0.75, 0.25], 0.3466)
-    """
+    """The mean probability and the mean entropy of passes that come one by one, in float32."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -63,7 +54,7 @@ class Average:
         return mean.clamp_(min=torch.finfo(torch.float32).tiny).log_(), entropy.clamp_(min=0)
 
 
-class Ensemble:
+class Ensemble(Scorer):
     """Scores an image tile by tile; each tile by all members in turn.
 
     Args:
@@ -76,13 +67,6 @@ class Ensemble:
 
     Raises:
         UsageError: no members, or no tile.
-
-    Example:
-        >>> members = [lambda read, region: read(region.top, region.left, region.height, region.width)] * 2
-        >>> ensemble = Ensemble(members, num_classes=2, tile_px=4)
-        >>> read = lambda top, left, height, width: torch.zeros(2, height, width)
-        >>> [scores.region for scores in ensemble.score(read, Region(0, 2, 3, 4))]
-        [Region(top=0, left=2, height=3, width=2), Region(top=0, left=4, height=3, width=2)]
     """
 
     def __init__(
@@ -118,12 +102,6 @@ class EnsembleModule(nn.Module):
 
     Args:
         members: networks, or functions of (N, C, h, w) such as `on_sample` makes.
-
-    Example:
-        >>> ensemble = EnsembleModule([nn.Conv2d(3, 2, 1), nn.Conv2d(3, 2, 1)])
-        >>> values, spread = split_spread(ensemble(torch.zeros(1, 3, 4, 5)).detach())
-        >>> tuple(values.shape), tuple(spread.shape)
-        ((1, 2, 4, 5), (1, 4, 5))
     """
 
     def __init__(self, members: Sequence[Callable[[Tensor], Tensor]]) -> None:
@@ -148,15 +126,7 @@ def split_spread(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def member_of(scorer: Scorer) -> Member:
-    """A member that asks a scorer for the region and joins its windows.
-
-    Example:
-        >>> class Same:
-        ...     def score(self, read, region):
-        ...         yield Scores(region, read(region.top, region.left, region.height, region.width))
-        >>> tuple(member_of(Same())(lambda *place: torch.zeros(2, *place[2:]), Region(0, 0, 3, 4)).shape)
-        (2, 3, 4)
-    """
+    """A member that asks a scorer for the region and joins its windows."""
 
     def member(read: Read, region: Region) -> Tensor:
         whole: Tensor | None = None
@@ -181,13 +151,6 @@ def on_sample(model: nn.Module, sample: int, run: Callable[..., Tensor]) -> Call
         model: what `run` runs.
         sample: number of the pass.
         run: a `Member`, or a function of (N, C, h, w).
-
-    Example:
-        >>> from pixelwise.ops.spatial_dropout import with_spatial_dropout
-        >>> model = with_spatial_dropout(nn.Sequential(nn.Dropout(0.5), nn.Conv2d(3, 2, 1)))
-        >>> passes = [on_sample(model, sample, model) for sample in range(4)]
-        >>> tuple(EnsembleModule(passes)(torch.zeros(1, 3, 4, 5)).shape)
-        (1, 3, 4, 5)
     """
 
     def member(*args: object) -> Tensor:
@@ -198,22 +161,12 @@ def on_sample(model: nn.Module, sample: int, run: Callable[..., Tensor]) -> Call
 
 
 def average_bytes(num_classes: int, height: int, width: int) -> int:
-    """What an `Average` takes beside the scores of the pass.
-
-    Example:
-        >>> average_bytes(3, 1000, 1000) / 1e6  # four floats for each pixel, and small buffers
-        32.777216
-    """
+    """What an `Average` takes beside the scores of the pass."""
     return 4 * (num_classes + 1) * height * width + 4 * _BUFFERS * _CHUNK
 
 
 def tiles(region: Region, tile_px: int) -> Iterator[Region]:
-    """The parts of a region that lie in each tile of a grid that begins at the image's top left.
-
-    Example:
-        >>> [tile.width for tile in tiles(Region(0, 5, 1, 10), 8)]
-        [3, 7]
-    """
+    """The parts of a region that lie in each tile of a grid that begins at the image's top left."""
     for top, bottom in _cuts(region.top, region.bottom, tile_px):
         for left, right in _cuts(region.left, region.right, tile_px):
             yield Region(top, left, bottom - top, right - left)

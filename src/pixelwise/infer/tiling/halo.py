@@ -5,19 +5,18 @@ pixels as in one pass; halos reach as far as the receptive field and end where t
 the border as in one pass. Of the scores only the core's are kept.
 """
 
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from itertools import takewhile
+from functools import lru_cache, partial
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
 from pixelwise.errors import UsageError
-from pixelwise.infer.devices import is_out_of_memory
-from pixelwise.infer.tiling.ahead import ReadAhead
-from pixelwise.infer.tiling.base import Read, Region, Scores
+from pixelwise.infer.network import Read, Region, Scorer, Scores
+from pixelwise.infer.prefetch import prefetch, read_batch
 from pixelwise.ops.cost import PassMemory, Run
 from pixelwise.ops.receptive_field import ReceptiveField
 
@@ -48,12 +47,7 @@ class Axis:
     shortest: int = 0
 
     def cores(self, tile: int) -> list[tuple[int, int]]:
-        """First and last + 1 of each core: as many as tiles of `tile` px (a multiple of the stride) need, evenly spread.
-
-        Example:
-            >>> Axis(100, stride=8, before=5, after=5).cores(64)
-            [(0, 56), (56, 100)]
-        """
+        """First and last + 1 of each core: as many as tiles of `tile` px (a multiple of the stride) need, evenly spread."""
         count = -(-self.length // tile)
         step = self.up(-(-self.length // count))
         return [(start, min(start + step, self.length)) for start in range(0, self.length, step)]
@@ -63,10 +57,6 @@ class Axis:
 
         At the border it is never shorter than `shortest`, a field of the network, as networks without padding, which pad a
         short image first, would give its border other surroundings than that of a long one.
-
-        Example:
-            >>> Axis(100, stride=8, before=5, after=5).crop(32, 40)
-            (24, 48)
         """
         low = max(0, start - self.up(self.before))
         high = min(self.length, self.up(stop + self.after))
@@ -92,13 +82,11 @@ class Axis:
         return sum(lengths), max(lengths)
 
 
-class HaloTiles:
+class HaloTiles(Scorer):
     """Exact tiles; see the module.
 
     Cost: the areas of all crops over the area of the image, that is (sum of crop heights) (sum of crop widths) / (H W).
     With tiles of t px and radius r it is about (1 + 2 r / t) ** 2.
-
-    Where memory runs out, the batch is halved, then the tiles, and the work goes on with what is left.
 
     Args:
         run: images (N, C, h, w) -> logits (N, K, h, w); of one image of a batch, whatever the others are.
@@ -115,23 +103,9 @@ class HaloTiles:
             than rounding. None: as many as 1024 x 1024 px hold, if the budget does (a larger tile saves more than a
             larger batch of small ones).
         budget_bytes: what tiles may take where their size or their number is chosen.
-        note: told when memory ran out.
 
     Raises:
         UsageError: the receptive field has no end, or the smallest tile takes more than the budget.
-
-    Example:
-        >>> conv = torch.nn.Conv2d(1, 2, 3, padding=1)
-        >>> field = ReceptiveField(bounded=True, stride=1, radius_px=(1, 1, 1, 1), size_px=(3, 3))
-        >>> memory = PassMemory.of(conv, channels=1)
-        >>> tiles = HaloTiles(conv, field, memory, in_channels=1, num_classes=2, height=6, width=8, tile_px=4)
-        >>> image, scores = torch.rand(1, 6, 8), torch.zeros(2, 6, 8)
-        >>> read = lambda top, left, height, width: image[:, top : top + height, left : left + width]
-        >>> for part in tiles.score(read, Region(0, 0, 6, 8)):
-        ...     window = part.region
-        ...     scores[:, window.top : window.bottom, window.left : window.right] = part.values
-        >>> torch.allclose(scores, conv(image[None])[0], atol=1e-5), round(tiles.cost, 2)
-        (True, 1.67)
     """
 
     def __init__(
@@ -148,20 +122,13 @@ class HaloTiles:
         radius_px: Radius | None = None,
         batch: int | None = None,
         budget_bytes: int | None = None,
-        note: Callable[[str], None] = lambda message: None,
     ) -> None:
         if not receptive.bounded or receptive.stride is None or receptive.radius_px is None:
             raise UsageError(
                 "exact tiles need a network whose receptive field has an end, and this one's has none (it looks at the "
                 "whole image, or farther than was tried). Use blended tiles: --blend gaussian."
             )
-        self.run, self.memory, self.in_channels, self.num_classes, self.note = (
-            run,
-            memory,
-            in_channels,
-            num_classes,
-            note,
-        )
+        self.run, self.memory, self.in_channels, self.num_classes = run, memory, in_channels, num_classes
         budget = BUDGET_BYTES if budget_bytes is None else budget_bytes
         whole, cut = receptive.radius_px, radius_px or receptive.radius_px
         self.rows = _axis(height, receptive.stride, whole[:2], cut[:2])
@@ -180,54 +147,29 @@ class HaloTiles:
         self.memory_bytes = self._bytes(crop_height, crop_width, *self.tile)
         halo = max(self.rows.before, self.rows.after, self.columns.before, self.columns.after)
         self.way = f"halo tiles of {self.tile[0]} x {self.tile[1]} px with {halo} px around them"
-        self._core_px: int | None = None  # what a core may have at most, since memory ran out
 
     def score(self, read: Read, region: Region) -> Iterator[Scores]:
-        """As `Scorer.score`: every tile that touches the region, row by row, cut to the region."""
-        todo = deque(core for core in self._cores() if _touch(core, region))
-        with ReadAhead(read) as ahead:
-            while todo:
-                first = todo.popleft()
-                too_large = self._core_px is not None and first.height * first.width > self._core_px
-                if too_large and (parts := self._halves(first)):
-                    todo.extendleft(parts[::-1])
-                    continue
-                cores = [first, *self._alike(first, todo)]
-                for _ in cores[1:]:
-                    todo.popleft()
-                scores = self._attempt(ahead, cores, list(self._leading(todo)))
-                if scores is None:
-                    todo.extendleft(cores[::-1])
-                    continue
-                while scores:
-                    yield _within(region, cores.pop(0), scores.pop(0))
+        """As `Scorer.score`: every tile that touches the region, row by row, cropped to the region."""
+        cores = [core for core in self._cores() if _touch(core, region)]
+        with closing(prefetch(partial(self._read, read), self._batches(cores))) as coming:
+            for batch, images in coming:
+                with torch.no_grad():
+                    logits = self.run(images.result())  # (N, K, h, w)
+                del images
+                parts = [_cut(logits[index], self.crop(core), core) for index, core in enumerate(batch)]
+                del logits
+                for core in batch:
+                    yield _within(region, core, parts.pop(0))
 
-    def _attempt(self, ahead: ReadAhead, cores: list[Region], then: list[Region]) -> list[Tensor] | None:
-        """The scores of each core, or None if memory ran out, from when on less is tried at a time."""
-        crops = [self.crop(core) for core in cores]
-        try:
-            with torch.no_grad():
-                logits = self.run(ahead.batch(crops, [self.crop(core) for core in then]))  # (N, K, h, w)
-                return [_cut(logits[index], crops[index], core) for index, core in enumerate(cores)]
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            if len(cores) == 1 and not self._halves(cores[0]):
-                raise
-        # The traceback, which holds the tensors of the pass, is gone by here.
-        self._take_less(cores)
-        return None
+    def _read(self, read: Read, cores: Sequence[Region]) -> Tensor:
+        return read_batch(read, [self.crop(core) for core in cores])
 
-    def _take_less(self, cores: Sequence[Region]) -> None:
-        if len(cores) > 1:
-            self.batch = len(cores) // 2
-            self.note(f"out of memory with {len(cores)} tiles at a time; going on with {self.batch}.")
-            return
-        core, (half, *_) = cores[0], self._halves(cores[0])
-        self._core_px = max(part.height * part.width for part in self._halves(core))
-        self.note(
-            f"out of memory with tiles of {core.height} x {core.width} px; going on with {half.height} x {half.width} px."
-        )
+    def _batches(self, cores: Sequence[Region]) -> Iterator[list[Region]]:
+        """Neighbours whose crops have one size, as many as a batch takes."""
+        for _, alike in groupby(cores, key=lambda core: _size(self.crop(core))):
+            waiting = list(alike)
+            for start in range(0, len(waiting), self.batch):
+                yield waiting[start : start + self.batch]
 
     def crop(self, core: Region) -> Region:
         """What the scores of a core are computed from."""
@@ -240,33 +182,6 @@ class HaloTiles:
         for top, bottom in self.rows.cores(self.tile[0]):
             for left, right in columns:
                 yield Region(top, left, bottom - top, right - left)
-
-    def _alike(self, first: Region, todo: Sequence[Region]) -> Iterator[Region]:
-        """The next cores whose crops have the size of that of `first`, as many as a batch takes besides it."""
-        size = _size(self.crop(first))
-        following = (core for core, _ in zip(todo, range(self.batch - 1), strict=False))
-        return takewhile(lambda core: _size(self.crop(core)) == size, following)
-
-    def _leading(self, todo: Sequence[Region]) -> Iterator[Region]:
-        if todo:
-            yield todo[0]
-            yield from self._alike(todo[0], list(todo)[1 : self.batch])
-
-    def _halves(self, core: Region) -> list[Region]:
-        """Two parts of a core, cut on the stride across its longer side; nothing if it is too small for that."""
-        stride = self.rows.stride
-        if max(core.height, core.width) <= stride:
-            return []
-        half = self.rows.up(-(-max(core.height, core.width) // 2))
-        if core.height >= core.width:
-            return [
-                Region(core.top, core.left, half, core.width),
-                Region(core.top + half, core.left, core.height - half, core.width),
-            ]
-        return [
-            Region(core.top, core.left, core.height, half),
-            Region(core.top, core.left + half, core.height, core.width - half),
-        ]
 
     def _bytes(
         self, crop_height: int, crop_width: int, core_height: int, core_width: int, batch: int | None = None

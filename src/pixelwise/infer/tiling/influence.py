@@ -42,11 +42,6 @@ class Influence:
         """The fewest whole strides for each side whose change is at most half of the tolerance, and never more than `most`.
 
         Four sides change a score by more than one does: with errors of chance, by twice as much.
-
-        Example:
-            >>> falling = torch.tensor([0.3, 0.04, 0.004, 0.0])
-            >>> Influence(stride=8, sides=(falling,) * 4).radius(0.1, most=(20, 20, 20, 5))
-            (8, 8, 8, 5)
         """
         strides = [int((side <= tolerance / 2).logical_not().sum()) for side in self.sides]
         above, below, left, right = (min(count * self.stride, px) for count, px in zip(strides, most, strict=True))
@@ -88,13 +83,6 @@ def cut_radius(
     Raises:
         UsageError: the field has no end: a network that looks at the whole image is changed by every cut, and by how much
             depends on the image, so that no measurement on others tells it. Or the measurement does not fit.
-
-    Example:
-        >>> weights = torch.tensor([0.001, 1.0, 0.001]).view(1, 1, 3, 1)  # looks one row up and one down, but hardly
-        >>> run = lambda image: torch.nn.functional.conv2d(image, weights, padding=(1, 0))
-        >>> field = ReceptiveField(bounded=True, stride=1, radius_px=(1, 1, 0, 0), size_px=(3, 1))
-        >>> [cut_radius(run, field, tolerance, in_channels=1) for tolerance in (0.01, 1e-6)]
-        [(0, 0, 0, 0), (1, 1, 0, 0)]
     """
     _, radius = _with_an_end(field)
     if tolerance <= 0:
@@ -144,12 +132,6 @@ def influence(
 
     Raises:
         UsageError: the field has no end, or not even images as broad as a stride fit.
-
-    Example:
-        >>> field = ReceptiveField(bounded=True, stride=1, radius_px=(1, 1, 1, 1), size_px=(3, 3))
-        >>> mean = torch.nn.AvgPool2d(3, stride=1, padding=1)
-        >>> (influence(mean, field, in_channels=1).sides[0] > 0.01).tolist()  # only the row at the cut changes
-        [True, False]
     """
     stride, (*rows, left_px, right_px) = _with_an_end(field)
     sides: list[Tensor] = []
@@ -218,13 +200,7 @@ class _Axis:
 
 
 def like_a_photo(channels: int, height: int, width: int, generator: torch.Generator) -> Tensor:
-    """A random image (C, H, W) with the spectrum of photos, mean 0 and standard deviation 1.
-
-    Example:
-        >>> image = like_a_photo(3, 64, 40, torch.Generator().manual_seed(0))
-        >>> image.shape, bool((image[:, 1:] - image[:, :-1]).std() < 1)  # of noise: 1.41
-        (torch.Size([3, 64, 40]), True)
-    """
+    """A random image (C, H, W) with the spectrum of photos, mean 0 and standard deviation 1."""
     rows = torch.fft.fftfreq(height)[:, None]
     columns = torch.fft.rfftfreq(width)
     frequency = torch.hypot(rows, columns).clamp(min=1 / max(height, width, 2))

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from pixelwise.infer.tiling.base import Read, Region, Scorer, Scores
+from pixelwise.infer.network import Read, Region, Scorer, Scores
+from pixelwise.infer.options import Tiling
 from pixelwise.infer.tiling.ensemble import EnsembleModule, Member, member_of, on_sample, split_spread
-from pixelwise.infer.tiling.options import Tiling
 from pixelwise.infer.tta import Transform, Transformed, transforms_of
 from pixelwise.ops.spatial_dropout import with_spatial_dropout
 
@@ -23,10 +23,6 @@ class Passes:
         model: what all of them run; with samples, one whose dropout belongs to the place.
         transforms: one for each pass of an augmentation.
         samples: how many passes with dropout.
-
-    Example:
-        >>> len(Passes.of(nn.Conv2d(3, 2, 1), Tiling(tta="d4")))
-        8
     """
 
     model: nn.Module
@@ -110,19 +106,8 @@ def _turned(transform: Transform, scorer: Scorer, size: tuple[int, int]) -> Memb
     return member
 
 
-class WithSpread:
-    """A scorer of an `EnsembleModule`, whose last map is the mean entropy of the passes.
-
-    Example:
-        >>> import torch
-        >>> class Both:
-        ...     way, cost, memory_bytes = "blended tiles", 2.0, 100
-        ...     def score(self, read, region):
-        ...         yield Scores(region, torch.zeros(3, region.height, region.width))
-        >>> [scores] = WithSpread(Both(), "2 passes").score(lambda *place: torch.zeros(1), Region(0, 0, 4, 5))
-        >>> tuple(scores.values.shape), tuple(scores.spread.shape)
-        ((2, 4, 5), (4, 5))
-    """
+class WithSpread(Scorer):
+    """A scorer of an `EnsembleModule`, whose last map is the mean entropy of the passes."""
 
     def __init__(self, scorer: Scorer, way: str, passes: float = 1.0) -> None:
         self.scorer, self.way = scorer, f"{way}, {scorer.way}"

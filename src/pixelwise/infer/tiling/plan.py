@@ -13,16 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from pixelwise.errors import UsageError
-from pixelwise.infer.predictor import Predictor
-from pixelwise.infer.tiling.base import Scorer
+from pixelwise.infer.network import Network, Scorer, WholeImage
+from pixelwise.infer.options import Tiling
 from pixelwise.infer.tiling.blend import BlendedTiles
 from pixelwise.infer.tiling.ensemble import Ensemble, Member, average_bytes
 from pixelwise.infer.tiling.halo import HaloTiles, Radius
 from pixelwise.infer.tiling.influence import cut_radius
-from pixelwise.infer.tiling.options import Tiling
 from pixelwise.infer.tiling.passes import Passes, WithSpread
 from pixelwise.infer.tiling.stripes import BUDGET_BYTES, Stripes
-from pixelwise.infer.tiling.whole import WholeImage
 from pixelwise.ops.cost import PassMemory
 from pixelwise.ops.receptive_field import ReceptiveField, receptive_field
 from pixelwise.ops.streaming import NotWindowed
@@ -35,24 +33,24 @@ ENSEMBLE_TILE_PX = 4096  # of averaged passes, at most; larger ones cost less an
 
 
 def choose_scorer(
-    predictor: Predictor, height: int, width: int, tiling: Tiling, note: Note = lambda message: None
+    network: Network, height: int, width: int, tiling: Tiling, note: Note = lambda message: None
 ) -> Scorer:
-    """What predicts images of `height` x `width` px with this network as the user wishes.
+    """What predicts images of `height` x `width` px with this network as the user wants.
 
     Args:
-        predictor: the network.
+        network: the network.
         height: H of the image.
         width: W of the image.
-        tiling: the user's wishes.
-        note: told what the user should know (why tiles are blended, that memory ran out).
+        tiling: the user's options.
+        note: takes what the user should know (why tiles are blended).
 
     Raises:
         UsageError: the network does not allow what was asked for.
         PixelwiseError: no piece is small enough for the memory.
     """
-    known, key = predictor.scorers, (height, width, tiling)
+    known, key = network.scorers, (height, width, tiling)
     if key not in known:
-        scorer = _Chooser(predictor, height, width, tiling, note).choose()
+        scorer = _Chooser(network, height, width, tiling, note).choose()
         if not isinstance(scorer, Stripes | Ensemble):  # the others are made at once, and remember what memory allowed
             return scorer
         if len(known) == KEPT_SCORERS:
@@ -62,21 +60,21 @@ def choose_scorer(
 
 
 class _Chooser:
-    def __init__(self, predictor: Predictor, height: int, width: int, tiling: Tiling, note: Note) -> None:
-        self.predictor, self.height, self.width, self.tiling, self.note = predictor, height, width, tiling, note
-        self.budget = tiling.memory_bytes or default_budget(predictor.device)
-        self.channels, self.classes = predictor.card.in_channels, predictor.labels.num_classes
+    def __init__(self, network: Network, height: int, width: int, tiling: Tiling, note: Note) -> None:
+        self.network, self.height, self.width, self.tiling, self.note = network, height, width, tiling, note
+        self.budget = tiling.memory_bytes or default_budget(network.device)
+        self.channels, self.classes = network.card.in_channels, network.labels.num_classes
 
     def choose(self) -> Scorer:
         if self.tiling.tta or self.tiling.samples > 1:
             return self._averaged()
         if self.tiling.blend:
-            return self._blended(self._run(self.predictor.model), pass_memory(self.predictor), self.classes)
+            return self._blended(self._run(self.network.model), self.network.pass_memory(), self.classes)
         if self.tiling.tile_px is None and not self.tiling.tolerance:
-            memory = pass_memory(self.predictor)
+            memory = self.network.pass_memory()
             if memory(1, self.height, self.width) <= self.budget:
-                return WholeImage(self.predictor.network, memory, height=self.height, width=self.width)
-        return self._in_parts(self.predictor.model)
+                return WholeImage(self.network.scores, memory, height=self.height, width=self.width)
+        return self._in_parts(self.network.model)
 
     def _in_parts(self, model: nn.Module) -> Scorer:
         """Exact stripes; for networks that cannot be followed exact tiles; for those without an end blended tiles."""
@@ -91,13 +89,13 @@ class _Chooser:
                 self.note(f"{error} Exact tiles with a halo are used.")
                 return self._tiles(model, field)
             self.note(
-                f"{self.predictor.card.model} looks at the whole image ({error}) Tiles are blended, so the labels depend on "
+                f"{self.network.card.model} looks at the whole image ({error}) Tiles are blended, so the labels depend on "
                 "their size."
             )
-            return self._blended(self._run(model), pass_memory(self.predictor), self.classes)
+            return self._blended(self._run(model), self.network.pass_memory(), self.classes)
 
     def _refuse_batch_statistics(self) -> None:
-        if self.predictor.batch_statistics:
+        if self.network.batch_statistics:
             raise UsageError(
                 f"batch statistics: {self.width} x {self.height} px would be computed in parts (they do not fit into memory "
                 "at once, or tiles were asked for), and the statistics of parts depend on the parts. Give more --memory "
@@ -113,20 +111,20 @@ class _Chooser:
             budget_bytes=self.budget,
             tile_px=self.tiling.tile_px,
             autocast=self._autocast,
-            compute_bytes=2 if self.predictor.precision == "bf16" else 4,
-            device=self.predictor.device,
+            compute_bytes=2 if self.network.precision == "bf16" else 4,
+            device=self.network.device,
             scratch=Path(scratch) if scratch else None,
         )
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        if self.predictor.precision != "bf16":
+        if self.network.precision != "bf16":
             return nullcontext()
-        return torch.autocast(self.predictor.device.type, dtype=torch.bfloat16)
+        return torch.autocast(self.network.device.type, dtype=torch.bfloat16)
 
     def _run(self, model: nn.Module) -> Callable[[Tensor], Tensor]:
         """The network on windows (N, C, h, w) -> (N, K, h, w) float32."""
-        if model is self.predictor.model:
-            return self.predictor.network
+        if model is self.network.model:
+            return self.network.scores
 
         @torch.inference_mode()
         def run(x: Tensor) -> Tensor:
@@ -136,7 +134,7 @@ class _Chooser:
         return run
 
     def _field(self, model: nn.Module) -> ReceptiveField:
-        known = self.predictor.receptive_fields
+        known = self.network.receptive_fields
         if id(model) not in known:
             known[id(model)] = receptive_field(model, in_channels=self.channels)
         return known[id(model)]
@@ -145,7 +143,7 @@ class _Chooser:
         return HaloTiles(
             self._run(model),
             field,
-            pass_memory(self.predictor),
+            self.network.pass_memory(),
             in_channels=self.channels,
             num_classes=self.classes,
             height=self.height,
@@ -153,20 +151,19 @@ class _Chooser:
             tile_px=self.tiling.tile_px,
             radius_px=self._cut_radius(model, field) if self.tiling.tolerance else None,
             budget_bytes=self.budget,
-            note=self.note,
         )
 
     def _cut_radius(self, model: nn.Module, field: ReceptiveField) -> Radius:
-        """The halo that the tolerance allows, measured once for each predictor."""
-        key, known = (id(model), self.tiling.tolerance), self.predictor.cut_radii
+        """The halo that the tolerance allows, measured once for each network."""
+        key, known = (id(model), self.tiling.tolerance), self.network.cut_radii
         if key not in known:
-            memory = pass_memory(self.predictor)
+            memory = self.network.pass_memory()
             known[key] = cut_radius(
                 model,
                 field,
                 self.tiling.tolerance,
                 in_channels=self.channels,
-                device=self.predictor.device,
+                device=self.network.device,
                 memory=memory,
                 budget_bytes=self.budget,
             )
@@ -187,7 +184,6 @@ class _Chooser:
                 overlap=self.tiling.overlap,
                 weights=self.tiling.blend or "gaussian",
                 budget_bytes=self.budget,
-                note=self.note,
             )
             if self.tiling.tile_px or tiles.memory_bytes <= self.budget or window <= LEAST_WINDOW_PX:
                 return tiles
@@ -195,8 +191,8 @@ class _Chooser:
 
     def _averaged(self) -> Scorer:
         """Passes over the whole image, over tiles that stream through the network, or over blended windows."""
-        passes = Passes.of(self.predictor.model, self.tiling)
-        once = pass_memory(self.predictor)
+        passes = Passes.of(self.network.model, self.tiling)
+        once = self.network.pass_memory()
         memory = PassMemory(once.per_px * passes.growth, once.per_side * passes.growth**0.5, once.fixed)
         if not self.tiling.blend and self.tiling.tile_px is None:
             most = max(self.height, self.width)
@@ -215,7 +211,7 @@ class _Chooser:
         return WithSpread(tiles, passes.way, passes.cost)
 
     def _whole(self, model: nn.Module, height: int, width: int) -> WholeImage:
-        return WholeImage(self._run(model), pass_memory(self.predictor), height=height, width=width)
+        return WholeImage(self._run(model), self.network.pass_memory(), height=height, width=width)
 
     def _streamed(self, passes: Passes) -> Ensemble:
         """Tiles, each streamed through the network by all passes in turn; as large as the memory allows."""
@@ -250,10 +246,3 @@ def default_budget(device: torch.device) -> int:
         return BUDGET_BYTES
     free, _ = torch.cuda.mem_get_info(device)
     return free // 2
-
-
-def pass_memory(predictor: Predictor) -> PassMemory:
-    """What a pass takes, measured once for each predictor."""
-    if predictor.memory_of_a_pass is None:
-        predictor.memory_of_a_pass = PassMemory.of(predictor.network, predictor.card.in_channels, predictor.device)
-    return predictor.memory_of_a_pass

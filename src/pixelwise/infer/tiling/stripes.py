@@ -8,7 +8,6 @@ import contextlib
 import shutil
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -17,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from pixelwise.infer.tiling.base import Read, Region, Scores
+from pixelwise.infer.network import Read, Region, Scorer, Scores
+from pixelwise.infer.prefetch import NextRows
 from pixelwise.ops.streaming import WindowedNetwork
+from pixelwise.ops.streaming.allocator import MemoryLimit
 from pixelwise.ops.streaming.forecast import Peaks, cost_of, item_sizes, peaks, scratch_bytes
-from pixelwise.ops.streaming.heap import HeapLimit
-from pixelwise.ops.streaming.shelf import Shelf
+from pixelwise.ops.streaming.spill import SpillFile
 from pixelwise.ops.streaming.windows import Span, Window
 
 BUDGET_BYTES = 2**30
@@ -31,8 +31,9 @@ _STRIPE_PX = 2**19  # pixels of a stripe that keep the cores busy; more only tak
 _LEAST_ROWS, _MOST_ROWS = 8, 512
 _COLUMNS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 20, 24, 32, 48, 64, 96, 128)
 # malloc keeps what maps leave, and maps of changing sizes do not fit into the gaps: the process takes up to three times what
-# its maps do, unless it is held to less (`HeapLimit`). Held to so many times, networks of several depths, widths and stripes
-# run as fast as they can; held to the least, up to a third slower, but with wider columns, so that less is computed twice.
+# its maps do, unless it is held to less (`MemoryLimit`). Held to so many times, networks of several depths, widths and
+# stripes run as fast as they can; held to the least, up to a third slower, but with wider columns, so that less is
+# computed twice.
 # The disk comes last: rows that wait for long leave the memory to wider columns.
 _CPU_WAYS = ((1.9, False), (1.35, False), (1.35, True))
 _GPU_WAYS = ((1.1, False),)
@@ -64,7 +65,7 @@ class _Plan:
         return max(right - left for left, right in pairwise(self.cuts))
 
 
-class Stripes:
+class Stripes(Scorer):
     """Scores an image, or any part of it, in stripes; see the module.
 
     Args:
@@ -89,16 +90,6 @@ class Stripes:
 
     Raises:
         NotWindowed: the network has an operation that cannot be computed window by window.
-
-    Example:
-        >>> model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 2, 5, padding=2)).eval()
-        >>> scorer = Stripes(model, 40, 30, in_channels=3, tile_px=16)
-        >>> scorer.way, scorer.cuts, round(scorer.cost, 2)
-        ('stripes of 16 rows in 2 columns', (0, 16, 30), 1.05)
-        >>> image = torch.rand(3, 40, 30)
-        >>> read = lambda top, left, height, width: image[:, top : top + height, left : left + width]
-        >>> [part.region.width for part in scorer.score(read, Region(10, 4, 5, 20))]
-        [12, 8]
     """
 
     def __init__(
@@ -119,8 +110,7 @@ class Stripes:
         self.height, self.width = height, width
         self._sizes = item_sizes(self.network.graph, compute_bytes)
         self._is_cpu = device is None or device.type == "cpu"
-        self.beside_bytes = 0
-        self._heap: HeapLimit | None = None  # what the process is held to, from the first score on
+        self._heap: MemoryLimit | None = None  # what the process is held to, from the first score on
         self._reordered = scratch_bytes(self.network.graph) if self._is_cpu else 0
         self._maps = lru_cache(maxsize=None)(self._maps_peaks)
         self.scratch = scratch
@@ -134,7 +124,7 @@ class Stripes:
     def score(self, read: Read, region: Region) -> Iterator[Scores]:
         """As `Scorer.score`: column by column, from top to bottom."""
         if self._heap is None and self._is_cpu:
-            self._heap = HeapLimit(self._heap_bytes() + self.beside_bytes)
+            self._heap = MemoryLimit(self._heap_bytes() + self.beside_bytes)
         for left, right in pairwise(self.cuts):
             left, right = max(left, region.left), min(right, region.right)
             if left < right:
@@ -144,9 +134,11 @@ class Stripes:
         needed = self.network.windows(Window(Span(part.top, part.bottom), Span(part.left, part.right)))[0]
         place = {"top": part.top, "left": part.left, "height": part.height, "width": part.width}
         # A file for each column, for its rows are of other sizes than those of the next.
-        on_disk = Shelf(self.scratch) if self.scratch and self._plan.has_shelf else contextlib.nullcontext()
+        on_disk = SpillFile(self.scratch) if self.scratch and self._plan.has_shelf else contextlib.nullcontext()
         with NextRows(read, needed.rows.stop) as ahead, on_disk as shelf:
-            parts = self.network.stripes(ahead, **place, stripe_px=self.stripe_px, heap=self._heap, shelf=shelf)
+            parts = self.network.stripes(
+                ahead, **place, stripe_px=self.stripe_px, memory_limit=self._heap, spill_file=shelf
+            )
             for top, logits in parts:
                 yield Scores(Region(top, part.left, logits.shape[1], part.width), logits.float())
 
@@ -227,7 +219,7 @@ class Stripes:
         return Peaks(int(plan.factor * maps.memory) + self._reordered, maps.disk)
 
     def _maps_peaks(self, window: Window, rows: int, has_shelf: bool) -> Peaks:
-        maps = peaks(self.network.graph, window, rows, self._sizes, has_shelf=has_shelf)
+        maps = peaks(self.network.graph, window, rows, self._sizes, has_spill_file=has_shelf)
         logits = 4 * self.network.num_classes * rows * window.columns.length
         return maps._replace(memory=maps.memory + 3 * logits)  # they, and what is made of them
 
@@ -258,59 +250,3 @@ def _cuts(width: int, columns: int, tile_px: int | None) -> tuple[int, ...]:
     """Where columns begin and end: of `tile_px`, or of equal widths."""
     step = -(-width // columns) if tile_px is None else tile_px
     return (*range(0, width, step), width)
-
-
-class NextRows:
-    """Reads windows of an image from top to bottom, always the next one in a thread of its own.
-
-    Args:
-        read: as in `base`; called from one other thread.
-        bottom: the row below the last that will be asked for.
-
-    Example:
-        >>> image = torch.arange(12.0).view(1, 6, 2)
-        >>> read = lambda top, left, height, width: image[:, top : top + height, left : left + width]
-        >>> with NextRows(read, bottom=6) as ahead:
-        ...     first, second = ahead(0, 0, 2, 2), ahead(2, 0, 2, 2)
-        >>> second.tolist()
-        [[[4.0, 5.0], [6.0, 7.0]]]
-    """
-
-    def __init__(self, read: Read, bottom: int) -> None:
-        self._read, self._bottom = read, bottom
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="next-rows")
-        self._next: tuple[tuple[int, int, int, int], Future[Tensor]] | None = None
-
-    def __call__(self, top: int, left: int, height: int, width: int) -> Tensor:
-        """(C, height, width), in the order of memory that convolutions run fastest in."""
-        found = self._found(top, left, height, width)
-        after = min(height, self._bottom - top - height)
-        if after > 0:
-            then = (top + height, left, after, width)
-            self._next = (then, self._pool.submit(self._fetch, *then))
-        return found
-
-    def _found(self, top: int, left: int, height: int, width: int) -> Tensor:
-        """The window, as far as possible from what was fetched, which may have other rows than were expected."""
-        waiting, self._next = self._next, None
-        if waiting is None:
-            return self._fetch(top, left, height, width)
-        place, fetched = waiting[0], waiting[1].result()
-        if (place[0], place[1], place[3]) != (top, left, width):
-            return self._fetch(top, left, height, width)
-        missing = height - place[2]
-        if missing <= 0:
-            return fetched[:, :height]
-        return torch.cat([fetched, self._fetch(top + place[2], left, missing, width)], dim=1)
-
-    def _fetch(self, top: int, left: int, height: int, width: int) -> Tensor:
-        with torch.inference_mode():
-            window = self._read(top, left, height, width)
-            return window.float()[None].contiguous(memory_format=torch.channels_last)[0]
-
-    def __enter__(self) -> "NextRows":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
-        self._next = None

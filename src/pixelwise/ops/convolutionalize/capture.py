@@ -1,6 +1,6 @@
-"""The graph of a classifier with the shape of every value at several image sizes: what grows with the image is a map.
+"""The graph of a network with the shape of every value at several image sizes: what grows with the image is a map.
 
-A classifier is followed with torch.fx on the device "meta", where nothing is computed but shapes, at its own image size and
+A network is followed with torch.fx on the device "meta", where nothing is computed but shapes, at its own image size and
 at a much larger one. A value with two axes that grow with the image is a map; by how much they grow tells its stride
 exactly. Values that do not grow are scores or context. A third size, an odd one, tells what no size changes.
 """
@@ -33,8 +33,16 @@ class Grid:
     strides: tuple[float, float]
 
 
+class Untraceable(UsageError):
+    """The code of a network cannot be followed; `reason` is why, without the module."""
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
 class Capture:
-    """A classifier as a graph of steps.
+    """A classifier, or its trunk, as a graph of steps.
 
     Args:
         classifier: the network; it is left as it is.
@@ -46,7 +54,7 @@ class Capture:
         twin: the classifier without memory behind its parameters.
 
     Raises:
-        UsageError: its code cannot be followed, or does not take images of that size.
+        Untraceable: its code cannot be followed, or does not take images of that size.
     """
 
     def __init__(self, classifier: nn.Module, input_size: tuple[int, int, int], leaves: Collection[str] = ()) -> None:
@@ -64,7 +72,6 @@ class Capture:
         while not self._follow(images, optional):
             pass
         self.image = next(node for node in self.graph.nodes if node.op == "placeholder")
-        self._check(next(node for node in self.graph.nodes if node.op == "output").args[0])
 
     def _follow(self, images: dict[str, Tensor], optional: dict[str, Any]) -> bool:
         """Follow the code once; a module whose code cannot be followed becomes one step, and all begins anew."""
@@ -85,9 +92,10 @@ class Capture:
                 return False
         size = "(N, {}, {}, {})".format(*self.input_size)
         hint = " If the classifier is made for another size, pass input_size=PIXELS or (channels, height, width)."
-        raise UsageError(
+        raise Untraceable(
             f"{self.where(around[0])} cannot be made fully convolutional: its code cannot be followed on images {size}, "
-            f"because {reason.rstrip('.')}.{'' if reason == CONTENT else hint}"
+            f"because {reason.rstrip('.')}.{'' if reason == CONTENT else hint}",
+            reason,
         )
 
     def where(self, path: str) -> str:
@@ -133,8 +141,9 @@ class Capture:
             f"only. On a larger image {says}.{table}"
         )
 
-    def _check(self, last: Any) -> None:
-        """The classifier gives scores (N, K)."""
+    def require_scores(self) -> None:
+        """Raise a UsageError unless the network is a classifier, which gives scores (N, K)."""
+        last = next(iter(reversed(self.graph.nodes))).args[0]
         scores = last.meta["own"] if isinstance(last, fx.Node) else last
         if not isinstance(scores, Tensor) or scores.ndim != 2 or scores.shape[0] != OWN_BATCH:
             given = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__

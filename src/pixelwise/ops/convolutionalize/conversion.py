@@ -81,7 +81,9 @@ def convolutionalize(
         raise UsageError(f"dense must be True, False or a number of pixels of at least 1, not {dense!r}.")
     size = _own_size(classifier, input_size)
     with torch.device("cpu"):  # where the numbers are that tell how values move; "meta" may be the default
-        conversion = _Conversion(Capture(classifier, size), head == "cells", None if dense is False else int(dense))
+        capture = Capture(classifier, size)
+        capture.require_scores()
+        conversion = _Conversion(capture, head == "cells", None if dense is False else int(dense))
         scorer = conversion.run()
         while conversion.trunk.stuck:
             scorer, conversion = _with_larger_steps(conversion)

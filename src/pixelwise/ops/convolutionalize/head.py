@@ -30,24 +30,17 @@ REDUCTIONS = ("mean", "sum", "amax", torch.mean, torch.sum, torch.amax)  # these
 class Windows:
     """What a value (N, ...) of the classifier's head is in the new graph.
 
-    Attributes:
-        map: the step that gives a map (N, C, H', W').
-        channels: C.
-        numbers: for each value of two images at the classifier's own size, which one of the window (C, h, w) it is;
-            those of the second image go on where those of the first end.
-        window: h, w in cells; (1, 1) where a cell of the map is all there is.
-        dilation: cells of the map between neighbours in a window.
-        bins: a, b where the window is to be averaged to (C, a, b) first, which `numbers` then number.
-        begun: steps that have reduced the window by one axis, waiting for the other: `x.mean(3).mean(2)`.
+    `numbers` tells, for each value of two images at the classifier's own size, which one of the window (C, h, w) it is;
+    those of the second image go on where those of the first end.
     """
 
-    map: fx.Node
-    channels: int
+    map: fx.Node  # the step that gives a map (N, C, H', W')
+    channels: int  # C
     numbers: Tensor
-    window: Size = (1, 1)
-    dilation: int = 1
-    bins: Size | None = None
-    begun: tuple[Run, ...] = ()
+    window: Size = (1, 1)  # h, w in cells; (1, 1) where a cell of the map is all there is
+    dilation: int = 1  # cells of the map between neighbours in a window
+    bins: Size | None = None  # a, b where the window is to be averaged to (C, a, b) first, which `numbers` then number
+    begun: tuple[Run, ...] = ()  # steps that have reduced the window by one axis: `x.mean(3).mean(2)`
 
     @property
     def is_cell(self) -> bool:
@@ -80,12 +73,7 @@ def window_of(map_: fx.Node, value: Tensor, grid: Grid, dilation: int, graph: fx
 
 
 class Head:
-    """Turns the steps of a classifier's head, one by one.
-
-    Args:
-        new: the network that is built.
-        per_cell: leave poolings out, so that each cell of the map gets its own scores.
-    """
+    """Turns the steps of a classifier's head, one by one; `per_cell` leaves poolings out, so that each cell gets scores."""
 
     def __init__(self, new: NewNetwork, per_cell: bool) -> None:
         self.new, self.capture, self.graph, self.per_cell = new, new.capture, new.graph, per_cell

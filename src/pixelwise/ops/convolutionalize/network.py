@@ -9,13 +9,7 @@ from pixelwise.ops.convolutionalize.capture import Capture, share
 
 
 class NewNetwork:
-    """A graph that is being built, and its modules.
-
-    Attributes:
-        capture: the classifier.
-        graph: the new steps.
-        root: a copy of the classifier's modules that shares their parameters; what changes is changed here.
-    """
+    """A graph that is being built; `root` is a copy of the classifier's modules that shares their parameters."""
 
     def __init__(self, capture: Capture) -> None:
         self.capture, self.graph = capture, fx.Graph()

@@ -21,30 +21,15 @@ Parts = dict[tuple[int, int], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Spread:
-    """How a step is done on an interleaved map.
+    """How a step is done on an interleaved map."""
 
-    Attributes:
-        spacing: cells between neighbours of a phase.
-        axes: where the map has its rows and columns.
-        axes_out: where the result has them.
-        least: rows and columns that the step needs; a phase with fewer has no cells in the result.
-        stride: of the step; it is removed by doing the step at every cell.
-        own: rows and columns of a phase at the classifier's own image size.
-        rounds_up: the step gives ceil(length / stride) cells for every length, as padding like TensorFlow's "SAME" does.
-
-    Example:
-        >>> rows = torch.arange(4.0).reshape(1, 1, 4, 1).expand(1, 1, 4, 4)
-        >>> Spread(spacing=2).run(lambda x: nn.functional.avg_pool2d(x, 2, stride=1), rows)[0, 0, :, 0]
-        tensor([1., 2.])
-    """
-
-    spacing: int
-    axes: Axes = (2, 3)
-    axes_out: Axes = (2, 3)
-    least: tuple[int, int] = (1, 1)
-    stride: int = 1
-    own: tuple[int, int] = (1, 1)
-    rounds_up: bool = False
+    spacing: int  # cells between neighbours of a phase
+    axes: Axes = (2, 3)  # where the map has its rows and columns
+    axes_out: Axes = (2, 3)  # where the result has them
+    least: tuple[int, int] = (1, 1)  # rows and columns that the step needs; smaller phases have no cells in the result
+    stride: int = 1  # of the step; it is removed by doing the step at every cell
+    own: tuple[int, int] = (1, 1)  # rows and columns of a phase at the classifier's own image size
+    rounds_up: bool = False  # it gives ceil(length / stride) cells for every length, as TensorFlow's "SAME" does
 
     def run(self, step: Step, x: Tensor) -> Tensor:
         """The result of `step`, which takes and gives single maps, for all phases of `x`, interleaved as they were."""
@@ -124,12 +109,7 @@ class Here:
 
 
 class FunctionStep(nn.Module):
-    """A function or method of tensors as a module, its other arguments fixed; `args` and `kwargs` hold `Here` once.
-
-    Example:
-        >>> FunctionStep(torch.clamp, (Here,), {"min": 1.0})(torch.tensor([0.0, 2.0]))
-        tensor([1., 2.])
-    """
+    """A function or method of tensors as a module, its other arguments fixed; `args` and `kwargs` hold `Here` once."""
 
     def __init__(self, function: Callable[..., Any] | str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         super().__init__()
@@ -155,12 +135,7 @@ def _forward_spread(self: Any, x: Tensor) -> Tensor:
 
 
 def crop_alike(maps: Sequence[Tensor], axes: Axes = (2, 3)) -> list[Tensor]:
-    """The first rows and columns of each map, as many as the smallest has: branches may differ in their last phases.
-
-    Example:
-        >>> [tuple(item.shape) for item in crop_alike([torch.zeros(1, 1, 5, 4), torch.zeros(1, 1, 4, 4)])]
-        [(1, 1, 4, 4), (1, 1, 4, 4)]
-    """
+    """The first rows and columns of each map, as many as the smallest has: branches may differ in their last phases."""
     for axis in axes:
         length = min(item.shape[axis] for item in maps)
         maps = [item if item.shape[axis] == length else item.narrow(axis, 0, length) for item in maps]

@@ -18,42 +18,29 @@ ELEMENTWISE_MODULES = (
     *(getattr(activation, name) for name in activation.__all__ if name not in _OTHERS),
 )
 _ELEMENTWISE = [
-    *(
-        "relu",
-        "relu6",
-        "leaky_relu",
-        "elu",
-        "selu",
-        "celu",
-        "gelu",
-        "silu",
-        "mish",
-        "hardtanh",
-        "hardswish",
-        "hardsigmoid",
-    ),
-    *("sigmoid", "tanh", "softplus", "softsign", "dropout", "dropout2d", "alpha_dropout", "feature_dropout"),
-    *("abs", "exp", "sqrt", "square", "pow", "clamp", "neg", "reciprocal", "rsqrt", "clone", "contiguous", "detach"),
-    *("float", "to", "type_as", "mul_", "add_", "div_", "sub_", "relu_", "sigmoid_", "clamp_"),
-]
+    "relu", "relu6", "leaky_relu", "elu", "selu", "celu", "gelu", "silu", "mish", "hardtanh", "hardswish",
+    "hardsigmoid", "sigmoid", "tanh", "softplus", "softsign", "dropout", "dropout2d", "alpha_dropout",
+    "feature_dropout", "abs", "exp", "sqrt", "square", "pow", "clamp", "neg", "reciprocal", "rsqrt", "clone",
+    "contiguous", "detach", "float", "to", "type_as", "mul_", "add_", "div_", "sub_", "relu_", "sigmoid_", "clamp_",
+]  # fmt: skip
 ELEMENTWISE_METHODS = frozenset(_ELEMENTWISE)
 ELEMENTWISE_FUNCTIONS = frozenset(
     getattr(home, name) for home in (torch, F) for name in _ELEMENTWISE if callable(getattr(home, name, None))
 )
 # Of several maps, or of a map and a table by channels: each cell of the result depends on the same cell of the inputs.
 _BY_CELL = [
-    *("add", "sub", "mul", "div", "true_divide", "truediv", "iadd", "imul", "isub", "itruediv", "neg", "maximum"),
-    *("minimum", "cat", "concat", "addcmul", "lerp", "where", "batch_norm", "layer_norm", "prelu", "linear"),
-]
+    "add", "sub", "mul", "div", "true_divide", "truediv", "iadd", "imul", "isub", "itruediv", "neg", "maximum",
+    "minimum", "cat", "concat", "addcmul", "lerp", "where", "batch_norm", "layer_norm", "prelu", "linear",
+]  # fmt: skip
 BY_CELL_FUNCTIONS = frozenset(
     getattr(home, name) for home in (torch, F, operator) for name in _BY_CELL if callable(getattr(home, name, None))
 )
 BY_CELL_METHODS = frozenset({"add", "sub", "mul", "div", "type_as", "expand_as"})
 BY_CELL_MODULES = (_BatchNorm, nn.PReLU, nn.LayerNorm, nn.Linear)
 _REARRANGING = [
-    *("flatten", "unflatten", "reshape", "view", "view_as", "permute", "transpose", "swapaxes", "movedim", "moveaxis"),
-    *("squeeze", "unsqueeze", "chunk", "split", "unbind", "narrow", "stack", "contiguous"),
-]
+    "flatten", "unflatten", "reshape", "view", "view_as", "permute", "transpose", "swapaxes", "movedim", "moveaxis",
+    "squeeze", "unsqueeze", "chunk", "split", "unbind", "narrow", "stack", "contiguous",
+]  # fmt: skip
 MOVING = frozenset({"flip", "roll"})  # these put values elsewhere in the map
 REARRANGING_METHODS = frozenset(_REARRANGING) | MOVING
 REARRANGING_FUNCTIONS = frozenset(

@@ -22,14 +22,8 @@ from pixelwise.ops.convolutionalize.tracer import REFUSALS, is_settled
 class Trunk:
     """Puts the steps of a classifier's trunk into the new graph, one by one.
 
-    Args:
-        new: the network that is built.
-        stride: the largest number of pixels between the cells of a map, or None to leave all strides.
-
-    Attributes:
-        spacing: by how much the stride of each map was reduced.
-        opaque: paths of modules whose steps cannot be changed one by one; as one step each, they can.
-        stuck: steps that cannot be changed one by one.
+    `stride` is the largest number of pixels between the cells of a map (None leaves all strides), `spacing` by how much the
+    stride of each map was reduced, `opaque` the paths of modules whose steps can only be changed as one, `stuck` such steps.
     """
 
     def __init__(self, new: NewNetwork, stride: int | None) -> None:
@@ -39,12 +33,9 @@ class Trunk:
         self.stuck: list[fx.Node] = []
 
     def convert(self, node: fx.Node, maps: list[fx.Node], value: Callable[[fx.Node], Any]) -> fx.Node:
-        """The next step.
+        """The step of the new graph for `node`.
 
-        Args:
-            node: of the classifier's graph.
-            maps: those of its inputs that depend on the image and are tensors.
-            value: the new step or the constant in place of an input.
+        `maps` are those of its inputs that depend on the image and are tensors; `value` gives what stands for an input.
         """
         grid = self.capture.grid(node)
         grids = [found for item in maps if (found := self.capture.grid(item))]

@@ -11,13 +11,7 @@ from pixelwise.ops.convolutionalize.phases import Spread
 
 
 class WindowPool(nn.Module):
-    """The mean or the maximum over every window of a map, at stride 1; the cells of a window are `dilation` apart.
-
-    Example:
-        >>> WindowPool("mean", (2, 2))(torch.arange(9.0).reshape(1, 1, 3, 3))
-        tensor([[[[2., 3.],
-                  [5., 6.]]]])
-    """
+    """The mean or the maximum over every window of a map, at stride 1; the cells of a window are `dilation` apart."""
 
     def __init__(self, kind: str, window: tuple[int, int], dilation: int = 1) -> None:
         super().__init__()
@@ -38,16 +32,7 @@ class WindowPool(nn.Module):
 class PooledConv2d(nn.Module):
     """A convolution over windows that are averaged to fewer cells first, as a linear layer after adaptive pooling is.
 
-    Args:
-        weight: (O, C, a, b), for a x b averages.
-        bias: (O,) or None.
-        window: rows and columns of the window that is averaged to a x b cells.
-        dilation: cells between neighbours of a window.
-
-    Example:
-        >>> conv = PooledConv2d(nn.Parameter(torch.ones(1, 1, 2, 2)), None, (4, 4))
-        >>> conv(torch.arange(16.0).reshape(1, 1, 4, 4)).item()  # 4 averages, summed
-        30.0
+    The weight (O, C, a, b) is for a x b averages of a window, whose cells are `dilation` apart.
     """
 
     def __init__(
@@ -67,26 +52,14 @@ class PooledConv2d(nn.Module):
 
 
 def cells_of(x: Tensor, shape: Sequence[int], order: Sequence[int] | None = None) -> Tensor:
-    """The cells of a map (N, C, h, w) as a batch (N * h * w, *shape), their channels in the given order.
-
-    Example:
-        >>> cells_of(torch.arange(4.0).reshape(1, 2, 1, 2), (2,))
-        tensor([[0., 2.],
-                [1., 3.]])
-    """
+    """The cells of a map (N, C, h, w) as a batch (N * h * w, *shape), their channels in the given order."""
     cells = x.permute(0, 2, 3, 1).flatten(0, 2)  # (N * h * w, C)
     cells = cells if order is None else cells[:, torch.as_tensor(order, device=x.device)]
     return cells.reshape(-1, *shape)
 
 
 def map_of(cells: Tensor, like: Tensor) -> Tensor:
-    """A batch of cells (N * h * w, ...) as a map (N, C', h, w), for the map (N, C, h, w) that `cells_of` took apart.
-
-    Example:
-        >>> like = torch.zeros(1, 3, 1, 2)
-        >>> tuple(map_of(torch.zeros(2, 5), like).shape)
-        (1, 5, 1, 2)
-    """
+    """A batch of cells (N * h * w, ...) as a map (N, C', h, w), for the map (N, C, h, w) that `cells_of` took apart."""
     return cells.reshape(like.shape[0], like.shape[2], like.shape[3], -1).permute(0, 3, 1, 2)
 
 
@@ -95,13 +68,7 @@ def require_size(image: Tensor, least: Sequence[int]) -> Tensor:
 
     Raises:
         UsageError: it is smaller than the classifier's window, or of another shape.
-
-    Example:
-        >>> require_size(torch.zeros(1, 3, 100, 300), (3, 224, 224))
-        Traceback (most recent call last):
-            ...
-        pixelwise.errors.UsageError: the image of 100 x 300 px (height x width) is smaller than the classifier's window of 224 x 224 px. Pad or enlarge it.
-    """  # noqa: E501
+    """
     channels, height, width = least
     if image.ndim != 4 or image.shape[1] != channels:
         raise UsageError(f"the image must have shape (N, {channels}, H, W), not {tuple(image.shape)}.")
@@ -117,10 +84,6 @@ def whole_windows(scores: Tensor, image: Tensor, window: Sequence[int], stride: 
     """The scores (N, K, h, w) of those windows of (height, width) pixels, `stride` apart, that lie within the image.
 
     Padding and rounding let a network have a few cells more.
-
-    Example:
-        >>> tuple(whole_windows(torch.zeros(1, 5, 3, 9), torch.zeros(1, 3, 255, 480), (224, 224), 32).shape)
-        (1, 5, 1, 9)
     """
     rows, columns = ((length - own) // stride + 1 for length, own in zip(image.shape[2:], window, strict=True))
     return scores[:, :, :rows, :columns]

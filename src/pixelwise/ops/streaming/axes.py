@@ -35,7 +35,7 @@ class Sliding:
     before: int = 0
     dilation: int = 1
 
-    def reach(self, out: Span) -> Span:
+    def need_with_padding(self, out: Span) -> Span:
         """As `need`, with the places of the padding."""
         if out.length == 0:
             return Span(0, 0)
@@ -43,14 +43,14 @@ class Sliding:
         return Span(start, (out.stop - 1) * self.stride - self.before + (self.kernel - 1) * self.dilation + 1)
 
     def need(self, out: Span) -> Span:
-        return self.reach(out).clip(self.length)
+        return self.need_with_padding(out).clip(self.length)
 
     def padding(self, out: Span) -> tuple[int, int]:
         """How many places of padding come before and behind what is needed."""
-        reach, inside = self.reach(out), self.need(out)
+        padded, inside = self.need_with_padding(out), self.need(out)
         if inside.length == 0:
-            return reach.length, 0
-        return inside.start - reach.start, reach.stop - inside.stop
+            return padded.length, 0
+        return inside.start - padded.start, padded.stop - inside.stop
 
 
 @dataclass(frozen=True)
@@ -118,11 +118,8 @@ class Lookup:
 class Interpolation:
     """Linear between two places, as torch computes it (in float32, so that far from the start the same rounding comes out).
 
-    Args:
-        length: of the input.
-        target: length of the output.
-        align_corners: whether the ends fall together (else the areas of the outermost places do).
-        scale: output over input, where the caller of torch gave it; else it follows from the lengths.
+    `align_corners` lets the ends fall together (else the areas of the outermost places do). `scale` is output over input,
+    where the caller of torch gave it; else it follows from the lengths.
     """
 
     def __init__(self, length: int, target: int, align_corners: bool, scale: float | None) -> None:

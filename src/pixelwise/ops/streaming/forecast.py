@@ -13,8 +13,8 @@ from torch import Tensor
 from pixelwise.ops.streaming.graph import Graph
 from pixelwise.ops.streaming.kernels import Convolution, Slides, TransposedConvolution
 from pixelwise.ops.streaming.network import LEAST_STEP_PX, Stream, windows_of
-from pixelwise.ops.streaming.pointwise import LinearOfChannels, Part
-from pixelwise.ops.streaming.shelf import EmptyShelf
+from pixelwise.ops.streaming.pointwise import Chunk, LinearOfChannels
+from pixelwise.ops.streaming.spill import EmptySpillFile
 from pixelwise.ops.streaming.windows import Span, Window, whole
 
 _TYPES = {2: torch.bfloat16, 4: torch.float32, 8: torch.int64}  # by bytes per number
@@ -54,7 +54,7 @@ def item_sizes(graph: Graph, compute_bytes: int) -> list[int]:
             sizes.append(4)
         elif isinstance(rule, Convolution | TransposedConvolution | LinearOfChannels):
             sizes.append(compute_bytes)
-        elif isinstance(rule, Part) and rule.index == 1 and isinstance(rule.whole, Slides):
+        elif isinstance(rule, Chunk) and rule.index == 1 and isinstance(rule.whole, Slides):
             sizes.append(8)  # places of maxima
         else:
             floats = [sizes[source] for source in call.sources if sizes[source] <= 4]
@@ -75,12 +75,12 @@ class Peaks(NamedTuple):
     disk: int = 0
 
 
-class Ledger(Stream):
+class Forecast(Stream):
     """A stream that keeps account of the bytes and computes nothing."""
 
-    def __init__(self, graph: Graph, region: Window, sizes: Sequence[int], *, has_shelf: bool = False) -> None:
-        self.shelf = EmptyShelf() if has_shelf else None
-        super().__init__(graph, region, shelf=self.shelf)
+    def __init__(self, graph: Graph, region: Window, sizes: Sequence[int], *, has_spill_file: bool = False) -> None:
+        self.spill_file = EmptySpillFile() if has_spill_file else None
+        super().__init__(graph, region, spill_file=self.spill_file)
         self.sizes, self.peak, self.held = sizes, 0, [0] * len(graph.calls)
 
     def walk(self, row: int, step_px: int) -> None:
@@ -99,7 +99,7 @@ class Ledger(Stream):
 
     def _count(self, step: int, stop: int) -> None:
         call, rule, kept = self.graph.calls[step], self.graph.rules[step], self.kept[step]
-        if isinstance(rule, Part):
+        if isinstance(rule, Chunk):
             return
         new = Window(Span(kept.stop, stop), self.needed[step].columns)
         copied = 0
@@ -113,11 +113,11 @@ class Ledger(Stream):
                 copies = uneven + (len(bases) > 1) + (not self.kept[base].is_whole(window))
                 if copies:
                     copied += copies * self._rows(base, window).nbytes
-        steps = self.parts.get(step, [step])
+        steps = self.chunks.get(step, [step])
         for item in steps:
             self.kept[item].append(self._rows(item, new))
             self._weigh(item)
-        if step in self.parts:
+        if step in self.chunks:
             kept.start = kept.stop = stop
         self.peak = max(self.peak, sum(self.held) + copied)
         for source in self.sources(call) if call else ():
@@ -127,7 +127,7 @@ class Ledger(Stream):
     @property
     def peaks(self) -> Peaks:
         """Up to now."""
-        return Peaks(self.peak, self.shelf.size if self.shelf is not None else 0)
+        return Peaks(self.peak, self.spill_file.size if self.spill_file is not None else 0)
 
     def _rows(self, step: int, new: Window) -> Tensor:
         full = self.graph.maps[step]
@@ -143,31 +143,33 @@ class Ledger(Stream):
         return all(
             kept.start > needed.rows.start or not needed.rows.length
             for step, (kept, needed) in enumerate(zip(self.kept, self.needed, strict=True))
-            if step not in self.parts and not self.graph.is_joined(step)
+            if step not in self.chunks and not self.graph.is_joined(step)
         )
 
 
-def peaks(graph: Graph, region: Window, stripe_px: int, sizes: Sequence[int], *, has_shelf: bool = False) -> Peaks:
+def peaks(graph: Graph, region: Window, stripe_px: int, sizes: Sequence[int], *, has_spill_file: bool = False) -> Peaks:
     """The most bytes that the maps take at any time while `region` streams through in stripes of `stripe_px` rows.
 
     That is while the first rows flow, or at the end, where the last stripe is followed at once by what waited for rows
-    below the image. With a shelf, rows that wait for long lie on the disk.
+    below the image. With a spill file, rows that wait for long lie on the disk.
     """
-    most, last = _walk(graph, region, stripe_px, sizes, has_shelf)
+    most, last = _walk(graph, region, stripe_px, sizes, has_spill_file)
     start = region.rows.start + (region.rows.length - 1) // stripe_px * stripe_px - stripe_px
     if start <= last:
         return most
-    bottom, _ = _walk(graph, Window(Span(start, region.rows.stop), region.columns), stripe_px, sizes, has_shelf)
+    bottom, _ = _walk(graph, Window(Span(start, region.rows.stop), region.columns), stripe_px, sizes, has_spill_file)
     return Peaks(max(most.memory, bottom.memory), max(most.disk, bottom.disk))
 
 
-def _walk(graph: Graph, region: Window, stripe_px: int, sizes: Sequence[int], has_shelf: bool) -> tuple[Peaks, int]:
+def _walk(
+    graph: Graph, region: Window, stripe_px: int, sizes: Sequence[int], has_spill_file: bool
+) -> tuple[Peaks, int]:
     """The peaks of a region, and down to which row they were looked for: until they repeat."""
-    ledger, steady = Ledger(graph, region, sizes, has_shelf=has_shelf), 0
+    forecast, steady = Forecast(graph, region, sizes, has_spill_file=has_spill_file), 0
     for first in range(region.rows.start, region.rows.stop, stripe_px):
-        before = ledger.peaks
-        ledger.walk(min(first + stripe_px, region.rows.stop), max(stripe_px, LEAST_STEP_PX))
-        steady = steady + 1 if ledger.peaks == before and ledger.is_flowing() else 0
+        before = forecast.peaks
+        forecast.walk(min(first + stripe_px, region.rows.stop), max(stripe_px, LEAST_STEP_PX))
+        steady = steady + 1 if forecast.peaks == before and forecast.is_flowing() else 0
         if steady == STEADY:
-            return ledger.peaks, first + stripe_px
-    return ledger.peaks, region.rows.stop
+            return forecast.peaks, first + stripe_px
+    return forecast.peaks, region.rows.stop

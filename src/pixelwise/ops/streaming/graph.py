@@ -6,6 +6,7 @@ other maps. Everything else (weights, tables, masks) is constant and is computed
 
 import math
 import operator
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,6 @@ from torch.utils import _pytree as pytree
 
 from pixelwise.errors import PixelwiseError
 from pixelwise.ops.convolutionalize.capture import without_memory
-from pixelwise.ops.streaming.inplace import Aliases
 
 
 class NotWindowed(PixelwiseError):
@@ -57,15 +57,7 @@ class Input:
 
 @dataclass(eq=False)
 class Call:
-    """One operation: `op(*args, **kwargs)`, in which maps are `Input`s.
-
-    Attributes:
-        name: the step's name in the graph.
-        sources: which steps give its inputs.
-        inputs: their maps.
-        shapes: of all that it gives.
-        source_rules: the rules of the steps that give its inputs.
-    """
+    """One operation: `op(*args, **kwargs)`, in which maps are `Input`s; `sources` are the steps that give them."""
 
     name: str
     op: Any
@@ -94,12 +86,9 @@ RuleMaker = Callable[[Call], Any]
 
 
 class Graph:
-    """The operations from the image to the logits, each with the rule that computes its windows.
+    """The operations from the image (1, C, H, W) to the logits, each with the rule that computes its windows.
 
-    Args:
-        model: maps (1, C, H, W) to (1, K, H, W); batch norm and dropout that are in training mode are refused.
-        shape: (1, C, H, W).
-        rules: operation's name -> maker of its rule.
+    `rules` maps an operation's name to the maker of its rule. Batch norm and dropout in training mode are refused.
 
     Raises:
         NotWindowed: an operation has no rule, or its rule does not suit it, or torch.export cannot follow the code.
@@ -205,7 +194,7 @@ class Graph:
 
     def _add_call(self, node: fx.Node) -> None:
         if node.target is operator.getitem:
-            self._add_part(node)
+            self._add_chunk(node)
             return
         sources: list[int] = []
 
@@ -226,7 +215,7 @@ class Graph:
         rule = maker(call)
         self._append(node, call, rule, Map(shapes[0], rule.axes, values[0].dtype))
 
-    def _add_part(self, node: fx.Node) -> None:
+    def _add_chunk(self, node: fx.Node) -> None:
         """One of several results of an operation."""
         source = self._steps[node.args[0]]  # type: ignore[index]
         whole, index = self.calls[source], int(node.args[1])  # type: ignore[arg-type]
@@ -297,3 +286,47 @@ def _state_of(program: Any, model: nn.Module) -> dict[str, Tensor]:
             )
         state[name] = constant
     return state
+
+
+class Aliases:
+    """Which steps of a graph of torch.export are names for the same numbers: a map and its views.
+
+    Here every operation gives a new map, in-place ones too. That is right as long as nobody looks at the old names again.
+    """
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self._order = {node: place for place, node in enumerate(graph.nodes)}
+        self._names: dict[int, list[fx.Node]] = defaultdict(list)
+        for node in graph.nodes:
+            for key in _storages(node):
+                self._names[key].append(node)
+
+    def changed(self, node: fx.Node) -> list[fx.Node]:
+        """The steps before an in-place operation whose numbers it changes; none for other operations."""
+        if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
+            return []
+        keys = {key for given in _written(node) for key in _storages(given)}
+        return [name for key in keys for name in self._names[key] if self._order[name] < self._order[node]]
+
+    def is_used_after(self, name: fx.Node, node: fx.Node) -> bool:
+        """Whether a step behind `node` takes `name`."""
+        return any(self._order[user] > self._order[node] for user in name.users)
+
+    def users_before(self, name: fx.Node, node: fx.Node) -> list[fx.Node]:
+        """The steps before `node` that take `name`."""
+        return [user for user in name.users if self._order[user] < self._order[node]]
+
+
+def _written(node: fx.Node) -> list[fx.Node]:
+    """The arguments that an operation writes to."""
+    schema = node.target._schema.arguments  # type: ignore[union-attr]
+    given = [
+        node.args[place] if place < len(node.args) else node.kwargs.get(item.name) for place, item in enumerate(schema)
+    ]
+    written = [value for value, item in zip(given, schema, strict=True) if item.alias_info and item.alias_info.is_write]
+    return [value for value in pytree.tree_leaves(written) if isinstance(value, fx.Node)]
+
+
+def _storages(node: fx.Node) -> set[int]:
+    values = pytree.tree_leaves(node.meta.get("val"))
+    return {value.untyped_storage()._cdata for value in values if isinstance(value, Tensor)}

@@ -4,16 +4,19 @@ At the border of the whole map the window is padded as the operation pads; elsew
 """
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from pixelwise.ops.streaming.axes import Sliding, Spreading
-from pixelwise.ops.streaming.graph import Call
-from pixelwise.ops.streaming.pointwise import Part
+from pixelwise.ops.streaming.graph import Call, Map
+from pixelwise.ops.streaming.pointwise import Chunk
 from pixelwise.ops.streaming.windows import Span, Window
+
+Side = TypeVar("Side", Sliding, Spreading)
 
 
 def pair(value: Any) -> tuple[int, int]:
@@ -27,6 +30,12 @@ def _last_two(call: Call) -> None:
     for item in call.inputs:
         if item.axes != (2, 3) or len(item.shape) != 4:
             raise call.refusal("its map is not (N, C, H, W)")
+
+
+def _axes(kind: type[Side], given: Map, *geometry: Sequence[int]) -> tuple[Side, Side]:
+    """The rows and columns of a map, for a kernel, a stride, a padding and perhaps a dilation of (height, width)."""
+    rows, columns = zip(*geometry, strict=True)
+    return kind(given.height, *rows), kind(given.width, *columns)
 
 
 class Slides:
@@ -70,11 +79,7 @@ class Convolution(Slides):
             before = tuple(side * (size - 1) // 2 for side, size in zip(self.dilation, kernel, strict=True))
         else:
             before = (0, 0) if padding == "valid" else pair(padding)
-        first = call.inputs[0]
-        self.rows, self.columns = (
-            Sliding(length, kernel[axis], self.stride[axis], before[axis], self.dilation[axis])
-            for axis, length in enumerate((first.height, first.width))
-        )
+        self.rows, self.columns = _axes(Sliding, call.inputs[0], kernel, self.stride, before, self.dilation)
         self.macs = math.prod(self.weight.shape)  # for each place of the output
 
     def run(self, out: Window, tensors: list[Tensor], windows: list[Window], owned: bool = False) -> Tensor:
@@ -95,11 +100,8 @@ class TransposedConvolution:
             raise call.refusal("its weights depend on the image")
         self.stride, padding = pair(call.argument(3, "stride", 1)), pair(call.argument(4, "padding", 0))
         self.groups, self.dilation = call.argument(6, "groups", 1), pair(call.argument(7, "dilation", 1))
-        first = call.inputs[0]
-        self.rows, self.columns = (
-            Spreading(length, self.weight.shape[2 + axis], self.stride[axis], padding[axis], self.dilation[axis])
-            for axis, length in enumerate((first.height, first.width))
-        )
+        kernel = self.weight.shape[2:]
+        self.rows, self.columns = _axes(Spreading, call.inputs[0], kernel, self.stride, padding, self.dilation)
         self.channels = self.weight.shape[1] * self.groups
         self.macs_of_input = math.prod(self.weight.shape)  # for each place of the input
 
@@ -141,12 +143,8 @@ class MaxPooling(Slides):
         kernel, padding = pair(call.argument(1, "kernel_size")), pair(call.argument(3, "padding", 0))
         self.kernel, self.dilation = kernel, pair(call.argument(4, "dilation", 1))
         self.stride = pair(call.argument(2, "stride", []) or kernel)
-        first = call.inputs[0]
-        self.width = first.width
-        self.rows, self.columns = (
-            Sliding(length, kernel[axis], self.stride[axis], padding[axis], self.dilation[axis])
-            for axis, length in enumerate((first.height, first.width))
-        )
+        self.width = call.inputs[0].width
+        self.rows, self.columns = _axes(Sliding, call.inputs[0], kernel, self.stride, padding, self.dilation)
         self.with_places = len(call.shapes) > 1
 
     def run(self, out: Window, tensors: list[Tensor], windows: list[Window], owned: bool = False) -> Any:
@@ -170,21 +168,16 @@ class MaxUnpooling:
 
     def __init__(self, call: Call) -> None:
         _last_two(call)
-        part = call.source_rules[1]
-        pooling = part.whole if isinstance(part, Part) else None
+        places = call.source_rules[1]
+        pooling = places.whole if isinstance(places, Chunk) else None
         if not isinstance(pooling, MaxPooling):
             raise call.refusal("its places do not come straight from a pooling")
         size = tuple(call.argument(2, "output_size"))
         self.size = (size[0], size[1])
         if pooling.stride != pooling.kernel or pooling.dilation != (1, 1) or pooling.width != size[1]:
             raise call.refusal("its places come from pooling with windows that overlap, or from a map of another size")
-        places = call.inputs[1]
-        self.rows, self.columns = (
-            Spreading(length, pooling.kernel[axis], pooling.stride[axis], axis_of.before)
-            for axis, (length, axis_of) in enumerate(
-                zip((places.height, places.width), (pooling.rows, pooling.columns), strict=True)
-            )
-        )
+        before = (pooling.rows.before, pooling.columns.before)
+        self.rows, self.columns = _axes(Spreading, call.inputs[1], pooling.kernel, pooling.stride, before)
 
     def need(self, out: Window) -> list[Window]:
         return [Window(self.rows.need(out.rows), self.columns.need(out.columns))] * 2
@@ -212,11 +205,7 @@ class AveragePooling(Slides):
         _last_two(call)
         kernel, padding = pair(call.argument(1, "kernel_size")), pair(call.argument(3, "padding", 0))
         self.kernel, self.stride = kernel, pair(call.argument(2, "stride", []) or kernel)
-        first = call.inputs[0]
-        lengths = (first.height, first.width)
-        self.rows, self.columns = (
-            Sliding(length, kernel[axis], self.stride[axis], padding[axis]) for axis, length in enumerate(lengths)
-        )
+        self.rows, self.columns = _axes(Sliding, call.inputs[0], kernel, self.stride, padding)
         with_padding, self.divisor = call.argument(5, "count_include_pad", True), call.argument(6, "divisor_override")
         self.counts = [
             _counts(call.shapes[0][2 + axis], sliding, with_padding, padding[axis])

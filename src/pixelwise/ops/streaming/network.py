@@ -14,13 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pixelwise.ops.streaming.allocator import Allocator, MemoryLimit
 from pixelwise.ops.streaming.graph import Call, Graph
-from pixelwise.ops.streaming.heap import HeapLimit
-from pixelwise.ops.streaming.pointwise import Part
-from pixelwise.ops.streaming.pool import Pool
+from pixelwise.ops.streaming.pointwise import Chunk
 from pixelwise.ops.streaming.rules import RULES
-from pixelwise.ops.streaming.shelf import Shelf
-from pixelwise.ops.streaming.windows import Kept, Span, Window, whole
+from pixelwise.ops.streaming.spill import SpillFile
+from pixelwise.ops.streaming.windows import Kept, Span, Window
 
 ReadWindow = Callable[[int, int, int, int], Tensor]
 """(top, left, height, width) -> that part of the image, (C, height, width), on the network's device."""
@@ -34,27 +33,10 @@ _NARROW = 0.9  # of the columns; what saves less is not worth a copy
 class WindowedNetwork:
     """A network, made ready to compute the logits of images of one size window by window.
 
-    Args:
-        model: in eval mode; maps (1, C, H, W) to (1, K, H, W). Its weights are shared, not copied.
-        height: H of the image.
-        width: W of the image.
-        in_channels: C of the image.
-        autocast: a context to run the operations in, such as `lambda: torch.autocast("cpu", torch.bfloat16)`.
-
-    Attributes:
-        num_classes: K.
+    The model is in eval mode and shares its weights; `autocast` gives the context to run in. `num_classes` is K.
 
     Raises:
         NotWindowed: the network has an operation that is not known, or that needs the whole image at once.
-
-    Example:
-        >>> model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.MaxPool2d(2), nn.Upsample(scale_factor=2)).eval()
-        >>> network = WindowedNetwork(model, 40, 30, in_channels=3)
-        >>> image = torch.rand(3, 40, 30)
-        >>> read = lambda top, left, height, width: image[:, top : top + height, left : left + width]
-        >>> logits = network.window(read, top=10, left=3, height=7, width=20)
-        >>> torch.allclose(logits, model(image[None])[0, :, 10:17, 3:23], atol=1e-5)
-        True
     """
 
     def __init__(
@@ -73,8 +55,8 @@ class WindowedNetwork:
     @torch.inference_mode()
     def window(self, read: ReadWindow, *, top: int, left: int, height: int, width: int) -> Tensor:
         """The logits of a window at once, (K, height, width), from the pixels that they depend on."""
-        parts = self.stripes(read, top=top, left=left, height=height, width=width, stripe_px=height)
-        return next(logits for _, logits in parts)
+        stripes = self.stripes(read, top=top, left=left, height=height, width=width, stripe_px=height)
+        return next(logits for _, logits in stripes)
 
     @torch.inference_mode()
     def stripes(
@@ -86,16 +68,18 @@ class WindowedNetwork:
         height: int,
         width: int,
         stripe_px: int,
-        heap: HeapLimit | None = None,
-        shelf: Shelf | None = None,
+        memory_limit: MemoryLimit | None = None,
+        spill_file: SpillFile | None = None,
     ) -> Iterator[tuple[int, Tensor]]:
         """The logits of a window, `stripe_px` rows after the other: (first row, (K, rows, width)).
 
-        The process is held to `heap`, if given, as far as the maps allow; rows that wait for long lie on `shelf`, if given
-        (on CPUs).
+        The process is held to `memory_limit`, if given, as far as the maps allow; rows that wait for long lie in
+        `spill_file`, if given (on CPUs).
         """
         region = Window(Span(top, top + height), Span(left, left + width))
-        stream = Stream(self.graph, region, Pool() if self.graph.device.type == "cpu" else None, heap, shelf)
+        stream = Stream(
+            self.graph, region, Allocator() if self.graph.device.type == "cpu" else None, memory_limit, spill_file
+        )
         for first in range(top, top + height, stripe_px):
             with self.autocast():
                 logits = stream.advance(min(first + stripe_px, top + height), read, max(stripe_px, LEAST_STEP_PX))
@@ -118,43 +102,32 @@ def windows_of(graph: Graph, region: Window) -> list[Window]:
         for source, window in zip(call.sources, rule.need(needed[step]), strict=True):
             needed[source] = needed[source].union(window)
     for step, rule in enumerate(graph.rules):  # what is computed together has one window
-        if isinstance(rule, Part):
+        if isinstance(rule, Chunk):
             needed[step] = needed[graph.calls[step].sources[0]]  # type: ignore[union-attr]
     return needed
 
 
 class Stream:
-    """One way down a region of the logits.
-
-    Args:
-        graph: the network.
-        region: the window of the logits that is wanted.
-        pool: where rows wait; None leaves them where they are.
-        heap: what the process is held to.
-        shelf: where rows wait for long; None leaves them in memory.
-
-    Attributes:
-        kept: of each map, the rows that are still needed.
-    """
+    """One way down a region of the logits; `kept` are, of each map, the rows that are still needed."""
 
     def __init__(
         self,
         graph: Graph,
         region: Window,
-        pool: Pool | None = None,
-        heap: HeapLimit | None = None,
-        shelf: Shelf | None = None,
+        allocator: Allocator | None = None,
+        memory_limit: MemoryLimit | None = None,
+        spill_file: SpillFile | None = None,
     ) -> None:
-        self.graph, self.region, self.heap = graph, region, heap
+        self.graph, self.region, self.memory_limit = graph, region, memory_limit
         self.needed = windows_of(graph, region)
         self.kept = [
-            Kept(item.axes, window.columns, window.rows.start, window.rows.start, pool, shelf)
+            Kept(item.axes, window.columns, window.rows.start, window.rows.start, allocator, spill_file)
             for item, window in zip(graph.maps, self.needed, strict=True)
         ]
-        self.parts: dict[int, list[int]] = {}
+        self.chunks: dict[int, list[int]] = {}
         for step, rule in enumerate(graph.rules):
-            if isinstance(rule, Part):
-                self.parts.setdefault(graph.calls[step].sources[0], []).append(step)  # type: ignore[union-attr]
+            if isinstance(rule, Chunk):
+                self.chunks.setdefault(graph.calls[step].sources[0], []).append(step)  # type: ignore[union-attr]
 
         self.waits: list[dict[int, Window | None]] = [
             {user: self._needs(source, user) for user in users} for source, users in enumerate(graph.users)
@@ -165,8 +138,8 @@ class Stream:
         first = self.kept[self.graph.last].stop
         for step, stop in self.schedule(row, step_px):
             self._compute(step, stop, read)
-            if self.heap is not None:
-                self.heap.hold()
+            if self.memory_limit is not None:
+                self.memory_limit.hold()
         last = self.kept[self.graph.last]
         logits = last.take(Window(Span(first, row), self.region.columns))
         last.drop_before(row)
@@ -196,7 +169,7 @@ class Stream:
     def _reachable(self, step: int, stop: int) -> int:
         """How far a map can be computed, at most to `stop`, from the rows that are there."""
         call, rule, kept = self.graph.calls[step], self.graph.rules[step], self.kept[step]
-        if call is None or isinstance(rule, Part):
+        if call is None or isinstance(rule, Chunk):
             return stop
         columns = self.needed[step].columns
 
@@ -218,8 +191,8 @@ class Stream:
         targets = [item.stop for item in kept]
         targets[graph.last] = row
         for step in range(graph.last, 0, -1):
-            for part in self.parts.get(step, ()):
-                targets[step] = max(targets[step], targets[part])
+            for chunk in self.chunks.get(step, ()):
+                targets[step] = max(targets[step], targets[chunk])
             call = graph.calls[step]
             if call is None or targets[step] <= kept[step].stop:
                 continue
@@ -227,16 +200,16 @@ class Stream:
             for source, window in zip(call.sources, graph.rules[step].need(new), strict=True):
                 for base in graph.bases[source] if 0 not in window.size else ():
                     targets[base] = max(targets[base], window.rows.stop)
-        for step, parts in self.parts.items():
-            for part in parts:
-                targets[part] = targets[step]
+        for step, chunks in self.chunks.items():
+            for chunk in chunks:
+                targets[chunk] = targets[step]
         return targets
 
     def _compute(self, step: int, stop: int, read: ReadWindow) -> None:
         """The next rows of a map."""
         graph, kept = self.graph, self.kept[step]
         call, rule = graph.calls[step], graph.rules[step]
-        if isinstance(rule, Part):
+        if isinstance(rule, Chunk):
             return
         new = Window(Span(kept.stop, stop), self.needed[step].columns)
         if call is None:
@@ -247,9 +220,9 @@ class Stream:
         tensors = [self._take(source, window) for source, window in zip(call.sources, windows, strict=True)]
         result = rule.run(new, tensors, windows, self._owned(step, tensors))
         del tensors
-        if step in self.parts:
-            for part in self.parts[step]:
-                self.kept[part].append(result[graph.rules[part].index])
+        if step in self.chunks:
+            for chunk in self.chunks[step]:
+                self.kept[chunk].append(result[graph.rules[chunk].index])
             kept.start = kept.stop = stop
         else:
             kept.append(result)
@@ -287,7 +260,7 @@ class Stream:
         self.kept[source].drop_before(min(rows, default=self.needed[source].rows.stop))
 
     def set_aside(self) -> None:
-        """Where rows wait for a skip only, let go of the columns that it does not need; what is left may go to the shelf."""
+        """Where rows wait for a skip only, drop the columns that it does not need; what is left may go to the spill file."""
         for source, kept in enumerate(self.kept[: self.graph.last]):
             if kept.start < kept.stop:
                 self._set_aside(source, kept)
@@ -308,7 +281,7 @@ class Stream:
             kept.narrow_before(row, columns)
         for skip, later in pairwise(needs):
             if later.rows.start > skip.rows.start + soon:
-                kept.shelve(Span(skip.rows.start + soon, later.rows.start))
+                kept.spill(Span(skip.rows.start + soon, later.rows.start))
 
     def _needs(self, source: int, user: int) -> Window | None:
         """What an operation still needs of a map; None if nothing."""
@@ -321,6 +294,3 @@ class Stream:
             if source in self.graph.bases[item] and 0 not in window.size:
                 found = window if found is None else found.union(window)
         return found
-
-
-__all__ = ["ReadWindow", "Stream", "WindowedNetwork", "whole", "windows_of"]

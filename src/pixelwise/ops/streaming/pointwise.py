@@ -162,7 +162,7 @@ class DroppedByPlace(Placewise):
         return self.call.op(tensors[0], p, seed, sample, layer, *place, channelwise)
 
 
-class Part:
+class Chunk:
     """One of the results of an operation that gives several, which computes it."""
 
     def __init__(self, call: Call) -> None:
@@ -253,7 +253,7 @@ class AlongChannels(Placewise):
         self.call, self.axes, self._op, self._large, self.in_place = call, axes, call.op, False, None
 
 
-class Parted(AlongChannels):
+class Chunked(AlongChannels):
     """chunk and split along the channels: several maps."""
 
     def __init__(self, call: Call) -> None:

@@ -5,23 +5,15 @@ from pixelwise.ops.streaming.graph import RuleMaker
 
 _CHANNELS = ("softmax.int", "_softmax.default", "log_softmax.int", "_log_softmax.default", "sum.dim_IntList", "mean.dim",
              "amax.default", "logsumexp.default")  # fmt: skip
+_RESHAPES = ("view.default", "reshape.default", "squeeze.dim", "squeeze.dims", "unsqueeze.default")
 
 RULES: dict[str, RuleMaker] = {
     **dict.fromkeys(pointwise.PLACEWISE, pointwise.Placewise),
     **dict.fromkeys((f"aten.{name}" for name in pointwise.IN_PLACE), pointwise.Placewise),
     **dict.fromkeys(pointwise.IDENTITY, pointwise.Identity),
     **dict.fromkeys((f"aten.{name}" for name in _CHANNELS), pointwise.AlongChannels),
-    **dict.fromkeys(("aten.chunk.default", "aten.split.Tensor", "aten.split_with_sizes.default"), pointwise.Parted),
-    **dict.fromkeys(
-        (
-            "aten.view.default",
-            "aten.reshape.default",
-            "aten.squeeze.dim",
-            "aten.squeeze.dims",
-            "aten.unsqueeze.default",
-        ),
-        pointwise.Reshaped,
-    ),
+    **dict.fromkeys(("aten.chunk.default", "aten.split.Tensor", "aten.split_with_sizes.default"), pointwise.Chunked),
+    **dict.fromkeys((f"aten.{name}" for name in _RESHAPES), pointwise.Reshaped),
     **dict.fromkeys(("aten.permute.default", "aten.transpose.int"), pointwise.Permuted),
     "aten.batch_norm.default": pointwise.Normalised,
     "aten.cat.default": pointwise.Joined,
@@ -29,7 +21,7 @@ RULES: dict[str, RuleMaker] = {
     "aten.linear.default": pointwise.LinearOfChannels,
     "aten.avg_pool3d.default": pointwise.PooledChannels,
     "pixelwise.spatial_dropout.default": pointwise.DroppedByPlace,
-    "getitem": pointwise.Part,
+    "getitem": pointwise.Chunk,
     "aten.conv2d.default": kernels.Convolution,
     "aten.conv2d.padding": kernels.Convolution,
     "aten.conv_transpose2d.input": kernels.TransposedConvolution,

@@ -1,0 +1,277 @@
+"""The outputs of a prediction: written from its store into a folder, on a disk or in an object store.
+
+For each output a provenance record is kept in the hidden folder `.pixelwise` beside: network, input and options that it
+was made with, and its size, time and checksum. The record alone tells what is finished, and which files are ours.
+"""
+
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path, PurePath
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pixelwise.errors import DataError, PixelwiseError
+from pixelwise.formats.base import LABELS, Result, Writer
+from pixelwise.formats.remote import (
+    RemoteStamp,
+    check_package,
+    check_writable,
+    exists,
+    is_url,
+    publish,
+    read_small,
+    write_small,
+)
+from pixelwise.infer.cleanup import remove_small
+from pixelwise.infer.pipeline import Pipeline
+from pixelwise.infer.store import DiskStore, Store
+from pixelwise.ops.streaming.allocator import return_freed_memory
+
+Location = Path | str
+"""A path, or a URL as text."""
+Rows = Callable[[int, int, int], NDArray[Any]]
+"""(plane, top, bottom) -> (bottom - top, W)."""
+
+RECORDS = ".pixelwise"
+_COMPARED = ("model", "input", "statistics", "options")
+
+
+class OutFolder:
+    """A folder for outputs.
+
+    Args:
+        out: a path, or a URL of an object store.
+
+    Raises:
+        UsageError: nothing can be written there, or the package that could is not installed.
+    """
+
+    def __init__(self, out: str | Path) -> None:
+        self.is_remote = is_url(out)
+        if self.is_remote:
+            check_writable(str(out))
+            check_package(str(out))
+        self.out: Location = str(out).rstrip("/") if self.is_remote else Path(out)
+
+    def at(self, name: str | PurePath) -> Location:
+        """Where the output of this name goes."""
+        return self.out / PurePath(name) if isinstance(self.out, Path) else f"{self.out}/{PurePath(name).as_posix()}"
+
+    def name(self, output: Location) -> PurePath:
+        """The name of an output below the folder."""
+        if isinstance(output, Path):
+            return output.relative_to(self.out)
+        return PurePath(output.removeprefix(f"{self.out}/"))
+
+    def stage(self, output: Location) -> Path:
+        """Where an output is written at first: its own place, or one on this disk from where it is sent."""
+        if isinstance(output, Path):
+            return output
+        place = hashlib.sha256(str(self.out).encode()).hexdigest()[:16]
+        return _cache_folder() / place / self.name(output)
+
+    def publish(self, outputs: Mapping[str, Location]) -> None:
+        """Send staged outputs to their places, the labels last; nothing is to do for a folder on the disk.
+
+        Raises:
+            PixelwiseError: one cannot be sent.
+        """
+        for _, output in sorted(outputs.items(), key=lambda item: item[0] == LABELS):
+            if not isinstance(output, Path):
+                staged = self.stage(output)
+                publish(staged, output)
+                _remove(staged)
+
+    def refuse_foreign(self, outputs: Mapping[str, Location]) -> None:
+        """Raise `DataError` if one of the outputs is there and was not written by pixelwise."""
+        record = self._record(outputs)
+        for output in outputs.values():
+            known = record.get(self.name(output).as_posix())
+            if self._exists(output) and (known is None or not (known["stamp"] is None or self._is_same(output, known))):
+                raise DataError(
+                    f"{output}: exists and was not written by pixelwise, or was changed since, so it is kept. Choose "
+                    "another --out folder, or pass --overwrite to replace it."
+                )
+
+    def is_finished(self, outputs: Mapping[str, Location], provenance: Mapping[str, Any]) -> bool:
+        """Whether all outputs are there, with this provenance (network, input, options)."""
+        record, wanted = self._record(outputs), json.loads(json.dumps(provenance))  # a pair has become a list
+        for output in outputs.values():
+            known = record.get(self.name(output).as_posix())
+            if known is None or any(known["provenance"].get(key) != wanted.get(key) for key in _COMPARED):
+                return False
+            if not self._exists(output) or not self._is_same(output, known):
+                return False
+        return True
+
+    def begin(self, outputs: Mapping[str, Location]) -> None:
+        """Record that these names are ours from now on, before anything has them."""
+        self._write_record(outputs, {}, stamps=False)
+
+    def end(self, outputs: Mapping[str, Location], provenance: Mapping[str, Any]) -> None:
+        """Record that the outputs are finished."""
+        self._write_record(outputs, provenance, stamps=True)
+
+    def _record_place(self, outputs: Mapping[str, Location]) -> Location:
+        name = self.name(outputs[LABELS])
+        return self.at(PurePath(RECORDS) / name.with_name(name.name + ".json"))
+
+    def _record(self, outputs: Mapping[str, Location]) -> dict[str, Any]:
+        """What is known of outputs, by name; nothing if the record is missing or damaged."""
+        try:
+            content = read_small(str(self._record_place(outputs)))
+            record = json.loads(content) if content else {}
+        except (DataError, ValueError, RecursionError):
+            return {}
+        return {name: known for name, known in record.items() if _is_sound(known)} if isinstance(record, dict) else {}
+
+    def _write_record(self, outputs: Mapping[str, Location], provenance: Mapping[str, Any], *, stamps: bool) -> None:
+        record = self._record(outputs)
+        for output in outputs.values():
+            stamp = self._stamp(output) if stamps else None
+            record[self.name(output).as_posix()] = {"stamp": stamp, "provenance": dict(provenance)}
+        place, content = self._record_place(outputs), json.dumps(record, sort_keys=True, indent=1).encode()
+        if not isinstance(place, Path):
+            return write_small(place, content)
+        part = place.with_name(f".{place.name}.{secrets.token_hex(4)}.part")
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            part.write_bytes(content)
+            part.replace(place)
+        except OSError as error:
+            part.unlink(missing_ok=True)
+            raise PixelwiseError(f"{place}: cannot be written ({error.strerror or error}).") from error
+
+    def _exists(self, output: Location) -> bool:
+        return os.path.lexists(output) if isinstance(output, Path) else exists(output)
+
+    def _stamp(self, output: Location) -> list[Any]:
+        """What differs when a file, or one in a folder, was changed: on a disk its size, time and checksum."""
+        if isinstance(output, Path):
+            return [*_size_and_time(output), _checksum(output)]
+        try:
+            return [str(value) for value in vars(RemoteStamp.of(output)).values()]
+        except PixelwiseError:
+            return ["folder"]  # an object store has no stamp for it
+
+    def _is_same(self, output: Location, known: Mapping[str, Any]) -> bool:
+        """Whether an output is the one that was recorded; one that was copied has another time."""
+        stamp = known["stamp"]
+        if not isinstance(output, Path) or stamp is None:
+            return bool(stamp == self._stamp(output))
+        try:
+            found = _size_and_time(output)
+            return stamp[:2] == found or (stamp[:1] == found[:1] and stamp[2:] == [_checksum(output)])
+        except OSError:
+            return False
+
+
+def write_outputs(
+    pipeline: Pipeline, store: Store, outputs: Mapping[str, tuple[Path, Writer]], provenance: Mapping[str, Any]
+) -> None:
+    """Write outputs from a finished store; the labels come last, so where they are, all are.
+
+    Args:
+        pipeline: the image.
+        store: its results.
+        outputs: by kind ("labels" at least, maps, "overlay", "geojson", "coco"): where, and by what.
+        provenance: JSON-able values on the origin, kept in the files.
+
+    Raises:
+        DataError: the image has changed since it was opened; nothing is written.
+        PixelwiseError: an output cannot be written; the store is kept.
+    """
+    with pipeline.dropping_damaged(store):
+        pass
+    if store.is_on_disk:
+        return_freed_memory()
+    labels = _label_rows(pipeline, store)
+    for kind, (path, write) in sorted(outputs.items(), key=lambda item: item[0] == LABELS):
+        write(path, _result(pipeline, store, kind, provenance, labels))
+
+
+def _label_rows(pipeline: Pipeline, store: Store) -> Rows:
+    """(plane, top, bottom) -> the final labels; small areas are looked for once, when a plane is first asked for."""
+    if pipeline.options.min_area_px <= 1:
+        return partial(store.rows, LABELS)
+    clean: dict[int, Callable[[int, int], NDArray[Any]]] = {}
+
+    def rows(plane: int, top: int, bottom: int) -> NDArray[Any]:
+        if plane not in clean:
+            clean.clear()  # one plane at a time
+            clean[plane] = remove_small(
+                partial(store.rows, LABELS, plane), store.height, store.width, pipeline.options.min_area_px,
+                nodata=pipeline.nodata, folder=store.folder if isinstance(store, DiskStore) else None,
+            )  # fmt: skip
+        return clean[plane](top, bottom)
+
+    return rows
+
+
+def _result(pipeline: Pipeline, store: Store, kind: str, provenance: Mapping[str, Any], labels: Rows) -> Result:
+    """What a writer takes; pictures and polygons are made of the labels."""
+    info, spec = pipeline.source.info, pipeline.network.labels
+    rows: Rows = partial(store.rows, kind) if kind in pipeline.options.maps else labels
+    if kind == "probabilities":  # its planes are the classes of the first plane, then those of the next
+        info = replace(info, planes=info.planes * spec.num_classes)
+
+        def rows(plane: int, top: int, bottom: int) -> NDArray[Any]:
+            return store.rows(f"p{plane % spec.num_classes}", plane // spec.num_classes, top, bottom)
+
+    is_float = kind == "probabilities" or kind in pipeline.options.maps
+    return Result(
+        kind=kind if is_float else LABELS,
+        spec=spec,
+        source=info,
+        dtype=np.dtype(np.float32 if is_float else np.uint8),
+        rows=rows,
+        nodata=None if is_float else pipeline.nodata,
+        metadata=pipeline.source.metadata,
+        mark=provenance,
+    )
+
+
+def _is_sound(known: Any) -> bool:
+    """Whether an entry of a record can be used."""
+    if not isinstance(known, dict) or not isinstance(known.get("provenance"), dict):
+        return False
+    return "stamp" in known and (known["stamp"] is None or isinstance(known["stamp"], list))
+
+
+def _files(path: Path) -> list[Path]:
+    return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+
+
+def _size_and_time(path: Path) -> list[int]:
+    found = [file.stat() for file in _files(path)]
+    return [sum(item.st_size for item in found), max((item.st_mtime_ns for item in found), default=0)]
+
+
+def _checksum(path: Path) -> str:
+    """SHA-256 of a file, or of the files of a folder with their names."""
+    if not path.is_dir():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    digests = [(file.relative_to(path).as_posix(), _checksum(file)) for file in _files(path)]
+    return hashlib.sha256(repr(digests).encode()).hexdigest()
+
+
+def _cache_folder() -> Path:
+    """Where work for other places lies meanwhile; it must outlive a restart, so it is no temporary folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA") or Path.home() / ".cache"
+    return Path(base) / "pixelwise"
+
+
+def _remove(staged: Path) -> None:
+    if staged.is_dir():
+        shutil.rmtree(staged, ignore_errors=True)
+    else:
+        staged.unlink(missing_ok=True)
