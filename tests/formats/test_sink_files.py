@@ -16,7 +16,7 @@ from pixelwise.errors import DataError, PixelwiseError, UsageError
 from pixelwise.formats import SourceInfo
 from pixelwise.formats.base import Result
 from pixelwise.formats.npy import open_npy, write_npy, write_probabilities
-from pixelwise.formats.png import read_mark, write_png_labels
+from pixelwise.formats.png import write_png_labels
 from pixelwise.formats.readers import read_mask
 from pixelwise.formats.tiff import open_tiff, write_ome_tiff, write_tiff
 from pixelwise.formats.tiff import write as tiff_sink
@@ -71,7 +71,8 @@ def test_everything_comes_back(tmp_path, suffix, planes, height, width, form):
     expected = array[0] if planes == 1 else array
     if suffix == ".png":
         np.testing.assert_array_equal(read_mask(path), expected)
-        assert read_mark(path) == MARK
+        with Image.open(path) as image:
+            assert json.loads(image.text["pixelwise"]) == MARK
     elif suffix == ".npy":
         np.testing.assert_array_equal(np.load(path, allow_pickle=False), expected)
     else:
