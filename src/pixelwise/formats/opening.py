@@ -47,8 +47,6 @@ def open_source(location: str | Path, *, format: str | None = None, **options: A
         ...     source.info.format, source.info.height, source.info.width
         ('npy', 4, 5)
     """
-    from pixelwise.formats.decoding import WorkerSource
-
     name = str(location)
     given = {key: value for key, value in options.items() if value is not None}
     path = local_path(name) if is_url(name) else name
@@ -60,6 +58,8 @@ def open_source(location: str | Path, *, format: str | None = None, **options: A
             return _open(key, path, given)
         if not head and not os.path.isdir(path):  # noqa: PTH112  (also of names that no file can have)
             Stamp.of(path)  # what is not there, or no file, needs no child to find out
+    from pixelwise.formats.decoding import WorkerSource
+
     return WorkerSource(name, format, given, is_remote=path is None)
 
 
