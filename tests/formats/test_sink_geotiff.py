@@ -19,7 +19,8 @@ from rasterio.transform import Affine
 from pixelwise.data.labels import LabelSpec
 from pixelwise.errors import PixelwiseError
 from pixelwise.formats import Result, SourceInfo
-from pixelwise.formats.geotiff import open_geotiff, read_geotiff_mark, write_cog, write_geotiff
+from pixelwise.formats.geotiff import open_geotiff
+from pixelwise.formats.geotiff_write import write_cog, write_geotiff
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning"),
@@ -84,7 +85,7 @@ def test_labels_lie_where_their_image_lies(tmp_path, crs, transform, write):
         assert (tags["AREA_OR_POINT"], tags["ACQUIRED"]) == ("Point", "2026-01-02")
         assert tags["TIFFTAG_SOFTWARE"] == "pixelwise" and "STATISTICS_MEAN" not in tags
         assert [entry["name"] for entry in json.loads(tags["CLASSES"])] == list(SPEC.names)
-    assert read_geotiff_mark(tmp_path / "out" / "labels.tif") == MARK
+        assert json.loads(tags["PIXELWISE"]) == MARK
     assert [item.name for item in (tmp_path / "out").iterdir()] == ["labels.tif"]
 
 
@@ -173,20 +174,6 @@ def test_images_of_other_formats_have_no_place(tmp_path):
     write_geotiff(tmp_path / "a.tif", result_of(random_labels(20, 30)))
     with pytest.warns(rasterio.errors.NotGeoreferencedWarning), rasterio.open(tmp_path / "a.tif") as file:
         assert file.crs is None
-
-
-def test_marks_of_other_files_are_none(tmp_path):
-    image_file(tmp_path / "image.tif")
-    write_geotiff(tmp_path / "a.tif", result_of(random_labels(50, 50)))
-    content = (tmp_path / "a.tif").read_bytes()
-    for name, part in (
-        ("cut.tif", content[:100]),
-        ("empty.tif", b""),
-        ("list.tif", content.replace(b"{&amp;quot;input", b"[&amp;quot;input")),
-    ):
-        (tmp_path / name).write_bytes(part)
-    for name in ("image.tif", "cut.tif", "empty.tif", "none.tif", "list.tif", "."):
-        assert read_geotiff_mark(tmp_path / name) is None
 
 
 @pytest.mark.parametrize("write", [write_geotiff, write_cog])

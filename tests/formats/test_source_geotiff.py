@@ -114,6 +114,8 @@ def test_pixels_are_those_that_the_reader_of_tiff_gives(tmp_path):
         "bits": write(tmp_path / "b.tif", one % 2, **bits),
         "bits, white is zero": write(tmp_path / "bw.tif", one % 2, photometric="miniswhite", **bits),
         "four bits": write(tmp_path / "n4.tif", one % 16, nbits=4),
+        "four bits, white is zero": write(tmp_path / "w4.tif", one % 16, nbits=4, photometric="miniswhite"),
+        "palette of two colours": write(tmp_path / "p1.tif", one % 2, colormap={0: colors[3], 1: colors[9]}, **bits),
         "grey and opacity": write(tmp_path / "la.tif", random_image(2), alpha="yes"),
         "colour and opacity": write(tmp_path / "rgba.tif", random_image(4), photometric="rgb", alpha="yes"),
         "half floats": write(tmp_path / "h.tif", random_image(2, dtype="float32"), nbits=16),
@@ -262,7 +264,7 @@ def test_windows_are_read_from_many_threads(tmp_path):
         with open_geotiff(path, opener, identity=Identity.local(path)) as source, ThreadPoolExecutor(6) as pool:
             for (top, left), part in zip(places, pool.map(lambda p: source.read(*p, 50, 50), places), strict=True):
                 assert np.array_equal(part, last(pixels)[top : top + 50, left : left + 50])
-            assert len(source._idle) <= 6
+            assert len(source._file._idle) <= 6
 
 
 def test_a_file_object_that_fails_ends_in_an_error_that_says_why(tmp_path, capfd):
@@ -305,7 +307,7 @@ def test_references_to_other_files_are_not_followed(tmp_path):
         f"<SourceFilename>{other}</SourceFilename></SimpleSource></VRTRasterBand></VRTDataset>"
     )
     assert not is_geotiff(vrt.read_bytes(), str(vrt))
-    with pytest.raises(DataError, match=r"b\.tif: this is no TIFF"):
+    with pytest.raises(DataError, match=r"b\.tif: .*not a TIFF"):
         open_geotiff(str(vrt))
 
 
@@ -368,7 +370,7 @@ def test_masks_are_read_as_stored(tmp_path):
 
 def test_what_is_no_mask_is_refused(tmp_path):
     for array in (random_image(2), random_image(3, dtype="uint16")):
-        with pytest.raises(DataError, match=r"m\.tif: it has . bands of .*a mask has"):
+        with pytest.raises(DataError, match=r"m\.tif: it has . channels of .*a mask has"):
             open_geotiff(write(tmp_path / "m.tif", array), labels=True)
     path = write(tmp_path / "m.tif", random_image(1, dtype="float32") / 7)
     with pytest.raises(DataError, match=r"m\.tif: .*not whole"), open_geotiff(path, labels=True) as source:

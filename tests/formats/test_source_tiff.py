@@ -243,7 +243,7 @@ def test_nodata_and_nan(tmp_path):
     tifffile.imwrite(tmp_path / "a.tif", values, photometric="rgb", **TILED)
     with open_tiff(str(tmp_path / "a.tif")) as source:
         np.testing.assert_array_equal(source.read(4, 0, 9, 9), values[4:13, :9])
-        with pytest.raises(DataError, match=r"a\.tif: 3 numbers in rows 0\.\.9, columns 0\.\.9 are NaN"):
+        with pytest.raises(DataError, match=r"a\.tif: 3 of its numbers in rows 0\.\.9, columns 0\.\.9 are NaN"):
             source.read(0, 0, 9, 9)
     tifffile.imwrite(tmp_path / "a.tif", values, photometric="rgb", extratags=[(42113, "s", 0, "nan", True)], **TILED)
     with open_tiff(str(tmp_path / "a.tif")) as source:

@@ -1,11 +1,13 @@
+import json
+
 import numpy as np
 import pytest
 import torch
-from PIL import Image, PngImagePlugin
+from PIL import Image
 
 from pixelwise.data.labels import LabelSpec
 from pixelwise.errors import PixelwiseError, UsageError
-from pixelwise.formats.png import label_image, read_mark, write_png
+from pixelwise.formats.png import label_image, write_png
 from pixelwise.formats.readers import read_mask
 from pixelwise.infer.overlay import blend, displayable
 
@@ -21,30 +23,11 @@ def test_label_files_hold_class_ids_and_class_colours(tmp_path):
         assert np.array_equal(np.asarray(picture.convert("RGB"))[0], [(10, 20, 250), (90, 80, 70), (0, 0, 0)])
 
 
-def test_mark_is_read_back_and_absent_elsewhere(tmp_path):
+def test_the_record_is_a_text_chunk(tmp_path):
     path = tmp_path / "a.png"
     write_png(path, Image.new("L", (3, 2)), {"model": "é" * 40, "with": ["labels"]})
-    assert read_mark(path) == {"model": "é" * 40, "with": ["labels"]}
-    Image.new("L", (3, 2)).save(path)
-    assert read_mark(path) is None
-    assert read_mark(tmp_path) is None
-    assert read_mark(tmp_path / "missing.png") is None
-
-
-@pytest.mark.parametrize("text", ["", "{", "[1]", "\udcff", "9" * 5000, "[" * 50_000], ids=range(6))
-def test_foreign_text_chunks_are_no_mark(tmp_path, text):
-    chunks = PngImagePlugin.PngInfo()
-    chunks.add(b"tEXt", b"pixelwise\0" + text.encode("utf-8", "surrogateescape"))
-    Image.new("L", (3, 2)).save(tmp_path / "a.png", pnginfo=chunks)
-    assert read_mark(tmp_path / "a.png") is None
-
-
-def test_truncated_marks_are_no_mark(tmp_path):
-    write_png(tmp_path / "a.png", Image.new("L", (3, 2)), {"model": "abc"})
-    whole = (tmp_path / "a.png").read_bytes()
-    for size in range(whole.index(b"IDAT")):
-        (tmp_path / "b.png").write_bytes(whole[:size])
-        assert read_mark(tmp_path / "b.png") in (None, {"model": "abc"})
+    with Image.open(path) as picture:
+        assert json.loads(picture.text["pixelwise"]) == {"model": "é" * 40, "with": ["labels"]}
 
 
 def test_eight_bit_pictures_are_shown_as_they_are():

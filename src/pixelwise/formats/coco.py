@@ -1,7 +1,7 @@
 """Labels as COCO JSON: for each class of each plane one run-length code, in the compressed text of pycocotools.
 
-The code runs down the columns, but labels come in rows. They wait in a temporary file in columns of tiles, so that neither
-the labels nor a mask is ever in memory as a whole.
+The code runs down the columns, but labels come in rows. They wait in a temporary file in columns of tiles; in memory are
+only the places where they change.
 """
 
 import json
@@ -18,10 +18,9 @@ from pixelwise.errors import UsageError
 from pixelwise.files import atomic_path, cannot_write
 from pixelwise.formats.base import LABELS, Result
 
-__all__ = ["Runs", "write_coco"]
-
 _BAND_PX = 256  # rows that are asked for at once, and columns that are looked at together
 _GROUP_BITS, _MORE, _OFFSET = 5, 0x20, 48
+_CHUNK = 1 << 20
 
 
 def write_coco(path: Path, result: Result, *, image_id: int = 1) -> None:
@@ -30,10 +29,6 @@ def write_coco(path: Path, result: Result, *, image_id: int = 1) -> None:
     Categories are all classes, their `id` is the class id. Each plane is an image of its own, `image_id` and the following
     numbers. `pycocotools.mask.decode(annotation["segmentation"])` gives the mask back (it counts in 32 bits, so up to 2^32
     pixels). Pixels without data belong to no annotation.
-
-    Raises:
-        UsageError: the result holds no labels.
-        PixelwiseError: it cannot be written.
     """
     path = Path(path)
     if result.kind != LABELS:
@@ -54,63 +49,22 @@ def write_coco(path: Path, result: Result, *, image_id: int = 1) -> None:
         raise cannot_write(path, error) from error
 
 
-class Runs:
-    """The run-length code of one mask, made step by step from the places where the mask changes.
-
-    Places count down the columns: x * height + y. Even changes begin the mask, odd ones end it.
-    """
-
-    def __init__(self, height: int) -> None:
-        self.area = 0
-        self._height = height
-        self._edges = np.zeros(0, dtype=np.int64)  # the begin of a run that has not ended yet
-        self._last = 0
-        self._coded = 0  # how many counts are in the text
-        self._recent = np.zeros(2, dtype=np.int64)  # the last two of them
-        self._text = bytearray()
-        self._box = (np.iinfo(np.int64).max, np.iinfo(np.int64).max, -1, -1)  # left, top, right, bottom, all included
-
-    @property
-    def bbox(self) -> list[int]:
-        """[left, top, width, height] in pixels."""
-        left, top, right, bottom = self._box
-        return [left, top, right - left + 1, bottom - top + 1]
-
-    def add(self, places: NDArray[np.int64]) -> None:
-        """More places, ascending, all behind those before."""
-        self._encode(np.diff(places, prepend=self._last))
-        self._last = int(places[-1])
-        edges = np.concatenate([self._edges, places])
-        whole = len(edges) // 2 * 2
-        self._edges = edges[whole:]
-        if whole:
-            self._measure(edges[:whole:2], edges[1:whole:2] - 1)
-
-    def finish(self, size: int) -> str:
-        """The compressed text of pycocotools, for a mask of so many pixels."""
-        if len(self._edges):
-            self._measure(self._edges, np.array([size - 1]))
-        self._encode(np.array([size - self._last]))
-        return self._text.decode("ascii")
-
-    def _encode(self, counts: NDArray[np.int64]) -> None:
-        """Append counts: from the fourth on as differences to the one before the last, 5 bits per character."""
-        recent = np.concatenate([self._recent, counts])
-        is_late = np.arange(self._coded, self._coded + len(counts)) > 2
-        self._text += _characters(counts - np.where(is_late, recent[:-2], 0))
-        self._recent = recent[-2:]
-        self._coded += len(counts)
-
-    def _measure(self, first: NDArray[np.int64], last: NDArray[np.int64]) -> None:
-        """Area and box of runs from a first to a last pixel; one that goes on in the next column touches both edges."""
-        self.area += int((last - first + 1).sum())
-        (left, top), (right, bottom) = (np.divmod(places, self._height) for places in (first, last))
-        top, bottom = np.where(left != right, 0, top), np.where(left != right, self._height - 1, bottom)
-        low, high = (left[0], top.min()), (right[-1], bottom.max())
-        self._box = (
-            *(int(min(old, new)) for old, new in zip(self._box[:2], low, strict=True)),
-            *(int(max(old, new)) for old, new in zip(self._box[2:], high, strict=True)),
-        )  # type: ignore[assignment]
+def run_lengths(edges: NDArray[np.int64], height: int, width: int) -> dict[str, Any]:
+    """Code, area and box of a mask, made from the places (x * height + y, ascending) where it begins and ends in turn."""
+    size = height * width
+    counts = np.diff(edges, prepend=0, append=size)
+    counts[3:] = counts[3:] - counts[1:-2]  # from the fourth on as differences to the one before the last
+    chunks = np.array_split(counts, -(-len(counts) // _CHUNK))
+    ends = np.append(edges, size) if len(edges) % 2 else edges
+    first, last = ends[::2], ends[1::2] - 1
+    (left, top), (right, bottom) = np.divmod(first, height), np.divmod(last, height)
+    highest = 0 if (left != right).any() else int(top.min())  # a run that goes on in the next column touches both edges
+    lowest = height - 1 if (left != right).any() else int(bottom.max())
+    return {
+        "segmentation": {"size": [height, width], "counts": b"".join(map(_characters, chunks)).decode("ascii")},
+        "area": int((last - first + 1).sum()),
+        "bbox": [int(left[0]), highest, int(right[-1] - left[0]) + 1, lowest - highest + 1],
+    }
 
 
 def _characters(numbers: NDArray[np.int64]) -> bytes:
@@ -144,7 +98,7 @@ def _head(path: Path, result: Result, image_id: int) -> dict[str, Any]:
 def _annotations(path: Path, result: Result, plane: int) -> Iterator[dict[str, Any]]:
     """One for each class of a plane, in the order of the class ids."""
     height, width = result.source.height, result.source.width
-    runs: dict[int, Runs] = {}
+    edges: dict[int, list[NDArray[np.int64]]] = {}
     with tempfile.TemporaryFile(dir=path.parent) as spill:
         before, base = -1, 0
         for columns in _columns(spill, result, plane):
@@ -154,17 +108,10 @@ def _annotations(path: Path, result: Result, plane: int) -> Iterator[dict[str, A
             went, came = went[changes], labels[changes].astype(np.int64)
             for label in np.union1d(went, came).tolist():
                 if label not in (-1, result.nodata):
-                    code = runs.setdefault(label, Runs(height))
-                    code.add(base + changes[(went == label) | (came == label)])
+                    edges.setdefault(label, []).append(base + changes[(went == label) | (came == label)])
             before, base = int(labels[-1]), base + len(labels)
-    for label, code in sorted(runs.items()):
-        yield {
-            "category_id": label,
-            "segmentation": {"size": [height, width], "counts": code.finish(height * width)},
-            "area": code.area,
-            "bbox": code.bbox,
-            "iscrowd": 1,
-        }
+    for label in sorted(edges):
+        yield {"category_id": label, **run_lengths(np.concatenate(edges.pop(label)), height, width), "iscrowd": 1}
 
 
 def _columns(spill: BinaryIO, result: Result, plane: int) -> Iterator[NDArray[Any]]:

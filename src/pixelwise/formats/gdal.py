@@ -23,15 +23,7 @@ _OWN_NAME = re.compile(rf"(?:/vsi[\w-]+/)?{re.escape(_NAME)}[:,] ?")
 
 @contextmanager
 def gdal(what: str = "GeoTIFF") -> Iterator[ModuleType]:
-    """The module rasterio, with these options in this thread while the block lasts.
-
-    Args:
-        what: what needs it, in words for the user.
-
-    Raises:
-        UsageError: rasterio is not installed.
-        OSError: rasterio raised an error; it says GDAL's reason.
-    """
+    """The module rasterio, with these options in this thread; its errors become an `OSError` that says GDAL's reason."""
     rasterio = extra("rasterio", "geo", what)
     errors = (rasterio.errors.RasterioError, extra("rasterio._err", "geo", what).CPLE_BaseError)
     session = extra("rasterio.session", "geo", what).DummySession()  # or boto3 would be asked for credentials
@@ -45,16 +37,7 @@ def gdal(what: str = "GeoTIFF") -> Iterator[ModuleType]:
 class Dataset:
     """An open GeoTIFF that is read or written through file objects, by one thread at a time, inside `gdal()`.
 
-    Attributes:
-        dataset: rasterio's, which `with` gives.
-
-    Args:
-        rasterio: the module.
-        opener: gives the file object for a mode, such as "rb" or "w+b".
-        options: of `rasterio.open`.
-
-    Raises:
-        OSError: it is no GeoTIFF, or the file object raised an error.
+    `opener` gives the file object for a mode, such as "rb" or "w+b"; `with` gives rasterio's dataset.
     """
 
     def __init__(self, rasterio: ModuleType, opener: Callable[[str], IO[bytes]], **options: Any) -> None:

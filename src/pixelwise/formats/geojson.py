@@ -36,21 +36,13 @@ _DEGREES = "longitude and latitude in degrees, WGS 84"
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where an image lies.
+    """Where an image lies."""
 
-    Attributes:
-        coordinates: what the coordinates of the polygons are, in words.
-        crs: rasterio's coordinate system of the image; None if the polygons stay in pixels.
-        transform: (a, b, c, d, e, f): x = a column + b row + c, y = d column + e row + f.
-        pixel_m2: the area of a pixel in square metres, if the coordinate system has a unit of length.
-        decimals: of degrees, so that they are about a hundredth of a pixel, and at least the 7 that RFC 7946 names.
-    """
-
-    coordinates: str
-    crs: Any = None
-    transform: tuple[float, ...] = ()
-    pixel_m2: float | None = None
-    decimals: int = 7
+    coordinates: str  # what those of the polygons are, in words
+    crs: Any = None  # rasterio's, of the image; None if the polygons stay in pixels
+    transform: tuple[float, ...] = ()  # x = a column + b row + c, y = d column + e row + f
+    pixel_m2: float | None = None  # if the coordinate system has a unit of length
+    decimals: int = 7  # of degrees: about a hundredth of a pixel, and at least the 7 that RFC 7946 names
 
     def to_world(self, rasterio: ModuleType, polygons: NDArray[Any]) -> NDArray[Any]:
         """Polygons in pixels, in the coordinates of the file; those that cross the antimeridian are cut there."""
@@ -77,18 +69,8 @@ def write_geojson(path: Path, result: Result, *, simplify_px: float = 1.0, min_a
     Each feature says its `class`, `class_id` and `area_px` (the exact number of pixels), `area_m2` where the coordinate
     system has a unit of length and shows areas true to 2 %, and `plane` of images with several. Coordinates are longitude
     and latitude (WGS 84) where the image has a place on Earth, else pixels; the member `coordinates` of the file says
-    which. Pixels without data become no polygon.
-
-    Args:
-        path: where to; replaced at the end, when all is written.
-        result: labels.
-        simplify_px: corners that make triangles smaller than about the square of this are left out; 0 keeps the exact
-            outlines of the pixels.
-        min_area_px: smaller regions are left out.
-
-    Raises:
-        UsageError: the result holds no labels, a number is negative, or a package is not installed.
-        PixelwiseError: it cannot be written, or there are more outlines than memory should hold.
+    which. Pixels without data become no polygon, nor do regions smaller than `min_area_px`. Corners that make triangles
+    smaller than about the square of `simplify_px` are left out; 0 keeps the exact outlines of the pixels.
     """
     path = Path(path)
     if result.kind != LABELS:
@@ -147,15 +129,7 @@ def _features(
 
 
 def trace(rasterio: ModuleType, path: Path, band: int) -> tuple[NDArray[Any], NDArray[np.int64]]:
-    """All regions (pixels that share an edge) of one band of a file, read line by line; to be used inside `gdal()`.
-
-    Returns:
-        polygons in pixels, with their holes, as an array of shapely's, and the label of each.
-
-    Raises:
-        PixelwiseError: they have more than `MAX_CORNERS` corners.
-        OSError: the file cannot be read.
-    """
+    """All regions (pixels that share an edge) of one band of a file: polygons in pixels, with their holes, and labels."""
     shapely = extra("shapely", "geo", "polygons")
     shapes = extra("rasterio.features", "geo", "polygons").shapes
     polygons, labels, corners = [], [], 0

@@ -26,12 +26,7 @@ _NOT_KEPT = (
 
 
 def write_geotiff(path: Path, result: Result) -> None:
-    """Write a map as GeoTIFF: CRS, transform and tags of its image, class colours, nodata; one band for each plane.
-
-    Raises:
-        PixelwiseError: it cannot be written.
-        UsageError: rasterio is not installed.
-    """
+    """Write a map as GeoTIFF: CRS, transform and tags of its image, class colours, nodata; one band for each plane."""
     path = Path(path)
     try:
         with atomic_path(path) as part:
@@ -44,10 +39,6 @@ def write_cog(path: Path, result: Result) -> None:
     """As `write_geotiff`, as a cloud optimised GeoTIFF: smaller copies inside, which can be read piece by piece over HTTP.
 
     Labels are made smaller by their most frequent value, maps by the mean.
-
-    Raises:
-        PixelwiseError: it cannot be written, or there is too little room.
-        UsageError: rasterio is not installed.
     """
     path = Path(path)
     try:
@@ -61,16 +52,6 @@ def write_cog(path: Path, result: Result) -> None:
                 Path(folder, "cog.tif").replace(part)
     except OSError as error:
         raise cannot_write(path, error) from error
-
-
-def read_geotiff_mark(path: str | Path) -> dict[str, Any] | None:
-    """The mark of a GeoTIFF that this module wrote; None for every other file, however damaged."""
-    try:
-        with Path(path).open("rb") as file, gdal() as rasterio, Dataset(rasterio, lambda mode: file) as dataset:
-            mark = json.loads(dataset.tags().get(MARK_TAG, "null"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    return mark if isinstance(mark, dict) else None
 
 
 def write_rows(rasterio: ModuleType, path: Path, result: Result, **profile: Any) -> None:

@@ -21,10 +21,9 @@ from PIL.PngImagePlugin import PngImageFile
 from pixelwise.errors import DataError
 from pixelwise.formats.base import Source, SourceInfo
 from pixelwise.formats.local import Identity, readable
-from pixelwise.formats.png import SIGNATURE, chunks
+from pixelwise.formats.png import chunks
 from pixelwise.formats.raster import Palette, orient, silence, whole_numbers
 
-_MAGIC = (SIGNATURE, b"\xff\xd8\xff", b"BM", b"GIF87a", b"GIF89a", *(b"P%d" % kind for kind in range(1, 7)))
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "PPM")  # no others: Pillow would hand some to outside programs
 _ORIENTATION_TAG = 0x0112
 _MODES = {  # Pillow's mode: channels of the image as read, number type
@@ -39,29 +38,14 @@ _WIDE_COLOR = ("RGB;16B", "RGBA;16B", "LA;16B")  # Pillow keeps the upper half o
 def open_image(location: str, *, labels: bool = False) -> "ImageSource":
     """Open an image; only its header is read.
 
-    EXIF orientation is applied, opacity is dropped, 1-bit becomes 0 and 255, palettes become RGB. Bit depth stays.
-
-    Args:
-        location: its path.
-        labels: read a mask: the indices of palettes, whole numbers of any depth, or 8-bit RGB.
-
-    Raises:
-        DataError: the file is missing, damaged, no image, larger than is decoded at once, or no mask.
+    EXIF orientation is applied, opacity is dropped, 1-bit becomes 0 and 255, palettes become RGB. Bit depth stays. Masks
+    (`labels`) are the indices of palettes, whole numbers of any depth, or 8-bit RGB.
     """
     return ImageSource(location, labels)
 
 
 class ImageSource(Source):
-    """An image that is kept decoded while it is open.
-
-    Attributes:
-        cache_bytes: what the decoded image takes in memory.
-
-    Args:
-        location: its path.
-        labels: read a mask.
-        now: it is read at once, so that decoding may begin.
-    """
+    """An image that is kept decoded while it is open (`cache_bytes`); `now` if it is read at once, so decoding may begin."""
 
     def __init__(self, location: str, labels: bool = False, now: bool = False) -> None:
         self._identity = Identity.local(location)
@@ -100,11 +84,9 @@ class ImageSource(Source):
             return self._pixels[top : top + height, left : left + width]
 
     def fingerprint(self) -> str:
-        """Hexadecimal text that changes when the content does."""
         return self._identity.fingerprint()
 
     def check_unchanged(self) -> None:
-        """Raise `DataError` if the file has changed since it was opened."""
         self._identity.check()
 
     def close(self) -> None:

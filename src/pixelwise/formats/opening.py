@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from pixelwise.errors import DataError, PixelwiseError, UsageError
 from pixelwise.formats import remote
 from pixelwise.formats.base import Opener, Source
 from pixelwise.formats.local import Identity, Stamp, readable
-from pixelwise.formats.registry import FORMATS, HEAD_BYTES, format_of, function_of, is_picture, named_format
+from pixelwise.formats.registry import FORMATS, HEAD_BYTES, format_of, function_of, named_format, picture_format
 from pixelwise.formats.remote import NoSuchObject, is_url, local_path, protocol_of, shown
 
 _HINTS = ("channels", "allow_no_affine")  # allowed for all formats: these help where a file leaves something open
@@ -46,22 +47,32 @@ def open_source(location: str | Path, *, format: str | None = None, **options: A
         ...     source.info.format, source.info.height, source.info.width
         ('npy', 4, 5)
     """
+    name = str(location)
+    given = {key: value for key, value in options.items() if value is not None}
+    path = local_path(name) if is_url(name) else name
+    if path is None and protocol_of(name) == "memory":
+        return open_in_process(location, format=format, **given)  # the memory is that of this process
+    if path is not None and format is None:
+        head = _first_bytes(path)
+        if key := picture_format(head):
+            return _open(key, path, given)
+        if not head and not os.path.isdir(path):  # noqa: PTH112  (also of names that no file can have)
+            Stamp.of(path)  # what is not there, or no file, needs no child to find out
     from pixelwise.formats.decoding import WorkerSource
 
-    name = str(location)
-    path = local_path(name) if is_url(name) else name
-    if (path is None and protocol_of(name) == "memory") or (path is not None and _is_picture(path, format)):
-        return open_in_process(location, format=format, **options)  # the memory is that of this process
-    return WorkerSource(name, format, {k: v for k, v in options.items() if v is not None}, is_remote=path is None)
+    return WorkerSource(name, format, given, is_remote=path is None)
 
 
-def _is_picture(path: str, format: str | None) -> bool:
-    """Whether a file is a plain picture by its first bytes, or none that can be opened, which needs no child to find out."""
-    if format is not None or os.path.isdir(path):  # noqa: PTH112  (also of names that no file can have)
-        return False
-    Stamp.of(path)  # a pipe must not even be opened
-    with readable(path), Path(path).open("rb") as file:
-        return is_picture(file.read(12))
+def _first_bytes(path: str) -> bytes:
+    """Enough of a file to know a picture; none of a folder, a pipe or what is not there."""
+    try:
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        try:
+            return os.read(handle, 12)
+        finally:
+            os.close(handle)
+    except (OSError, ValueError):
+        return b""
 
 
 def open_in_process(location: str | Path, *, format: str | None = None, **options: Any) -> Source:
@@ -100,7 +111,7 @@ def _folder_format(path: Path) -> str:
 def _open(key: str, location: str, options: dict[str, Any], **given: Any) -> Source:
     """Open by the function of a format, after a look whether it has such options."""
     function = function_of(key, "opens")
-    offered = [name for name in inspect.signature(function).parameters if name not in _GIVEN]
+    offered = [name for name in _parameters(key) if name not in _GIVEN]
     for name in options:
         if name not in offered and name not in _HINTS:
             has = [option for option in offered if option not in (*_HINTS, "labels")]
@@ -114,6 +125,12 @@ def _open(key: str, location: str, options: dict[str, Any], **given: Any) -> Sou
             raise
         raise UsageError(f"{shown(location)}: {error}") from error
     return source
+
+
+@cache
+def _parameters(key: str) -> tuple[str, ...]:
+    """Of the function that opens a format."""
+    return tuple(inspect.signature(function_of(key, "opens")).parameters)
 
 
 def _open_remote(url: str, forced: str | None, options: dict[str, Any]) -> Source:
@@ -139,7 +156,7 @@ def _open_remote(url: str, forced: str | None, options: dict[str, Any]) -> Sourc
     if forced == "zarr" and opener is not None:
         return _open("zarr", url, options)
     identity = Identity(fingerprint=lambda: remote.fingerprint(url, stamp), check=lambda: stamp.check(url))
-    if opener is not None and "opener" in inspect.signature(function_of(forced, "opens")).parameters:
+    if opener is not None and "opener" in _parameters(forced):
         return _open(forced, shown(url), options, opener=opener, identity=identity)
     return _CopiedSource(url, stamp, identity, lambda path: _open(forced, path, options))
 

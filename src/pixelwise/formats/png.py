@@ -23,7 +23,7 @@ from pixelwise.formats.base import LABELS, Classes, Result
 MARK = "pixelwise"  # keyword of the text chunk
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _INDEXED, _GREY = 3, 0  # colour types
-_BAND_BYTES, _CHUNK_BYTES, _MAX_MARK_BYTES = 4 << 20, 1 << 20, 1 << 16
+_BAND_BYTES, _CHUNK_BYTES = 4 << 20, 1 << 20
 _MAX_SIDE = 2**31 - 1
 
 
@@ -35,12 +35,7 @@ def label_image(labels: NDArray[np.uint8], spec: Classes) -> Image.Image:
 
 
 def write_png(path: str | Path, picture: Image.Image, mark: Mapping[str, Any] | None = None) -> None:
-    """Write a PNG atomically, with `mark` (JSON-able values) as its text chunk.
-
-    Raises:
-        UsageError: the name does not end in .png.
-        PixelwiseError: the file cannot be written.
-    """
+    """Write a PNG atomically, with `mark` (JSON-able values) as its text chunk."""
     path = Path(path)
     if path.suffix.lower() != ".png":
         raise UsageError(f"{path}: labels and pictures are written as PNG; give a name that ends in .png.")
@@ -53,26 +48,6 @@ def write_png(path: str | Path, picture: Image.Image, mark: Mapping[str, Any] | 
             picture.save(part, format="PNG", pnginfo=text, compress_level=level)
     except OSError as error:
         raise cannot_write(path, error) from error
-
-
-def read_mark(path: str | Path) -> dict[str, Any] | None:
-    """The mark of a PNG that `write_png` wrote; None for every other file, however damaged.
-
-    Only the chunks before the pixels are read, so asking costs nothing and no picture is too large to ask.
-    """
-    try:
-        with Path(path).open("rb") as file:
-            for kind, length in chunks(file):
-                if kind == b"IDAT" or length > _MAX_MARK_BYTES:
-                    return None
-                if kind == b"tEXt":
-                    keyword, _, text = file.read(length).partition(b"\0")
-                    if keyword == MARK.encode():
-                        mark = json.loads(text)
-                        return mark if isinstance(mark, dict) else None
-    except (OSError, ValueError, RecursionError):
-        return None
-    return None
 
 
 def chunks(file: IO[bytes]) -> Iterator[tuple[bytes, int]]:
@@ -88,12 +63,7 @@ def chunks(file: IO[bytes]) -> Iterator[tuple[bytes, int]]:
 
 
 def write_png_labels(path: Path, result: Result) -> None:
-    """Write labels as an indexed PNG (uint8), or as 16-bit grey without colours (uint16); a band of rows is in memory.
-
-    Raises:
-        UsageError: the result is a map of floats, or has several planes; the message names formats that can hold it.
-        PixelwiseError: the file cannot be written.
-    """
+    """Write labels as an indexed PNG (uint8), or as 16-bit grey without colours (uint16); a band of rows is in memory."""
     source = result.source
     if result.kind != LABELS or result.dtype.kind != "u" or result.dtype.itemsize > 2:
         raise UsageError(

@@ -156,9 +156,14 @@ def function_of(key: str, kind: str) -> Callable[..., Any]:
     return function
 
 
+def picture_format(head: bytes) -> str:
+    """The format of a file that begins with `head`, if Pillow decodes it; "" if not."""
+    return next((key for key, known in FORMATS.items() if known.opens == _PILLOW and _begins(head, known)), "")
+
+
 def is_picture(head: bytes) -> bool:
     """Whether a file that begins with `head` is one of the formats that Pillow decodes."""
-    return any(known.opens == _PILLOW and _begins(head, known) for known in FORMATS.values())
+    return bool(picture_format(head))
 
 
 def format_of(head: bytes, name: str, opener: Callable[[], BinaryIO] | None = None, level: int | None = None) -> str:

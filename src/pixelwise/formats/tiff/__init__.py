@@ -2,8 +2,6 @@
 
 from pixelwise.formats.tiff.read import MAGIC, open_tiff
 from pixelwise.formats.tiff.slide import is_slide, open_slide
-from pixelwise.formats.tiff.write import read_tiff_mark, write_ome_tiff, write_tiff
+from pixelwise.formats.tiff.write import write_ome_tiff, write_tiff
 
-__all__ = [
-    "MAGIC", "is_slide", "open_slide", "open_tiff", "read_tiff_mark", "write_ome_tiff", "write_tiff",
-]  # fmt: skip
+__all__ = ["MAGIC", "is_slide", "open_slide", "open_tiff", "write_ome_tiff", "write_tiff"]

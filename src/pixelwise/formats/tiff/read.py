@@ -5,7 +5,7 @@ Of a file with several images the first is read, at its full resolution; a stack
 
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 from xml.etree import ElementTree
@@ -15,19 +15,21 @@ import tifffile
 from numpy.typing import NDArray
 
 from pixelwise.errors import DataError
-from pixelwise.formats.base import Source, SourceInfo
+from pixelwise.formats.base import Opener, Source, SourceInfo
 from pixelwise.formats.local import Identity, readable
-from pixelwise.formats.raster import orient
-from pixelwise.formats.tiff.windows import Handles, Opener, Span, Stack, arrange, opening
+from pixelwise.formats.raster import orient, whole_numbers
+from pixelwise.formats.tiff.windows import Span, Stack, arrange, opening
 
 MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 NODATA_TAG = 42113  # GDAL's
 DIALECTS = ("avs", "bif", "eer", "fluoview", "lsm", "mdgel", "micromanager", "mmstack", "ndpi", "ndtiff", "nih", "philips",
             "qpi", "scanimage", "scn", "sis", "stk", "svs")  # fmt: skip
 """Of microscopes: not followed outside slides, since they may name other files."""
+PLAIN: Any = {"_multifile": False, **{f"is_{name}": False for name in DIALECTS}}
+"""Arguments of `tifffile.TiffFile` for a file that is no slide."""
 
 _ORIENTATION_TAG = 274
-_WHITE_IS_ZERO, _PALETTE, _YCBCR = 0, 3, 6
+_WHITE_IS_ZERO, _PALETTE, _CMYK, _YCBCR = 0, 3, 5, 6
 _GRAY_OR_RGB = (_WHITE_IS_ZERO, 1, 2, _PALETTE, 32803)  # 32803, colour filter array, is one raw channel
 _JPEG = (6, 7)  # decoding these turns YCbCr into RGB
 _OPACITY = (1, 2)
@@ -45,23 +47,12 @@ def open_tiff(
     channels: int | None = None,
     labels: bool = False,
 ) -> "TiffSource":
-    """Open a TIFF; only its tags are read.
+    """Open a TIFF by its path, or by what opens it anew at each call; only its tags are read.
 
-    Args:
-        location: path, or the name of what `opener` opens.
-        opener: opens the file anew at each call, for reading, seekable; None opens the path.
-        identity: how to tell whether it changed; needed with `opener`.
-        channels: how many the network takes; decides where a file leaves open whether a stack of pages is channels or
-            planes.
-        labels: read it as a mask, see `Rendering`.
-
-    Raises:
-        DataError: it is missing, damaged, or of a kind that cannot be read in windows.
-        UsageError: an opener without an identity.
+    `channels`, how many the network takes, decides where a file leaves open whether a stack of pages is channels or planes.
     """
     with opening(location, opener, identity) as file:
-        flags: Any = {f"is_{name}": False for name in DIALECTS}
-        tiff = tifffile.TiffFile(file.buffered, name=file.name, _multifile=False, **flags)
+        tiff = tifffile.TiffFile(file.buffered, name=file.name, **PLAIN)
         check_pages(tiff)
         series = tiff.series[0]
         page = series.keyframe
@@ -75,7 +66,7 @@ def open_tiff(
         if layout.planes:
             metadata["plane_axes"] = "".join(layout.axes[axis] for axis in layout.planes)
             metadata["plane_shape"] = tuple(layout.shape[axis] for axis in layout.planes)
-        return TiffSource(file, stack, rendering, info, metadata)
+        return TiffSource(file, stack.read, rendering, info, metadata)
 
 
 def check_pages(tiff: tifffile.TiffFile) -> None:
@@ -90,43 +81,62 @@ def check_pages(tiff: tifffile.TiffFile) -> None:
 
 
 class TiffSource(Source):
-    """The first image, or stack of images, of a TIFF; made by `open_tiff`.
+    """The first image, or stack of images, of a TIFF.
 
-    Attributes:
-        metadata: where the file knows them: "resolution" (pixels per unit, x and y), "resolution_unit", "pixel_size_um",
-            "channel_names", "image_name", "time_increment_s", "plane_axes" (as "TZ") and "plane_shape", "nodata",
-            "palette".
+    `metadata` has, where the file knows them: "resolution" (pixels per unit, x and y), "resolution_unit", "pixel_size_um",
+    "channel_names", "image_name", "time_increment_s", "plane_axes" (as "TZ") and "plane_shape", "nodata", "palette".
+
+    A pixel has no data where the nodata value stands: if that is 0, or the numbers are unsigned, in all channels (0 and 255
+    are also ordinary values), else in any. There `read` gives 0, except of masks.
+
+    Args:
+        file: has its `identity`, and can be closed.
+        stored: (plane, rows, columns) -> the window as the file holds it (rows, columns, channels), not turned yet.
     """
 
     def __init__(
-        self, file: Handles, stack: Stack, rendering: "Rendering", info: SourceInfo, metadata: Mapping[str, Any]
+        self,
+        file: Any,
+        stored: Callable[[int, Span, Span], NDArray[Any]],
+        rendering: "Rendering",
+        info: SourceInfo,
+        metadata: Mapping[str, Any],
     ) -> None:
-        self._file, self._stack, self._rendering = file, stack, rendering
+        self._file, self._stored, self._rendering = file, stored, rendering
         self.info, self.metadata = info, metadata
-        self._nodata: float | None = metadata.get("nodata")
+        self._nodata = _representable(metadata.get("nodata"), rendering.stored)
 
     def read(self, top: int, left: int, height: int, width: int, plane: int = 0) -> NDArray[Any]:
+        rows, columns = self._rendering.as_stored(self.info, (top, top + height), (left, left + width))
         where = f"rows {top}..{top + height}, columns {left}..{left + width}"
         with readable(self.info.location, where if self.info.planes == 1 else f"plane {plane}, {where}"):
-            pixels = self._rendering.without_opacity(self._stored(plane, top, left, height, width))
-            if pixels.dtype.kind == "f" and not np.isfinite(pixels).all():
-                if self._nodata is not None and math.isnan(self._nodata):
-                    pixels[np.isnan(pixels)] = 0
-                bad = int((~np.isfinite(pixels)).sum())
-                if bad:
-                    raise DataError(f"{bad:,} numbers in {where} are NaN or infinite. Replace them.")
-            return self._rendering.apply(pixels)
+            pixels = self._rendering.without_opacity(self._stored(plane, rows, columns))
+            empty = None if self._rendering.labels else self._empty(pixels)
+            if pixels.dtype.kind == "f" and not self._rendering.labels and not (finite := np.isfinite(pixels)).all():
+                bad = ~finite if empty is None else ~finite & ~empty[:, :, None]
+                there = self._unmasked(plane, rows, columns) if bad.any() else None
+                if count := int((bad if there is None else bad[there]).sum()):
+                    raise DataError(
+                        f"{count:,} of its numbers in {where} are NaN or infinite, and the file does not declare them as "
+                        "nodata. Replace them, or declare them: gdal_edit.py -a_nodata nan FILE."
+                    )
+                pixels[~finite] = 0
+            pixels = self._rendering.apply(pixels)
+            if empty is not None:
+                pixels[orient(empty, self._rendering.orientation)] = 0
+            return pixels
 
     def valid(self, top: int, left: int, height: int, width: int, plane: int = 0) -> NDArray[np.bool_] | None:
-        if self._nodata is None:
-            return None
-        with readable(self.info.location):
-            stored = self._rendering.without_opacity(self._stored(plane, top, left, height, width))
-        there = ~np.isnan(stored).any(axis=2) if math.isnan(self._nodata) else (stored != self._nodata).any(axis=2)
-        return np.ascontiguousarray(orient(np.asarray(there), self._rendering.orientation))
+        rows, columns = self._rendering.as_stored(self.info, (top, top + height), (left, left + width))
+        with readable(self.info.location, f"rows {top}..{top + height}, columns {left}..{left + width}"):
+            there = self._unmasked(plane, rows, columns)
+            if self._nodata is not None:
+                empty = self._empty(self._rendering.without_opacity(self._stored(plane, rows, columns)))
+                there = ~empty if there is None else there & ~empty  # type: ignore[operator]
+        return None if there is None else np.ascontiguousarray(orient(there, self._rendering.orientation))
 
     def fingerprint(self) -> str:
-        return self._file.identity.fingerprint()
+        return str(self._file.identity.fingerprint())
 
     def check_unchanged(self) -> None:
         self._file.identity.check()
@@ -134,10 +144,26 @@ class TiffSource(Source):
     def close(self) -> None:
         self._file.close()
 
-    def _stored(self, plane: int, top: int, left: int, height: int, width: int) -> NDArray[Any]:
-        """A window as the file holds it, with opacity, not turned yet."""
-        rows, columns = self._rendering.as_stored(self.info, (top, top + height), (left, left + width))
-        return self._stack.read(plane, rows, columns)
+    def _empty(self, pixels: NDArray[Any]) -> NDArray[np.bool_] | None:
+        """Where stored pixels have the nodata value, (rows, columns)."""
+        if self._nodata is None:
+            return None
+        equal = np.isnan(pixels) if self._nodata != self._nodata else pixels == self._nodata
+        return equal.all(axis=2) if self._nodata == 0 or pixels.dtype.kind in "bu" else equal.any(axis=2)
+
+    def _unmasked(self, plane: int, rows: Span, columns: Span) -> NDArray[np.bool_] | None:
+        """Where a mask or opacity lets data through, (rows, columns) as stored; None if nothing hides any."""
+        return None
+
+
+def _representable(value: float | None, dtype: np.dtype[Any]) -> Any:
+    """A nodata value as the pixels hold it; None if no pixel of this type can."""
+    if value is None or dtype.kind == "f":
+        with np.errstate(over="ignore"):
+            return None if value is None else dtype.type(value)
+    limits = np.iinfo(np.uint8 if dtype.kind == "b" else dtype)
+    fits = math.isfinite(value) and float(value).is_integer() and limits.min <= int(value) <= limits.max
+    return dtype.type(int(value)) if fits else None
 
 
 @dataclass(frozen=True)
@@ -149,6 +175,7 @@ class Rendering:
     """
 
     stored: np.dtype[Any]
+    bits: int
     channels: int  # without opacity
     palette: NDArray[np.uint8] | None
     has_opacity: bool
@@ -158,14 +185,10 @@ class Rendering:
 
     @classmethod
     def of(cls, page: Any, dtype: np.dtype[Any], channels: int, labels: bool) -> Self:
-        """From the tags of a page.
-
-        Raises:
-            DataError: its colours are neither grey, RGB nor a palette, or it cannot be a mask.
-        """
+        """From the tags of a page; `DataError` if it is neither grey, RGB nor a palette, or cannot be a mask."""
         photometric = int(page.photometric)
         if photometric not in _GRAY_OR_RGB and not (photometric == _YCBCR and int(page.compression) in _JPEG):
-            name = tifffile.PHOTOMETRIC(photometric).name
+            name = "CMYK" if photometric == _CMYK else tifffile.PHOTOMETRIC(photometric).name
             raise DataError(f"its colours are stored as {name}. Convert it to RGB or grey.")
         if dtype.kind not in "buif":
             raise DataError(f"its numbers are of type {dtype}; whole numbers and floats can be used.")
@@ -176,15 +199,24 @@ class Rendering:
             raise DataError(
                 f"it has {channels} channels of {dtype}; a mask has one channel of whole numbers, or 8-bit RGB."
             )
+        palette = None
+        if photometric == _PALETTE and channels == 1:
+            palette = (page.colormap >> (8 if page.colormap.max() > 255 else 0)).T.astype(np.uint8)
         return cls(
             stored=dtype,
+            bits=int(page.bitspersample),
             channels=channels,
-            palette=(page.colormap >> 8).T.astype(np.uint8) if photometric == _PALETTE and channels == 1 else None,
+            palette=palette,
             has_opacity=has_opacity,
             inverted=photometric == _WHITE_IS_ZERO,
             orientation=page.tags.valueof(_ORIENTATION_TAG, 1),
             labels=labels,
         )
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """The palette, if there is one."""
+        return {} if self.palette is None else {"palette": tuple(map(tuple, self.palette.tolist()))}
 
     def info(self, location: str, form: str, size: tuple[int, int, int], block: Span) -> SourceInfo:
         """Of an image whose planes, rows and columns are stored so."""
@@ -209,16 +241,14 @@ class Rendering:
 
     def apply(self, array: NDArray[Any]) -> NDArray[Any]:
         """The pixels of a window (rows, columns, channels) as stored, without opacity."""
-        if array.dtype.kind == "b":
-            array = array.astype(np.uint8) * np.uint8(255)
-        if self.labels and array.dtype.kind == "f":
-            if (np.abs(array) >= 2**31).any() or (array != np.trunc(array)).any():
-                raise DataError(f"it holds numbers of type {array.dtype} that are not whole; a mask has whole numbers.")
-            array = array.astype(np.int64)
-        elif self.inverted and array.dtype.kind == "u" and not self.labels:
-            array = np.iinfo(array.dtype).max - array
-        elif self.palette is not None and not self.labels:
-            array = self.palette[array[:, :, 0]]
+        if self.palette is not None and not self.labels:
+            array = self.palette[array[:, :, 0].astype(np.intp)]
+        elif self.labels and array.dtype.kind == "f":
+            array = whole_numbers(array)
+        else:
+            array = array * np.uint8(255) if self.bits == 1 else array
+            if self.inverted and array.dtype.kind == "u" and not self.labels:
+                array = array.dtype.type(255 if self.bits == 1 else (1 << self.bits) - 1) - array
         return np.ascontiguousarray(orient(array, self.orientation))
 
     def as_stored(self, info: SourceInfo, rows: Span, columns: Span) -> tuple[Span, Span]:
@@ -242,9 +272,7 @@ def _tag_metadata(page: Any, rendering: Rendering) -> dict[str, Any]:
     nodata = _number(str(page.tags.valueof(NODATA_TAG, "")).strip(" \0"))
     if nodata is not None:
         metadata["nodata"] = nodata
-    if rendering.palette is not None:
-        metadata["palette"] = tuple(map(tuple, rendering.palette.tolist()))
-    return metadata
+    return metadata | rendering.metadata
 
 
 def ome_metadata(text: str | None) -> dict[str, Any] | None:

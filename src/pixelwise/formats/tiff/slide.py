@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 
 from pixelwise.errors import DataError, UsageError
 from pixelwise.files import extra
-from pixelwise.formats.base import SourceInfo
-from pixelwise.formats.local import Identity, readable
-from pixelwise.formats.tiff.read import DIALECTS, MAGIC, Rendering, TiffSource, check_pages, ome_metadata
-from pixelwise.formats.tiff.windows import Handles, Opener, Span, Stack, arrange, opening
+from pixelwise.formats.base import Opener, SourceInfo
+from pixelwise.formats.local import Identity
+from pixelwise.formats.tiff.read import MAGIC, PLAIN, Rendering, TiffSource, check_pages, ome_metadata
+from pixelwise.formats.tiff.windows import Handles, Span, Stack, arrange, opening
 
 _SUFFIXES = (".svs", ".ndpi", ".scn", ".bif")
 _FOLLOWED = ("svs", "ndpi", "scn", "bif", "philips", "avs")
@@ -36,16 +36,13 @@ def open_slide(
     identity: Identity | None = None,
     labels: bool = False,
 ) -> "SlideSource":
-    """Open a slide at one level (0 is the full resolution); only its tags are read. Otherwise as `open_tiff`.
-
-    Raises:
-        DataError: the file is missing, damaged, or of a kind that cannot be read.
-        UsageError: it has no such level, tiffslide is not installed, or there is an opener without an identity.
-    """
+    """Open a slide at one level (0 is the full resolution); only its tags are read. Otherwise as `open_tiff`."""
     tiffslide = extra("tiffslide", "slide", what="a whole-slide image")
     with opening(location, opener, identity) as file:
-        flags = {f"is_{name}": False for name in DIALECTS if name not in _FOLLOWED}
-        slide = tiffslide.TiffSlide(file.buffered, tifffile_options={"name": file.name, "_multifile": False, **flags})
+        options = {"name": file.name, **PLAIN}
+        for name in _FOLLOWED:
+            del options[f"is_{name}"]
+        slide = tiffslide.TiffSlide(file.buffered, tifffile_options=options)
         if not slide.ts_tifffile.is_ndpi:
             check_pages(slide.ts_tifffile)
         shapes = tuple((int(height), int(width)) for width, height in slide.level_dimensions)
@@ -55,9 +52,7 @@ def open_slide(
         areas, renderings = _areas(slide, level, file, labels)
         info = renderings[0].info(location, "slide", (1, *shapes[level]), areas[0][2].block)
         ome = ome_metadata(slide.ts_tifffile.ome_metadata) or {}
-        metadata = _metadata(slide.properties, shapes, level, ome)
-        if renderings[0].palette is not None:
-            metadata["palette"] = tuple(map(tuple, renderings[0].palette.tolist()))
+        metadata = _metadata(slide.properties, shapes, level, ome) | renderings[0].metadata
         return SlideSource(file, areas, renderings[0], info, metadata)
 
 
@@ -66,51 +61,43 @@ Area = tuple[int, int, Stack]
 
 
 class SlideSource(TiffSource):
-    """One level of a slide; made by `open_slide`.
+    """One level of a slide.
 
-    Attributes:
-        metadata: "vendor", "level", "level_shapes" ((H, W) of each), "downsample", "objective_power", and where they are
-            known "mpp" and "pixel_size_um" of this level.
+    `metadata` has "vendor", "level", "level_shapes" ((H, W) of each), "downsample", "objective_power", and where they are
+    known "mpp" and "pixel_size_um" of this level.
     """
 
     def __init__(
         self, file: Handles, areas: list[Area], rendering: Rendering, info: SourceInfo, metadata: Mapping[str, Any]
     ) -> None:
-        super().__init__(file, areas[0][2], rendering, info, metadata)
+        super().__init__(file, self._composed, rendering, info, metadata)
         self._areas = areas
+        self._is_full = any((y, x, *stack.size[1:3]) == (0, 0, info.height, info.width) for y, x, stack in areas)
 
-    def valid(self, top: int, left: int, height: int, width: int, plane: int = 0) -> NDArray[np.bool_] | None:
-        whole = (0, 0, self.info.height, self.info.width)
-        is_full = any((y, x, *stack.size[1:3]) == whole for y, x, stack in self._areas)
-        if is_full and not self._rendering.has_opacity:
+    def _unmasked(self, plane: int, rows: Span, columns: Span) -> NDArray[np.bool_] | None:
+        if self._is_full and not self._rendering.has_opacity:
             return None
-        there = np.zeros((height, width), dtype=bool)
-        for target, _, _, _ in self._overlaps(top, left, height, width):
+        there = np.zeros((rows[1] - rows[0], columns[1] - columns[0]), dtype=bool)
+        for target, _, _, _ in self._overlaps(rows, columns):
             there[target] = True
-        if self._rendering.has_opacity:
-            with readable(self.info.location):
-                there &= self._stored(plane, top, left, height, width)[:, :, -1] > 0
-        return there
+        return there & (self._stored(plane, rows, columns)[:, :, -1] > 0) if self._rendering.has_opacity else there
 
-    def _stored(self, plane: int, top: int, left: int, height: int, width: int) -> NDArray[Any]:
+    def _composed(self, plane: int, rows: Span, columns: Span) -> NDArray[Any]:
         """A window as the file holds it; 0 where nothing was scanned."""
         channels = self._rendering.channels + self._rendering.has_opacity
-        stored = np.zeros((height, width, channels), dtype=self._rendering.stored)
-        for target, rows, columns, stack in self._overlaps(top, left, height, width):
-            stored[target] = stack.read(plane, rows, columns)
+        stored = np.zeros((rows[1] - rows[0], columns[1] - columns[0], channels), dtype=self._rendering.stored)
+        for target, down, across, stack in self._overlaps(rows, columns):
+            stored[target] = stack.read(plane, down, across)
         return stored
 
-    def _overlaps(
-        self, top: int, left: int, height: int, width: int
-    ) -> Iterator[tuple[tuple[slice, slice], Span, Span, Stack]]:
+    def _overlaps(self, rows: Span, columns: Span) -> Iterator[tuple[tuple[slice, slice], Span, Span, Stack]]:
         """For each area: its place in a window, its own rows and columns there, its pixels."""
         for y, x, stack in self._areas:
-            rows = max(top - y, 0), min(top - y + height, stack.size[1])
-            columns = max(left - x, 0), min(left - x + width, stack.size[2])
-            if rows[0] < rows[1] and columns[0] < columns[1]:
-                down, right = y - top, x - left
-                target = slice(rows[0] + down, rows[1] + down), slice(columns[0] + right, columns[1] + right)
-                yield target, rows, columns, stack
+            top, bottom = max(rows[0], y), min(rows[1], y + stack.size[1])
+            left, right = max(columns[0], x), min(columns[1], x + stack.size[2])
+            if top < bottom and left < right:
+                target = slice(top - rows[0], bottom - rows[0]), slice(left - columns[0], right - columns[0])
+                yield target, (top - y, bottom - y), (left - x, right - x), stack
 
 
 def _areas(slide: Any, level: int, file: Handles, labels: bool) -> tuple[list[Area], list[Rendering]]:

@@ -3,39 +3,44 @@
 import io
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import product
 from pathlib import Path, PurePath
-from typing import Any, BinaryIO, cast
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pixelwise.errors import DataError, UsageError
+from pixelwise.formats.base import Opener
 from pixelwise.formats.local import Identity, readable
 
 CACHE_BYTES = 64 * 2**20
 MAX_BLOCK_BYTES = 2**30
 _GAP_BYTES = 2**16  # rows this close together are read in one go
 
-Opener = Callable[[], BinaryIO]
-"""Opens the same file anew, for reading, seekable."""
-
 Span = tuple[int, int]
 """Start and stop."""
+
+
+def identity_of(location: str, opener: Opener | None, identity: Identity | None) -> Identity:
+    """How to tell whether a file changed, which only of local ones is known without being told."""
+    if opener is None:
+        return Identity.local(location)
+    if identity is None:
+        raise UsageError(f"{location}: whoever opens it must also say how to tell whether it changed (identity).")
+    return identity
 
 
 @contextmanager
 def opening(location: str, opener: Opener | None, identity: Identity | None) -> "Iterator[Handles]":
     """A file by its path or by what opens it; closed again, with a `DataError` that names it, if opening fails."""
-    if opener is None:
-        opener, identity = cast(Opener, partial(Path(location).open, "rb", buffering=0)), Identity.local(location)
-    elif identity is None:
-        raise UsageError(f"{location}: whoever opens it must also say how to tell whether it changed (identity).")
+    identity = identity_of(location, opener, identity)
     with readable(location):
+        opener = opener or cast(Opener, partial(Path(location).open, "rb", buffering=0))
         file = Handles(opener, PurePath(location).name or "tiff", identity)
         try:
             if not file.size:
@@ -47,14 +52,7 @@ def opening(location: str, opener: Opener | None, identity: Identity | None) -> 
 
 
 class Handles:
-    """Reads one file from several threads, each with a handle of its own while it reads.
-
-    Attributes:
-        name: of the file, without its folder.
-        identity: how to tell whether it changed.
-        size: bytes.
-        buffered: a handle for libraries that read the header.
-    """
+    """Reads one file from several threads, each by a handle of its own; `buffered` is for libraries that read headers."""
 
     def __init__(self, opener: Opener, name: str, identity: Identity) -> None:
         self._opener, self.name, self.identity = opener, name, identity
@@ -116,9 +114,6 @@ def arrange(axes: str, shape: tuple[int, ...], wanted: int | None = None) -> Lay
     S (samples) and C (channels) are channels, Z, T and pages (I) are planes. An axis that nothing names (Q) is the
     channels where it is the only one beside rows and columns, first or last. Where a file leaves it open, the number of
     channels that is wanted decides.
-
-    Raises:
-        DataError: there are no rows or no columns.
     """
     axes, shape = squeeze(axes, shape)
     if axes.count("Y") != 1 or axes.count("X") != 1:
@@ -149,12 +144,8 @@ class Stack:
     """Windows of a series of pages.
 
     Uncompressed pages that lie in one piece are read row by row, others by strips or tiles, of which the last 64 MiB are
-    kept decoded. A series whose pages are not its images (rows, for example) is decoded as a whole.
-
-    Attributes:
-        dtype: of the numbers, in the byte order of the machine.
-        block: rows and columns that are stored together.
-        size: planes, rows, columns, channels.
+    kept decoded. A series whose pages are not its images (rows, for example) is decoded as a whole. `block` are the rows and
+    columns that are stored together, `size` is planes, rows, columns, channels.
     """
 
     def __init__(self, series: Any, layout: Layout, handles: Handles) -> None:

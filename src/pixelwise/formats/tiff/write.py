@@ -9,7 +9,6 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import numpy as np
 import tifffile
@@ -18,7 +17,6 @@ from numpy.typing import NDArray
 from pixelwise.files import atomic_path, cannot_write
 from pixelwise.formats.base import LABELS, Result
 from pixelwise.formats.png import MARK
-from pixelwise.formats.raster import DECODE_ERRORS
 from pixelwise.formats.tiff.read import NODATA_TAG
 
 TILE_PX = 512
@@ -32,9 +30,6 @@ def write_tiff(path: Path, result: Result) -> None:
 
     Only a row of tiles is in memory. uint8 labels have the colours of their classes as palette. The planes, their axes
     and the resolution of the source are kept, and its nodata becomes the tag that GDAL reads.
-
-    Raises:
-        PixelwiseError: the file cannot be written.
     """
     axes, shape = _stack(result)
     if shape and result.source.width == 1:  # tifffile would take this stack for one page; OME names its axes
@@ -45,11 +40,7 @@ def write_tiff(path: Path, result: Result) -> None:
 
 
 def write_ome_tiff(path: Path, result: Result) -> None:
-    """Write an OME-TIFF with the pixel size, the planes and the name of the source; otherwise as `write_tiff`.
-
-    Raises:
-        PixelwiseError: the file cannot be written.
-    """
+    """Write an OME-TIFF with the pixel size, the planes and the name of the source; otherwise as `write_tiff`."""
     axes, shape = _stack(result)
     if not set(axes) <= set("TZ") or len(set(axes)) != len(shape):  # what OME-TIFF can name besides channels
         axes, shape = ("Z", (result.source.planes,)) if result.source.planes > 1 else ("", ())
@@ -61,20 +52,6 @@ def write_ome_tiff(path: Path, result: Result) -> None:
         metadata["TimeIncrement"], metadata["TimeIncrementUnit"] = result.metadata["time_increment_s"], "s"
     metadata["CommentAnnotation"] = {"Namespace": MARK, "Value": json.dumps(_about(result), sort_keys=True)}
     _write(path, result, shape, metadata, ome=True)
-
-
-def read_tiff_mark(path: str | Path) -> dict[str, Any] | None:
-    """The provenance record of a file that this module wrote; None for every other file, however damaged."""
-    try:
-        with tifffile.TiffFile(path, _multifile=False) as tiff:
-            text = tiff.pages.first.description
-        if text.rstrip().endswith("OME>"):
-            notes = ElementTree.fromstring(text).iterfind(f".//{{*}}CommentAnnotation[@Namespace='{MARK}']")
-            text = next(("".join(note.itertext()) for note in notes), "{}")
-        mark = json.loads(text).get(MARK)
-    except DECODE_ERRORS:
-        return None
-    return mark if isinstance(mark, dict) else None
 
 
 def _write(path: Path, result: Result, shape: tuple[int, ...], metadata: dict[str, Any], ome: bool) -> None:
