@@ -7,7 +7,6 @@ from torch import nn
 
 from pixelwise.data.labels import LabelSpec
 from pixelwise.errors import DataError, PixelwiseError, UsageError
-from pixelwise.formats.png import read_mark
 from pixelwise.formats.readers import read_mask
 from pixelwise.infer.bundle import ModelCard, save_bundle
 from pixelwise.infer.predictor import Predictor, load
@@ -186,7 +185,7 @@ def test_saved_labels_are_indices_with_the_palette_of_the_classes(image, tmp_pat
     with Image.open(tmp_path / "sub" / "a.png") as picture:
         assert picture.mode == "P"
         assert np.array_equal(np.asarray(picture.convert("RGB")), SPEC.colorize(prediction.labels))
-    assert read_mark(tmp_path / "sub" / "a.png") == {"model": ""}
+        assert picture.text == {"pixelwise": '{"model": ""}'}
     with pytest.raises(UsageError, match=r"\.png"):
         prediction.save(tmp_path / "a.jpg")
 

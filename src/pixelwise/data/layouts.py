@@ -22,7 +22,7 @@ from pixelwise.data.pairs import (
 from pixelwise.data.scan import MaskScan, in_threads, scan_mask
 from pixelwise.errors import DataError, UsageError
 from pixelwise.formats import SOURCE_SUFFIXES
-from pixelwise.formats.raster import Palette
+from pixelwise.formats.base import Palette
 
 __all__ = ["SPLITS", "DataFolder", "Pair", "Problem", "open_data"]
 

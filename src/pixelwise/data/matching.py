@@ -10,7 +10,7 @@ from pathlib import Path
 from pixelwise.data.pairs import SPLIT_ALIASES, Problem
 from pixelwise.errors import DataError
 from pixelwise.formats import FORMATS, SOURCE_SUFFIXES
-from pixelwise.formats.raster import printable
+from pixelwise.formats.local import printable
 from pixelwise.formats.registry import stem_of
 
 _MASK_SUFFIX = re.compile(

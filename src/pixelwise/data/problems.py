@@ -8,7 +8,7 @@ from pixelwise.data.labels import IGNORE_INDEX, LabelSpec, Value
 from pixelwise.data.matching import listing, relative
 from pixelwise.data.pairs import SPLITS, DataFolder, Problem
 from pixelwise.data.scan import PairScan
-from pixelwise.formats.raster import printable
+from pixelwise.formats.local import printable
 
 _LISTED = 20
 """Of more problems of one kind in one split, the rest is told in one message."""

@@ -20,7 +20,7 @@ from pixelwise.data.slices import Reading, is_picture, open_image
 from pixelwise.errors import DataError, PixelwiseError
 from pixelwise.files import extra
 from pixelwise.formats import FORMATS, Source, open_source
-from pixelwise.formats.raster import printable
+from pixelwise.formats.local import printable
 from pixelwise.formats.readers import read_image, read_mask
 
 

@@ -23,9 +23,10 @@ from pixelwise.data.places import Places
 from pixelwise.data.samples import Grid, mask_values, may_be_segmentation, open_mask
 from pixelwise.data.slices import Reading, is_picture, open_image
 from pixelwise.errors import DataError
-from pixelwise.formats import Source
-from pixelwise.formats.raster import Palette, printable
-from pixelwise.formats.readers import read_image, read_mask_file
+from pixelwise.formats import Source, open_source
+from pixelwise.formats.base import Palette
+from pixelwise.formats.local import printable
+from pixelwise.formats.readers import read_image
 
 MAX_VALUES = 4096
 MAX_VALUES_OF_LARGE = 256  # of each the places are counted
@@ -244,7 +245,8 @@ def _scan_source(source: Source, with_sums: bool) -> ImageScan:
 @lru_cache(maxsize=50_000)
 def _scan_mask(path: Path, image: Path | None, axis: int | None, _mtime_ns: int, _size: int) -> MaskScan:
     if is_picture(path):
-        raw, raster = read_mask_file(path)
+        with open_source(path, labels=True) as source:
+            raw = mask_values(source.read(0, 0, source.info.height, source.info.width))
         grid, found = Grid(width=raw.shape[1], height=raw.shape[0]), value_counts(raw)
         whole = (
             [Places(grid.height, grid.width)] if grid.pixels > WHOLE_PX and len(found) <= MAX_VALUES_OF_LARGE else []
@@ -255,9 +257,9 @@ def _scan_mask(path: Path, image: Path | None, axis: int | None, _mtime_ns: int,
             grid=grid,
             kind="rgb" if raw.ndim == 3 else "index",
             counts=_checked(path, found),
-            palette=raster.palette,
+            palette=source.metadata.get("palette"),
             digest=pixel_digest(raw.shape, iter([raw])),
-            format=raster.format,
+            format=source.info.format.upper(),
             places=tuple(whole),
         )
     with open_mask(path, {"axis": axis}, image) as source:

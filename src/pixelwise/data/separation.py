@@ -23,7 +23,7 @@ from pixelwise.data.pairs import Pair
 from pixelwise.data.samples import Sample, mask_values, open_mask
 from pixelwise.data.slices import Reading, is_picture
 from pixelwise.errors import DataError, UsageError
-from pixelwise.formats.raster import printable
+from pixelwise.formats.local import printable
 from pixelwise.formats.readers import read_mask
 
 INSTANCES = "instances"

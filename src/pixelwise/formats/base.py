@@ -10,6 +10,9 @@ from typing import Any, BinaryIO, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from pixelwise.errors import DataError
+
+Palette = tuple[tuple[int, int, int], ...]
 Opener = Callable[[], BinaryIO]
 """Opens a file anew at each call, for reading, seekable."""
 
@@ -129,3 +132,31 @@ class Result:
 
 Writer = Callable[[Path, Result], None]
 """Writes one result to a local path, atomically; raises `PixelwiseError` where it cannot be written."""
+
+
+def orient(array: np.ndarray, orientation: int) -> np.ndarray:
+    """Turn an image (H, W[, C]) as EXIF orientation 1..8 says; other numbers turn nothing (EXIF 2.3, tag 0x0112)."""
+    if orientation in (5, 6, 7, 8):
+        array = array.swapaxes(0, 1)
+    if orientation in (2, 3, 6, 7):
+        array = array[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        array = array[::-1]
+    return array
+
+
+def whole_numbers(array: NDArray[Any]) -> NDArray[Any]:
+    """Masks are integers; 1 bit counts as black and white, and floats pass if they are whole numbers.
+
+    Raises:
+        DataError: they are not.
+    """
+    if array.dtype == bool:
+        return array.astype(np.uint8) * np.uint8(255)
+    if array.dtype.kind in "ui":
+        return array
+    if array.dtype.kind == "f" and np.isfinite(array).all() and np.abs(array).max() < 2**31:
+        whole = array.astype(np.int64)
+        if (whole == array).all():
+            return whole
+    raise DataError(f"it holds numbers of type {array.dtype} that are not whole; a mask has whole numbers.")

@@ -21,11 +21,11 @@ from numpy.typing import NDArray
 
 from pixelwise.errors import DataError, UsageError
 from pixelwise.files import extra
-from pixelwise.formats.base import Source, SourceInfo
+from pixelwise.formats.base import Source, SourceInfo, whole_numbers
 from pixelwise.formats.dicom_header import Frame, Header, dicom_errors, safe_text
 from pixelwise.formats.dicom_series import SEGMENTATIONS, arrange, read_headers
 from pixelwise.formats.intensity import Intensity, LocalSource, Scaling, by_type, check_intensity
-from pixelwise.formats.raster import printable, whole_numbers
+from pixelwise.formats.local import printable
 
 _CACHE_BYTES = 64 * 2**20
 _TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")

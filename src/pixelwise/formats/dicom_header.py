@@ -14,8 +14,7 @@ from typing import Any
 
 from pixelwise.errors import DataError
 from pixelwise.formats.intensity import Scaling, display_window
-from pixelwise.formats.local import Stamp, readable
-from pixelwise.formats.raster import DECODE_ERRORS, printable, silence
+from pixelwise.formats.local import DECODE_ERRORS, Stamp, printable, readable, silence
 
 LOGGER = "pydicom"
 

@@ -23,8 +23,7 @@ from pixelwise.formats.base import LABELS, Result, Source, SourceInfo
 from pixelwise.formats.dicom_header import LOGGER, Header, dicom_errors, quiet, safe_text
 from pixelwise.formats.dicom_series import Volume, on_planes, own_planes, planes_of
 from pixelwise.formats.intensity import LocalSource
-from pixelwise.formats.local import Stamp
-from pixelwise.formats.raster import DECODE_ERRORS, printable
+from pixelwise.formats.local import DECODE_ERRORS, Stamp, printable
 
 NO_SEGMENT = ("background", "void", "unlabeled", "unlabelled")
 """Classes of these names (in any case) get no segment."""

@@ -15,9 +15,8 @@ from numpy.typing import NDArray
 
 from pixelwise.errors import DataError, UsageError
 from pixelwise.formats.dicom_header import Frame, Header, has_mark, read_header
-from pixelwise.formats.local import readable
+from pixelwise.formats.local import printable, readable
 from pixelwise.formats.nifti import open_nifti
-from pixelwise.formats.raster import printable
 
 SEGMENTATIONS = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")
 _PARALLEL = 1e-3

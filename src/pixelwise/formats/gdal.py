@@ -9,7 +9,7 @@ from typing import IO, Any
 
 from pixelwise.errors import PixelwiseError
 from pixelwise.files import extra
-from pixelwise.formats.raster import silence
+from pixelwise.formats.local import silence
 
 _OPTIONS = {
     "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR",  # no .ovr, .msk, .tfw or metadata files of satellites beside it

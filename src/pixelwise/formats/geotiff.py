@@ -23,8 +23,7 @@ from pixelwise.errors import DataError
 from pixelwise.files import extra
 from pixelwise.formats.base import Opener
 from pixelwise.formats.gdal import Dataset, gdal
-from pixelwise.formats.local import Identity, readable
-from pixelwise.formats.raster import DECODE_ERRORS
+from pixelwise.formats.local import DECODE_ERRORS, Identity, readable
 from pixelwise.formats.tiff.read import MAGIC, PLAIN, Rendering, TiffSource
 from pixelwise.formats.tiff.windows import Span, identity_of
 

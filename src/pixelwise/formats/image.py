@@ -19,10 +19,9 @@ from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
 
 from pixelwise.errors import DataError
-from pixelwise.formats.base import Source, SourceInfo
-from pixelwise.formats.local import Identity, readable
+from pixelwise.formats.base import Palette, Source, SourceInfo, orient, whole_numbers
+from pixelwise.formats.local import Identity, readable, silence
 from pixelwise.formats.png import chunks
-from pixelwise.formats.raster import Palette, orient, silence, whole_numbers
 
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "PPM")  # no others: Pillow would hand some to outside programs
 _ORIENTATION_TAG = 0x0112

@@ -3,19 +3,64 @@
 import hashlib
 import os
 import stat
+import struct
+import threading
+import warnings
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+import tifffile
+
 from pixelwise.errors import DataError, PixelwiseError
-from pixelwise.formats.raster import DECODE_ERRORS, in_words, printable
 
 WHOLE_BYTES = 256 * 2**20
 """Files up to this size are hashed as a whole; of larger ones samples are."""
 
 _SAMPLES, _SAMPLE_BYTES = 64, 64 * 2**10
+
+DECODE_ERRORS = (
+    OSError,  # missing, unreadable, truncated; Pillow's UnidentifiedImageError
+    tifffile.TiffFileError,  # no ValueError in older versions
+    ValueError,  # numpy shapes, text that is no text
+    TypeError,  # tags of another type than the format says
+    LookupError,  # tables in the file that point outside it, unknown codecs
+    AttributeError,  # tags that should be there
+    ArithmeticError,  # division by a size of zero, overflow
+    AssertionError,  # tifffile's own checks
+    RuntimeError,  # imagecodecs' errors, NotImplementedError, RecursionError
+    SyntaxError,  # Pillow's broken PNG; ParseError of XML descriptions in TIFF
+    EOFError,
+    MemoryError,
+    struct.error,
+    zlib.error,
+)
+"""What Pillow, tifffile and imagecodecs raise on damaged input; anything else is a bug and passes through."""
+
+_OF_PROGRAMS = (
+    TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, NotImplementedError, RecursionError,
+)  # fmt: skip
+"""Errors whose words are about a decoder's code, not about the file."""
+
+
+def in_words(error: BaseException) -> str:
+    """Why a file could not be decoded, for somebody who does not know the decoder: one line of at most 200 letters."""
+    text = " ".join(str(error).split())[:200]
+    if isinstance(error, struct.error):
+        return "it ends too early, or what its headers say makes no sense"
+    if isinstance(error, EOFError) and not text:
+        return "it ends too early"
+    if isinstance(error, _OF_PROGRAMS) or not text or "<class " in text or " object at 0x" in text or "ast." in text:
+        return "what its headers say makes no sense"
+    return text
+
+
+def printable(path: str | Path) -> str:
+    """A path as text that any terminal and JSON take, also where the bytes of its name are no text."""
+    return str(path).encode("utf-8", "backslashreplace").decode()
 
 
 def changed(name: str, what: str, why: str = "") -> DataError:
@@ -40,17 +85,16 @@ class Stamp:
     @classmethod
     def of(cls, path: str | Path) -> Self:
         """The stamp of a file; a `DataError` if there is none, or only a folder, a pipe or a device of this name."""
-        name = printable(path)
         try:
-            status = Path(path).stat()
+            status = os.stat(path)  # noqa: PTH116  (this is on the way of every small picture)
         except FileNotFoundError as error:
-            raise DataError(f"{name}: there is no such file.") from error
+            raise DataError(f"{printable(path)}: there is no such file.") from error
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
-            raise DataError(f"{name}: the file cannot be opened ({reason}).") from error
+            raise DataError(f"{printable(path)}: the file cannot be opened ({reason}).") from error
         if not stat.S_ISREG(status.st_mode):
             kind = "a folder" if stat.S_ISDIR(status.st_mode) else "not a regular file"
-            raise DataError(f"{name}: this is {kind}.")
+            raise DataError(f"{printable(path)}: this is {kind}.")
         return cls(status.st_size, status.st_mtime_ns, status.st_ino)
 
     def check(self, path: str | Path) -> None:
@@ -140,3 +184,20 @@ def readable(name: str | os.PathLike[str], where: str = "") -> Iterator[None]:
         raise DataError(
             f"{shown}: the file is damaged or truncated ({where + ': ' if where else ''}{in_words(error)})."
         ) from error
+
+
+# `warnings.catch_warnings` swaps state of the whole process, so only one thread may be inside it. Only headers are read
+# there; decoding runs beside it in any number of threads.
+_header_lock = threading.Lock()
+if hasattr(os, "register_at_fork"):  # a worker must not be forked while another thread holds the lock
+    os.register_at_fork(
+        before=_header_lock.acquire, after_in_parent=_header_lock.release, after_in_child=_header_lock.release
+    )
+
+
+@contextmanager
+def silence() -> Iterator[None]:
+    """Keep warnings of libraries away from the terminal; only one thread at a time is inside, so be quick."""
+    with _header_lock, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

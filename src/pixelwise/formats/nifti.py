@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from pixelwise.errors import DataError, PixelwiseError, UsageError
 from pixelwise.files import atomic_path, cannot_write, extra
-from pixelwise.formats.base import LABELS, Result, SourceInfo
+from pixelwise.formats.base import LABELS, Result, SourceInfo, whole_numbers
 from pixelwise.formats.intensity import Intensity, LocalSource, Scaling, by_type, check_intensity, percentile_scaling
 from pixelwise.formats.local import Stamp, readable
 from pixelwise.formats.nifti_header import (
@@ -41,7 +41,6 @@ from pixelwise.formats.nifti_header import (
     voxel_offset,
 )  # fmt: skip
 from pixelwise.formats.npy import read_box
-from pixelwise.formats.raster import whole_numbers
 
 _SLAB_BYTES = 32 * 2**20
 _SAMPLE_RUNS = 1024

@@ -13,9 +13,8 @@ from numpy.typing import NDArray
 
 from pixelwise.errors import DataError, UsageError
 from pixelwise.files import atomic_path, cannot_write
-from pixelwise.formats.base import Result, Source, SourceInfo
-from pixelwise.formats.local import Identity, readable
-from pixelwise.formats.raster import silence, whole_numbers
+from pixelwise.formats.base import Result, Source, SourceInfo, whole_numbers
+from pixelwise.formats.local import Identity, readable, silence
 
 _STRIP_BYTES = 2**16
 _BAND_BYTES = 16 * 2**20

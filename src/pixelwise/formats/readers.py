@@ -8,15 +8,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pixelwise.errors import DataError
-from pixelwise.formats.base import Source, SourceInfo
+from pixelwise.formats.base import Palette, Source, SourceInfo
 from pixelwise.formats.image import ImageSource
+from pixelwise.formats.local import printable
 from pixelwise.formats.opening import open_source
-from pixelwise.formats.raster import MAX_DECODED_BYTES, Palette, Raster, printable
-from pixelwise.formats.registry import SOURCE_SUFFIXES, is_picture
+from pixelwise.formats.registry import is_picture
 
-__all__ = ["IMAGE_SUFFIXES", "image_info", "palette", "read_image", "read_mask", "read_mask_file"]
-
-IMAGE_SUFFIXES = SOURCE_SUFFIXES
+MAX_DECODED_BYTES = 4 * 2**30
+"""Larger images are not read as a whole."""
 
 
 def read_image(path: str | Path) -> NDArray[Any]:
@@ -42,15 +41,9 @@ def read_mask(path: str | Path) -> NDArray[Any]:
     Raises:
         DataError: as `read_image`, or the file holds neither whole numbers nor 8-bit colours.
     """
-    return read_mask_file(path)[0]
-
-
-def read_mask_file(path: str | Path) -> tuple[NDArray[Any], Raster]:
-    """What `read_mask` gives, with what the file says besides: its format and palette."""
     with _opened(path, labels=True) as source:
         array = _whole(source)
-        array = array[:, :, 0] if array.shape[2] == 1 else array
-        return array, Raster(array=array, format=source.info.format.upper(), palette=source.metadata.get("palette"))
+        return array[:, :, 0] if array.shape[2] == 1 else array
 
 
 def palette(path: str | Path) -> Palette | None:

@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 from pixelwise.errors import DataError, UsageError
 from pixelwise.files import extra
 from pixelwise.formats.base import LABELS, SourceInfo, Writer
-from pixelwise.formats.raster import printable
+from pixelwise.formats.local import printable
 
 Refusal = Callable[[SourceInfo, str, Mapping[str, Any]], str]
 HEAD_BYTES = 4096

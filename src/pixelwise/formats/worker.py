@@ -172,7 +172,7 @@ def _answered(server: _Server, request: dict[str, Any]) -> dict[str, Any]:
     except MemoryError:
         return {"error": OUT_OF_MEMORY, "message": ""}
     except Exception as error:  # noqa: BLE001  (a library's, or ours: it must reach the process that asks)
-        from pixelwise.formats.raster import in_words
+        from pixelwise.formats.local import in_words
 
         name = request.get("location") or server.name_of(request)
         return {

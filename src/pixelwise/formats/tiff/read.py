@@ -15,9 +15,8 @@ import tifffile
 from numpy.typing import NDArray
 
 from pixelwise.errors import DataError
-from pixelwise.formats.base import Opener, Source, SourceInfo
+from pixelwise.formats.base import Opener, Source, SourceInfo, orient, whole_numbers
 from pixelwise.formats.local import Identity, readable
-from pixelwise.formats.raster import orient, whole_numbers
 from pixelwise.formats.tiff.windows import Span, Stack, arrange, opening
 
 MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")

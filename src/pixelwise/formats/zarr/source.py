@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 
 from pixelwise.errors import DataError, UsageError
 from pixelwise.formats import local
-from pixelwise.formats.base import Source, SourceInfo
-from pixelwise.formats.raster import whole_numbers
+from pixelwise.formats.base import Source, SourceInfo, whole_numbers
 from pixelwise.formats.remote import shown
 from pixelwise.formats.zarr.ngff import axes_of, inner_path, multiscale_of, ome_of
 from pixelwise.formats.zarr.store import Place, open_node, open_place

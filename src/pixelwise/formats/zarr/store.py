@@ -17,8 +17,7 @@ from typing import Any
 from pixelwise.errors import DataError
 from pixelwise.files import ZARR_DOCUMENTS, extra
 from pixelwise.formats import remote
-from pixelwise.formats.local import WHOLE_BYTES, Identity, Stamp, fingerprint
-from pixelwise.formats.raster import silence
+from pixelwise.formats.local import WHOLE_BYTES, Identity, Stamp, fingerprint, silence
 from pixelwise.formats.remote import NoSuchObject, RemoteStamp, bounded, read_range, shown
 
 DOCUMENTS = (*ZARR_DOCUMENTS, ".zattrs")
