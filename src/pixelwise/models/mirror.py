@@ -106,7 +106,7 @@ class Mirror(nn.Module):
                 stacked = chain.width(target) if config.skip == "concat" and takes_both else 0
                 mix = None if stacked else _mix(chain, config.skip, chain.width(target))
                 self.joins.append(Join(config.skip, mix))
-        self.smallest_px = 1
+        self.smallest_px = 1  # while the least is looked for
         self.smallest_px = smallest_px(self, self.stride, config.in_channels, config.backbone)
 
     def forward(self, image: Tensor) -> Tensor:
