@@ -11,7 +11,8 @@ from torchvision.models.vgg import cfgs, make_layers
 
 from pixelwise.errors import UsageError
 from pixelwise.models import create_model, describe_model
-from pixelwise.models.fcn import CONVS, FCN, FCNConfig
+from pixelwise.models.fcn import FCN, FCNConfig
+from pixelwise.models.vgg_encoder import DEPTHS
 
 NAMES = ["fcn32s", "fcn16s", "fcn8s", "fcn8s_at_once"]
 
@@ -173,7 +174,7 @@ def test_receptive_fields_of_table_1_and_of_the_pools():
     with torch.device("meta"):
         model = create_model("fcn32s", num_classes=21)
     field, jump, fields = 1, 1, []
-    for stage, count in enumerate(CONVS, start=1):
+    for stage, count in enumerate(DEPTHS, start=1):
         for index in range(1, count + 1):
             field += (model.get_submodule(f"conv{stage}_{index}").kernel_size[0] - 1) * jump
         field, jump = field + jump, 2 * jump

@@ -57,9 +57,10 @@ def mirror_of(network, num_classes=3):
     chain = Chain(network, (3, 32, 64), "toy")
     level = Level(chain, chain.image, {}, num_classes)
     steps = plan(chain)
+    x = level.x
     for step in steps:
-        level.write(step)
-    return level.module(), chain, steps
+        x = level.write(step, x)
+    return level.module(x), chain, steps
 
 
 def tie(decoder, network):

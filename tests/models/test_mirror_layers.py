@@ -5,7 +5,7 @@ import torch
 from timm.layers import BatchNormAct2d, Conv2dSame, LayerNorm2d, SqueezeExcite
 from torch import nn
 
-from pixelwise.models.mirror_layers import at_width, has_width, reflect_conv, reflect_pool
+from pixelwise.models.mirror_decoder import at_width, has_width, reflect_conv, reflect_pool
 
 
 def tie(reflected, conv):

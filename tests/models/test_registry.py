@@ -99,12 +99,12 @@ def test_a_value_of_the_wrong_kind_is_refused_by_name(name, options):
     [
         ("unet", {"widths": [8]}, "at least two positive numbers"),
         ("unet", {"widths": [8, 0]}, "at least two positive numbers"),
-        ("unet", {"dropout": 1.5}, "dropout is a share"),
+        ("unet", {"dropout": 1.5}, "dropout must be a share"),
         ("encoder_decoder", {"widths": []}, "widths must be positive"),
-        ("encoder_decoder", {"skip": "sum"}, "skip is one of .*'add'.* not 'sum'"),
-        ("encoder_decoder", {"skip": ["add"]}, "skip is one of"),
-        ("encoder_decoder", {"up": "nearest"}, "up is one of"),
-        ("encoder_decoder", {"finest": 3}, "finest is one of"),
+        ("encoder_decoder", {"skip": "sum"}, "skip must be one of .*add.* not 'sum'"),
+        ("encoder_decoder", {"skip": ["add"]}, "skip must be one of"),
+        ("encoder_decoder", {"up": "nearest"}, "up must be one of"),
+        ("encoder_decoder", {"finest": 3}, "finest must be one of"),
     ],
 )
 def test_a_value_out_of_range_is_refused(name, options, message):

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
@@ -14,6 +14,7 @@ from torchvision.models.feature_extraction import create_feature_extractor, get_
 
 from pixelwise.errors import UsageError
 from pixelwise.models.registry import suggestion
+from pixelwise.ops.convolutionalize.capture import without_memory
 
 PROBE_PX = 224  # every classifier of the two libraries takes this size, and its halvings tell the strides apart
 
@@ -102,16 +103,9 @@ def torchvision_classifier(name: str, in_channels: int = 3) -> nn.Module:
         model.to("meta")
     if in_channels != 3:
         path, first = next((path, item) for path, item in model.named_modules() if isinstance(item, nn.Conv2d))
-        wider = nn.Conv2d(
-            in_channels,
-            first.out_channels,
-            first.kernel_size,  # type: ignore[arg-type]
-            first.stride,  # type: ignore[arg-type]
-            first.padding,  # type: ignore[arg-type]
-            bias=first.bias is not None,
-        )
-        parent, _, child = path.rpartition(".")
-        setattr(model.get_submodule(parent), child, wider)
+        kernel, stride, padding = cast(tuple[Any, Any, Any], (first.kernel_size, first.stride, first.padding))
+        bias = first.bias is not None
+        model.set_submodule(path, nn.Conv2d(in_channels, first.out_channels, kernel, stride, padding, bias=bias))
     return model
 
 
@@ -120,9 +114,8 @@ def _torchvision_backbone(name: str, in_channels: int) -> Backbone:
     nodes = _stage_ends(name)
     if len(nodes) < 2:
         raise UsageError(f"backbone {name!r} of torchvision gives no pyramid of feature maps. Choose another.")
-    body = create_feature_extractor(
-        model, train_return_nodes=list(nodes.values()), eval_return_nodes=list(nodes.values())
-    )
+    ends = list(nodes.values())
+    body = create_feature_extractor(model, train_return_nodes=ends, eval_return_nodes=ends)
     with torch.no_grad():
         maps = body.eval()(torch.zeros(1, in_channels, PROBE_PX, PROBE_PX))
     return Backbone(body.train(), [item.shape[1] for item in maps.values()], list(nodes), False)
@@ -177,12 +170,30 @@ def _narrow_nodes(graph: Graph) -> set[str]:
     return {name for name, node in end.args[0].items() if node in narrow}
 
 
+def smallest_px(network: nn.Module, stride: int, in_channels: int, backbone: str) -> int:
+    """The least multiple of `stride` that a network on `backbone` takes; unpadded ones (AlexNet) need more than one."""
+    hollow, reason = without_memory(network), ""
+    for size_px in range(stride, PROBE_PX + 1, stride):
+        try:
+            for width_px in (size_px, size_px + stride):
+                hollow(torch.empty(1, in_channels, size_px, width_px, device="meta"))
+            return size_px
+        # torch: "Output size is too small"; timm asserts the size of networks that are made for one only.
+        except (AssertionError, RuntimeError) as error:
+            reason = str(error).partition("\n")[0]
+    raise UsageError(f"backbone {backbone!r} takes images of one size, or of few, only ({reason}). Choose another.")
+
+
 def classifier_state(name: str) -> dict[str, Tensor]:
     """The classifier's own tensors by name, in its own order, without memory behind them (device meta)."""
-    library, name = resolve_backbone(name)
     with torch.device("meta"):
-        model = timm.create_model(name) if library == "timm" else torchvision_classifier(name)
-    return model.state_dict()
+        return create_classifier(name).state_dict()
+
+
+def create_classifier(name: str) -> nn.Module:
+    """A classifier of timm or torchvision with random weights, head included."""
+    library, name = resolve_backbone(name)
+    return timm.create_model(name) if library == "timm" else torchvision_classifier(name)
 
 
 def backbone_normalisation(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:

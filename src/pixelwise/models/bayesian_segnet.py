@@ -13,8 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from pixelwise.errors import UsageError
-from pixelwise.models.registry import register_model
+from pixelwise.models.registry import check_fields, register_model
 from pixelwise.models.segnet import SegNet, SegNetConfig
 from pixelwise.models.segnet_basic import SegNetBasic, SegNetBasicConfig
 from pixelwise.ops.sampling import sample_with_dropout
@@ -30,8 +29,8 @@ class BayesianSegNetConfig(SegNetConfig):
     dropout: float = 0.5
 
     def __post_init__(self) -> None:
+        check_fields("bayesian_segnet", self)
         super().__post_init__()
-        _check_dropout("bayesian_segnet", self.dropout)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,13 +40,8 @@ class BayesianSegNetBasicConfig(SegNetBasicConfig):
     dropout: float = 0.5
 
     def __post_init__(self) -> None:
+        check_fields("bayesian_segnet_basic", self)
         super().__post_init__()
-        _check_dropout("bayesian_segnet_basic", self.dropout)
-
-
-def _check_dropout(network: str, dropout: float) -> None:
-    if not 0 <= dropout < 1:
-        raise UsageError(f"{network}: dropout must be a share of at least 0 and less than 1, not {dropout}.")
 
 
 class _Sampled(nn.Module):
@@ -102,13 +96,7 @@ class BayesianSegNetBasic(_Sampled, SegNetBasic):
 
 
 PAPER = "Kendall, Badrinarayanan, Cipolla. Bayesian SegNet. BMVC 2017"
-register_model(
-    "bayesian_segnet",
-    BayesianSegNet,
-    BayesianSegNetConfig(),
-    paper=PAPER,
-    tiny={"widths": (8, 8, 12, 12, 12), "dropout": 0.2},
-)
-register_model(
-    "bayesian_segnet_basic", BayesianSegNetBasic, BayesianSegNetBasicConfig(), paper=PAPER, tiny={"width": 6}
-)
+TINY = {"widths": (8, 8, 12, 12, 12), "dropout": 0.2}
+register_model("bayesian_segnet", BayesianSegNet, BayesianSegNetConfig(), paper=PAPER, tiny=TINY)
+CONFIG = BayesianSegNetBasicConfig()
+register_model("bayesian_segnet_basic", BayesianSegNetBasic, CONFIG, paper=PAPER, tiny={"width": 6})

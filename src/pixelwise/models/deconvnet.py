@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pixelwise.errors import UsageError
-from pixelwise.models.registry import register_model
+from pixelwise.models.registry import check_fields, register_model
 from pixelwise.models.vgg_encoder import DEPTHS, WIDTHS, check_shape, check_widths, encoder_weights, vgg_encoder
 from pixelwise.ops.convolutionalize import convolutionalize
 from pixelwise.ops.resize import crop_like, has_known_size, pad_to_multiple
@@ -37,8 +37,7 @@ class DeconvNetConfig:
 
     def __post_init__(self) -> None:
         check_widths("deconvnet", self.widths)
-        if self.head_width < 1:
-            raise UsageError(f"deconvnet: head_width must be at least 1, not {self.head_width}.")
+        check_fields("deconvnet", self, "head_width")
 
 
 class DeconvNet(nn.Module):
@@ -141,10 +140,6 @@ def _init(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)  # type: ignore[arg-type]
 
 
-register_model(
-    "deconvnet",
-    DeconvNet,
-    DeconvNetConfig(),
-    paper="Noh, Hong, Han. Learning Deconvolution Network for Semantic Segmentation. ICCV 2015",
-    tiny={"widths": (4, 4, 6, 6, 8), "head_width": 16},
-)
+PAPER = "Noh, Hong, Han. Learning Deconvolution Network for Semantic Segmentation. ICCV 2015"
+TINY = {"widths": (4, 4, 6, 6, 8), "head_width": 16}
+register_model("deconvnet", DeconvNet, DeconvNetConfig(), paper=PAPER, tiny=TINY)

@@ -8,16 +8,16 @@ The default (skips added, bilinear, up to a grid of 4 px) computes little on fin
 Shapes: N batch, C channels, K classes, H W image size.
 """
 
-import contextlib
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from pixelwise.errors import UsageError
-from pixelwise.models.backbones import PROBE_PX, Backbone, create_backbone
-from pixelwise.models.registry import register_model
+from pixelwise.models.backbones import PROBE_PX, Backbone, create_backbone, smallest_px
+from pixelwise.models.registry import check_fields, register_model
+from pixelwise.ops.convolutionalize.capture import without_memory
 from pixelwise.ops.resize import crop_like, pad_to_multiple, upsample_to
 from pixelwise.ops.unpool import MaxPoolKeepingIndices
 from pixelwise.ops.upsampling import learnt_bilinear
@@ -39,9 +39,9 @@ class EncoderDecoderConfig:
     finest: int = 4  # the grid in pixels on which classes are scored; from there to the image it is bilinear
 
     def __post_init__(self) -> None:
-        for key, allowed in (("skip", get_args(Skip)), ("up", get_args(Up)), ("finest", (1, 2, 4, 8, 16, 32))):
-            if getattr(self, key) not in allowed:
-                raise UsageError(f"encoder_decoder: {key} is one of {allowed}, not {getattr(self, key)!r}.")
+        check_fields("encoder_decoder", self)
+        if self.finest not in (1, 2, 4, 8, 16, 32):
+            raise UsageError(f"encoder_decoder: finest must be one of 1, 2, 4, 8, 16, 32, not {self.finest}.")
         if not self.widths or min(self.widths) < 1:
             raise UsageError(f"encoder_decoder: widths must be positive numbers, not {self.widths}.")
 
@@ -92,7 +92,7 @@ class EncoderDecoder(nn.Module):
         super().__init__()
         self.encoder = create_backbone(config.backbone, in_channels=config.in_channels)
         self.stride = max(self.encoder.strides)
-        self.smallest_px = _smallest_px(self.encoder, config)
+        self.smallest_px = smallest_px(self.encoder, self.stride, config.in_channels, config.backbone)
         pools = _remember_pools(self.encoder, config.in_channels) if config.up == "unpool" else {}
         levels = list(zip(self.encoder.channels, self.encoder.strides, strict=True))
         # The coarsest map is the start; every finer one down to `finest` is a step.
@@ -116,41 +116,16 @@ class EncoderDecoder(nn.Module):
         return crop_like(upsample_to(scores, padded.shape[-2:]), image)  # (N, K, H, W)
 
 
-def _probe(encoder: Backbone, in_channels: int, height: int, width: int) -> None:
-    """One pass over an empty image, leaving the running statistics as they are."""
-    was_training = encoder.training
-    with torch.no_grad():
-        encoder.eval()(torch.zeros(1, in_channels, height, width, device=next(encoder.parameters()).device))
-    encoder.train(was_training)
-
-
-def _smallest_px(encoder: Backbone, config: EncoderDecoderConfig) -> int:
-    """The least multiple of the stride that the encoder takes; unpadded ones (AlexNet) need more than one."""
-    stride = max(encoder.strides)
-    for size_px in range(stride, PROBE_PX, stride):
-        # torch: "Output size is too small"; timm asserts the size of networks that are made for one only.
-        with contextlib.suppress(RuntimeError, AssertionError):
-            _probe(encoder, config.in_channels, size_px, size_px)
-            _probe(encoder, config.in_channels, size_px, size_px + stride)
-            return size_px
-    raise UsageError(
-        f"encoder_decoder: backbone {config.backbone!r} takes images of one size, or of few, only. Choose another."
-    )
-
-
 def _remember_pools(encoder: Backbone, in_channels: int) -> dict[int, MaxPoolKeepingIndices]:
     """Let the encoder's max poolings keep their indices; returns them by the stride of the map they give."""
     found: dict[str, tuple[int, int]] = {}
-    handles = [
-        module.register_forward_hook(
-            lambda _module, _args, out, name=name: found.update({name: (PROBE_PX // out.shape[-1], out.shape[1])})
-        )
-        for name, module in encoder.named_modules()
-        if isinstance(module, nn.MaxPool2d) and module.kernel_size == module.stride == 2
-    ]
-    _probe(encoder, in_channels, PROBE_PX, PROBE_PX)
-    for handle in handles:
-        handle.remove()
+    hollow = without_memory(encoder)
+    for name, module in hollow.named_modules():
+        if isinstance(module, nn.MaxPool2d) and module.kernel_size == module.stride == 2:
+            module.register_forward_hook(
+                lambda _module, _args, out, name=name: found.update({name: (PROBE_PX // out.shape[-1], out.shape[1])})
+            )
+    hollow(torch.empty(1, in_channels, PROBE_PX, PROBE_PX, device="meta"))
     if not found:
         raise UsageError(
             "encoder_decoder: up='unpool' puts values back where 2x2 max pooling took them, and this backbone has no such "
@@ -163,10 +138,6 @@ def _remember_pools(encoder: Backbone, in_channels: int) -> dict[int, MaxPoolKee
     return pools
 
 
-register_model(
-    "encoder_decoder",
-    EncoderDecoder,
-    EncoderDecoderConfig(),
-    paper="any timm or torchvision classifier as the encoder; decoder after LinkNet, FPN, U-Net, SegNet",
-    tiny={"backbone": "test_resnet", "widths": (8, 8)},
-)
+PAPER = "any timm or torchvision classifier as the encoder; decoder after LinkNet, FPN, U-Net, SegNet"
+TINY = {"backbone": "test_resnet", "widths": (8, 8)}
+register_model("encoder_decoder", EncoderDecoder, EncoderDecoderConfig(), paper=PAPER, tiny=TINY)

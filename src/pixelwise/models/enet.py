@@ -233,11 +233,6 @@ class ENetEncoder(nn.Module):
         return self.classifier(features)
 
 
-for name, network in {"enet": ENet, "enet_encoder": ENetEncoder}.items():
-    register_model(
-        name,
-        network,
-        ENetConfig(),
-        paper="Paszke, Chaurasia, Kim, Culurciello. ENet. 2016 (arXiv:1606.02147)",
-        tiny={"widths": (8, 16, 24)},
-    )
+PAPER = "Paszke, Chaurasia, Kim, Culurciello. ENet. 2016 (arXiv:1606.02147)"
+register_model("enet", ENet, ENetConfig(), paper=PAPER, tiny={"widths": (8, 16, 24)})
+register_model("enet_encoder", ENetEncoder, ENetConfig(), paper=PAPER, tiny={"widths": (8, 16, 24)})

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pixelwise.errors import UsageError
-from pixelwise.models.registry import register_model
+from pixelwise.models.registry import check_fields, register_model
 from pixelwise.ops.batch_statistics import running_averages_kept
 from pixelwise.ops.resize import crop_like, pad_to_multiple
 
@@ -49,11 +49,7 @@ class FCDenseNetConfig:
                 "fcdensenet: layers must be an odd number of at least 3 positive numbers (down, bottleneck, up), not "
                 f"{self.layers}."
             )
-        for key in ("growth", "first_width"):
-            if getattr(self, key) < 1:
-                raise UsageError(f"fcdensenet: {key} must be at least 1, not {getattr(self, key)}.")
-        if not 0 <= self.dropout < 1:
-            raise UsageError(f"fcdensenet: dropout must be a share of at least 0 and less than 1, not {self.dropout}.")
+        check_fields("fcdensenet", self, "growth", "first_width")
 
 
 class DenseLayer(nn.Module):
@@ -143,7 +139,7 @@ class FCDenseNet(nn.Module):
             enlarged = crop_like(transition(x), skip)  # 2n + 1 rows cut to the skip's 2n or 2n + 1
             x = block(
                 torch.cat([enlarged, skip], dim=1)
-            )  # (N, 192, H/16, W/16) ... (N, 256, H, W): the last one's stack
+            )  # (N, 192, H/16, W/16) ... the last one's stack (N, 256, H, W)
         return crop_like(self.score(x), image)  # (N, K, H, W)
 
 
@@ -155,16 +151,8 @@ def _init_he_uniform(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
+PAPER = "Jégou, Drozdzal, Vázquez, Romero, Bengio. The One Hundred Layers Tiramisu. CVPR Workshops 2017"
 TINY = {"growth": 4, "layers": (2,) * 11, "first_width": 8}
-for depth, variant in {
-    56: FCDenseNetConfig(growth=12, layers=(4,) * 11),
-    67: FCDenseNetConfig(growth=16, layers=(5,) * 11),
-    103: FCDenseNetConfig(),
-}.items():
-    register_model(
-        f"fcdensenet{depth}",
-        FCDenseNet,
-        variant,
-        paper="Jégou, Drozdzal, Vázquez, Romero, Bengio. The One Hundred Layers Tiramisu. CVPR Workshops 2017",
-        tiny=TINY,
-    )
+register_model("fcdensenet56", FCDenseNet, FCDenseNetConfig(growth=12, layers=(4,) * 11), paper=PAPER, tiny=TINY)
+register_model("fcdensenet67", FCDenseNet, FCDenseNetConfig(growth=16, layers=(5,) * 11), paper=PAPER, tiny=TINY)
+register_model("fcdensenet103", FCDenseNet, FCDenseNetConfig(), paper=PAPER, tiny=TINY)

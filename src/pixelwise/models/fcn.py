@@ -12,14 +12,15 @@ Shapes: N batch, C channels, K classes, H W image size; h w the grid of the coar
 """
 
 from dataclasses import dataclass
-from typing import Literal, cast, get_args
+from typing import Literal, cast
 
 from torch import Tensor, nn
 from torch.nn.functional import relu
 
 from pixelwise.errors import UsageError
 from pixelwise.models.backbones import adapt_first_conv
-from pixelwise.models.registry import register_model
+from pixelwise.models.registry import check_fields, register_model
+from pixelwise.models.vgg_encoder import DEPTHS, WIDTHS, check_shape, check_widths
 from pixelwise.ops.convolutionalize import convolutionalize
 from pixelwise.ops.pooling import CeilMaxPool2d
 from pixelwise.ops.resize import crop_like
@@ -28,7 +29,6 @@ from pixelwise.ops.upsampling import bilinear_upsampling
 Finest = Literal[8, 16, 32]
 Upsampling = Literal["fixed", "inner", "learnt"]
 
-CONVS = (2, 2, 3, 3, 3)  # of VGG-16, before each of its five poolings
 PADDING_PX = 100  # of the first convolution: so that the 7x7 of fc6 finds room on an image of one pixel
 AT_ONCE = (0.01, 0.0001)  # what pool4 and pool3 are multiplied by where all three streams are trained at once
 
@@ -42,22 +42,15 @@ class FCNConfig:
     finest: Finest = 8
     at_once: bool = False  # FCN-8s trained in one stage: pool4 and pool3 are scaled by `AT_ONCE` before their scores
     upsampling: Upsampling = "fixed"  # which layers are learnt: none, the inner ones (the paper), or all
-    widths: tuple[int, ...] = (64, 128, 256, 512, 512)
+    widths: tuple[int, ...] = WIDTHS
     head_width: int = 4096  # fc6 and fc7
     dropout: float = 0.5  # of single values, after fc6 and fc7
 
     def __post_init__(self) -> None:
-        for key, allowed in (("finest", get_args(Finest)), ("upsampling", get_args(Upsampling))):
-            if getattr(self, key) not in allowed:
-                raise UsageError(f"fcn: {key} must be one of {allowed}, not {getattr(self, key)!r}.")
+        check_fields("fcn", self, "head_width")
         if self.at_once and self.finest != 8:
             raise UsageError(f"fcn: at_once must be False with finest={self.finest}: only FCN-8s is trained so.")
-        if len(self.widths) != len(CONVS) or min(self.widths) < 1:
-            raise UsageError(f"fcn: widths must be {len(CONVS)} positive numbers, not {self.widths}.")
-        if self.head_width < 1:
-            raise UsageError(f"fcn: head_width must be at least 1, not {self.head_width}.")
-        if not 0 <= self.dropout < 1:
-            raise UsageError(f"fcn: dropout must be at least 0 and less than 1, not {self.dropout}.")
+        check_widths("fcn", self.widths)
 
 
 class FCN(nn.Module):
@@ -142,11 +135,9 @@ class FCN(nn.Module):
         return self.dropout(relu(self.fc7(x), inplace=True))
 
     def weights_from_classifier(self, classifier: nn.Module) -> dict[str, Tensor]:
-        """Entries for this state from a VGG-16: its 13 convolutions, and its first two linear layers as fc6 and fc7.
+        """Entries for this state from a VGG-16 of any library: 13 convolutions, and two linear layers as fc6 and fc7.
 
-        Args:
-            classifier: of any library; its layers are told by their order and shapes. Its last layer is left out: the
-                scores start at zero.
+        Layers are told by their order and shapes. The last one is left out: the scores start at zero.
 
         Raises:
             UsageError: it is no plain VGG-16, or its widths differ from this network's.
@@ -159,11 +150,7 @@ class FCN(nn.Module):
             weight = given.weight.detach()
             if name == "conv1_1" and weight.shape[1] == 3 != own.in_channels:
                 weight = adapt_first_conv(weight, own.in_channels)
-            if weight.shape != own.weight.shape:
-                raise UsageError(
-                    f"fcn: {name} holds {tuple(own.weight.shape)} numbers, and the classifier's {path} "
-                    f"{tuple(weight.shape)}. Choose widths and head_width as the classifier has them."
-                )
+            check_shape("fcn", f"{name}.weight", own.weight, weight)
             state |= {f"{name}.weight": weight, f"{name}.bias": cast(Tensor, given.bias).detach()}
         return state
 
@@ -179,7 +166,7 @@ def _vgg16_layers(classifier: nn.Module) -> list[str]:
             order += "p"
         elif any(True for _ in module.parameters(recurse=False)):
             order += "?"
-    if order != "".join("c" * count + "p" for count in CONVS) + "ccc":
+    if order != "".join("c" * count + "p" for count in DEPTHS) + "ccc":
         raise UsageError(
             f"fcn: its trunk is a VGG-16 without batch norm (13 convolutions, 5 max poolings, 3 linear layers), and the "
             f"{type(classifier).__name__} given is another network. Pass torchvision's vgg16."

@@ -10,14 +10,14 @@ Shapes: N batch, C channels, K classes, H W image size; h w the coarsest grid: f
 """
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pixelwise.errors import UsageError
-from pixelwise.models.fcn import PADDING_PX, init_weights
-from pixelwise.models.registry import register_model
+from pixelwise.models.fcn import PADDING_PX, PAPER, init_weights
+from pixelwise.models.registry import check_fields, register_model
 from pixelwise.ops.pooling import CeilMaxPool2d
 from pixelwise.ops.resize import crop_like
 from pixelwise.ops.upsampling import bilinear_upsampling
@@ -38,14 +38,9 @@ class FCNAlexNetConfig:
     dropout: float = 0.5  # of single values, after fc6 and fc7
 
     def __post_init__(self) -> None:
-        if self.upsampling not in get_args(Upsampling):
-            raise UsageError(f"fcn_alexnet: upsampling must be one of {get_args(Upsampling)}, not {self.upsampling!r}.")
+        check_fields("fcn_alexnet", self, "head_width")
         if len(self.widths) != 5 or min(self.widths) < 2 or any(width % 2 for width in self.widths):
             raise UsageError(f"fcn_alexnet: widths must be five even numbers of at least 2, not {self.widths}.")
-        if self.head_width < 1:
-            raise UsageError(f"fcn_alexnet: head_width must be at least 1, not {self.head_width}.")
-        if not 0 <= self.dropout < 1:
-            raise UsageError(f"fcn_alexnet: dropout must be at least 0 and less than 1, not {self.dropout}.")
 
 
 class FCNAlexNet(nn.Module):
@@ -86,10 +81,5 @@ class FCNAlexNet(nn.Module):
         return crop_like(scores, image, CROP)  # (N, K, H, W)
 
 
-register_model(
-    "fcn_alexnet",
-    FCNAlexNet,
-    FCNAlexNetConfig(),
-    paper="Long, Shelhamer, Darrell. Fully Convolutional Networks for Semantic Segmentation. CVPR 2015",
-    tiny={"widths": (6, 8, 8, 8, 8), "head_width": 16},
-)
+TINY = {"widths": (6, 8, 8, 8, 8), "head_width": 16}
+register_model("fcn_alexnet", FCNAlexNet, FCNAlexNetConfig(), paper=PAPER, tiny=TINY)

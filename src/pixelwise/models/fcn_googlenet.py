@@ -13,15 +13,15 @@ Shapes: N batch, C channels, K classes, H W image size; h w the coarsest grid: f
 """
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pixelwise.errors import UsageError
-from pixelwise.models.fcn import PADDING_PX, init_weights
-from pixelwise.models.registry import register_model
+from pixelwise.models.fcn import PADDING_PX, PAPER, init_weights
+from pixelwise.models.registry import check_fields, register_model
 from pixelwise.ops.pooling import CeilMaxPool2d
 from pixelwise.ops.resize import crop_like
 from pixelwise.ops.upsampling import bilinear_upsampling
@@ -41,23 +41,15 @@ class FCNGoogLeNetConfig:
     dropout: float = 0.4  # of single values, before the score
 
     def __post_init__(self) -> None:
-        if self.upsampling not in get_args(Upsampling):
-            raise UsageError(
-                f"fcn_googlenet: upsampling must be one of {get_args(Upsampling)}, not {self.upsampling!r}."
-            )
+        check_fields("fcn_googlenet", self)
         if not 0 < self.width < float("inf"):
             raise UsageError(f"fcn_googlenet: width must be more than 0, not {self.width}.")
-        if not 0 <= self.dropout < 1:
-            raise UsageError(f"fcn_googlenet: dropout must be at least 0 and less than 1, not {self.dropout}.")
 
 
 class Inception(nn.Module):
     """Four views of a map, concatenated: 1x1, 3x3 and 5x5 convolutions, and 3x3 max pooling; a ReLU after each.
 
-    Args:
-        channels: of the map.
-        widths: channels of the 1x1, of the 3x3 and of the 5x5 with the 1x1 that narrows before each, and of the 1x1 after
-            pooling.
+    `widths`: of the 1x1, of the 3x3 and the 5x5 with the 1x1 that narrows before each, of the 1x1 after pooling.
     """
 
     def __init__(self, channels: int, widths: tuple[int, ...]) -> None:
@@ -128,10 +120,4 @@ class FCNGoogLeNet(nn.Module):
         return crop_like(scores, image, CROP)  # (N, K, H, W)
 
 
-register_model(
-    "fcn_googlenet",
-    FCNGoogLeNet,
-    FCNGoogLeNetConfig(),
-    paper="Long, Shelhamer, Darrell. Fully Convolutional Networks for Semantic Segmentation. CVPR 2015",
-    tiny={"width": 0.125},
-)
+register_model("fcn_googlenet", FCNGoogLeNet, FCNGoogLeNetConfig(), paper=PAPER, tiny={"width": 0.125})

@@ -76,10 +76,5 @@ def _conv(channels_in: int, width: int, kernel: int, *, bias: bool) -> nn.Conv2d
     return conv
 
 
-register_model(
-    "fullres_cnn",
-    FullResCNN,
-    FullResCNNConfig(),
-    paper="no paper: convolutions without pooling, what the other networks stand in for",
-    tiny={"widths": (6, 6, 6, 6, 6, 6, 6, 6)},
-)
+PAPER = "no paper: convolutions without pooling, what the other networks stand in for"
+register_model("fullres_cnn", FullResCNN, FullResCNNConfig(), paper=PAPER, tiny={"widths": (6,) * 8})

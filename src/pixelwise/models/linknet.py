@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pixelwise.errors import UsageError
 from pixelwise.models.backbones import create_backbone
-from pixelwise.models.registry import register_model
+from pixelwise.models.registry import check_fields, register_model
 from pixelwise.ops.resize import crop_like, pad_to_multiple
 
 EPSILON = 1e-3  # of batch norm in the decoder's blocks
@@ -34,8 +34,7 @@ class LinkNetConfig:
     tail_width: int = 32
 
     def __post_init__(self) -> None:
-        if self.tail_width < 1:
-            raise UsageError(f"linknet: tail_width must be at least 1, not {self.tail_width}.")
+        check_fields("linknet", self, "tail_width")
 
 
 def decoder_block(channels: int, width: int, stride: int) -> nn.Sequential:
@@ -102,10 +101,6 @@ def _init_fan_out(module: nn.Module) -> None:
         nn.init.normal_(module.weight, std=(2 / fan_out) ** 0.5)
 
 
-register_model(
-    "linknet",
-    LinkNet,
-    LinkNetConfig(),
-    paper="Chaurasia, Culurciello. LinkNet. VCIP 2017",
-    tiny={"backbone": "test_resnet", "tail_width": 8},
-)
+PAPER = "Chaurasia, Culurciello. LinkNet. VCIP 2017"
+TINY = {"backbone": "test_resnet", "tail_width": 8}
+register_model("linknet", LinkNet, LinkNetConfig(), paper=PAPER, tiny=TINY)

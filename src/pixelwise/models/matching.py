@@ -1,5 +1,6 @@
 """Pairing the tensors of a file with those of a network; what fitted and what did not is said tensor by tensor."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -7,7 +8,7 @@ from torch import Tensor, nn
 
 from pixelwise.models.backbones import adapt_first_conv
 
-PREFIXES = ("module.", "model.", "state_dict.", "body.", "backbone.", "encoder.", "network.")
+PREFIXES = re.compile(r"((module|model|state_dict|body|backbone|encoder|network)\.)+")  # of wrappers
 COUNTER = "num_batches_tracked"  # batch norm counts its steps; older files lack it and prediction ignores it
 
 
@@ -17,11 +18,11 @@ class Loaded:
 
     source: str  # where they came from, with the licence where it is known
     fitted: tuple[str, ...]  # names in the network that were filled
-    adapted: tuple[str, ...]  # the first convolution, if it was converted to another number of channels
     missing: tuple[str, ...]  # names in the network that nothing filled; they keep their random values
-    unused: tuple[str, ...]  # names in the file that the network has no place for (a classifier's last layer, say)
-    mismatched: tuple[str, ...]  # names whose shapes differ, with both shapes
-    by_order: bool  # the names differed, and tensors were paired by order because every shape agreed
+    adapted: tuple[str, ...] = ()  # the first convolution, if it was converted to another number of channels
+    unused: tuple[str, ...] = ()  # names in the file that the network has no place for (a classifier's last layer, say)
+    mismatched: tuple[str, ...] = ()  # names whose shapes differ, with both shapes
+    by_order: bool = False  # the names differed, and tensors were paired by order because every shape agreed
     classifier: str | None = None  # of timm or torchvision, whose weights they are; it has its own normalisation
 
     def summary(self) -> str:
@@ -55,88 +56,63 @@ def belongs(target: nn.Module, state: Mapping[str, Tensor], mismatched: Sequence
 def match_state(
     target: nn.Module, given: Mapping[str, Tensor], *, reference: Mapping[str, Tensor] | None, source: str
 ) -> tuple[Loaded, dict[str, Tensor]]:
-    """Pair the tensors of a file with those of a network; changes nothing.
+    """Pair the tensors of a file, called `source`, with those of a network; gives the state dict of what fits, too.
 
-    Args:
-        target: the network or trunk to fill.
-        given: the file's tensors.
-        reference: the whole classifier's tensors in their own order; lets a file with other names be paired by order.
-        source: what to call the file.
-
-    Returns:
-        What fits and what does not, and the state dict of what does.
+    `reference` holds the whole classifier's tensors in their own order: a file with other names is paired by it.
     """
     own = target.state_dict()
     offered = {_plain(name): (name, tensor) for name, tensor in given.items()}
-    wanted = {name: _plain(name) for name in own}
-    by_order = False
-    if reference is not None and sum(plain in offered for plain in wanted.values()) < 0.5 * len(own):
+    renamed = None
+    if reference is not None and sum(_plain(name) in offered for name in own) < 0.5 * len(own):
         renamed = _rename_by_order(given, reference)
-        if renamed:
-            offered, by_order = {_plain(name): pair for name, pair in renamed.items()}, True
+    offered = renamed or offered
     state: dict[str, Tensor] = {}
     adapted: list[str] = []
-    mismatched: list[str] = []
+    mismatched: dict[str, str] = {}
     used: set[str] = set()
-    for name, plain in wanted.items():
-        if name in given and not by_order:
+    for name, wanted in own.items():
+        if name in given and not renamed:
             origin, tensor = name, given[name]
-        elif plain in offered:
-            origin, tensor = offered[plain]
+        elif _plain(name) in offered:
+            origin, tensor = offered[_plain(name)]
         else:
             continue
         used.add(origin)
-        if tensor.shape != own[name].shape and _differs_in_channels_only(tensor, own[name]) and not adapted:
-            tensor = adapt_first_conv(tensor, own[name].shape[1])
+        if tensor.shape != wanted.shape and _is_rgb_of(tensor, wanted) and not adapted:
+            tensor = adapt_first_conv(tensor, wanted.shape[1])
             adapted.append(name)
-        if tensor.shape == own[name].shape:
+        if tensor.shape == wanted.shape:
             state[name] = tensor
         else:
-            mismatched.append(f"{name} {tuple(tensor.shape)} for {tuple(own[name].shape)}")
-    missing = [name for name in parameter_names(target) if name not in state and not _named(name, mismatched)]
+            mismatched[name] = f"{name} {tuple(tensor.shape)} for {tuple(wanted.shape)}"
     loaded = Loaded(
         source=source,
         fitted=tuple(name for name in state if name not in adapted),
+        missing=tuple(name for name in parameter_names(target) if name not in state and name not in mismatched),
         adapted=tuple(adapted),
-        missing=tuple(missing),
         unused=tuple(name for name in given if name not in used and not name.endswith(COUNTER)),
-        mismatched=tuple(mismatched),
-        by_order=by_order,
+        mismatched=tuple(mismatched.values()),
+        by_order=bool(renamed),
     )
     return loaded, state
 
 
-def _named(name: str, rows: list[str]) -> bool:
-    return any(row.startswith(name + " ") for row in rows)
-
-
 def _plain(name: str) -> str:
     """One spelling for a tensor's name: no wrapper's prefix, and timm's flattened `stages_0` as `stages.0`."""
-    stripped = True
-    while stripped:
-        stripped = False
-        for prefix in PREFIXES:
-            if name.startswith(prefix):
-                name, stripped = name.removeprefix(prefix), True
-    return name.replace("_", ".")
+    wrapped = PREFIXES.match(name)
+    return name[wrapped.end() if wrapped else 0 :].replace("_", ".")
 
 
 def _rename_by_order(
     given: Mapping[str, Tensor], reference: Mapping[str, Tensor]
 ) -> dict[str, tuple[str, Tensor]] | None:
-    """The file's tensors under the classifier's names, if both have the same shapes in the same order."""
-    theirs = [(name, tensor) for name, tensor in given.items() if not name.endswith(COUNTER)]
-    ours = [(name, tensor) for name, tensor in reference.items() if not name.endswith(COUNTER)]
+    """The file's tensors under the classifier's plain names, if both have the same shapes in the same order."""
+    theirs, ours = ([pair for pair in state.items() if not pair[0].endswith(COUNTER)] for state in (given, reference))
     if [tensor.shape for _, tensor in theirs] != [tensor.shape for _, tensor in ours]:
         return None
-    return {name: pair for (name, _), pair in zip(ours, theirs, strict=True)}
+    return {_plain(name): pair for (name, _), pair in zip(ours, theirs, strict=True)}
 
 
-def _differs_in_channels_only(tensor: Tensor, own: Tensor) -> bool:
-    """An RGB convolution offered for another number of input channels."""
-    return (
-        tensor.ndim == own.ndim == 4
-        and tensor.shape[1] == 3
-        and tensor.shape[0] == own.shape[0]
-        and tensor.shape[2:] == own.shape[2:]
-    )
+def _is_rgb_of(tensor: Tensor, own: Tensor) -> bool:
+    """Whether it is an RGB convolution offered for another number of input channels."""
+    return tensor.ndim == own.ndim == 4 and tensor.shape[1] == 3 and tensor[:, 0].shape == own[:, 0].shape

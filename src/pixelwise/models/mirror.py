@@ -13,19 +13,16 @@ Shapes: N batch, C channels, K classes, H W image size.
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from itertools import groupby
-from typing import Any, Literal, get_args
+from itertools import accumulate, groupby, takewhile
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from pixelwise.errors import UsageError
-from pixelwise.models.backbones import PROBE_PX, create_backbone, create_trunk
+from pixelwise.models.backbones import PROBE_PX, create_backbone, create_trunk, smallest_px
 from pixelwise.models.mirror_chain import Chain, Part
-from pixelwise.models.mirror_decoder import Level, plan
-from pixelwise.models.mirror_layers import at_width, has_width
-from pixelwise.models.registry import register_model
-from pixelwise.ops.convolutionalize.capture import without_memory
+from pixelwise.models.mirror_decoder import Level, at_width, has_width, plan
+from pixelwise.models.registry import check_fields, register_model
 from pixelwise.ops.resize import crop_like, pad_to_multiple
 from pixelwise.ops.unpool import MaxPoolKeepingIndices
 
@@ -45,9 +42,7 @@ class MirrorConfig:
     up: Up = "unpool"  # of max pooling whose windows do not overlap; other poolings are always transposed convolutions
 
     def __post_init__(self) -> None:
-        for key, allowed in (("skip", get_args(Skip)), ("up", get_args(Up))):
-            if getattr(self, key) not in allowed:
-                raise UsageError(f"mirror: {key} must be one of {allowed}, not {getattr(self, key)!r}.")
+        check_fields("mirror", self)
 
 
 class Join(nn.Module):
@@ -78,10 +73,8 @@ class Row:
     stride: int  # by how much the encoder's part shrinks the map, and the decoder's enlarges it
 
     def __str__(self) -> str:
-        there = f"{self.channels[0]:>4} -> {self.channels[1]:<4}"
-        back = f"{self.back[0]:>4} -> {self.back[1]:<4}"
-        name = f"{self.encoder:<24} {self.kind:<22}"
-        return f"{name} {there} 1/{self.stride} | {self.decoder:<34} {back} x{self.stride}"
+        there, back = (f"{before:>4} -> {after:<4}" for before, after in (self.channels, self.back))
+        return f"{self.encoder:<24} {self.kind:<22} {there} 1/{self.stride} | {self.decoder:<34} {back} x{self.stride}"
 
 
 class Mirror(nn.Module):
@@ -102,18 +95,19 @@ class Mirror(nn.Module):
         stacked = 0  # channels that the skip of the level before leaves on top
         for target in (*chain.maps[-2::-1], chain.image):
             level = Level(chain, target, pools, config.num_classes)
-            reached = False
+            x, reached = level.x, False
             while steps and not (reached and steps[0].kind != "keep"):
                 step = steps.pop(0)
-                level.write(step, extra_in=stacked)
+                x = level.write(step, x, extra_in=stacked)
                 reached, stacked = reached or step is ends.get(target), 0
-            self.decoder.append(level.module())
+            self.decoder.append(level.module(x))
             if target is not chain.image:
                 takes_both = steps[0].kind == "conv" and steps[0].layer.groups == 1
                 stacked = chain.width(target) if config.skip == "concat" and takes_both else 0
                 mix = None if stacked else _mix(chain, config.skip, chain.width(target))
                 self.joins.append(Join(config.skip, mix))
-        self.smallest_px = self._smallest_px(config)
+        self.smallest_px = 1  # while the least is looked for
+        self.smallest_px = smallest_px(self, self.stride, config.in_channels, config.backbone)
 
     def forward(self, image: Tensor) -> Tensor:
         padded = pad_to_multiple(image, self.stride, at_least=self.smallest_px)
@@ -130,28 +124,12 @@ class Mirror(nn.Module):
 
     def _keep_indices(self, chain: Chain) -> dict[str, MaxPoolKeepingIndices]:
         """Let the encoder's poolings remember where the maxima stood; returns them by path."""
-        pools, body = {}, self.encoder.body
+        pools = {}
         for part in chain.parts:
             if part.keeps_places:
-                pool: Any = body.get_submodule(part.path)
-                pools[part.path] = MaxPoolKeepingIndices(pool, channels=chain.width(part.output))
-                body.set_submodule(part.path, pools[part.path])
+                pools[part.path] = MaxPoolKeepingIndices(part.layer, channels=chain.width(part.output))
+                self.encoder.body.set_submodule(part.path, pools[part.path])
         return pools
-
-    def _smallest_px(self, config: MirrorConfig) -> int:
-        """The least multiple of the stride that the network takes; unpadded ones (AlexNet) need more than one."""
-        reason = ""
-        hollow: Any = without_memory(self)
-        for size_px in range(self.stride, PROBE_PX + 1, self.stride):
-            hollow.smallest_px = size_px
-            try:
-                hollow(torch.empty(1, config.in_channels, size_px, size_px, device="meta"))
-                return size_px
-            except (AssertionError, RuntimeError) as error:
-                reason = str(error).splitlines()[0]
-        raise UsageError(
-            f"mirror: backbone {config.backbone!r} cannot be reflected: no image up to {PROBE_PX} px passes ({reason})."
-        )
 
 
 def _mix(chain: Chain, skip: Skip, width: int) -> nn.Module | None:
@@ -160,12 +138,10 @@ def _mix(chain: Chain, skip: Skip, width: int) -> nn.Module | None:
         return None
     if skip == "reduce":
         return nn.Conv2d(2 * width, width, 1)
-    layers: list[nn.Module] = []
-    for part in chain.parts[1:]:
-        if part.kind != "keep":
-            break
-        if part.layer is not None and has_width(part.layer):
-            layers.append(at_width(part.layer, chain.width(part.output), width))
+    # The norm and activation of the first convolution.
+    first = takewhile(lambda part: part.kind == "keep", chain.parts[1:])
+    widened = [part for part in first if part.layer is not None and has_width(part.layer)]
+    layers = [at_width(part.layer, chain.width(part.output), width) for part in widened]
     has_norm = any(True for layer in layers for _ in layer.parameters())
     conv = nn.Conv2d(2 * width, width, 3, padding=1, bias=not has_norm)
     nn.init.kaiming_normal_(conv.weight)
@@ -181,29 +157,19 @@ def _rows(chain: Chain, steps: list[Part], num_classes: int, unpooled: Collectio
         source, target = parts[0].source, parts[-1].target
         channels = chain.width(source), chain.width(target)
         kind = type(chain.network.get_submodule(path)).__name__
-        rows.append(
-            Row(
-                encoder=path or "(whole)",
-                kind=kind,
-                decoder=_image(parts, kind, unpooled),
-                channels=channels,
-                back=(channels[1], channels[0] if rows else num_classes),
-                stride=round(chain.size(source)[0] / chain.size(target)[0]),
-            )
-        )
+        back = channels[1], channels[0] if rows else num_classes
+        stride = round(chain.size(source)[0] / chain.size(target)[0])
+        rows.append(Row(path or "(whole)", kind, _image(parts, kind, unpooled), channels, back, stride))
     return rows
 
 
 def _owner(chain: Chain, part: Part) -> str:
     """The block that a part belongs to: the outermost module that is no mere container and holds no other block."""
-    if part.kind in ("block", "ways"):
-        return part.path
-    levels = part.path.split(".")
-    for end in range(1, len(levels)):
-        path = ".".join(levels[:end])
-        inside = [other for other in chain.parts if other.path.startswith(path + ".")]
+    blocks = [other.path for other in chain.parts if other.kind in ("block", "ways")]
+    around = part.path.split(".")[:-1] if part.kind not in ("block", "ways") else []
+    for path in accumulate(around, "{}.{}".format):
         is_container = type(chain.network.get_submodule(path)) in _CONTAINERS
-        if not is_container and all(other.kind not in ("block", "ways") for other in inside):
+        if not is_container and not any(block.startswith(path + ".") for block in blocks):
             return path
     return part.path
 
@@ -225,10 +191,5 @@ def _image(parts: list[Part], kind: str, unpooled: Collection[str]) -> str:
     return "Conv2d 1x1, repeated" if max(height, width) == 1 else f"ConvTranspose2d {height}x{width}"
 
 
-register_model(
-    "mirror",
-    Mirror,
-    MirrorConfig(),
-    paper="any timm or torchvision classifier, reflected; after SegNet, DeconvNet, LinkNet",
-    tiny={"backbone": "test_resnet"},
-)
+PAPER = "any timm or torchvision classifier, reflected; after SegNet, DeconvNet, LinkNet"
+register_model("mirror", Mirror, MirrorConfig(), paper=PAPER, tiny={"backbone": "test_resnet"})

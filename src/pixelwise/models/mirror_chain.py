@@ -4,6 +4,7 @@ No class of network is known here by name. A part has one map going in and one c
 width and size (a residual block, say), or a stretch of the graph with several ways through it.
 """
 
+import posixpath
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
@@ -18,6 +19,8 @@ from pixelwise.ops.convolutionalize.capture import Capture, Untraceable, holds_t
 # keep: acts on a map and leaves its width and size (norm, activation, dropout, a gate such as squeeze-and-excitation).
 # block: keeps width and size, too, but mixes pixels or channels. ways: several ways from one map to another.
 Kind = Literal["keep", "conv", "pool", "block", "ways", "add", "cat"]
+
+Levels = Iterable[tuple[int, int]]
 
 SUMS, CATS = ("add", "add_", "iadd"), ("cat", "concat")  # names of functions and methods
 
@@ -73,16 +76,14 @@ class Chain:
     """
 
     def __init__(
-        self,
-        network: nn.Module,
-        size: tuple[int, int, int],
-        label: str,
-        levels: Iterable[tuple[int, int]] | None = None,
+        self, network: nn.Module, size: tuple[int, int, int], label: str, levels: Levels | None = None
     ) -> None:
         self.network, self.label = network, label
+        modules = network.named_modules()
+        layers = {path for path, item in modules if not list(item.children()) and type(item) is not nn.Sequential}
         try:
             with torch.device("cpu"):
-                self.capture = Capture(network, size, _layers(network))
+                self.capture = Capture(network, size, layers)
         except Untraceable as error:
             raise UsageError(
                 f"mirror: backbone {label!r} does not take images of any size ({error.reason}). Choose another."
@@ -142,7 +143,7 @@ class Chain:
                 found[node] = inputs
         return found
 
-    def _pick(self, levels: Iterable[tuple[int, int]] | None) -> list[fx.Node]:
+    def _pick(self, levels: Levels | None) -> list[fx.Node]:
         """The last map of each width and stride, of those that the network returns, if it returns maps."""
         returned: list[fx.Node] = []
         fx.map_arg(next(iter(reversed(self.graph.nodes))).args, returned.append)
@@ -188,9 +189,8 @@ class Chain:
             layer = self.network.get_submodule(path)
         if isinstance(layer, nn.Conv2d):
             kind: Kind = "conv"
-        elif self.name(node) in SUMS + CATS and len(inputs) > 1:
+        elif self._joins(node):
             kind = "cat" if self.name(node) in CATS else "add"
-            self._check_join(node, kind)
         elif len(inputs := tuple(dict.fromkeys(inputs))) != 1 or not _has_axes(inputs[0]):
             raise self.refuse(node, "joins maps in a way that has no mirror image")
         elif inputs[0].meta["own"].shape == node.meta["own"].shape and not isinstance(layer, nn.Linear):
@@ -202,18 +202,20 @@ class Chain:
             raise self.refuse(node)
         return Part(kind, path, layer, node, inputs, node)
 
-    def _check_join(self, node: fx.Node, kind: Kind) -> None:
-        given, width = self._inputs[node], self.width(node)
-        whole = sum(map(self.width, given)) == width if kind == "cat" else {self.width(x) for x in given} == {width}
-        if not whole or any(self.size(item) != self.size(node) for item in given):
-            raise self.refuse(node, "joins maps in a way that has no mirror image")
+    def _joins(self, node: fx.Node) -> bool:
+        """Whether it adds or concatenates whole maps of one size."""
+        given, width, name = self._inputs[node], self.width(node), self.name(node)
+        if name not in SUMS + CATS or len(given) < 2 or any(self.size(item) != self.size(node) for item in given):
+            return False
+        widths = [self.width(item) for item in given]
+        return sum(widths) == width if name in CATS else set(widths) == {width}
 
     def _pools(self, node: fx.Node, layer: nn.Module | None) -> bool:
         """Whether it makes the map smaller by a whole factor and leaves its channels apart."""
-        before, after = self._inputs[node][0], node
+        before = self._inputs[node][0]
         plain = layer is None or next(layer.parameters(), None) is None
-        smaller = self.size(before)[0] > self.size(after)[0] > 1
-        return self.width(before) == self.width(after) and plain and "pool" in self.name(node).lower() and smaller
+        smaller = self.size(before)[0] > self.size(node)[0] > 1
+        return plain and smaller and self.width(before) == self.width(node) and "pool" in self.name(node).lower()
 
     def _ends(self, group: list[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
         """Maps that enter a group of steps, and maps that leave it."""
@@ -242,12 +244,6 @@ class Chain:
         kinds = {type_ for item in module.modules() for type_ in (nn.Conv2d, nn.Linear) if isinstance(item, type_)}
         on_map = value.ndim == 4 and max(value.shape[2:]) > 1
         return on_map if nn.Conv2d in kinds else nn.Linear in kinds and value.ndim > 2
-
-
-def _layers(network: nn.Module) -> set[str]:
-    """Paths of the modules without children, each one step; an empty sequence does nothing."""
-    modules = network.named_modules()
-    return {path for path, item in modules if next(item.children(), None) is None and type(item) is not nn.Sequential}
 
 
 def _in_a_row(parts: list[Part], image: fx.Node) -> list[Part]:
@@ -301,9 +297,7 @@ def _children(steps: list[fx.Node], prefix: str) -> Iterator[tuple[str, list[fx.
 
 def _common(paths: list[str]) -> str:
     """The innermost module that holds all."""
-    levels = list(zip(*(path.split(".") for path in paths), strict=False))
-    same = [len(set(level)) == 1 for level in levels]
-    return ".".join(level[0] for level in levels[: [*same, False].index(False)])
+    return posixpath.commonpath([path.replace(".", "/") for path in paths]).replace("/", ".")
 
 
 def _is_in(path: str, owner: str) -> bool:

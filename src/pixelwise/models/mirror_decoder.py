@@ -12,8 +12,13 @@ The rule, part by part and from the last part to the first:
   that, and norm-activation-conv too; its width is then that of the map it now stands on.
 - What the encoder applied last (the norm and activation of its last map) is not repeated. The first convolution's image is
   the scorer: it gives K maps where the other took the image's channels, and nothing follows it.
+- Where a convolution looks at one pixel of each stride x stride (the shortcuts of a ResNet), its image is repeated over
+  all of them. Reflected convolutions start with He's weights, counted over the taps that feed one output, the scorer with
+  smaller ones, the transposed convolutions of poolings as interpolation.
 """
 
+import copy
+import math
 import operator
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
@@ -23,13 +28,16 @@ from itertools import groupby
 from typing import Any
 
 import torch
+from timm.layers import Conv2dSame
 from torch import fx, nn
 
 from pixelwise.models.mirror_chain import Chain, Part
-from pixelwise.models.mirror_layers import at_width, has_width, reflect_conv, reflect_pool
 from pixelwise.ops.convolutionalize.tracer import is_settled
-from pixelwise.ops.resize import crop_like
+from pixelwise.ops.resize import bilinear_kernel, crop_like
 from pixelwise.ops.unpool import MaxPoolKeepingIndices
+
+Pair = tuple[int, int]
+SCORE_GAIN = 0.01  # in place of He's 2: at the start, no class is much likelier than another
 
 
 class Unpool(nn.Module):
@@ -74,12 +82,12 @@ def _reflect_run(chain: Chain, run: list[Part]) -> Iterator[Part]:
         if movers[index].kind == "pool":
             keeps[index], keeps[index + 1] = [], keeps[index] + keeps[index + 1]
     if not movers:
-        yield from (replace(part, width=chain.width(part.output)) for part in run)
+        yield from run
         return
     yield from _at_the_end(stays=keeps[-1], comes=keeps[0], width=chain.width(run[-1].target))
     for index in range(len(movers) - 1, 0, -1):
         yield movers[index]
-        yield from (replace(part, width=chain.width(part.output)) for part in keeps[index])
+        yield from keeps[index]
     yield movers[0]
     if run[0].source is not chain.image:  # the scorer's map is left as it is
         yield from _at_the_end(stays=keeps[0], comes=keeps[-1], width=chain.width(run[0].source))
@@ -87,18 +95,14 @@ def _reflect_run(chain: Chain, run: list[Part]) -> Iterator[Part]:
 
 def _at_the_end(*, stays: Iterable[Part], comes: Iterable[Part], width: int) -> Iterator[Part]:
     """At one end of a way: gates, which hold matrices for their map's width, stay; the rest comes from the other end."""
-    chosen = (*(part for part in stays if not _can_widen(part)), *(part for part in comes if _can_widen(part)))
-    yield from (replace(part, width=width) for part in chosen)
-
-
-def _can_widen(part: Part) -> bool:
-    return part.layer is None or has_width(part.layer)
+    gates = (part for part in stays if not has_width(part.layer))
+    yield from (replace(part, width=width) for part in (*gates, *(part for part in comes if has_width(part.layer))))
 
 
 class Level:
     """Writes the steps between two joins as one graph: a module that maps (x, like) to the map of the finer level, `target`.
 
-    The chain's layers are used up. `pools` are the encoder's poolings that keep their indices, by path.
+    `pools` are the encoder's poolings that keep their indices, by path.
     """
 
     def __init__(
@@ -107,19 +111,15 @@ class Level:
         self.chain, self.target, self.pools, self.num_classes = chain, target, pools, num_classes
         self.graph = fx.Graph()
         self.layers: dict[str, nn.Module] = {}
-        self.x = self.graph.placeholder("x")
-        self.like = self.graph.placeholder("like")
+        self.x, self.like = self.graph.placeholder("x"), self.graph.placeholder("like")
 
-    def module(self) -> fx.GraphModule:
+    def module(self, result: fx.Node) -> fx.GraphModule:
         """What has been written."""
-        self.graph.output(self.x)
+        self.graph.output(result)
         return fx.GraphModule(self.layers, self.graph, class_name="Level")
 
-    def write(self, part: Part, *, extra_in: int = 0) -> None:
-        """Add one step; `extra_in` channels are stacked upon its input."""
-        self.x = self._write(part, self.x, extra_in=extra_in)
-
-    def _write(self, part: Part, x: fx.Node, *, extra_in: int = 0) -> fx.Node:
+    def write(self, part: Part, x: fx.Node, *, extra_in: int = 0) -> fx.Node:
+        """Add one step behind `x`, upon which `extra_in` channels are stacked."""
         chain = self.chain
         if part.kind == "keep":
             return self._keep(part, x)
@@ -144,11 +144,12 @@ class Level:
 
     def _keep(self, part: Part, x: fx.Node) -> fx.Node:
         if part.layer is not None:
-            layer = at_width(part.layer, self.chain.width(part.output), part.width)
-            activation: Any
-            for activation in layer.modules():
-                if hasattr(activation, "inplace"):
-                    activation.inplace = False  # the map it acts on may go other ways, too
+            own = self.chain.width(part.output)
+            layer = at_width(part.layer, own, part.width or own)
+            module: Any
+            for module in layer.modules():
+                if hasattr(module, "inplace"):
+                    module.inplace = False  # the map it acts on may go other ways, too
             return self._call(part.path, layer, x)
 
         def given(item: fx.Node) -> Any:
@@ -167,7 +168,7 @@ class Level:
         """In reverse order; each map is the sum of what those that used it give back."""
         chain = self.chain
         for step in _at_the_end(stays=part.trail, comes=part.lead, width=chain.width(part.target)):
-            x = self._write(step, x)
+            x = self.write(step, x)
         owed: dict[fx.Node, list[fx.Node]] = defaultdict(list, {part.output: [x]})
         for run in reversed(_ways_through(part)):
             total = self._sum(owed.pop(run[-1].output))
@@ -175,31 +176,26 @@ class Level:
                 for item in run[-1].inputs:
                     owed[item].append(total)
             elif run[-1].kind == "cat":
-                for item, piece in zip(run[-1].inputs, self._split(total, run[-1]), strict=True):
-                    owed[item].append(piece)
+                widths = [chain.width(item) for item in run[-1].inputs]
+                split = self.graph.call_function(torch.split, (total, widths, 1))
+                for index, item in enumerate(run[-1].inputs):
+                    owed[item].append(self.graph.call_function(operator.getitem, (split, index)))
             else:
                 for step in _reflect(chain, run):
-                    total = self._write(step, total)
+                    total = self.write(step, total)
                 owed[run[0].inputs[0]].append(total)
         x = self._sum(owed[part.inputs[0]])
-        if part.source is chain.image:
-            return x
-        for step in _at_the_end(stays=part.lead, comes=part.trail, width=chain.width(part.source)):
-            x = self._write(step, x)
+        if part.source is not chain.image:
+            for step in _at_the_end(stays=part.lead, comes=part.trail, width=chain.width(part.source)):
+                x = self.write(step, x)
         return x
 
     def _sum(self, nodes: list[fx.Node]) -> fx.Node:
         return reduce(lambda one, other: self.graph.call_function(operator.add, (one, other)), nodes)
 
-    def _split(self, x: fx.Node, part: Part) -> Iterator[fx.Node]:
-        widths = [self.chain.width(item) for item in part.inputs]
-        pieces = self.graph.call_function(torch.split, (x, widths, 1))
-        for index in range(len(widths)):
-            yield self.graph.call_function(operator.getitem, (pieces, index))
-
     def _call(self, path: str, layer: nn.Module, x: fx.Node) -> fx.Node:
-        free = (path if not index else f"{path}_{index}" for index in range(len(self.layers) + 1))
-        path = next(name for name in free if name not in self.layers)
+        names = (path, *(f"{path}_{index}" for index in range(1, len(self.layers) + 1)))
+        path = next(name for name in names if name not in self.layers)
         self.layers[path] = layer
         return self.graph.call_module(path, (x,))
 
@@ -241,3 +237,91 @@ def _nested_cats(parts: Iterable[Part]) -> list[Part]:
                     break
         nested.append(part)
     return nested
+
+
+def reflect_conv(
+    conv: nn.Conv2d, *, exact: bool, extra_in: int = 0, out_channels: int | None = None
+) -> tuple[nn.Module, bool]:
+    """A convolution from the map that `conv` gives to one like that which it takes, and whether its result must be cropped.
+
+    `exact` says that the input of `conv` is always stride times as large as its output; else the result may be too large at
+    the bottom and right. `extra_in` channels are stacked upon the map. With `out_channels` it is a scorer, with a bias.
+    """
+    channels, out = conv.out_channels + extra_in, out_channels or conv.in_channels
+    groups, bias = (1, True) if out_channels else (conv.groups, conv.bias is not None)
+    options: dict[str, Any] = {"dilation": conv.dilation, "groups": groups, "bias": bias}
+    same = isinstance(conv, Conv2dSame) or conv.padding == "same"
+    stride, kernel, padding = _pair(conv.stride), _pair(conv.kernel_size), _pair(0 if same else conv.padding)
+    spans = [step * (size - 1) + 1 for step, size in zip(_pair(conv.dilation), kernel, strict=True)]
+    layer: nn.Conv2d | nn.ConvTranspose2d
+    if max(spans) == 1 or max(stride) == 1:
+        # What a convolution without padding cuts off comes back: padding p turns into span - 1 - p.
+        above, left = (span // 2 if same else span - 1 - pad for span, pad in zip(spans, padding, strict=True))
+        layer = nn.Conv2d(channels, out, kernel, padding=(above, left), **options)
+        more, crop = (0, 0), max(stride) > 1 and not exact
+    else:
+        if same:
+            padding = _pair([(span - step) // 2 for span, step in zip(spans, stride, strict=True)])
+        more, crop = _output_padding(spans, stride, padding, exact)
+        layer = nn.ConvTranspose2d(channels, out, kernel, stride, padding, more, **options)
+    # Gaussian weights of standard deviation sqrt(gain / fan in).
+    taps = math.prod(layer.kernel_size) * layer.in_channels / layer.groups
+    if isinstance(layer, nn.ConvTranspose2d):
+        taps /= math.prod(stride)
+    nn.init.normal_(layer.weight, std=((SCORE_GAIN if out_channels else 2.0) / taps) ** 0.5)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    if max(spans) == 1 < max(stride):
+        return nn.Sequential(layer, nn.Upsample(scale_factor=stride, mode="nearest")), crop
+    return layer, crop
+
+
+def reflect_pool(channels: int, kernel: int, stride: int, padding: int, *, exact: bool) -> tuple[nn.Module, bool]:
+    """A transposed convolution of each channel by itself, that starts as interpolation; crop as of `reflect_conv`."""
+    kernel = max(kernel, stride)
+    more, crop = _output_padding([kernel] * 2, (stride, stride), (padding, padding), exact)
+    layer = nn.ConvTranspose2d(channels, channels, kernel, stride, padding, more, groups=channels, bias=False)
+    row = bilinear_kernel(kernel)[kernel // 2]
+    for phase in range(stride):  # the taps that meet in one pixel: a constant map stays what it is
+        row[phase::stride] /= row[phase::stride].sum()
+    with torch.no_grad():
+        layer.weight.copy_((row[:, None] * row).expand_as(layer.weight))
+    return layer, crop
+
+
+def at_width(layer: nn.Module, channels: int, width: int) -> nn.Module:
+    """A copy of a norm or an activation with its starting values, for `width` channels in place of `channels`."""
+    layer = copy.deepcopy(layer)
+    for module in layer.modules() if channels != width else ():
+        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            if tensor.shape == (channels,):  # all alike at the start
+                fresh = tensor.detach()[:1].repeat(width)
+                setattr(module, name, nn.Parameter(fresh) if isinstance(tensor, nn.Parameter) else fresh)
+        for attribute in ("num_features", "num_channels"):
+            if getattr(module, attribute, None) == channels:
+                setattr(module, attribute, width)
+        if isinstance(module, nn.LayerNorm):
+            module.normalized_shape = (width,)
+        if isinstance(module, nn.GroupNorm):
+            module.num_groups = math.gcd(module.num_groups, width)
+    return layer
+
+
+def has_width(layer: nn.Module | None) -> bool:
+    """Whether a function or layer can get another width: it holds single numbers for its channels, no matrices."""
+    return layer is None or all(tensor.ndim <= 1 for tensor in layer.parameters())
+
+
+def _output_padding(spans: list[int], stride: Pair, padding: Pair, exact: bool) -> tuple[Pair, bool]:
+    """What a transposed convolution must add at the end to give stride times its input, or more and be cropped."""
+    more = [step + 2 * pad - span for span, step, pad in zip(spans, stride, padding, strict=True)]
+    if exact and all(0 <= item < step for item, step in zip(more, stride, strict=True)):
+        return _pair(more), False
+    return _pair([step - 1 for step in stride]), True
+
+
+def _pair(value: Any) -> Pair:
+    """Height and width; a convolution called "valid" has no padding."""
+    if isinstance(value, str):
+        return 0, 0
+    return (value, value) if isinstance(value, int) else (value[0], value[1])

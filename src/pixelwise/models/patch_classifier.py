@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pixelwise.errors import UsageError
-from pixelwise.models.registry import register_model
+from pixelwise.models.registry import check_fields, register_model
 from pixelwise.ops.dense import max_pool_dense
 from pixelwise.ops.mirror import mirror_pad
 from pixelwise.ops.resize import crop_like, upsample_to
@@ -50,8 +50,7 @@ class PatchClassifierConfig:
                     f"patch_classifier: {key} must be positive numbers, one for each stage ({len(self.widths)} by widths), "
                     f"not {values}."
                 )
-        if self.hidden < 1:
-            raise UsageError(f"patch_classifier: hidden must be at least 1, not {self.hidden}.")
+        check_fields("patch_classifier", self, "hidden")
         if self.window < self.seen_px(1):
             raise UsageError(
                 f"patch_classifier: window must be at least {self.seen_px(1)} px for kernels {self.kernels} and pools "
@@ -172,10 +171,6 @@ def _init_he(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-register_model(
-    "patch_classifier",
-    PatchClassifier,
-    PatchClassifierConfig(),
-    paper="Ciresan, Giusti, Gambardella, Schmidhuber. Deep Neural Networks Segment Neuronal Membranes. NIPS 2012",
-    tiny={"widths": (6, 6, 6, 6), "hidden": 12},
-)
+PAPER = "Ciresan, Giusti, Gambardella, Schmidhuber. Deep Neural Networks Segment Neuronal Membranes. NIPS 2012"
+TINY = {"widths": (6, 6, 6, 6), "hidden": 12}
+register_model("patch_classifier", PatchClassifier, PatchClassifierConfig(), paper=PAPER, tiny=TINY)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pixelwise.errors import UsageError
-from pixelwise.models.backbones import classifier_state, resolve_backbone, torchvision_classifier
+from pixelwise.models.backbones import classifier_state, create_classifier, resolve_backbone
 from pixelwise.models.matching import Loaded, belongs, match_state, parameter_names
 
 # What the readers of weight files raise for a damaged one (torch's restricted reader has no error of its own for all).
@@ -29,11 +29,8 @@ DAMAGED = (
 def load_pretrained(model: nn.Module, source: str | Path) -> Loaded:
     """Fill a network, its encoder, or the part of it that comes from a classifier, with trained weights.
 
-    Args:
-        model: from `create_model`; one with an `encoder` takes a classifier's weights there, one with `classifiers` what
-            its `weights_from_classifier` makes of them.
-        source: "auto" asks the library that owns the classifier (its cache first, else its download); else a file:
-            `.safetensors`, or a torch file that holds a plain state dict of the classifier or of the network itself.
+    `source` "auto" asks the library that owns the classifier (its cache first, else its download); else it is a file:
+    `.safetensors`, or a torch file that holds a plain state dict of the classifier or of the network itself.
 
     Raises:
         UsageError: no such file, nothing in it fits, or the library has no weights or no network; nothing was changed.
@@ -63,21 +60,17 @@ def load_pretrained(model: nn.Module, source: str | Path) -> Loaded:
 def load_network(model: nn.Module, trained: nn.Module, source: str) -> Loaded:
     """Fill a network with the tensors of a trained one that have its names and shapes: of its own kind, or of a sibling.
 
-    Heads for another number of classes, and a first convolution for other channels, stay random without being held against
-    it.
-
-    Args:
-        model: from `create_model`.
-        trained: likewise.
-        source: what to call the trained one.
+    Heads for another number of classes, and a first convolution for other channels, stay random. `source` is what messages
+    call the trained one.
 
     Raises:
         UsageError: less than half of `model` would be filled, or shapes differ; nothing was changed.
     """
-    loaded, state = match_state(model, trained.state_dict(), reference=None, source=source)
     own, theirs = model.state_dict(), trained.state_dict()
+    loaded, state = match_state(model, theirs, reference=None, source=source)
     counts = [(getattr(trained.config, key), getattr(model.config, key)) for key in ("num_classes", "in_channels")]
-    foreign = [row for row in loaded.mismatched if not _differ_by(theirs, own, row.split(" ")[0], counts)]
+    names = [row.split(" ")[0] for row in loaded.mismatched]
+    foreign = [name for name in names if not _differ_by(theirs.get(name), own[name], counts)]
     if not belongs(model, state, foreign):
         raise UsageError(f"{source} does not belong to this network: {loaded.summary()}.")
     model.load_state_dict(state, strict=False)
@@ -87,9 +80,7 @@ def load_network(model: nn.Module, trained: nn.Module, source: str) -> Loaded:
 def load_classifier(model: nn.Module, name: str) -> Loaded:
     """Fill a network with the library's weights of a classifier, from its cache or by download.
 
-    Args:
-        model: from `create_model`: one with `classifiers`, or one whose backbone is this classifier.
-        name: as timm or torchvision write it; the network's own `classifiers` are looked through first.
+    The network has `classifiers`, through which `name` is looked for first, or its backbone is this classifier.
 
     Raises:
         UsageError: the network does not start from this classifier, or there are no weights; nothing was changed.
@@ -131,7 +122,7 @@ def _classifiers(model: nn.Module) -> tuple[str, ...]:
 def _filled_classifier(name: str, given: Mapping[str, Tensor]) -> nn.Module | None:
     """The classifier with these tensors, or None if they are another's; its last layer may have other classes."""
     with torch.device("meta"):
-        hollow = _classifier(name)
+        hollow = create_classifier(name)
     own = hollow.state_dict()
     last = next((key.rpartition(".")[0] for key in reversed(own) if own[key].ndim > 1), "")
     loaded, state = match_state(hollow, given, reference=own, source=name)
@@ -139,41 +130,24 @@ def _filled_classifier(name: str, given: Mapping[str, Tensor]) -> nn.Module | No
     if any(key.rpartition(".")[0] != last for key in lacking):
         return None
     with torch.random.fork_rng(devices=[]):
-        model = _classifier(name)
+        model = create_classifier(name)
     model.load_state_dict(state, strict=False)
     return model
-
-
-def _classifier(name: str) -> nn.Module:
-    """With random weights."""
-    library, bare = resolve_backbone(name)
-    return timm.create_model(bare) if library == "timm" else torchvision_classifier(bare)
 
 
 def _load_from_classifier(model: nn.Module, classifier: nn.Module, name: str, label: str) -> Loaded:
     starter: Any = model  # known to have the method, which nn.Module does not declare
     state: dict[str, Tensor] = starter.weights_from_classifier(classifier)
     model.load_state_dict(state, strict=False)
-    return Loaded(
-        source=label,
-        fitted=tuple(state),
-        adapted=(),
-        missing=tuple(key for key in parameter_names(model) if key not in state),
-        unused=(),
-        mismatched=(),
-        by_order=False,
-        classifier=name,
-    )
+    missing = tuple(key for key in parameter_names(model) if key not in state)
+    return Loaded(source=label, fitted=tuple(state), missing=missing, classifier=name)
 
 
-def _differ_by(
-    theirs: Mapping[str, Tensor], own: Mapping[str, Tensor], name: str, counts: list[tuple[int, int]]
-) -> bool:
+def _differ_by(theirs: Tensor | None, own: Tensor, counts: list[tuple[int, int]]) -> bool:
     """Whether a tensor's shapes differ in nothing but the numbers of classes or channels."""
-    if name not in theirs or theirs[name].ndim != own[name].ndim:
+    if theirs is None or theirs.ndim != own.ndim:
         return False
-    pairs = zip(theirs[name].shape, own[name].shape, strict=True)
-    return all(one == other or (one, other) in counts for one, other in pairs)
+    return all(one == other or (one, other) in counts for one, other in zip(theirs.shape, own.shape, strict=True))
 
 
 def read_state(path: str | Path) -> dict[str, Tensor]:
@@ -187,10 +161,8 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
         raise UsageError(f"--pretrained {path}: there is no such file.")
     try:
         with warnings.catch_warnings(action="ignore"):  # torch wonders at the format before it refuses the file
-            if path.suffix == ".safetensors":
-                content: Any = load_file(path)
-            else:
-                content = torch.load(path, map_location="cpu", weights_only=True)
+            is_plain = path.suffix == ".safetensors"
+            content: Any = load_file(path) if is_plain else torch.load(path, map_location="cpu", weights_only=True)
     except DAMAGED as error:
         raise UsageError(
             f"--pretrained {path}: cannot be read as weights ({_reason(error)}). It must hold plain tensors."

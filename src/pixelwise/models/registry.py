@@ -4,7 +4,7 @@ import difflib
 import fnmatch
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from torch import nn
@@ -57,6 +57,18 @@ def register_model(
     if name in _MODELS:
         raise UsageError(f"a model called {name!r} is registered already ({_MODELS[name].paper}); choose another name.")
     _MODELS[name] = ModelInfo(name=name, paper=paper, build=build, config=config, tiny=dict(tiny))
+
+
+def check_fields(network: str, config: Any, *positive: str) -> None:
+    """Raise a UsageError for a choice that a field does not offer, a `dropout` outside [0, 1), a number below 1."""
+    for key, hint in get_type_hints(type(config)).items():
+        value, choices = getattr(config, key), get_args(hint) if get_origin(hint) is Literal else ()
+        if choices and value not in choices:
+            raise UsageError(f"{network}: {key} must be one of {', '.join(map(str, choices))}, not {value!r}.")
+        if key == "dropout" and not 0 <= value < 1:
+            raise UsageError(f"{network}: dropout must be a share of at least 0 and less than 1, not {value}.")
+        if key in positive and value < 1:
+            raise UsageError(f"{network}: {key} must be at least 1, not {value}.")
 
 
 def list_models(pattern: str = "*") -> list[str]:
@@ -155,12 +167,7 @@ def describe_model(
 ) -> dict[str, Any]:
     """Name, paper, trainable parameters, multiply-adds and coarsest stride, found without allocating the weights.
 
-    Args:
-        name: one of `list_models()`.
-        num_classes: score maps out.
-        in_channels: image channels in.
-        size: height and width in pixels of the image that the multiply-adds are counted for (CamVid's by default).
-        **config: fields of the network's configuration.
+    `size` is the height and width in pixels of the image that the multiply-adds are counted for (CamVid's by default).
     """
     with torch.device("meta"):
         model = create_model(name, num_classes=num_classes, in_channels=in_channels, **config)

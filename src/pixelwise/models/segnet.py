@@ -84,10 +84,5 @@ def init_msra(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)  # type: ignore[arg-type]
 
 
-register_model(
-    "segnet",
-    SegNet,
-    SegNetConfig(),
-    paper="Badrinarayanan, Kendall, Cipolla. SegNet. PAMI 2017",
-    tiny={"widths": (8, 8, 12, 12, 12)},
-)
+PAPER = "Badrinarayanan, Kendall, Cipolla. SegNet. PAMI 2017"
+register_model("segnet", SegNet, SegNetConfig(), paper=PAPER, tiny={"widths": (8, 8, 12, 12, 12)})

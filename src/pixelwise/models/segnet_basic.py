@@ -14,8 +14,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from pixelwise.errors import UsageError
-from pixelwise.models.registry import register_model
+from pixelwise.models.registry import check_fields, register_model
 from pixelwise.ops.unpool import max_pool_keeping_indices, max_unpool
 
 DEPTH = 4  # poolings
@@ -31,8 +30,7 @@ class SegNetBasicConfig:
     width: int = 64
 
     def __post_init__(self) -> None:
-        if self.width < 1:
-            raise UsageError(f"segnet_basic: width must be at least 1, not {self.width}.")
+        check_fields("segnet_basic", self, "width")
 
 
 class SegNetBasic(nn.Module):
@@ -83,10 +81,5 @@ def _init(module: nn.Module) -> None:
         nn.init.constant_(module.bias, 0.001)
 
 
-register_model(
-    "segnet_basic",
-    SegNetBasic,
-    SegNetBasicConfig(),
-    paper="Badrinarayanan, Kendall, Cipolla. SegNet. PAMI 2017",
-    tiny={"width": 6},
-)
+PAPER = "Badrinarayanan, Kendall, Cipolla. SegNet. PAMI 2017"
+register_model("segnet_basic", SegNetBasic, SegNetBasicConfig(), paper=PAPER, tiny={"width": 6})

@@ -14,14 +14,14 @@ Shapes: N batch, C channels, K classes, H W image size; those of a tile are writ
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pixelwise.errors import UsageError
-from pixelwise.models.registry import register_model
+from pixelwise.models.registry import check_fields, register_model
 from pixelwise.ops.mirror import mirror_pad
 from pixelwise.ops.resize import crop_like, pad_to_multiple
 
@@ -46,13 +46,9 @@ class UNetConfig:
     def __post_init__(self) -> None:
         if len(self.widths) < 2 or min(self.widths) < 1:
             raise UsageError(f"unet: widths must be at least two positive numbers, not {self.widths}.")
-        if not 0 <= self.dropout < 1:
-            raise UsageError(f"unet: dropout is a share of at least 0 and less than 1, not {self.dropout}.")
+        check_fields("unet", self)
         if not 1 <= self.dropout_levels <= len(self.widths):
             raise UsageError(f"unet: dropout_levels must be 1 to {len(self.widths)}, not {self.dropout_levels}.")
-        for name, allowed in (("skip", get_args(Skip)), ("up", get_args(Up))):
-            if (value := getattr(self, name)) not in allowed:
-                raise UsageError(f"unet: {name} must be one of {', '.join(allowed)}, not {value!r}.")
 
 
 def double_conv(channels_in: int, width: int, batch_norm: bool, padding: int = 1) -> nn.Sequential:
@@ -189,10 +185,5 @@ def _init_he(module: nn.Module) -> None:
 
 PAPER = "Ronneberger, Fischer, Brox. U-Net. MICCAI 2015"
 register_model("unet", UNet, UNetConfig(), paper=PAPER, tiny={"widths": (4, 6, 8)})
-register_model(
-    "unet_valid",
-    UNet,
-    UNetConfig(valid=True, dropout=0.5, dropout_levels=2),
-    paper=PAPER,
-    tiny={"widths": (4, 4, 6, 6, 8)},
-)
+VALID = UNetConfig(valid=True, dropout=0.5, dropout_levels=2)
+register_model("unet_valid", UNet, VALID, paper=PAPER, tiny={"widths": (4, 4, 6, 6, 8)})

@@ -61,7 +61,8 @@ def encoder_weights(network: str, encoder: nn.ModuleList, classifier: nn.Module)
 def _trunk(network: str, classifier: nn.Module) -> list[nn.Module]:
     """The layers of the classifier's `features`, which must be those of VGG-16, with or without norms."""
     layers = list(getattr(classifier, "features", nn.Sequential()).children())
-    kinds = "".join("c" if isinstance(item, nn.Conv2d) else "p" for item in layers if _counts(item))
+    counted = [item for item in layers if isinstance(item, nn.Conv2d | nn.MaxPool2d)]
+    kinds = "".join("c" if isinstance(item, nn.Conv2d) else "p" for item in counted)
     norms = sum(isinstance(item, nn.BatchNorm2d) for item in layers)
     if kinds != "".join("c" * depth + "p" for depth in DEPTHS) or norms not in (0, sum(DEPTHS)):
         raise UsageError(
@@ -71,14 +72,10 @@ def _trunk(network: str, classifier: nn.Module) -> list[nn.Module]:
     return layers
 
 
-def _counts(layer: nn.Module) -> bool:
-    return isinstance(layer, nn.Conv2d | nn.MaxPool2d)
-
-
 def check_shape(network: str, name: str, own: Tensor, given: Tensor) -> None:
     """Raises `UsageError` if the classifier's tensor has not the shape of the network's own."""
     if own.shape != given.shape:
         raise UsageError(
-            f"{network}: {name} has the shape {tuple(own.shape)}, and {tuple(given.shape)} in the classifier. Weights of a "
-            "classifier fit the paper's own widths only: leave these options at their defaults."
+            f"{network}: {name} has the shape {tuple(own.shape)}, and {tuple(given.shape)} in the classifier. Choose widths "
+            "as the classifier has them; those of the libraries have the defaults."
         )
