@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from pixelwise.errors import UsageError
 from pixelwise.models.registry import check_fields, register_model
-from pixelwise.ops.dense import max_pool_dense
 from pixelwise.ops.mirror import mirror_pad
+from pixelwise.ops.pooling import max_pool_dense
 from pixelwise.ops.resize import crop_like, upsample_to
 
 

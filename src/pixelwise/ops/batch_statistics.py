@@ -22,14 +22,8 @@ def batch_statistics(model: nn.Module) -> Iterator[None]:
 
     Everything else is as in evaluation: dropout is off. Running averages are neither read nor changed. Afterwards, also
     after an error, each module is in the mode it was in. A network without batch norm is simply evaluated.
-
-    Args:
-        model: any network. It is changed in place meanwhile, so no other thread may use it, and its `state_dict` lacks
-            the running averages until the end.
-
-    Raises:
-        UsageError: inside, if a map that reaches a batch norm has one value per channel (one image, one cell), which has
-            no variance.
+    The network is changed in place meanwhile, so no other thread may use it, and its `state_dict` lacks the running
+    averages. A map with one value per channel (one image, one cell) has no variance and is a UsageError.
     """
     modes = [(module, module.training) for module in model.modules()]
     norms = _norms(model)

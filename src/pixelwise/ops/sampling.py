@@ -21,18 +21,14 @@ def sample_with_dropout(
     (Welford 1962), so that memory does not grow with `samples`. Modes and state of `model` are afterwards what they were.
 
     Args:
-        model: maps images to logits (N, K, H, W) and has dropout layers.
+        model: maps images (N, C, H, W) to logits (N, K, H, W) and has dropout layers, else it is a UsageError.
         image: (N, C, H, W).
         samples: passes, at least 1; the paper takes 50.
-        seed: makes the result repeatable on one device (CPU or CUDA) and leaves torch's own random numbers as they are;
-            None goes on with those.
+        seed: makes the result repeatable on one device (CPU or CUDA) and leaves torch's own random numbers as they are.
 
     Returns:
         mean probabilities (N, K, H, W), float32, and uncertainty (N, H, W): the variance of each class's probability over
         the passes (divided by their number), averaged over the classes; 0 to 0.25.
-
-    Raises:
-        UsageError: fewer than one sample, or a model without dropout.
     """
     if samples < 1:
         raise UsageError(f"samples must be at least 1, not {samples}.")

@@ -28,19 +28,9 @@ def spatial_dropout(
 
     All images of a batch have the same mask, so what comes of one does not depend on the others. Only (N, C, H, W) has
     rows and columns; in (N, L, F), the places L count as rows and the features F as columns, in (N, C) both are 0.
-
-    Args:
-        x: (N, C, H, W), or a window of it; floating point.
-        p: 0 to 1.
-        seed: whole number, int64 without dimensions.
-        sample: number of the pass, likewise.
-        layer: which layer of the network it is; layers of other numbers have unrelated masks.
-        top: row of the whole map at which the window begins.
-        left: column, likewise.
-        channelwise: drop whole channels (as `nn.Dropout2d`); rows and columns then play no part.
-
-    Returns:
-        As `x`; the mask is a pure function of (seed, sample, layer, channel, row, column).
+    `seed` and `sample` (number of the pass) are int64 without dimensions; layers of other numbers `layer` have unrelated
+    masks; `top` and `left` say where in the whole map the window `x` begins. `channelwise` drops whole channels (as
+    `nn.Dropout2d`). The mask is a pure function of (seed, sample, layer, channel, row, column).
     """
     out = torch.empty_like(x)
     if out.numel() == 0:
@@ -105,10 +95,8 @@ def with_spatial_dropout(model: nn.Module, seed: int = 0) -> nn.Module:
     """A copy of `model`, in evaluation mode, whose dropout layers act by the place in the map; weights are shared.
 
     Modules of `nn.Dropout` and `nn.Dropout2d` are replaced. Dropout that code calls as a function (`F.dropout` with
-    `training=self.training`) and stochastic depth stay off, as in `sample_with_dropout`. One copy serves one thread.
-
-    Raises:
-        UsageError: no dropout layer has a share above 0, or one is of a kind that has no counterpart here.
+    `training=self.training`) and stochastic depth stay off, as in `sample_with_dropout`. One copy serves one thread. No
+    dropout layer with a share above 0, or one of a kind that has no counterpart here, is a UsageError.
     """
     weights = [*model.parameters(), *model.buffers()]
     result = copy.deepcopy(model, {id(item): item for item in weights}).eval()
@@ -164,10 +152,8 @@ def _as_maps(x: Tensor) -> Tensor:
         return x
     if x.ndim == 3:
         return x[:, None]
-    if x.ndim == 2:
-        return x[:, :, None, None]
-    if x.ndim == 1:
-        return x[None, :, None, None]
+    if x.ndim in (1, 2):
+        return torch.atleast_2d(x)[:, :, None, None]
     raise UsageError(
         f"dropout in tiles acts on maps (N, C, H, W), not on {x.ndim} dimensions. Predict without samples."
     )

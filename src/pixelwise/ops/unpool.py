@@ -35,10 +35,7 @@ def max_unpool(values: Tensor, indices: Tensor, size: tuple[int, int] | torch.Si
 
 class MaxPoolKeepingIndices(nn.Module):
     """`nn.MaxPool2d` that keeps the places of its last maxima, for an encoder whose code returns features only.
-
-    Args:
-        pool: the pooling to stand in for; its windows must not overlap (kernel = stride), else a maximum has two places.
-        channels: of the maps it pools.
+    The windows of `pool` must not overlap (kernel = stride), else a maximum has two places; `channels` are of its maps.
     """
 
     def __init__(self, pool: nn.MaxPool2d, *, channels: int) -> None:

@@ -7,6 +7,7 @@ exactly. Values that do not grow are scores or context. A third size, an odd one
 
 import copy
 import inspect
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
@@ -42,19 +43,10 @@ class Untraceable(UsageError):
 
 
 class Capture:
-    """A classifier, or its trunk, as a graph of steps.
+    """A classifier of images (C, H, W), or its trunk, as a `graph` of steps; the modules at `leaves` stay one step each.
 
-    Args:
-        classifier: the network; it is left as it is.
-        input_size: its own image size (C, H, W).
-        leaves: paths of modules to keep as one step.
-
-    Attributes:
-        graph: the steps; the `meta` of each holds its value at the three sizes, without content.
-        twin: the classifier without memory behind its parameters.
-
-    Raises:
-        Untraceable: its code cannot be followed, or does not take images of that size.
+    The `meta` of each step holds its value at the three sizes, without content. `twin` is the classifier without memory
+    behind its parameters. Code that cannot be followed, or takes no images of that size, is `Untraceable`.
     """
 
     def __init__(self, classifier: nn.Module, input_size: tuple[int, int, int], leaves: Collection[str] = ()) -> None:
@@ -153,17 +145,51 @@ class Capture:
             )
 
 
+class NewNetwork:
+    """The network that a classifier is turned into, with its `graph`, which is being built.
+
+    `root` is a copy of the classifier's modules that shares their parameters.
+    """
+
+    def __init__(self, capture: Capture) -> None:
+        self.capture, self.graph = capture, fx.Graph()
+        self.root = share(capture.classifier)
+        self._uses = Counter(str(node.target) for node in capture.graph.nodes if node.op == "call_module")
+
+    def own_module(self, node: fx.Node) -> Any:
+        """The module of a step, to be changed and given to `place`; other steps that use it keep theirs."""
+        module = self.root.get_submodule(str(node.target))
+        return share(module) if self._uses[str(node.target)] > 1 else module
+
+    def value(self, node: fx.Node) -> fx.Node:
+        """A parameter, a buffer, or a tensor that the code made while it was followed."""
+        name = str(node.target)
+        if "." not in name and not hasattr(self.root, name):
+            made = getattr(self.capture.twin, name)
+            if made.is_meta and not any(item.is_meta for item in self.capture.classifier.parameters()):
+                raise self.capture.refusal(node, "its code computes with its parameters before it sees the image")
+            self.root.register_buffer(name, made, persistent=False)
+        return self.graph.node_copy(node)
+
+    def place(self, node: fx.Node, module: nn.Module) -> str:
+        """Put `module` where the step's was, or under a name of its own if other steps use that; returns its path."""
+        if node.op == "call_module" and self._uses[str(node.target)] == 1:
+            self.root.set_submodule(str(node.target), module)
+            return str(node.target)
+        path = node.name
+        while hasattr(self.root, path):
+            path += "_"
+        self.root.add_module(path, module)
+        return path
+
+
 def _is_torch_s_own(module: nn.Module) -> bool:
     """Torch's layers refuse what does not suit them; there is nothing to be gained by looking at them otherwise."""
     return type(module).__module__.startswith("torch.nn") and not isinstance(module, nn.Sequential)
 
 
 def _optional_arguments(classifier: nn.Module) -> dict[str, Any]:
-    """The defaults of what `forward` takes besides the image.
-
-    Raises:
-        UsageError: it wants more than one image, or none.
-    """
+    """The defaults of what `forward` takes besides the image; a UsageError if it wants more than one image, or none."""
     parameters = list(inspect.signature(classifier.forward).parameters.values())
     named = [item for item in parameters if item.kind not in (item.VAR_POSITIONAL, item.VAR_KEYWORD)]
     wanted = [item.name for item in named if item.default is item.empty]

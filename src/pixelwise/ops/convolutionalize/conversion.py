@@ -14,9 +14,8 @@ import torch
 from torch import fx, nn
 
 from pixelwise.errors import UsageError
-from pixelwise.ops.convolutionalize.capture import Capture, holds_tensors, without_memory
+from pixelwise.ops.convolutionalize.capture import Capture, NewNetwork, holds_tensors, without_memory
 from pixelwise.ops.convolutionalize.head import Head, Windows, starts_head, window_of
-from pixelwise.ops.convolutionalize.network import NewNetwork
 from pixelwise.ops.convolutionalize.tracer import REFUSALS, Refused, first_line, is_settled
 from pixelwise.ops.convolutionalize.trunk import Trunk
 from pixelwise.ops.convolutionalize.windows import require_size, whole_windows

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from pixelwise.errors import UsageError
-from pixelwise.ops.convolutionalize.capture import OWN_BATCH, Capture, Grid
-from pixelwise.ops.convolutionalize.network import NewNetwork
+from pixelwise.ops.convolutionalize.capture import OWN_BATCH, Capture, Grid, NewNetwork
 from pixelwise.ops.convolutionalize.steps import is_adaptive_average, is_elementwise, is_linear, is_rearranging
 from pixelwise.ops.convolutionalize.tracer import REFUSALS, run_node
 from pixelwise.ops.convolutionalize.windows import PooledConv2d, WindowPool, cells_of, map_of
@@ -79,16 +78,7 @@ class Head:
         self.new, self.capture, self.graph, self.per_cell = new, new.capture, new.graph, per_cell
 
     def convert(self, node: fx.Node, given: dict[fx.Node, Windows], others: Callable[[fx.Node], Any]) -> Windows:
-        """The next step.
-
-        Args:
-            node: of the classifier's graph.
-            given: what its inputs of the head are.
-            others: the new step or the constant in place of every other input.
-
-        Raises:
-            UsageError: it cannot be done for every window.
-        """
+        """The next step, whose inputs of the head are `given`; `others` tells what stands for every other input."""
         module = self.capture.module(node)
         if len(given) == 1:
             source, windows = next(iter(given.items()))
@@ -214,11 +204,7 @@ def _why(node: fx.Node, given: dict[fx.Node, Windows]) -> str:
 
 
 def recognise_pooling(run: Run, windows: Windows) -> tuple[str | None, Tensor]:
-    """Whether a step is the mean, sum or maximum of each channel of a window, told by what it does to numbers.
-
-    Returns:
-        "mean", "sum", "max" or None, and which channel each value of the result is.
-    """
+    """(mean, sum, max or None, which channel each value of the result is): what a step does to numbers tells what it is."""
     cells = windows.window[0] * windows.window[1]
     random = torch.rand(OWN_BATCH * windows.channels, cells, generator=torch.Generator().manual_seed(0))
     random = random.double() - 0.5

@@ -1,9 +1,10 @@
 """The trunk of a classifier with its last strides removed, so that scores lie closer together.
 
-A step whose stride is removed is done at every cell; what follows is done on every n-th cell (`phases`):
+A step whose stride is removed is done at every cell; what follows is done on every n-th cell (`windows`):
 convolutions by dilation, poolings and all else on interleaved maps. Steps that look at single cells stay as they are.
 """
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -12,11 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 
-from pixelwise.ops.convolutionalize.capture import Grid, holds_tensors, share
-from pixelwise.ops.convolutionalize.network import NewNetwork
-from pixelwise.ops.convolutionalize.phases import FunctionStep, Here, Spread, crop_alike, spread
+from pixelwise.ops.convolutionalize.capture import Grid, NewNetwork, holds_tensors, share
 from pixelwise.ops.convolutionalize.steps import is_by_cell, is_plain_conv, is_plain_pool
 from pixelwise.ops.convolutionalize.tracer import REFUSALS, is_settled
+from pixelwise.ops.convolutionalize.windows import FunctionStep, Here, Spread, crop_alike, spread
 
 
 class Trunk:
@@ -33,10 +33,7 @@ class Trunk:
         self.stuck: list[fx.Node] = []
 
     def convert(self, node: fx.Node, maps: list[fx.Node], value: Callable[[fx.Node], Any]) -> fx.Node:
-        """The step of the new graph for `node`.
-
-        `maps` are those of its inputs that depend on the image and are tensors; `value` gives what stands for an input.
-        """
+        """The new step for `node`, whose inputs of the image are `maps`; `value` gives what stands for an input."""
         grid = self.capture.grid(node)
         grids = [found for item in maps if (found := self.capture.grid(item))]
         spacings = {self.spacing[item] for item in maps if self.capture.grid(item)} or {1}
@@ -56,15 +53,11 @@ class Trunk:
         done = None
         if grid is not None and len(spacings) == 1 and (factor == 1 or removed):
             done = self._spread(node, maps, value, (before, grid), round(factor), spacing)
-        if done is None:
-            self._give_up(node)
+        if done is None:  # the module around the step is done as one, next time
+            self.stuck.append(node)
+            self.opaque.add(node.meta["path"])
             done = self.new.graph.node_copy(node, value)
         return done
-
-    def _give_up(self, node: fx.Node) -> None:
-        """Have the module around the step done as one, next time."""
-        self.stuck.append(node)
-        self.opaque.add(node.meta["path"])
 
     def _spread(
         self,
@@ -87,7 +80,8 @@ class Trunk:
             conv.stride = (1, 1) if factor > 1 else conv.stride
             conv.padding = _times(conv.padding, spacing)
             conv.dilation = _times(conv.dilation, spacing)
-            return self._call(node, conv, value)
+            path = self.new.place(node, conv)
+            return self.new.graph.call_module(path, fx.map_arg(node.args, value), fx.map_arg(node.kwargs, value))
         if node.target in (F.conv2d, torch.conv2d):
             return self._functional_conv(node, value, factor, spacing)
         step = self._as_module(node, maps[0])
@@ -101,10 +95,6 @@ class Trunk:
         path = self.new.place(node, step)
         return self.new.graph.call_module(path, (value(maps[0]),))
 
-    def _call(self, node: fx.Node, module: nn.Module, value: Callable[[fx.Node], Any]) -> fx.Node:
-        path = self.new.place(node, module)
-        return self.new.graph.call_module(path, fx.map_arg(node.args, value), fx.map_arg(node.kwargs, value))
-
     def _cropped(
         self, node: fx.Node, maps: list[fx.Node], value: Callable[[fx.Node], Any], grid: Grid
     ) -> Callable[[fx.Node], Any]:
@@ -113,7 +103,9 @@ class Trunk:
         if len(several) < 2:
             return value
         cropped = self.new.graph.call_function(crop_alike, ([value(item) for item in several], grid.axes))
-        at = {item: self.new.graph.call_function(_item, (cropped, index)) for index, item in enumerate(several)}
+        at = {
+            item: self.new.graph.call_function(operator.getitem, (cropped, index)) for index, item in enumerate(several)
+        }
         return lambda item: at[item] if item in at else value(item)
 
     def _functional_conv(
@@ -182,7 +174,3 @@ def _times(numbers: Any, factor: int) -> Any:
     if isinstance(numbers, str):
         return numbers
     return tuple(item * factor for item in ((numbers, numbers) if isinstance(numbers, int) else numbers))
-
-
-def _item(items: list[Tensor], index: int) -> Tensor:
-    return items[index]

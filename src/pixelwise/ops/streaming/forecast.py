@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from pixelwise.ops.streaming.graph import Graph
-from pixelwise.ops.streaming.kernels import Convolution, Slides, TransposedConvolution
+from pixelwise.ops.streaming.kernels import Convolution, Slides
 from pixelwise.ops.streaming.network import LEAST_STEP_PX, Stream, windows_of
-from pixelwise.ops.streaming.pointwise import Chunk, LinearOfChannels
+from pixelwise.ops.streaming.pointwise import Chunk
 from pixelwise.ops.streaming.spill import EmptySpillFile
 from pixelwise.ops.streaming.windows import Span, Window, whole
 
@@ -24,15 +24,9 @@ STEADY = 6  # stripes without a new peak, once rows have been let go of everywhe
 def multiply_adds(graph: Graph, windows: Sequence[Window]) -> int:
     """Multiplications (each with its addition) to compute these windows of the graph's maps."""
     total = 0
-    for step, rule in enumerate(graph.rules):
-        call = graph.calls[step]
-        if call is None:
-            continue
-        if isinstance(rule, Convolution | LinearOfChannels):
-            total += rule.macs * math.prod(windows[step].size)
-        elif isinstance(rule, TransposedConvolution):
-            (needed,) = rule.need(windows[step])
-            total += rule.macs_of_input * math.prod(needed.size)
+    for rule, window in zip(graph.rules[1:], windows[1:], strict=True):
+        total += rule.macs * math.prod(window.size)
+        total += rule.macs_of_input and rule.macs_of_input * math.prod(rule.need(window)[0].size)
     return total
 
 
@@ -52,7 +46,7 @@ def item_sizes(graph: Graph, compute_bytes: int) -> list[int]:
     for call, rule in zip(graph.calls, graph.rules, strict=True):
         if call is None:
             sizes.append(4)
-        elif isinstance(rule, Convolution | TransposedConvolution | LinearOfChannels):
+        elif rule.macs or rule.macs_of_input:
             sizes.append(compute_bytes)
         elif isinstance(rule, Chunk) and rule.index == 1 and isinstance(rule.whole, Slides):
             sizes.append(8)  # places of maxima
@@ -64,8 +58,7 @@ def item_sizes(graph: Graph, compute_bytes: int) -> list[int]:
 
 def scratch_bytes(graph: Graph) -> int:
     """What the largest convolution takes beside its maps: CPUs bring its weights into another order for each call."""
-    kernels = (Convolution, TransposedConvolution)
-    return max((rule.weight.nbytes for rule in graph.rules if isinstance(rule, kernels)), default=0)
+    return max((rule.weight.nbytes for rule in graph.rules if isinstance(rule, Convolution)), default=0)
 
 
 class Peaks(NamedTuple):
@@ -130,10 +123,7 @@ class Forecast(Stream):
         return Peaks(self.peak, self.spill_file.size if self.spill_file is not None else 0)
 
     def _rows(self, step: int, new: Window) -> Tensor:
-        full = self.graph.maps[step]
-        shape = list(full.shape)
-        shape[full.axes[0]], shape[full.axes[1]] = new.size
-        return torch.empty(shape, device="meta", dtype=_TYPES[self.sizes[step]])
+        return self.graph.maps[step].empty(new.size, "meta", _TYPES[self.sizes[step]])
 
     def _weigh(self, step: int) -> None:
         self.held[step] = self.kept[step].nbytes()

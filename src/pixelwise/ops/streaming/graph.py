@@ -5,9 +5,8 @@ other maps. Everything else (weights, tables, masks) is constant and is computed
 """
 
 import math
-import operator
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from pixelwise.errors import PixelwiseError
 from pixelwise.ops.convolutionalize.capture import without_memory
+from pixelwise.ops.streaming.axes import Rule
 
 
 class NotWindowed(PixelwiseError):
@@ -41,11 +41,11 @@ class Map:
         """Columns."""
         return self.shape[self.axes[1]]
 
-    def empty(self, size: tuple[int, int], device: torch.device) -> Tensor:
-        """A window of it that has no rows or no columns."""
+    def empty(self, size: tuple[int, int], device: torch.device | str, dtype: torch.dtype | None = None) -> Tensor:
+        """A window of it without its content."""
         shape = list(self.shape)
         shape[self.axes[0]], shape[self.axes[1]] = size
-        return torch.empty(shape, dtype=self.dtype, device=device)
+        return torch.empty(shape, dtype=dtype or self.dtype, device=device)
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,12 @@ class Call:
         filled = pytree.tree_map_only(Input, lambda item: tensors[item.index], (self.args, self.kwargs))
         return filled[0], filled[1]
 
+    def require_nchw(self) -> Map:
+        """The first of its inputs, if all are maps (N, C, H, W)."""
+        if any(item.axes != (2, 3) or len(item.shape) != 4 for item in self.inputs):
+            raise self.refusal("its map is not (N, C, H, W)")
+        return self.inputs[0]
+
     def refusal(self, why: str) -> NotWindowed:
         """The error that this operation stands in the way."""
         return NotWindowed(f"{self.op} ({self.name}) cannot be computed window by window: {why}.")
@@ -88,23 +94,20 @@ RuleMaker = Callable[[Call], Any]
 class Graph:
     """The operations from the image (1, C, H, W) to the logits, each with the rule that computes its windows.
 
-    `rules` maps an operation's name to the maker of its rule. Batch norm and dropout in training mode are refused.
-
-    Raises:
-        NotWindowed: an operation has no rule, or its rule does not suit it, or torch.export cannot follow the code.
+    `rule_of` gives the rule of an operation. What has none, or cannot be followed by torch.export, is NotWindowed; so are
+    batch norm and dropout in training mode.
     """
 
-    def __init__(self, model: nn.Module, shape: tuple[int, int, int, int], rules: Mapping[str, RuleMaker]) -> None:
+    def __init__(self, model: nn.Module, shape: tuple[int, int, int, int], rule_of: RuleMaker) -> None:
         self.device = next((item.device for item in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-        self.shape = shape
+        self.shape, self._rule_of = shape, rule_of
         program = _export(model, shape)
         self._state = _state_of(program, model)
         self.calls: list[Call | None] = [None]  # the image comes first
-        self.rules: list[Any] = [None]
+        self.rules: list[Any] = [Rule()]
         self.maps: list[Map] = [Map(shape, (2, 3))]
         self._constants: dict[fx.Node, Any] = {}
         self._steps: dict[fx.Node, int] = {}
-        self._makers = rules
         self._aliases = Aliases(program.graph)
         for node in program.graph.nodes:
             self._add(node)
@@ -112,14 +115,13 @@ class Graph:
         self.bases = self._bases()
         self.users: list[list[int]] = [[] for _ in self.calls]
         for step, call in enumerate(self.calls):
-            if call is None or self.is_joined(step):
-                continue
-            for source in {base for item in call.sources for base in self.bases[item]}:
-                self.users[source].append(step)
+            if call is not None and not self.is_joined(step):
+                for source in {base for item in call.sources for base in self.bases[item]}:
+                    self.users[source].append(step)
 
     def is_joined(self, step: int) -> bool:
         """Whether a step only joins the channels of others; it is never kept, but joined where it is used."""
-        return getattr(self.rules[step], "joins", False) and step != self.last
+        return self.rules[step].joins and step != self.last
 
     def _bases(self) -> list[list[int]]:
         """The steps whose maps, joined, are that of each step: itself, but for one that only joins others.
@@ -128,16 +130,15 @@ class Graph:
         """
         bases: list[list[int]] = []
         for step, call in enumerate(self.calls):
-            joined = call is not None and self.is_joined(step)
-            bases.append([base for item in call.sources for base in bases[item]] if call and joined else [step])
+            joined = call.sources if call and self.is_joined(step) else []
+            bases.append([base for item in joined for base in bases[item]] or [step])
         return bases
 
     def _add(self, node: fx.Node) -> None:
-        if node.op == "placeholder":
-            if node.name in self._state:
-                self._constants[node] = self._state[node.name]
-            else:
-                self._steps[node] = 0
+        if node.name in self._state:
+            self._constants[node] = self._state[node.name]
+        elif node.op == "placeholder":
+            self._steps[node] = 0
         elif node.op == "output":
             self._finish(node)
         elif node.op != "call_function":
@@ -145,31 +146,21 @@ class Graph:
         elif str(node.target) == "aten._assert_tensor_metadata.default":
             return
         elif any(item in self._steps for item in node.all_input_nodes):
-            for name in self._aliases.changed(node):
-                self._refuse_if(self._aliases.is_used_after(name, node), node, name)
+            self._aliases.refuse_later_use(node, self._aliases.changed(node))
             self._add_call(node)
         elif self._is_for_itself(node):
-            self._constants[node] = self._constant(node)
+            args, kwargs = self._filled(node, self._constants.__getitem__)
+            self._constants[node] = node.target(*args, **kwargs)  # type: ignore[operator]
 
     def _is_for_itself(self, node: fx.Node) -> bool:
         """Whether an operation on constants changes only what no map looks at otherwise."""
         changed = self._aliases.changed(node)
-        for name in changed:
-            users = self._aliases.users_before(name, node)
-            self._refuse_if(any(user in self._steps for user in users), node, name)
+        self._aliases.refuse_use_by(node, changed, self._steps)
         if not any(name.op == "placeholder" for name in changed):
             return True
         # It counts its calls, say: the network's own numbers stay as they are.
-        for name in (*changed, node):
-            self._refuse_if(self._aliases.is_used_after(name, node), node, name)
+        self._aliases.refuse_later_use(node, [*changed, node])
         return False
-
-    def _refuse_if(self, is_seen: bool, node: fx.Node, name: fx.Node) -> None:
-        if is_seen:
-            raise NotWindowed(
-                f"{node.target} ({node.name}) cannot be computed window by window: it changes {name.name} in place, "
-                "which is used otherwise too."
-            )
 
     def _finish(self, node: fx.Node) -> None:
         leaves = pytree.tree_leaves(node.args)
@@ -180,63 +171,37 @@ class Graph:
         if (logits.height, logits.width) != self.shape[2:] or len(logits.shape) != 4:
             raise NotWindowed(f"the network gives {logits.shape} for an image of {self.shape}.")
 
-    def _constant(self, node: fx.Node) -> Any:
-        """The value of a step that does not depend on the image, on the device of the weights."""
+    def _filled(self, node: fx.Node, value: Callable[[fx.Node], Any]) -> Any:
+        """The arguments of a step with values for nodes, and the device of the weights for "meta"."""
 
         def real(item: Any) -> Any:
-            return self._constants[item] if isinstance(item, fx.Node) else self._real_device(item)
+            if isinstance(item, fx.Node):
+                return value(item)
+            return self.device if isinstance(item, torch.device) and item.type == "meta" else item
 
-        args, kwargs = pytree.tree_map(real, (node.args, dict(node.kwargs)), is_leaf=lambda x: isinstance(x, fx.Node))
-        return node.target(*args, **kwargs)  # type: ignore[operator]
-
-    def _real_device(self, item: Any) -> Any:
-        return self.device if isinstance(item, torch.device) and item.type == "meta" else item
+        return pytree.tree_map(real, (node.args, dict(node.kwargs)), is_leaf=lambda item: isinstance(item, fx.Node))
 
     def _add_call(self, node: fx.Node) -> None:
-        if node.target is operator.getitem:
-            self._add_chunk(node)
-            return
         sources: list[int] = []
 
-        def bind(item: Any) -> Any:
-            if isinstance(item, fx.Node) and item in self._steps:
-                sources.append(self._steps[item])
-                return Input(len(sources) - 1)
-            return self._constants[item] if isinstance(item, fx.Node) else self._real_device(item)
+        def bind(item: fx.Node) -> Any:
+            if item not in self._steps:
+                return self._constants[item]
+            sources.append(self._steps[item])
+            return Input(len(sources) - 1)
 
-        args, kwargs = pytree.tree_map(bind, (node.args, dict(node.kwargs)), is_leaf=lambda x: isinstance(x, fx.Node))
-        values = node.meta["val"]
-        values = values if isinstance(values, tuple | list) else [values]
+        args, kwargs = self._filled(node, bind)
+        values = pytree.tree_leaves(node.meta["val"])
         shapes = [tuple(item.shape) for item in values]
-        call = self._call(node, args, kwargs, sources, shapes)
-        maker = self._makers.get(str(node.target))
-        if maker is None:
-            raise call.refusal("it is not known here, or needs the whole image at once")
-        rule = maker(call)
-        self._append(node, call, rule, Map(shapes[0], rule.axes, values[0].dtype))
-
-    def _add_chunk(self, node: fx.Node) -> None:
-        """One of several results of an operation."""
-        source = self._steps[node.args[0]]  # type: ignore[index]
-        whole, index = self.calls[source], int(node.args[1])  # type: ignore[arg-type]
-        if whole is None or len(whole.shapes) <= index:
-            raise NotWindowed(f"{node.name}: takes a part of what has no parts.")
-        shape = whole.shapes[index]
-        call = self._call(node, (Input(0), index), {}, [source], [shape])
-        dtype = node.meta["val"].dtype
-        self._append(node, call, self._makers["getitem"](call), Map(shape, self.maps[source].axes, dtype))
-
-    def _call(self, node: fx.Node, args: Any, kwargs: Any, sources: list[int], shapes: list[tuple[int, ...]]) -> Call:
         maps, rules = [self.maps[item] for item in sources], [self.rules[item] for item in sources]
-        return Call(node.name, node.target, args, kwargs, sources, maps, shapes, rules)
-
-    def _append(self, node: fx.Node, call: Call, rule: Any, given: Map) -> None:
-        if math.prod(given.shape) == 0:
+        call = Call(node.name, node.target, args, kwargs, sources, maps, shapes, rules)
+        rule = self._rule_of(call)
+        if math.prod(shapes[0]) == 0:
             raise call.refusal("it gives an empty map")
         self._steps[node] = len(self.calls)
         self.calls.append(call)
         self.rules.append(rule)
-        self.maps.append(given)
+        self.maps.append(Map(shapes[0], rule.axes, values[0].dtype))
 
     def _drop_unused(self) -> None:
         """Leave out what the logits do not depend on."""
@@ -305,26 +270,32 @@ class Aliases:
         """The steps before an in-place operation whose numbers it changes; none for other operations."""
         if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
             return []
-        keys = {key for given in _written(node) for key in _storages(given)}
+        places = enumerate(node.target._schema.arguments)
+        written = [
+            node.args[place] if place < len(node.args) else node.kwargs.get(item.name)
+            for place, item in places
+            if item.alias_info and item.alias_info.is_write
+        ]
+        leaves = [item for item in pytree.tree_leaves(written) if isinstance(item, fx.Node)]
+        keys = {key for item in leaves for key in _storages(item)}
         return [name for key in keys for name in self._names[key] if self._order[name] < self._order[node]]
 
-    def is_used_after(self, name: fx.Node, node: fx.Node) -> bool:
-        """Whether a step behind `node` takes `name`."""
-        return any(self._order[user] > self._order[node] for user in name.users)
+    def refuse_later_use(self, node: fx.Node, names: Sequence[fx.Node]) -> None:
+        """Raise NotWindowed if a step behind `node` takes one of `names`."""
+        self._refuse(
+            node, (name for name in names if any(self._order[user] > self._order[node] for user in name.users))
+        )
 
-    def users_before(self, name: fx.Node, node: fx.Node) -> list[fx.Node]:
-        """The steps before `node` that take `name`."""
-        return [user for user in name.users if self._order[user] < self._order[node]]
+    def refuse_use_by(self, node: fx.Node, names: Sequence[fx.Node], users: Container[fx.Node]) -> None:
+        """Raise NotWindowed if one of `users` takes one of `names`."""
+        self._refuse(node, (name for name in names if any(user in users for user in name.users)))
 
-
-def _written(node: fx.Node) -> list[fx.Node]:
-    """The arguments that an operation writes to."""
-    schema = node.target._schema.arguments  # type: ignore[union-attr]
-    given = [
-        node.args[place] if place < len(node.args) else node.kwargs.get(item.name) for place, item in enumerate(schema)
-    ]
-    written = [value for value, item in zip(given, schema, strict=True) if item.alias_info and item.alias_info.is_write]
-    return [value for value in pytree.tree_leaves(written) if isinstance(value, fx.Node)]
+    def _refuse(self, node: fx.Node, names: Iterable[fx.Node]) -> None:
+        for name in names:
+            raise NotWindowed(
+                f"{node.target} ({node.name}) cannot be computed window by window: it changes {name.name} in place, "
+                "which is used otherwise too."
+            )
 
 
 def _storages(node: fx.Node) -> set[int]:

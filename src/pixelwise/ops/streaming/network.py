@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from pixelwise.ops.streaming.allocator import Allocator, MemoryLimit
 from pixelwise.ops.streaming.graph import Call, Graph
 from pixelwise.ops.streaming.pointwise import Chunk
-from pixelwise.ops.streaming.rules import RULES
+from pixelwise.ops.streaming.rules import rule_of
 from pixelwise.ops.streaming.spill import SpillFile
 from pixelwise.ops.streaming.windows import Kept, Span, Window
 
@@ -33,10 +33,8 @@ _NARROW = 0.9  # of the columns; what saves less is not worth a copy
 class WindowedNetwork:
     """A network, made ready to compute the logits of images of one size window by window.
 
-    The model is in eval mode and shares its weights; `autocast` gives the context to run in. `num_classes` is K.
-
-    Raises:
-        NotWindowed: the network has an operation that is not known, or that needs the whole image at once.
+    The model is in eval mode and shares its weights; `autocast` gives the context to run in. `num_classes` is K. An
+    operation that is not known, or needs the whole image at once, is NotWindowed.
     """
 
     def __init__(
@@ -48,7 +46,7 @@ class WindowedNetwork:
         in_channels: int,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
-        self.graph = Graph(model, (1, in_channels, height, width), RULES)
+        self.graph = Graph(model, (1, in_channels, height, width), rule_of)
         self.height, self.width, self.autocast = height, width, autocast
         self.num_classes = self.graph.maps[self.graph.last].shape[1]
 
@@ -243,14 +241,10 @@ class Stream:
 
     def _owned(self, step: int, tensors: list[Tensor]) -> bool:
         """Whether the only input is of no use to anything else, so that it may be overwritten."""
-        call = self.graph.calls[step]
-        if call is None or len(call.sources) != 1 or self.graph.bases[call.sources[0]] != call.sources:
+        graph, sources = self.graph, self.graph.calls[step].sources  # type: ignore[union-attr]
+        if len(sources) != 1 or graph.bases[sources[0]] != sources or len(graph.users[sources[0]]) != 1:
             return False
-        source = call.sources[0]
-        if len(self.graph.users[source]) != 1:
-            return False
-        fresh = self.graph.rules[source] is not None and getattr(self.graph.rules[source], "gives_new", False)
-        return fresh and tensors[0]._base is None
+        return graph.rules[sources[0]].gives_new and tensors[0]._base is None
 
     def release(self, source: int, user: int) -> None:
         """Let go of the rows of a map that nothing to come needs, now that `user` has come further."""

@@ -29,10 +29,7 @@ class Spilled:
 class SpillFile:
     """Puts tensors of the CPU into a nameless file in `folder` and gives them back; `size` is its length in bytes.
 
-    The file goes when it is closed or the process ends.
-
-    Raises:
-        PixelwiseError: the file cannot be made.
+    The file goes when it is closed or the process ends. What the disk refuses is a PixelwiseError.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -51,11 +48,7 @@ class SpillFile:
         self._file.close()
 
     def put(self, rows: Tensor) -> Spilled:
-        """Store a copy.
-
-        Raises:
-            PixelwiseError: the disk is full, or fails.
-        """
+        """Store a copy."""
         order = order_of_axes(rows)
         item = Spilled(self._place(rounded(rows.nbytes)), tuple(rows.shape), order, rows.dtype)
         self._write(item.offset, rows.permute(order))
