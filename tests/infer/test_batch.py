@@ -364,7 +364,7 @@ def test_a_kill_before_the_record_is_finished_leaves_our_own_files_ours(tmp_path
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr("pixelwise.infer.outputs.OutFolder.end", killed)
+        patch.setattr("pixelwise.infer.outputs.OutFolder._stamp", killed)
         with pytest.raises(Killed):
             list(run_batch(make_predictor(), batch))
     assert (tmp_path / "out" / "a.tif").is_file()

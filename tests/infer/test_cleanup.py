@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-import pixelwise.infer.label_runs as label_runs
+import pixelwise.infer.cleanup as cleanup
 from pixelwise.errors import PixelwiseError, UsageError
 from pixelwise.infer.cleanup import remove_small
 
@@ -214,8 +214,8 @@ def test_only_bands_are_read():
 
 
 def test_a_large_table_goes_to_a_file(monkeypatch, tmp_path):
-    monkeypatch.setattr(label_runs, "_IN_MEMORY_BYTES", 64)
-    monkeypatch.setattr(label_runs, "_BLOCK", 8)
+    monkeypatch.setattr(cleanup, "_IN_MEMORY_BYTES", 64)
+    monkeypatch.setattr(cleanup, "_BLOCK", 8)
     labels = blobs(5, 60, 60, 4, 0.7)
     assert np.array_equal(cleaned(labels, 10, band_px=5, folder=tmp_path), reference(labels, 10))
     with pytest.raises(PixelwiseError, match=r"temporary file in .*none cannot be used \(No such file"):

@@ -6,10 +6,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import pixelwise.infer.decide as module
+import pixelwise.infer.options as module
 from pixelwise.data.labels import LabelSpec
 from pixelwise.errors import PixelwiseError, UsageError
-from pixelwise.infer.decide import Decision
+from pixelwise.infer.options import Decision
 from pixelwise.infer.tiling import Region, Scores
 
 SPEC = LabelSpec(names=("sky", "road", "car"), colors=((1, 1, 1), (2, 2, 2), (3, 3, 3)), values=((0,), (1,), (2,)))
@@ -168,10 +168,9 @@ def test_values_that_are_not_allowed(options, message):
         Decision(num_classes=3, **options)
 
 
-def test_the_decision_of_a_predictor_and_its_options():
-    predictor = SimpleNamespace(labels=SPEC, precision="bf16")
+def test_the_decision_of_classes_and_options():
     options = SimpleNamespace(thresholds=(("car", 0.3),), maps=("entropy",))
     wanted = Decision(num_classes=3, thresholds={2: 0.3}, maps=("entropy",), nodata=255, precision="bf16")
-    assert Decision.of(predictor, options) == wanted
+    assert Decision.of(SPEC, options, "bf16") == wanted
     with pytest.raises(UsageError, match="Did you mean car"):
-        Decision.of(predictor, SimpleNamespace(thresholds=(("cars", 0.3),), maps=()))
+        Decision.of(SPEC, SimpleNamespace(thresholds=(("cars", 0.3),), maps=()), "bf16")

@@ -31,6 +31,7 @@ from pixelwise.infer.engines import ray as ray_engine
 from pixelwise.infer.engines import worker
 from pixelwise.infer.engines.local import Labeller, run_local
 from pixelwise.infer.options import JobOptions, Tiling
+from pixelwise.infer.outputs import OutFolder
 from pixelwise.infer.predictor import load
 from pixelwise.infer.regions import blocks_of
 from pixelwise.infer.tiling import Region, Scorer, Scores
@@ -169,6 +170,29 @@ def test_local_outcomes_come_in_order_and_broken_images_do_not_stop_the_others(p
     assert statuses(outcomes) == DONE
     assert [outcome.path.name for outcome in outcomes] == sorted(DONE)
     assert statuses(run_batch(predictor, plan_batch([images], tmp_path / "out"))) == SKIPPED
+
+
+def test_results_are_written_while_the_next_image_is_computed(predictor, images, tmp_path, monkeypatch):
+    started, wrote = threading.Event(), []
+    label, write = Labeller.label, OutFolder.write
+
+    def watched(self, opened):
+        if opened.pipeline.source.info.width == 21:
+            started.set()
+        return label(self, opened)
+
+    def slow(self, pipeline, *rest):
+        if pipeline.source.info.width == 20:
+            assert started.wait(60)  # the image after this one is being computed
+        wrote.append(threading.current_thread().name)
+        write(self, pipeline, *rest)
+
+    monkeypatch.setattr(Labeller, "label", watched)
+    monkeypatch.setattr(OutFolder, "write", slow)
+    (images / "scene.tif").unlink()
+    found = statuses(run_batch(predictor, plan_batch([images], tmp_path / "out")))
+    assert Counter(found.values()) == {"done": 3, "failed": 1}
+    assert all(name.startswith("pixelwise-results") for name in wrote)
 
 
 def test_a_full_disk_ends_the_local_engine(predictor, images, tmp_path, monkeypatch):

@@ -39,7 +39,7 @@ def test_tiles_give_what_one_pass_gives(predictor, image):
 
 def test_a_large_image_is_never_kept_as_logits_of_one_pass(predictor, image, monkeypatch):
     monkeypatch.setattr(module, "ONE_PASS_PX", 100)
-    monkeypatch.setattr(module, "WholeImage", None)
+    monkeypatch.setattr(module, "_one_pass", None)
     assert predictor.predict(image, tiling=Tiling(memory_bytes=1 << 20)).labels.shape == (133, 90)
 
 

@@ -56,7 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> Any:
     # Nothing phones home: the libraries below are told so before they are imported.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("DO_NOT_TRACK", "1")
-    arguments = with_flag_value(list(sys.argv[1:] if arguments is None else arguments))
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if "train" in arguments:
+        arguments = with_flag_value(arguments)
     try:
         app(arguments, prog_name="pixelwise")
     except BrokenPipeError:  # the reader of a pipe (`| head`) has seen enough

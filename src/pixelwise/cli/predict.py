@@ -118,7 +118,7 @@ def predict(
     samples: Annotated[
         int, typer.Option(metavar="N", help="Average N passes with dropout.", rich_help_panel=_AVERAGED)
     ] = 1,
-    seed: Annotated[int, typer.Option(help="Of the dropout.", rich_help_panel=_AVERAGED)] = 0,
+    seed: Annotated[int, typer.Option(help="Dropout seed.", rich_help_panel=_AVERAGED)] = 0,
     maps: Annotated[list[str] | None, typer.Option(metavar="A,B", help=_MAPS, rich_help_panel=_AVERAGED)] = None,
     axis: Annotated[
         int | None, typer.Option(help="NIfTI: voxel axis that slices are cut along; 2.", rich_help_panel=_INPUTS)
@@ -173,7 +173,7 @@ def predict(
     Example: pixelwise predict runs/land scene.tif --out labels --memory 2GiB --maps entropy --geojson
     """
     _check_engine(engine, address, workers)
-    reading = {
+    given = {
         "axis": axis,
         "level": level,
         "series": int(series) if series is not None and series.isascii() and series.isdigit() else series,
@@ -185,6 +185,7 @@ def predict(
     if seed and samples == 1:
         raise UsageError("--seed is the dropout seed of --samples; add --samples 20, or leave it out.")
     thresholds, memory_bytes = [_parse_threshold(text) for text in threshold or ()], memory and _parse_bytes(memory)
+    names, reading = _parse_list(maps or ()), tuple((key, value) for key, value in given.items() if value is not None)
     from pixelwise.infer.batch import plan_batch
     from pixelwise.infer.options import JobOptions, Tiling
     from pixelwise.infer.predictor import load
@@ -194,9 +195,9 @@ def predict(
         memory_bytes=memory_bytes or None, tta=tta, samples=samples, seed=seed,  # type: ignore[arg-type]
     )  # fmt: skip
     options = JobOptions(
-        tiling=tiling, maps=_parse_list(maps or ()), thresholds=tuple(thresholds), min_area_px=min_area, format=format,
+        tiling=tiling, maps=names, thresholds=tuple(thresholds), min_area_px=min_area, format=format,
         geojson=geojson, coco=coco, overlay=overlay, probabilities=probabilities,
-        reading=tuple((key, value) for key, value in reading.items() if value is not None),
+        reading=reading,
     )  # fmt: skip
     batch = plan_batch(inputs, out, options=options)
     predictor = load(run, device=device, precision=precision, batch_statistics=batch_statistics)
@@ -272,7 +273,7 @@ def _check_engine(engine: str, address: str | None, workers: int | None) -> None
 
 def _label(predictor: Any, batch: Any, **how: Any) -> "list[Outcome]":
     """Label the batch below one bar; what goes wrong, and what is to be known, stands above it."""
-    from pixelwise.infer.engines import run_batch
+    from pixelwise.infer.engines.local import run_batch
 
     outcomes: list[Outcome] = []
     with _progress() as progress:

@@ -2,7 +2,7 @@
 
 from pixelwise.infer.batch import Batch, Outcome, plan_batch
 from pixelwise.infer.bundle import ModelCard, load_bundle, load_card, save_bundle
-from pixelwise.infer.engines import run_batch
+from pixelwise.infer.engines.local import run_batch
 from pixelwise.infer.evaluate import Evaluation, evaluate
 from pixelwise.infer.predictor import Prediction, Predictor, load
 

@@ -92,11 +92,10 @@ def plan_batch(
     if options.format is not None and options.format not in WRITERS:
         raise UsageError(f"there is no format {options.format!r} for labels; there are {', '.join(WRITERS)}.")
     _check_packages(options)
-    out = (local_path(str(out)) if is_url(out) else None) or out
-    local = None if is_url(out) else Path(out)
-    if local is not None and local.exists() and not local.is_dir():
-        raise UsageError(f"--out {out}: is a file. Name a folder for the results.")
     folder = OutFolder(out)
+    local = folder.out if isinstance(folder.out, Path) else None
+    if local is not None and local.exists() and not local.is_dir():
+        raise UsageError(f"--out {local}: is a file. Name a folder for the results.")
     finder = find_images(inputs, local)
     kinds = [LABELS, *options.maps, *(kind for kind in ENDINGS if getattr(options, kind))]
     tasks = [
@@ -176,11 +175,7 @@ class Finder:
         self.missing: list[tuple[Location, str]] = []
 
     def add(self, given: str) -> None:
-        """Take what one argument means.
-
-        Raises:
-            UsageError: it is the output folder, or a URL of an unknown kind.
-        """
+        """Take what one argument means."""
         path = local_path(given) if is_url(given) else given
         try:
             self._add_url(given) if path is None else self._add(Path(path))
@@ -286,11 +281,7 @@ def _with_series(urls: Sequence[str]) -> list[str]:
 
 
 def find_images(inputs: Sequence[str | Path], out: Path | None) -> Finder:
-    """All the images that arguments mean.
-
-    Raises:
-        UsageError: there is no image at all, or an input is the output folder.
-    """
+    """All the images that arguments mean."""
     finder = Finder(out)
     for given in inputs:
         finder.add(str(given))

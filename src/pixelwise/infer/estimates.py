@@ -38,12 +38,7 @@ def memory_now() -> int:
 
 
 def pipeline_bytes(source: Source, *, in_one_window: bool = False) -> int:
-    """What decoded pixels and finished results take at most while the network works.
-
-    Args:
-        source: the image.
-        in_one_window: whether all of it is read at once.
-    """
+    """What decoded pixels and finished results take at most while the network works."""
     info = source.info
     pixels = kept_bytes(info, info.height) if in_one_window else kept_bytes(info)
     return pixels + int(getattr(source, "cache_bytes", 0)) + MOST_BYTES
@@ -75,11 +70,7 @@ def statement(source: Source, options: JobOptions, scorer: Scorer, device: torch
 
 
 def more_than_wished(name: str, wish: Tiling, scorer: Scorer) -> str:
-    """What to tell where no piece is small enough for the memory that the user allows; nothing if one is.
-
-    Raises:
-        UsageError: the user wants a tile that takes more: two wishes that contradict each other.
-    """
+    """What to tell where no piece is small enough for the memory that the user allows; nothing if one is."""
     if wish.memory_bytes is None or scorer.memory_bytes <= wish.memory_bytes:
         return ""
     needed, allowed = gibibytes(scorer.memory_bytes), gibibytes(wish.memory_bytes)

@@ -179,11 +179,7 @@ def open_for(
 
 
 def check_labels(labels: LabelSpec, folder: DataFolder) -> None:
-    """The data's classes are those of the network: the same names in the same order.
-
-    Raises:
-        DataError: they are not; the message says where they differ.
-    """
+    """The data's classes are those of the network: the same names in the same order."""
     given, wanted = folder.labels.names, labels.names
     if given == wanted:
         return

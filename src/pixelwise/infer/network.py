@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from pixelwise.data.labels import LabelSpec
 from pixelwise.data.samples import to_tensor
 from pixelwise.errors import DataError, UsageError
 from pixelwise.infer.bundle import ModelCard
@@ -62,7 +61,7 @@ class Network:
         self.batch_statistics = batch_statistics
         self.device = resolve_device(device)
         self.precision = resolve_precision(precision, self.device)
-        self.card = card
+        self.card, self.labels, self.in_channels = card, card.labels, len(card.mean)
         self.model = model.to(self.device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
         self.memory_of_a_pass: PassMemory | None = None  # measured when a large image needs it
         self.receptive_fields: dict[int, ReceptiveField] = {}
@@ -72,14 +71,9 @@ class Network:
         self._mean = torch.tensor(card.mean, device=self.device).reshape(shape)
         self._std = torch.tensor(card.std, device=self.device).reshape(shape)
 
-    @property
-    def labels(self) -> LabelSpec:
-        """Names and colours of the classes."""
-        return self.card.labels
-
     def check_channels(self, found: int, name: str) -> None:
         """Raise `DataError` if images of so many channels do not suit the network; one channel is repeated for three."""
-        wanted = self.card.in_channels
+        wanted = self.in_channels
         if found != wanted and (found, wanted) != (1, 3):
             raise DataError(
                 f"{name}: it has {found} channel{'s' * (found != 1)}, but {wanted} are wanted. Only one can be repeated."
@@ -88,7 +82,7 @@ class Network:
     def window(self, pixels: NDArray[Any]) -> Tensor:
         """The network's input of a window (H, W, C) of an image: float32 (C, H, W), normalised, on the device."""
         with torch.inference_mode(), np.errstate(over="ignore"):  # numbers beyond float32 become infinite
-            return self.normalised(to_tensor(pixels, self.card.in_channels)[None])[0]
+            return self.normalised(to_tensor(pixels, self.in_channels)[None])[0]
 
     @torch.inference_mode()
     def scores(self, x: Tensor) -> Tensor:
@@ -99,12 +93,8 @@ class Network:
 
     @torch.inference_mode()
     def logits(self, image: Tensor) -> Tensor:
-        """Class scores of a batch: (N, C, H, W), uint8 or float in unit scale -> (N, K, H, W) float32 on the device.
-
-        Raises:
-            DataError: the shape or the type does not suit the network.
-        """
-        channels = self.card.in_channels
+        """Class scores of a batch: (N, C, H, W), uint8 or float in unit scale -> (N, K, H, W) float32 on the device."""
+        channels = self.in_channels
         if image.ndim != 4 or image.shape[1] != channels or 0 in image.shape:
             raise DataError(f"the network takes (N, {channels}, H, W), got {tuple(image.shape)}.")
         if image.dtype != torch.uint8 and not image.is_floating_point():
@@ -120,7 +110,7 @@ class Network:
     def pass_memory(self) -> PassMemory:
         """What a pass takes, measured once."""
         if self.memory_of_a_pass is None:
-            self.memory_of_a_pass = PassMemory.of(self.scores, self.card.in_channels, self.device)
+            self.memory_of_a_pass = PassMemory.of(self.scores, self.in_channels, self.device)
         return self.memory_of_a_pass
 
 
@@ -211,11 +201,7 @@ class WholeImage(Scorer):
 
 
 def resolve_device(name: str | torch.device) -> torch.device:
-    """The device meant by `name`; "auto" is the first GPU, else the CPU.
-
-    Raises:
-        UsageError: there is no such device here.
-    """
+    """The device meant by `name`; "auto" is the first GPU, else the CPU."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -230,11 +216,7 @@ def resolve_device(name: str | torch.device) -> torch.device:
 
 
 def resolve_precision(name: str, device: torch.device) -> Literal["bf16", "float32"]:
-    """The precision meant by `name` on `device`; "auto" is bf16 where the hardware multiplies in it.
-
-    Raises:
-        UsageError: `name` is none of auto, bf16, float32.
-    """
+    """The precision meant by `name` on `device`; "auto" is bf16 where the hardware multiplies in it."""
     if name not in PRECISIONS:
         raise UsageError(f"precision {name!r} is unknown; use one of {', '.join(PRECISIONS)}.")
     if name == "float32":

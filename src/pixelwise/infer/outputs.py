@@ -26,6 +26,7 @@ from pixelwise.formats.remote import (
     check_writable,
     exists,
     is_url,
+    local_path,
     publish,
     read_small,
     write_small,
@@ -55,11 +56,12 @@ class OutFolder:
     """
 
     def __init__(self, out: str | Path) -> None:
-        self.is_remote = is_url(out)
-        if self.is_remote:
+        path = out if isinstance(out, Path) or not is_url(out) else local_path(out)
+        self.is_remote = path is None
+        if path is None:
             check_writable(str(out))
             check_package(str(out))
-        self.out: Location = str(out).rstrip("/") if self.is_remote else Path(out)
+        self.out: Location = str(out).rstrip("/") if path is None else Path(path)
 
     def at(self, name: str | PurePath) -> Location:
         """Where the output of this name goes."""
@@ -78,21 +80,31 @@ class OutFolder:
         place = hashlib.sha256(str(self.out).encode()).hexdigest()[:16]
         return _cache_folder() / place / self.name(output)
 
-    def publish(self, outputs: Mapping[str, Location]) -> None:
-        """Send staged outputs to their places, the labels last; nothing is to do for a folder on the disk.
-
-        Raises:
-            PixelwiseError: one cannot be sent.
-        """
+    def write(
+        self,
+        pipeline: Pipeline,
+        store: Store,
+        outputs: Mapping[str, Location],
+        writers: Mapping[str, Writer],
+        provenance: Mapping[str, Any],
+    ) -> None:
+        """Write all outputs of an image, send those of an object store to their places, and record them as finished."""
+        record = self._record(outputs)
+        self._write_record(record, outputs, {}, stamps=False)  # these names are ours before anything has them
+        targets = {kind: (self.stage(place), writers[kind]) for kind, place in outputs.items()}
+        write_outputs(pipeline, store, targets, provenance)
         for _, output in sorted(outputs.items(), key=lambda item: item[0] == LABELS):
             if not isinstance(output, Path):
                 staged = self.stage(output)
                 publish(staged, output)
                 _remove(staged)
+        self._write_record(record, outputs, provenance, stamps=True)
 
-    def refuse_foreign(self, outputs: Mapping[str, Location]) -> None:
-        """Raise `DataError` if one of the outputs is there and was not written by pixelwise."""
-        record = self._record(outputs)
+    def is_finished(self, outputs: Mapping[str, Location], provenance: Mapping[str, Any]) -> bool:
+        """Whether all outputs are there, with this provenance (network, input, options)."""
+        record, wanted = self._record(outputs), json.loads(json.dumps(provenance))  # a pair has become a list
+        if all(self._has(record, output, wanted) for output in outputs.values()):
+            return True
         for output in outputs.values():
             known = record.get(self.name(output).as_posix())
             if self._exists(output) and (known is None or not (known["stamp"] is None or self._is_same(output, known))):
@@ -100,25 +112,14 @@ class OutFolder:
                     f"{output}: exists and was not written by pixelwise, or was changed since, so it is kept. Choose "
                     "another --out folder, or pass --overwrite to replace it."
                 )
+        return False
 
-    def is_finished(self, outputs: Mapping[str, Location], provenance: Mapping[str, Any]) -> bool:
-        """Whether all outputs are there, with this provenance (network, input, options)."""
-        record, wanted = self._record(outputs), json.loads(json.dumps(provenance))  # a pair has become a list
-        for output in outputs.values():
-            known = record.get(self.name(output).as_posix())
-            if known is None or any(known["provenance"].get(key) != wanted.get(key) for key in _COMPARED):
-                return False
-            if not self._exists(output) or not self._is_same(output, known):
-                return False
-        return True
-
-    def begin(self, outputs: Mapping[str, Location]) -> None:
-        """Record that these names are ours from now on, before anything has them."""
-        self._write_record(outputs, {}, stamps=False)
-
-    def end(self, outputs: Mapping[str, Location], provenance: Mapping[str, Any]) -> None:
-        """Record that the outputs are finished."""
-        self._write_record(outputs, provenance, stamps=True)
+    def _has(self, record: Mapping[str, Any], output: Location, wanted: Mapping[str, Any]) -> bool:
+        """Whether an output is there, as it was recorded."""
+        known = record.get(self.name(output).as_posix())
+        if known is None or any(known["provenance"].get(key) != wanted.get(key) for key in _COMPARED):
+            return False
+        return self._exists(output) and self._is_same(output, known)
 
     def _record_place(self, outputs: Mapping[str, Location]) -> Location:
         name = self.name(outputs[LABELS])
@@ -127,14 +128,16 @@ class OutFolder:
     def _record(self, outputs: Mapping[str, Location]) -> dict[str, Any]:
         """What is known of outputs, by name; nothing if the record is missing or damaged."""
         try:
-            content = read_small(str(self._record_place(outputs)))
+            place = self._record_place(outputs)
+            content = place.read_bytes() if isinstance(place, Path) else read_small(place)
             record = json.loads(content) if content else {}
-        except (DataError, ValueError, RecursionError):
+        except (OSError, DataError, ValueError, RecursionError):
             return {}
         return {name: known for name, known in record.items() if _is_sound(known)} if isinstance(record, dict) else {}
 
-    def _write_record(self, outputs: Mapping[str, Location], provenance: Mapping[str, Any], *, stamps: bool) -> None:
-        record = self._record(outputs)
+    def _write_record(
+        self, record: dict[str, Any], outputs: Mapping[str, Location], provenance: Mapping[str, Any], *, stamps: bool
+    ) -> None:
         for output in outputs.values():
             stamp = self._stamp(output) if stamps else None
             record[self.name(output).as_posix()] = {"stamp": stamp, "provenance": dict(provenance)}
@@ -177,22 +180,10 @@ class OutFolder:
 def write_outputs(
     pipeline: Pipeline, store: Store, outputs: Mapping[str, tuple[Path, Writer]], provenance: Mapping[str, Any]
 ) -> None:
-    """Write outputs from a finished store; the labels come last, so where they are, all are.
-
-    Args:
-        pipeline: the image.
-        store: its results.
-        outputs: by kind ("labels" at least, maps, "overlay", "geojson", "coco"): where, and by what.
-        provenance: JSON-able values on the origin, kept in the files.
-
-    Raises:
-        DataError: the image has changed since it was opened; nothing is written.
-        PixelwiseError: an output cannot be written; the store is kept.
-    """
-    with pipeline.dropping_damaged(store):
-        pass
-    if store.is_on_disk:
-        return_freed_memory()
+    """Write outputs from a finished store; the labels come last, so where they are, all are."""
+    if store.is_on_disk:  # small images were read at once
+        with pipeline.dropping_damaged(store):
+            return_freed_memory()
     labels = _label_rows(pipeline, store)
     for kind, (path, write) in sorted(outputs.items(), key=lambda item: item[0] == LABELS):
         write(path, _result(pipeline, store, kind, provenance, labels))

@@ -35,11 +35,7 @@ def displayable(image: Tensor) -> NDArray[np.uint8]:
 
 
 def blend(image: NDArray[np.uint8], labels: NDArray[np.uint8], spec: Classes, alpha: float = 0.5) -> Image.Image:
-    """The class colours laid over a picture (H, W, 3); `alpha` 0 shows the picture alone, 1 the colours alone.
-
-    Raises:
-        UsageError: `alpha` is not in 0..1.
-    """
+    """The class colours laid over a picture (H, W, 3); `alpha` 0 shows the picture alone, 1 the colours alone."""
     if not 0 <= alpha <= 1:
         raise UsageError(f"alpha must be between 0 (only the image) and 1 (only the classes), got {alpha}.")
     mixed = image * np.float32(1 - alpha) + spec.colorize(labels) * np.float32(alpha)
@@ -47,11 +43,7 @@ def blend(image: NDArray[np.uint8], labels: NDArray[np.uint8], spec: Classes, al
 
 
 def thinned(source: Source, step: int, plane: int = 0) -> Tensor:
-    """Every `step`-th row and column of a plane, (C, h, w); only a band of rows is in memory.
-
-    Raises:
-        DataError: the image cannot be read.
-    """
+    """Every `step`-th row and column of a plane, (C, h, w); only a band of rows is in memory."""
     info, bands = source.info, []
     for top, bottom in _bands(info.height, info.width, step):
         bands.append(source.read(top, 0, bottom - top, info.width, plane)[::step, ::step])
@@ -60,17 +52,7 @@ def thinned(source: Source, step: int, plane: int = 0) -> Tensor:
 
 
 def write_overlay(path: Path, result: Result, source: Source) -> None:
-    """Write the class colours over the first plane of the image as PNG; larger sides than 4,096 px are made smaller.
-
-    Args:
-        path: where to.
-        result: the labels.
-        source: the image.
-
-    Raises:
-        DataError: the image cannot be read.
-        PixelwiseError: the picture cannot be written.
-    """
+    """Write the class colours over the first plane of the image as PNG; larger sides than 4,096 px are made smaller."""
     info = source.info
     step = -(-max(info.height, info.width) // OVERLAY_PX)
     picture = displayable(thinned(source, step))

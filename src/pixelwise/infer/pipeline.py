@@ -22,9 +22,8 @@ from pixelwise.data.labels import IGNORE_INDEX
 from pixelwise.errors import DataError, PixelwiseError, UsageError
 from pixelwise.formats.base import LABELS, Source
 from pixelwise.infer import estimates
-from pixelwise.infer.decide import Decision
-from pixelwise.infer.network import Network, Region, Scorer, Scores, WholeImage, is_out_of_memory
-from pixelwise.infer.options import JobOptions, Tiling
+from pixelwise.infer.network import Network, Region, Scorer, Scores, is_out_of_memory
+from pixelwise.infer.options import Decision, JobOptions, Tiling
 from pixelwise.infer.prefetch import ONE_PASS_PX, WindowReader
 from pixelwise.infer.store import DiskStore, Store, store_folder
 
@@ -35,6 +34,7 @@ Progress = Callable[[int, int], None]
 
 _LEAST_MEMORY = 32 << 20  # a network that needs more for its smallest window does not fit
 _LEAST_TILE_PX = 8
+_PLAIN = Tiling()
 
 
 def choose_scorer(network: Network, height: int, width: int, tiling: Tiling, note: Note) -> Scorer:
@@ -52,6 +52,7 @@ class Pipeline:
         network: the network.
         source: the image.
         options: how it is computed, and what is wanted.
+        decision: how scores become labels and maps; None follows from the options.
         with_logits: whether the class scores are kept as well, for images in memory.
         note: takes what the user should know, one line each.
         state: takes the statement of way, cost and memory before the start.
@@ -61,6 +62,7 @@ class Pipeline:
     network: Network
     source: Source
     options: JobOptions = field(default_factory=JobOptions)
+    decision: Decision | None = None
     with_logits: bool = False
     note: Note = lambda text: None
     state: Note = lambda text: None
@@ -72,7 +74,7 @@ class Pipeline:
     @cached_property
     def decide(self) -> Decision:
         """How scores become labels and maps."""
-        return Decision.of(self.network, self.options)
+        return self.decision or Decision.of(self.network.labels, self.options, self.network.precision)
 
     @property
     def is_small(self) -> bool:
@@ -128,18 +130,11 @@ class Pipeline:
         return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
 
     def label(self, store: Store, folder: Path | None = None) -> None:
-        """Compute what is missing; what was computed of an image that is damaged or has changed is dropped.
-
-        Args:
-            store: takes the results.
-            folder: of the outputs, whose disk must have room for them.
-
-        Raises:
-            DataError: the image cannot be read, or has changed meanwhile.
-            PixelwiseError: there is too little memory or room on the disk; what is finished is kept for the next call.
-        """
+        """Compute what is missing; what was computed of an image that is damaged or has changed is dropped."""
+        if not store.is_on_disk:
+            return self.compute(store)
         with self.dropping_damaged(store):
-            if store.is_on_disk and folder is not None:
+            if folder is not None:
                 each = sum(dtype.itemsize for dtype in self.kinds.values())
                 missing, outputs = (self.total_px - store.done_px) * each, self.total_px * each
                 estimates.refuse_without_room(self.source.info.location, folder, missing, outputs)
@@ -151,21 +146,19 @@ class Pipeline:
         """Compute what is missing, of all planes or of a region of one, and add it to the store.
 
         Where memory runs out, half of it is tried from then on, and the user is told.
-
-        Args:
-            store: takes the results.
-            plane: None is all.
-            region: of the plane; None is all of it.
-            in_windows: never take a strategy that passes over the whole image each time.
-
-        Raises:
-            DataError: the image cannot be read; the message names it.
-            PixelwiseError: it does not fit into memory, the scores overflow, or the store cannot be written.
         """
         planes = range(self.source.info.planes) if plane is None else [plane]
         if not any(store.missing(number, region) for number in planes):
             return
         tiling, is_retry = self._tiling(store), False
+        if self.is_small and tiling == _PLAIN and not in_windows:
+            try:
+                _one_pass([self], [store])
+                return self.progress(self.total_px, self.total_px)
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+            tiling, is_retry = self._halved(tiling, None), True
         while True:
             scorer = None
             try:
@@ -193,8 +186,6 @@ class Pipeline:
 
     def _scorer(self, tiling: Tiling, *, in_windows: bool) -> Scorer:
         info, network = self.source.info, self.network
-        if self.is_small and tiling == Tiling() and not in_windows:
-            return WholeImage(network.scores, height=info.height, width=info.width)
         scorer = choose_scorer(network, info.height, info.width, tiling, self.note)
         if in_windows and scorer.is_whole:
             less = replace(tiling, memory_bytes=max(1, scorer.memory_bytes - 1))
@@ -211,8 +202,6 @@ class Pipeline:
         if is_retry:
             differ = ", and labels may differ from those made with enough memory" * bool(self.options.tiling.blend)
             self.note(f"{name}: out of memory; going on with half of it ({scorer.way}){differ}.")
-        if not scorer.memory_bytes:  # a small image in one pass
-            return
         if text := estimates.more_than_wished(name, self.options.tiling, scorer):
             self.note(text)
         scorer.beside_bytes = estimates.pipeline_bytes(self.source)
@@ -233,11 +222,7 @@ class Pipeline:
                     self.progress(done, total)
 
     def arrays(self, scores: Scores, plane: int = 0) -> dict[str, NDArray[Any]]:
-        """What the scores of a window become, by kind.
-
-        Raises:
-            PixelwiseError: they overflow.
-        """
+        """What the scores of a window become, by kind."""
         found = scores.region
         try:
             arrays = self.decide(scores, self.source.valid(found.top, found.left, found.height, found.width, plane))
@@ -283,22 +268,24 @@ class Pipeline:
 
 
 def compute_together(pipelines: Sequence[Pipeline], stores: Sequence[Store]) -> None:
-    """As `Pipeline.compute` of one plane each, for images of one size and type in a single pass.
-
-    Raises:
-        PixelwiseError: they do not fit into memory, or scores overflow.
-    """
-    infos = [pipeline.source.info for pipeline in pipelines]
-    network, whole = pipelines[0].network, Region(0, 0, infos[0].height, infos[0].width)
+    """As `Pipeline.compute` of one plane each, for images of one size and type in a single pass."""
+    info = pipelines[0].source.info
     try:
-        windows = [pipeline.source.read(0, 0, whole.height, whole.width) for pipeline in pipelines]
-        values = network.scores(torch.stack([network.window(pixels) for pixels in windows]))  # (N, K, H, W)
-        for pipeline, store, scores in zip(pipelines, stores, values, strict=True):
-            store.add(0, whole, pipeline.arrays(Scores(whole, scores)))
+        _one_pass(pipelines, stores)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
         raise PixelwiseError(
-            f"{infos[0].location} and {len(infos) - 1} more: {whole.width} x {whole.height} px with {infos[0].channels} "
-            "channels does not fit into memory. Use a machine or device with more memory, or a smaller batch."
+            f"{info.location} and {len(pipelines) - 1} more: {info.width} x {info.height} px with {info.channels} channels "
+            "does not fit into memory. Use a machine or device with more memory, or a smaller batch."
         ) from error
+
+
+def _one_pass(pipelines: Sequence[Pipeline], stores: Sequence[Store]) -> None:
+    """Label whole images of one size in a single pass."""
+    network, info = pipelines[0].network, pipelines[0].source.info
+    windows = [network.window(pipeline.source.read(0, 0, info.height, info.width)) for pipeline in pipelines]
+    values = network.scores(torch.stack(windows))  # (N, K, H, W)
+    whole = Region(0, 0, info.height, info.width)
+    for pipeline, store, scores in zip(pipelines, stores, values, strict=True):
+        store.add(0, whole, pipeline.arrays(Scores(whole, scores)))

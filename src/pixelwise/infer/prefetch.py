@@ -36,7 +36,7 @@ Chunk = tuple[int, int]  # its place in the grid: row, column
 
 
 class ArraySource(Source):
-    """An image in memory; of a small file that was read as a whole, with what else the file knows.
+    """An image in memory; of a small file that was read as a whole, with what else the file knows (it may change now).
 
     Args:
         pixels: (H, W, C).
@@ -72,8 +72,7 @@ class ArraySource(Source):
         return self.origin.fingerprint() if self.origin else hashlib.sha256(self.pixels.tobytes()).hexdigest()
 
     def check_unchanged(self) -> None:
-        if self.origin:
-            self.origin.check_unchanged()
+        pass
 
     def close(self) -> None:
         if self.origin:
@@ -83,7 +82,7 @@ class ArraySource(Source):
 def open_image(location: str | Path, card: ModelCard, reading: Mapping[str, Any] | None = None) -> Source:
     """Open an image as those of the training were read, as far as its format has these options; `reading` overrides."""
     try:
-        return slices.open_image(location, {**card.reading, **(reading or {})}, card.in_channels)
+        return slices.open_image(location, {**card.reading, **(reading or {})}, len(card.mean))
     except UsageError:
         if not card.reading:
             raise
@@ -116,7 +115,9 @@ def in_memory(source: Source) -> Source:
     if info.planes > 1 or info.height * info.width > ONE_PASS_PX:
         return source
     whole = (0, 0, info.height, info.width)
-    return ArraySource(source.read(*whole), source, valid=source.valid(*whole))
+    found = ArraySource(source.read(*whole), source, valid=source.valid(*whole))
+    source.check_unchanged()
+    return found
 
 
 def prefetch(
@@ -126,14 +127,7 @@ def prefetch(
     threads: int = 1,
     discard: Callable[[Found], None] | None = None,
 ) -> Generator[tuple[Item, "Future[Found]"], None, None]:
-    """Apply `function` to each item in background threads, each always one item ahead of whoever iterates.
-
-    Args:
-        function: of an item.
-        items: may be endless.
-        threads: how many.
-        discard: called with the results that nobody came to take.
-    """
+    """Apply `function` to each item in background threads, each always one item ahead of whoever iterates."""
     pending: deque[tuple[Item, Future[Found]]] = deque()
     pool = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="pixelwise-read")
     try:
@@ -171,12 +165,7 @@ def chunk_px(info: SourceInfo) -> tuple[int, int]:
 
 
 def kept_bytes(info: SourceInfo, window_rows: int = 256) -> int:
-    """What a `WindowReader` keeps at most, for windows of the whole width.
-
-    Args:
-        info: of the image.
-        window_rows: of the highest window; the next one is prefetched as well.
-    """
+    """What a `WindowReader` keeps at most, for windows of the whole width."""
     rows, _ = chunk_px(info)
     row_bytes = info.width * info.channels * np.dtype(info.dtype).itemsize
     touched = 1 + math.ceil(2 * window_rows / rows)
@@ -206,11 +195,7 @@ class WindowReader:
         self._last: Region | None = None
 
     def read(self, top: int, left: int, height: int, width: int) -> NDArray[Any]:
-        """The window (height, width, C), as `Source.read` gives it.
-
-        Raises:
-            DataError: as `Source.read`.
-        """
+        """The window (height, width, C), as `Source.read` gives it."""
         if self._in_memory:
             return self.source.read(top, left, height, width, self.plane)
         window = Region(top, left, height, width)

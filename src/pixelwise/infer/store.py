@@ -78,11 +78,7 @@ class Store:
         self._note(plane, region)
 
     def rows(self, kind: str, plane: int, top: int, bottom: int) -> NDArray[Any]:
-        """Rows top..bottom of a plane, (bottom - top, W).
-
-        Raises:
-            PixelwiseError: some of them are not there, or cannot be read.
-        """
+        """Rows top..bottom of a plane, (bottom - top, W)."""
         return self._arrays[kind, plane][..., top:bottom, :]
 
     def remove(self) -> None:
@@ -151,11 +147,7 @@ class DiskStore(Store):
         joiner.close()
 
     def add(self, plane: int, region: Region, arrays: Arrays) -> None:
-        """Write one rectangle of every kind; each file gets its name when it is complete and on the disk.
-
-        Raises:
-            PixelwiseError: it cannot be written (disk full, no permission).
-        """
+        """Write one rectangle of every kind; each file gets its name when it is complete and on the disk."""
         for kind, dtype in self.kinds.items():
             path = self.folder / _file_name(kind, plane, region)
             values = np.ascontiguousarray(arrays[kind], dtype=dtype)

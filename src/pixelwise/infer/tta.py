@@ -98,11 +98,7 @@ TRANSFORMS: dict[str, tuple[Transform, ...]] = {
 
 
 def transforms_of(tta: str) -> tuple[Transform, ...]:
-    """The transforms called "flips" (4), "d4" (8: flips and quarter turns) or "scales" (3: 0.75, 1, 1.25).
-
-    Raises:
-        UsageError: there is no such set.
-    """
+    """The transforms called "flips" (4), "d4" (8: flips and quarter turns) or "scales" (3: 0.75, 1, 1.25)."""
     if tta not in TRANSFORMS:
         raise UsageError(f"tta is one of {', '.join(TRANSFORMS)}, not {tta!r}.")
     return TRANSFORMS[tta]

@@ -8,7 +8,7 @@ from torch import nn
 
 import pixelwise.infer.tiling.ensemble as module
 from pixelwise.errors import UsageError
-from pixelwise.infer.decide import Decision
+from pixelwise.infer.options import Decision
 from pixelwise.infer.tiling import Region, Scores
 from pixelwise.infer.tiling.ensemble import (
     Average,

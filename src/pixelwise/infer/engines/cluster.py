@@ -49,15 +49,6 @@ def started(address: str | None, workers: int | None, *, use_gpus: bool = True) 
 
     Nothing is sent to Ray's makers, no dashboard is started, and what is started here listens on this machine alone. A Ray
     that was there before is left running.
-
-    Args:
-        address: `HOST:PORT` or "auto"; None is that of the environment's RAY_ADDRESS, or Ray of this process.
-        workers: how many; None is one for each GPU, or one for two cores.
-        use_gpus: whether a Ray that is started here is to use the GPUs.
-
-    Raises:
-        UsageError: Ray is not installed, or the address is none that can be used.
-        PixelwiseError: no cluster answers at the address.
     """
     address = address or os.environ.get("RAY_ADDRESS") or None
     if address is not None:

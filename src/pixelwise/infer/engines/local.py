@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from pixelwise.errors import DataError, PixelwiseError, UsageError
-from pixelwise.formats.base import LABELS, MAPS, Source, SourceInfo, Writer
+from pixelwise.formats.base import LABELS, MAPS, Source, Writer
 from pixelwise.formats.npy import write_probabilities
-from pixelwise.formats.registry import choose_writer, stem_of
+from pixelwise.formats.registry import choose_writer, stem_of, suffix_of
 from pixelwise.infer.batch import Batch, Outcome, OutputError, Task, real
-from pixelwise.infer.decide import Decision
 from pixelwise.infer.network import Network
-from pixelwise.infer.outputs import Location, OutFolder, write_outputs
+from pixelwise.infer.options import Decision
+from pixelwise.infer.outputs import Location, OutFolder
 from pixelwise.infer.overlay import write_overlay
 from pixelwise.infer.pipeline import Note, Pipeline, Progress
 from pixelwise.infer.prefetch import in_memory, open_image, prefetch
@@ -62,58 +62,48 @@ class Labeller:
     progress: Progress = lambda done, total: None
 
     def __post_init__(self) -> None:
-        reading = {**self.network.card.reading, **dict(self.batch.options.reading)}
-        self.options = replace(self.batch.options, reading=tuple(sorted(reading.items())))
+        self.options, trained = self.batch.options, self.network.card.reading
+        if trained:
+            reading = trained | dict(self.options.reading)
+            self.options = replace(self.options, reading=tuple(sorted(reading.items())))
         self.folder = OutFolder(self.batch.out)
-        Decision.of(self.network, self.options)  # an unknown class is an error once, not for each image
+        self.changes = self.options.changes()
+        # An unknown class is an error once, not for each image.
+        self.decision = Decision.of(self.network.labels, self.options, self.network.precision)
         self._stated: set[tuple[int, int]] = set()
         self._told: set[str] = set()
         if self.options.tiling.samples > 1:  # a network without dropout is an error once, not for each image
             with_spatial_dropout(self.network.model, self.options.tiling.seed)
 
     def prepare(self, task: Task, *, fingerprint: str | None = None) -> Opened | None:
-        """Open an image, and read it if it is small; None if its outputs are finished.
-
-        Args:
-            task: the image and its outputs.
-            fingerprint: of the image, from who has looked already that it is not finished; None looks.
-
-        Raises:
-            PixelwiseError: it cannot be used, or an output is somebody else's file.
-        """
+        """Open an image, and read it if it is small; None if its outputs are finished."""
         source = open_image(str(task.path), self.network.card, dict(self.batch.options.reading))
         with ExitStack() as stack:
             stack.callback(source.close)
             outputs, writers = self._outputs(task, source)
             provenance = self._provenance(fingerprint or source.fingerprint(), outputs)
-            if fingerprint is None and not self.overwrite:
-                if self.folder.is_finished(outputs, provenance):
-                    return None
-                self.folder.refuse_foreign(outputs)
             if fingerprint is None:
+                if not self.overwrite and self.folder.is_finished(outputs, provenance):
+                    return None
                 for warning in source.metadata.get("warnings", ()):
                     self.note(f"{source.info.location}: {warning}.")
-            small = in_memory(source)
+            small, info = in_memory(source), source.info
             if "overlay" in writers:
                 writers["overlay"] = partial(write_overlay, source=small)
             pipeline = Pipeline(
-                network=self.network, source=small, options=self.options,
-                note=self._tell, state=self._state(source.info), progress=self.progress,
+                network=self.network, source=small, options=self.options, decision=self.decision,
+                note=self._tell, state=partial(self._state, (info.height, info.width)), progress=self.progress,
             )  # fmt: skip
             stack.pop_all()
         return Opened(task=task, pipeline=pipeline, outputs=outputs, writers=writers, provenance=provenance)
 
     def label(self, opened: Opened) -> Callable[[], None]:
-        """Label an open image; gives what is left to do, to put its outputs in place, which another thread may do.
-
-        Raises:
-            OutputError: an output cannot be written.
-            PixelwiseError: it cannot be labelled, or there is no room for it.
-        """
+        """Label an open image; gives what is left to do, to put its outputs in place, which another thread may do."""
         with ExitStack() as stack:
-            stack.enter_context(opened.pipeline.source)
-            store = opened.pipeline.store_for(self.folder.stage(opened.outputs[LABELS]), opened.provenance)
-            opened.pipeline.label(store, self.folder.stage(opened.outputs[LABELS]).parent)
+            stack.callback(opened.pipeline.source.close)
+            staged = self.folder.stage(opened.outputs[LABELS])
+            store = opened.pipeline.store_for(staged, opened.provenance)
+            opened.pipeline.label(store, staged.parent)
             finish = partial(self._finish, opened, store, stack.pop_all())
         if not store.is_on_disk:
             return finish
@@ -122,13 +112,8 @@ class Labeller:
 
     def _finish(self, opened: Opened, store: Store, stack: ExitStack) -> None:
         with stack:  # closes the image, which an overlay still needs
-            staged = {kind: self.folder.stage(place) for kind, place in opened.outputs.items()}
             try:
-                self.folder.begin(opened.outputs)
-                targets = {kind: (path, opened.writers[kind]) for kind, path in staged.items()}
-                write_outputs(opened.pipeline, store, targets, opened.provenance)
-                self.folder.publish(opened.outputs)
-                self.folder.end(opened.outputs, opened.provenance)
+                self.folder.write(opened.pipeline, store, opened.outputs, opened.writers, opened.provenance)
             except (DataError, UsageError):
                 raise
             except PixelwiseError as error:
@@ -142,9 +127,10 @@ class Labeller:
             places[kind] = planned
             if kind in (LABELS, *MAPS):
                 suffix, writers[kind] = choose_writer(source.info, kind, self.options.format, source.metadata)
-                name = self.folder.name(planned)
-                places[kind] = self.folder.at(name.with_name(stem_of(name.name) + suffix))
-                _refuse_input(task, places[kind])
+                if suffix_of(str(planned)) != suffix:  # the content decides
+                    name = self.folder.name(planned)
+                    places[kind] = self.folder.at(name.with_name(stem_of(name.name) + suffix))
+                    _refuse_input(task, places[kind])
             else:
                 writers[kind] = _writer(kind)
         return places, writers
@@ -158,8 +144,8 @@ class Labeller:
         }
         if self.network.batch_statistics:
             found["statistics"] = "batch"
-        if changes := self.options.changes():
-            found["options"] = changes
+        if self.changes:
+            found["options"] = self.changes
         return found
 
     def _tell(self, text: str) -> None:
@@ -168,29 +154,58 @@ class Labeller:
             self._told.add(text)
             self.note(text)
 
-    def _state(self, info: SourceInfo) -> Note:
+    def _state(self, size: tuple[int, int], text: str) -> None:
         """Images of one size are labelled in one way; it is told once."""
-        size = (info.height, info.width)
+        if size not in self._stated:
+            self._stated.add(size)
+            self.note(text)
 
-        def state(text: str) -> None:
-            if size not in self._stated:
-                self._stated.add(size)
-                self.note(text)
 
-        return state
+def run_batch(
+    network: Network,
+    batch: Batch,
+    *,
+    overwrite: bool = False,
+    engine: str = "local",
+    address: str | None = None,
+    workers: int | None = None,
+    note: Note = lambda text: None,
+    progress: Progress = lambda done, total: None,
+) -> Iterator[Outcome]:
+    """Label every image of the batch, one outcome each; while one is computed the next is decoded.
+
+    An output that is finished is skipped: it was written by the same network from an input with the same content. One
+    from another network or input is made again. A file that pixelwise did not write is never replaced. A run that was
+    killed goes on where it was.
+
+    Args:
+        network: The predictor.
+        batch: From `plan_batch`.
+        overwrite: Do everything again, and replace whatever has the name of an output.
+        engine: "local" (this process) or "ray" (workers of a cluster, or of this machine).
+        address: of the Ray cluster; None starts Ray in this process.
+        workers: of Ray; for the local engine, threads that decode. None chooses.
+        note: Takes what the user should know, one line each.
+        progress: Takes (pixels done, pixels in all) of large images.
+
+    Raises:
+        UsageError: there is no such engine, or its package is not installed; samples of a network without dropout.
+        PixelwiseError: an output cannot be written (disk full, no permission). Nothing half-written stays.
+    """
+    labeller = Labeller(network=network, batch=batch, overwrite=overwrite, note=note, progress=progress)
+    yield from batch.missing
+    if engine == "local":
+        yield from run_local(labeller, batch.tasks, threads=workers)
+    elif engine == "ray":
+        from pixelwise.infer.engines.ray import run_on_ray  # which builds on this module
+
+        yield from run_on_ray(labeller, address=address, workers=workers)
+    else:
+        raise UsageError(f"there is no engine {engine!r}; there are local and ray.")
 
 
 def run_local(labeller: Labeller, tasks: Sequence[Task], *, threads: int | None = None) -> Iterator[Outcome]:
-    """Label images one after the other, one outcome each, in their order.
-
-    Args:
-        labeller: the network and the options.
-        tasks: the images.
-        threads: that open and decode images, and as many that write; None takes as many as there are cores, at most 8.
-
-    Raises:
-        OutputError: an output cannot be written (disk full, no permission). Nothing half-written stays.
-    """
+    """Label images one after the other, one outcome each, in their order."""
     count = threads or min(MOST_THREADS, os.cpu_count() or 1)
     writing: deque[Future[Outcome]] = deque()
     pool = ThreadPoolExecutor(max_workers=count, thread_name_prefix="pixelwise-results")

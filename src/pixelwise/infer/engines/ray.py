@@ -41,20 +41,7 @@ def run_on_ray(
     block_px: int | None = None,
     spread_bytes: int = SPREAD_BYTES,
 ) -> Iterator[Outcome]:
-    """Label the images of a batch on the workers of a cluster, one outcome each, in the order in which they end.
-
-    Args:
-        labeller: the network, loaded from a run folder that all workers see, and the work.
-        address: of the cluster; None starts Ray on this machine, for as long as it takes.
-        workers: how many hold the network; None is one for each GPU, or one for two cores.
-        block_px: pixels of a block of a large image; None chooses.
-        spread_bytes: local files from this size on may be spread over the workers.
-
-    Raises:
-        UsageError: Ray is not installed, or the network was not loaded from a folder.
-        OutputError: an output cannot be written.
-        PixelwiseError: the cluster cannot be reached, its workers do not see the folders, or they fail for good.
-    """
+    """Label the images of a batch on the workers of a cluster, one outcome each, in the order in which they end."""
     if getattr(labeller.network, "folder", None) is None:
         raise UsageError("engine ray: every worker loads the network itself; load it from a run folder.")
     use_gpus = labeller.network.device.type == "cuda"

@@ -173,13 +173,7 @@ class _Band:
 
 
 def starts(length: int, window: int, overlap: float) -> list[int]:
-    """Where windows begin so that neighbours share `overlap` of them or more, from border to border and symmetrically.
-
-    Args:
-        length: of the image, in pixels.
-        window: of the windows, at most `length`.
-        overlap: 0 to 0.9.
-    """
+    """Where windows begin so that neighbours share `overlap` of them or more, from border to border and symmetrically."""
     spare = length - window
     step = max(1, int(window * (1 - overlap)))
     steps = -(-spare // step)
@@ -195,9 +189,6 @@ def window_weights(size: tuple[int, int], kind: Blend) -> Tensor:
 
     "gaussian" is the importance map of MONAI: the product of exp(-x^2 / (2 (side / 8)^2)) over rows and columns, x from the
     middle of the window, and no less than 0.001.
-
-    Raises:
-        UsageError: another kind.
     """
     if kind not in get_args(Blend):
         raise UsageError(f"blend is one of {', '.join(get_args(Blend))}, not {kind!r}.")

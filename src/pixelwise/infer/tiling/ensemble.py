@@ -145,13 +145,7 @@ def member_of(scorer: Scorer) -> Member:
 
 
 def on_sample(model: nn.Module, sample: int, run: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """`run`, with the dropout of a network from `with_spatial_dropout` set to a sample before each call.
-
-    Args:
-        model: what `run` runs.
-        sample: number of the pass.
-        run: a `Member`, or a function of (N, C, h, w).
-    """
+    """`run`, with the dropout of a network from `with_spatial_dropout` set to a sample before each call."""
 
     def member(*args: object) -> Tensor:
         set_sample(model, sample)

@@ -69,20 +69,6 @@ def cut_radius(
     The images are random and the same for each call: normalised (mean 0, standard deviation 1), with the spectrum of photos
     (amplitudes fall as 1 / frequency). What the field holds is known, so the result is never more than `field.radius_px`;
     it is in whole strides, with which tiles stay aligned. It costs about eight passes over images of three radii x 256 px.
-
-    Args:
-        run: the network in eval mode, computing in float32, whose rounding is far below any useful tolerance.
-        field: its receptive field.
-        tolerance: as above; 0 gives the whole field.
-        in_channels: C.
-        device: where the network is.
-        memory: what a pass takes, and
-        budget_bytes: what it may take: narrower images are measured where 256 px are too many.
-        seed: of the images.
-
-    Raises:
-        UsageError: the field has no end: a network that looks at the whole image is changed by every cut, and by how much
-            depends on the image, so that no measurement on others tells it. Or the measurement does not fit.
     """
     _, radius = _with_an_end(field)
     if tolerance <= 0:
@@ -117,22 +103,7 @@ def influence(
     draw: Draw | None = None,
     seed: int = 0,
 ) -> Influence:
-    """Measure what cuts change; see `cut_radius`.
-
-    Args:
-        run: as there.
-        field: its receptive field.
-        in_channels: C.
-        device: where the network is.
-        fits: (height, width) -> whether a pass over an image of that size may be taken.
-        images: how many are averaged.
-        broad_px: side of the images along the cut, rounded up to the stride; halved until they fit.
-        draw: makes the images; `like_a_photo` unless given.
-        seed: of the images.
-
-    Raises:
-        UsageError: the field has no end, or not even images as broad as a stride fit.
-    """
+    """Measure what cuts change; see `cut_radius`."""
     stride, (*rows, left_px, right_px) = _with_an_end(field)
     sides: list[Tensor] = []
     for turned, (before, after) in ((False, rows), (True, (left_px, right_px))):

@@ -31,11 +31,7 @@ class Passes:
 
     @classmethod
     def of(cls, model: nn.Module, tiling: Tiling) -> "Passes":
-        """What the user wants of a network.
-
-        Raises:
-            UsageError: samples of a network without dropout.
-        """
+        """What the user wants of a network."""
         if tiling.tta:
             return cls(model, transforms_of(tiling.tta), 1)
         return cls(with_spatial_dropout(model, tiling.seed), (), tiling.samples)
@@ -59,22 +55,14 @@ class Passes:
         return sum(item.scale**2 for item in self.transforms) if self.transforms else float(self.samples)
 
     def module(self, run: Callable[[nn.Module], Callable[[Tensor], Tensor]]) -> EnsembleModule:
-        """All of them as one network, for those that only take whole windows.
-
-        Args:
-            run: makes a network ready for windows (N, C, h, w).
-        """
+        """All of them as one network, for those that only take whole windows."""
         if self.transforms:
             return EnsembleModule([run(Transformed(self.model, item)) for item in self.transforms])
         passes = run(self.model)
         return EnsembleModule([on_sample(self.model, sample, passes) for sample in range(self.samples)])
 
     def members(self, build: Build, height: int, width: int) -> tuple[list[Member], list[Scorer]]:
-        """Each pass by itself on any region of the image, and what scores them (one for each network and size).
-
-        Raises:
-            NotWindowed: from `build`, if the network cannot be computed window by window.
-        """
+        """Each pass by itself on any region of the image, and what scores them (one for each network and size)."""
         scorers: dict[tuple[int, int, float], Scorer] = {}
 
         def scorer(transform: Transform) -> Scorer:

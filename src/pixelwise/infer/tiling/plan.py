@@ -35,19 +35,7 @@ ENSEMBLE_TILE_PX = 4096  # of averaged passes, at most; larger ones cost less an
 def choose_scorer(
     network: Network, height: int, width: int, tiling: Tiling, note: Note = lambda message: None
 ) -> Scorer:
-    """What predicts images of `height` x `width` px with this network as the user wants.
-
-    Args:
-        network: the network.
-        height: H of the image.
-        width: W of the image.
-        tiling: the user's options.
-        note: takes what the user should know (why tiles are blended).
-
-    Raises:
-        UsageError: the network does not allow what was asked for.
-        PixelwiseError: no piece is small enough for the memory.
-    """
+    """What predicts images of `height` x `width` px with this network as the user wants."""
     known, key = network.scorers, (height, width, tiling)
     if key not in known:
         scorer = _Chooser(network, height, width, tiling, note).choose()
