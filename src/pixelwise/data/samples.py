@@ -26,17 +26,11 @@ from pixelwise.formats.readers import read_image, read_mask
 
 @dataclass(frozen=True)
 class Sample:
-    """One image and its labels.
+    """One image and its labels."""
 
-    Attributes:
-        image: (C, H, W), uint8, or float32 in unit scale.
-        mask: uint8 (H, W), class ids and 255 for void; None where the pair has no mask.
-        name: the pair's name.
-    """
-
-    image: Tensor
-    mask: Tensor | None
-    name: str
+    image: Tensor  # (C, H, W), uint8, or float32 in unit scale
+    mask: Tensor | None  # uint8 (H, W), class ids and 255 for void; None where the pair has no mask
+    name: str  # the pair's name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,19 +95,9 @@ class Grid:
 class OpenPair:
     """The open files of a pair, of which windows are read.
 
-    Args:
-        pair: which files.
-        labels: what the values of the mask mean.
-        channels: of the network's images; None keeps the file's.
-        reading: the run's options of reading.
-
     Attributes:
         image: the open image.
         mask: the open mask, or None where the pair has none.
-
-    Raises:
-        DataError: a file cannot be used, or the two do not lie on the same grid.
-        UsageError: an option does not suit a format.
     """
 
     def __init__(
@@ -165,11 +149,7 @@ class OpenPair:
 
 
 class OpenPairs:
-    """The open files of the last few pairs; every process opens its own.
-
-    Args:
-        open_pair: opens one.
-    """
+    """The open files of the last few pairs; every process opens its own."""
 
     def __init__(self, open_pair: Callable[[Pair], OpenPair]) -> None:
         self._open_pair = open_pair
@@ -208,17 +188,7 @@ class OpenPairs:
 
 
 def load_sample(pair: Pair, labels: LabelSpec, channels: int | None = None, reading: Reading | None = None) -> Sample:
-    """Read the files of a pair as a whole.
-
-    Args:
-        pair: which files; of a volume, which plane.
-        labels: what the values of the mask mean.
-        channels: the number of channels the network takes; grey images are repeated for 3. None keeps the file's.
-        reading: the run's options of reading.
-
-    Raises:
-        DataError: a file cannot be used, the grids differ, or the mask holds values that are no class.
-    """
+    """Read the files of a pair as a whole; of a volume, the plane of the pair."""
     if reading or not are_pictures(pair):
         with OpenPair(pair, labels, channels, reading) as opened:
             if pair.plane is None and opened.image.info.planes > 1:
@@ -240,18 +210,9 @@ def are_pictures(pair: Pair) -> bool:
 
 
 def to_tensor(array: np.ndarray, channels: int | None = None) -> torch.Tensor:
-    """Turn an image (H, W, C) into what transforms and networks take.
+    """An image (H, W, C) as (C, H, W), grey repeated where 3 channels are wanted.
 
-    Args:
-        array: as `read_image` gives it.
-        channels: the number of channels wanted; grey is repeated for 3. None keeps what is there.
-
-    Returns:
-        (C, H, W): uint8 stays uint8; other integers become float32 divided by their type's maximum; floats become
-        float32 as they are.
-
-    Raises:
-        DataError: the image has another number of channels.
+    uint8 stays uint8; other integers become float32 divided by their type's maximum, floats float32 as they are.
     """
     found = array.shape[2]
     if channels is not None and found != channels:
@@ -269,16 +230,7 @@ def to_tensor(array: np.ndarray, channels: int | None = None) -> torch.Tensor:
 
 
 def open_mask(path: str | Path, reading: Reading | None = None, image: str | Path | None = None) -> Source:
-    """Open a mask: the numbers as they are stored, or 8-bit colours.
-
-    Args:
-        path: the mask.
-        reading: the run's options of reading; a volume is cut along their `axis`.
-        image: what is labelled; a DICOM segmentation gets its planes.
-
-    Raises:
-        DataError: the file is missing, damaged, or holds neither whole numbers nor 8-bit colours.
-    """
+    """Open a mask: the numbers as they are stored, or 8-bit colours. A DICOM segmentation gets the planes of `image`."""
     options: dict[str, Any] = {"allow_no_affine": True}
     if str(path).lower().endswith(FORMATS["nifti"].suffixes):
         options["axis"] = (reading or {}).get("axis")
