@@ -72,23 +72,24 @@ class Grid:
         """Of all planes."""
         return self.width * self.height * self.planes
 
-    def size_difference(self, image: "Grid") -> str | None:
-        """How the size of this mask differs from its image's; None if it does not."""
+    def difference(self, image: "Grid") -> str | None:
+        """How the grid of this mask differs from its image's, {}, as far as both files know it; None if it does not."""
         if (self.width, self.height) != (image.width, image.height):
-            return f"is {self.width} x {self.height} px, but its image {{}} is {image.width} x {image.height} px"
+            turned = (image.width, image.height) == (self.height, self.width)
+            hint = " One of them may be turned: both have their own EXIF orientation." if turned else ""
+            mine, its = f"{self.width} x {self.height} px", f"{image.width} x {image.height} px"
+            return f"is {mine}, but its image {{}} is {its}. Both must have the same size.{hint}"
         if self.planes != image.planes:
-            return f"has {_count(self.planes)}, but its image {{}} has {_count(image.planes)}"
-        return None
-
-    def place_difference(self, image: "Grid") -> str | None:
-        """How the place of this mask differs from its image's, as far as both files know it; None if it does not."""
+            mine, its = _count(self.planes), _count(image.planes)
+            return f"has {mine}, but its image {{}} has {its}. Both must have the same size."
+        advice = "Resample the mask to the grid of its image."
         if self.crs and image.crs and not _same_crs(self.crs, image.crs):
             mine, its = crs_name(self.crs), crs_name(image.crs)
-            return f"is in the coordinate system {mine}, but its image {{}} is in {its}"
+            return f"is in the coordinate system {mine}, but its image {{}} is in {its}. {advice}"
         for what in ("transform", "affine"):
-            mine, its = getattr(self, what), getattr(image, what)
-            if mine and its and not _close(np.array(mine), np.array(its)):
-                return f"has the {what} {_numbers(mine)}, but its image {{}} has {_numbers(its)}"
+            here, there = getattr(self, what), getattr(image, what)
+            if here and there and not _close(np.array(here), np.array(there)):
+                return f"has the {what} {_numbers(here)}, but its image {{}} has {_numbers(there)}. {advice}"
         return None
 
 
@@ -251,11 +252,8 @@ def mask_values(array: NDArray[Any]) -> NDArray[Any]:
 
 def check_grids(pair: Pair, image: Grid, mask: Grid) -> None:
     """Raise `DataError` if a mask does not lie on the pixels of its image; the message shows both."""
-    name, other = printable(pair.mask or ""), printable(pair.image)
-    if difference := mask.size_difference(image):
-        raise DataError(f"{name}: the mask {difference.format(other)}. Both must have the same size.")
-    if difference := mask.place_difference(image):
-        raise DataError(f"{name}: the mask {difference.format(other)}. Resample the mask to the grid of its image.")
+    if difference := mask.difference(image):
+        raise DataError(f"{printable(pair.mask or '')}: the mask {difference.format(printable(pair.image))}")
 
 
 def crs_name(wkt: str) -> str:
