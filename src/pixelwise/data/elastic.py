@@ -22,13 +22,6 @@ class RandomElastic(v2.Transform):
     standard deviation `sigma_px`; bicubic interpolation gives the displacement of the pixels between. The image is resampled
     bilinearly, the mask by nearest neighbour. What comes from outside is mirrored in the image and void (255) in the mask;
     in a mask of floats, which are weights of pixels, it is 0.
-
-    Args:
-        sigma_px: standard deviation of the displacements, in pixels.
-        grid: points of the lattice along each side.
-
-    Raises:
-        UsageError: a negative sigma, or fewer than 2 points.
     """
 
     def __init__(self, sigma_px: float = 10.0, grid: int = 3) -> None:

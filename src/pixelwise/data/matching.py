@@ -45,12 +45,7 @@ class Match:
 
 
 def match_source(source: Source, root: Path) -> tuple[list[Match], list[Problem]]:
-    """Pair the images and masks of one source, and say what stays alone.
-
-    Args:
-        source: the folders.
-        root: what file names in messages are relative to.
-    """
+    """Pair the images and masks of one source, and say what stays alone."""
     wanted = {key for key, _ in image_files(source.images)}
     masks, doubled_masks = _by_key(image_files(source.masks, wanted) if source.masks else [])
     masks = {key: path for key, path in masks.items() if not _NO_MASK.search(key)}
@@ -76,11 +71,8 @@ def match_source(source: Source, root: Path) -> tuple[list[Match], list[Problem]
 def image_files(folder: Path, other_keys: Container[str] = ()) -> list[tuple[str, Path]]:
     """The images below a folder as (path below it without suffix, file), sorted; hidden ones are left out.
 
-    A Zarr is one image, and so is a folder of DICOM files that is one series, unless its files have partners of their own.
-
-    Args:
-        folder: where to look.
-        other_keys: the paths, without suffix, of the files that are to be paired with these.
+    A Zarr is one image, and so is a folder of DICOM files that is one series, unless its files have partners of their own:
+    `other_keys` are the paths, without suffix, of what is to be paired with these.
     """
     found = []
     for parent, folders, names in os.walk(folder):
@@ -210,11 +202,7 @@ def find_csv(root: Path) -> list[Path]:
 
 
 def read_csv(path: Path) -> tuple[list[Match], list[Problem]]:
-    """Read one list of pairs. A file named train.csv, val.csv or test.csv needs no column for the split.
-
-    Raises:
-        DataError: the file is no such list; the message names the line.
-    """
+    """Read one list of pairs. A file named train.csv, val.csv or test.csv needs no column for the split."""
     own = SPLIT_ALIASES.get(path.stem.lower())
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:

@@ -15,23 +15,14 @@ SPLITS = ("train", "val", "test")
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """An image and the mask that labels it.
+    """An image and the mask that labels it."""
 
-    Attributes:
-        image: the image file.
-        mask: the mask file, or None where there is none.
-        split: "train", "val" or "test".
-        group: what must not be divided between splits, for example the patient; the name, if nothing was asked for.
-        name: unique inside the folder: the path below the folder of images, without suffix.
-        plane: the one plane of a volume that is meant; None means all of the file.
-    """
-
-    image: Path
-    mask: Path | None
-    split: str
-    group: str
-    name: str
-    plane: int | None = None
+    image: Path  # the image file
+    mask: Path | None  # the mask file, or None where there is none
+    split: str  # "train", "val" or "test"
+    group: str  # what must not be divided between splits, for example the patient; the name, if nothing was asked for
+    name: str  # unique inside the folder: the path below the folder of images, without suffix
+    plane: int | None = None  # the one plane of a volume that is meant; None means all of the file
 
 
 @dataclass(frozen=True)
@@ -79,7 +70,6 @@ SPLIT_ALIASES = {
     "val": "val", "valid": "val", "validation": "val",
     "test": "test", "testing": "test",
 }  # fmt: skip
-SPLITS = ("train", "val", "test")
 VAL_OF_TRAIN = (0.85, 0.15, 0.0)
 """How a training split is divided where a test split was given but no validation split."""
 
@@ -88,13 +78,6 @@ def assign_splits(groups: Iterable[str], fractions: Sequence[float]) -> dict[str
     """The split of each group, by the hash of its name.
 
     With so few groups that a wanted split would stay empty, the groups nearest to it by hash are moved there.
-
-    Args:
-        groups: names; repeats count once.
-        fractions: of train, val and test; they add up to 1.
-
-    Raises:
-        UsageError: the fractions are not three shares of a whole with something to train on.
     """
     _check_fractions(fractions)
     position = {group: _position(group) for group in groups}
@@ -119,11 +102,7 @@ def group_of(name: str, pattern: re.Pattern[str] | None) -> str | None:
 
 
 def compile_group_by(expression: str | None) -> re.Pattern[str] | None:
-    """Compile the regular expression of `--group-by`.
-
-    Raises:
-        UsageError: it is none.
-    """
+    """Compile the regular expression of `--group-by`."""
     try:
         return None if expression is None else re.compile(expression)
     except re.error as error:

@@ -15,12 +15,7 @@ ReadMask = Callable[[int, int, int, int], torch.Tensor]  # (top, left, height, w
 
 
 class Places:
-    """How many pixels of each value lie in each row of each block of columns.
-
-    Args:
-        height: of the mask.
-        width: of the mask.
-    """
+    """How many pixels of each value lie in each row of each block of columns."""
 
     def __init__(self, height: int, width: int) -> None:
         self.height, self.width = height, width

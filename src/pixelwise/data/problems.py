@@ -62,18 +62,9 @@ def _unreadable(split: str, scans: list[PairScan], folder: DataFolder) -> list[P
 def _size_mismatches(split: str, scans: list[PairScan], folder: DataFolder) -> list[Problem]:
     problems = []
     for scan in scans:
-        if scan.image is None or scan.mask is None:
-            continue
-        image, mask, names = scan.image.grid, scan.mask.grid, _names(folder, scan)
-        if difference := mask.size_difference(image):
-            turned = (image.width, image.height) == (mask.height, mask.width)
-            hint = " One of them may be turned: both have their own EXIF orientation." if turned else ""
-            message = f"{difference.format(names[0])}. Both must have the same size.{hint}"
-        elif difference := mask.place_difference(image):
-            message = f"{difference.format(names[0])}. Resample the mask to the grid of its image."
-        else:
-            continue
-        problems.append(Problem("fatal", f"{split}: mask {names[-1]} {message}", names))
+        if scan.image and scan.mask and (difference := scan.mask.grid.difference(scan.image.grid)):
+            names = _names(folder, scan)
+            problems.append(Problem("fatal", f"{split}: mask {names[-1]} {difference.format(names[0])}", names))
     return _capped(problems, f"{split}: {{}} more masks differ in size or place from their images")
 
 

@@ -26,17 +26,11 @@ from pixelwise.formats.readers import read_image, read_mask
 
 @dataclass(frozen=True)
 class Sample:
-    """One image and its labels.
+    """One image and its labels."""
 
-    Attributes:
-        image: (C, H, W), uint8, or float32 in unit scale.
-        mask: uint8 (H, W), class ids and 255 for void; None where the pair has no mask.
-        name: the pair's name.
-    """
-
-    image: Tensor
-    mask: Tensor | None
-    name: str
+    image: Tensor  # (C, H, W), uint8, or float32 in unit scale
+    mask: Tensor | None  # uint8 (H, W), class ids and 255 for void; None where the pair has no mask
+    name: str  # the pair's name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,42 +72,33 @@ class Grid:
         """Of all planes."""
         return self.width * self.height * self.planes
 
-    def size_difference(self, image: "Grid") -> str | None:
-        """How the size of this mask differs from its image's; None if it does not."""
+    def difference(self, image: "Grid") -> str | None:
+        """How the grid of this mask differs from its image's, {}, as far as both files know it; None if it does not."""
         if (self.width, self.height) != (image.width, image.height):
-            return f"is {self.width} x {self.height} px, but its image {{}} is {image.width} x {image.height} px"
+            turned = (image.width, image.height) == (self.height, self.width)
+            hint = " One of them may be turned: both have their own EXIF orientation." if turned else ""
+            mine, its = f"{self.width} x {self.height} px", f"{image.width} x {image.height} px"
+            return f"is {mine}, but its image {{}} is {its}. Both must have the same size.{hint}"
         if self.planes != image.planes:
-            return f"has {_count(self.planes)}, but its image {{}} has {_count(image.planes)}"
-        return None
-
-    def place_difference(self, image: "Grid") -> str | None:
-        """How the place of this mask differs from its image's, as far as both files know it; None if it does not."""
+            mine, its = _count(self.planes), _count(image.planes)
+            return f"has {mine}, but its image {{}} has {its}. Both must have the same size."
+        advice = "Resample the mask to the grid of its image."
         if self.crs and image.crs and not _same_crs(self.crs, image.crs):
             mine, its = crs_name(self.crs), crs_name(image.crs)
-            return f"is in the coordinate system {mine}, but its image {{}} is in {its}"
+            return f"is in the coordinate system {mine}, but its image {{}} is in {its}. {advice}"
         for what in ("transform", "affine"):
-            mine, its = getattr(self, what), getattr(image, what)
-            if mine and its and not _close(np.array(mine), np.array(its)):
-                return f"has the {what} {_numbers(mine)}, but its image {{}} has {_numbers(its)}"
+            here, there = getattr(self, what), getattr(image, what)
+            if here and there and not _close(np.array(here), np.array(there)):
+                return f"has the {what} {_numbers(here)}, but its image {{}} has {_numbers(there)}. {advice}"
         return None
 
 
 class OpenPair:
     """The open files of a pair, of which windows are read.
 
-    Args:
-        pair: which files.
-        labels: what the values of the mask mean.
-        channels: of the network's images; None keeps the file's.
-        reading: the run's options of reading.
-
     Attributes:
         image: the open image.
         mask: the open mask, or None where the pair has none.
-
-    Raises:
-        DataError: a file cannot be used, or the two do not lie on the same grid.
-        UsageError: an option does not suit a format.
     """
 
     def __init__(
@@ -165,11 +150,7 @@ class OpenPair:
 
 
 class OpenPairs:
-    """The open files of the last few pairs; every process opens its own.
-
-    Args:
-        open_pair: opens one.
-    """
+    """The open files of the last few pairs; every process opens its own."""
 
     def __init__(self, open_pair: Callable[[Pair], OpenPair]) -> None:
         self._open_pair = open_pair
@@ -208,17 +189,7 @@ class OpenPairs:
 
 
 def load_sample(pair: Pair, labels: LabelSpec, channels: int | None = None, reading: Reading | None = None) -> Sample:
-    """Read the files of a pair as a whole.
-
-    Args:
-        pair: which files; of a volume, which plane.
-        labels: what the values of the mask mean.
-        channels: the number of channels the network takes; grey images are repeated for 3. None keeps the file's.
-        reading: the run's options of reading.
-
-    Raises:
-        DataError: a file cannot be used, the grids differ, or the mask holds values that are no class.
-    """
+    """Read the files of a pair as a whole; of a volume, the plane of the pair."""
     if reading or not are_pictures(pair):
         with OpenPair(pair, labels, channels, reading) as opened:
             if pair.plane is None and opened.image.info.planes > 1:
@@ -240,18 +211,9 @@ def are_pictures(pair: Pair) -> bool:
 
 
 def to_tensor(array: np.ndarray, channels: int | None = None) -> torch.Tensor:
-    """Turn an image (H, W, C) into what transforms and networks take.
+    """An image (H, W, C) as (C, H, W), grey repeated where 3 channels are wanted.
 
-    Args:
-        array: as `read_image` gives it.
-        channels: the number of channels wanted; grey is repeated for 3. None keeps what is there.
-
-    Returns:
-        (C, H, W): uint8 stays uint8; other integers become float32 divided by their type's maximum; floats become
-        float32 as they are.
-
-    Raises:
-        DataError: the image has another number of channels.
+    uint8 stays uint8; other integers become float32 divided by their type's maximum, floats float32 as they are.
     """
     found = array.shape[2]
     if channels is not None and found != channels:
@@ -269,16 +231,7 @@ def to_tensor(array: np.ndarray, channels: int | None = None) -> torch.Tensor:
 
 
 def open_mask(path: str | Path, reading: Reading | None = None, image: str | Path | None = None) -> Source:
-    """Open a mask: the numbers as they are stored, or 8-bit colours.
-
-    Args:
-        path: the mask.
-        reading: the run's options of reading; a volume is cut along their `axis`.
-        image: what is labelled; a DICOM segmentation gets its planes.
-
-    Raises:
-        DataError: the file is missing, damaged, or holds neither whole numbers nor 8-bit colours.
-    """
+    """Open a mask: the numbers as they are stored, or 8-bit colours. A DICOM segmentation gets the planes of `image`."""
     options: dict[str, Any] = {"allow_no_affine": True}
     if str(path).lower().endswith(FORMATS["nifti"].suffixes):
         options["axis"] = (reading or {}).get("axis")
@@ -299,11 +252,8 @@ def mask_values(array: NDArray[Any]) -> NDArray[Any]:
 
 def check_grids(pair: Pair, image: Grid, mask: Grid) -> None:
     """Raise `DataError` if a mask does not lie on the pixels of its image; the message shows both."""
-    name, other = printable(pair.mask or ""), printable(pair.image)
-    if difference := mask.size_difference(image):
-        raise DataError(f"{name}: the mask {difference.format(other)}. Both must have the same size.")
-    if difference := mask.place_difference(image):
-        raise DataError(f"{name}: the mask {difference.format(other)}. Resample the mask to the grid of its image.")
+    if difference := mask.difference(image):
+        raise DataError(f"{printable(pair.mask or '')}: the mask {difference.format(printable(pair.image))}")
 
 
 def crs_name(wkt: str) -> str:

@@ -65,29 +65,17 @@ class MaskScan:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageScan:
-    """What one image holds.
+    """What one image holds."""
 
-    Attributes:
-        grid: its size and place.
-        channels: numbers per pixel.
-        dtype: their type.
-        digest: SHA-256 of the decoded pixels.
-        format: of the file.
-        spacing: size of a pixel or voxel with its unit, in words; "" if the file does not know it.
-        pixels: how many hold data.
-        sums: per channel in unit scale, over the pixels that hold data; empty if nobody asked.
-        squares: likewise, of the squares.
-    """
-
-    grid: Grid
-    channels: int
-    dtype: str
-    digest: str
-    format: str
-    spacing: str = ""
-    pixels: int = 0
-    sums: tuple[float, ...] = ()
-    squares: tuple[float, ...] = ()
+    grid: Grid  # its size and place
+    channels: int  # numbers per pixel
+    dtype: str  # their type
+    digest: str  # SHA-256 of the decoded pixels
+    format: str  # of the file
+    spacing: str = ""  # size of a pixel or voxel with its unit, in words; "" if the file does not know it
+    pixels: int = 0  # how many hold data
+    sums: tuple[float, ...] = ()  # per channel in unit scale, over the pixels that hold data; empty if nobody asked
+    squares: tuple[float, ...] = ()  # likewise, of the squares
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,11 +104,7 @@ def scan_pair(pair: Pair, reading: Reading | None = None) -> PairScan:
 
 
 def scan_mask(pair: Pair, reading: Reading | None = None) -> MaskScan:
-    """Read the mask of a pair and count its values; asked again about an unchanged file, it answers from memory.
-
-    Raises:
-        DataError: as `open_mask`, or the mask holds so many values that they cannot be classes.
-    """
+    """Read the mask of a pair and count its values; asked again about an unchanged file, it answers from memory."""
     path, axis = Path(pair.mask or ""), (reading or {}).get("axis")
     image = pair.image if may_be_segmentation(path) else None
     try:

@@ -166,11 +166,7 @@ def _balance(classes: NDArray[Any], class_weights: Sequence[float] | None) -> ND
 def separate(
     pair: Pair, sample: Sample, *, w0: float, sigma_px: float, reading: Reading | None = None
 ) -> tuple[Sample, Tensor]:
-    """The sample with touching objects parted, and what gaps weigh beside their class: (H, W) float32, 0 far from any.
-
-    Raises:
-        DataError: the instance map cannot be read, or has another size than the mask.
-    """
+    """The sample with touching objects parted, and what gaps weigh beside their class: (H, W) float32, 0 far from any."""
     if sample.mask is None:
         raise DataError(f"{printable(pair.image)}: has no mask, so its objects cannot be separated.")
     mask, path = sample.mask.numpy(), instance_file(pair)

@@ -24,17 +24,7 @@ def is_picture(path: str | Path) -> bool:
 
 
 def open_image(path: str | Path, reading: Reading | None = None, channels: int | None = None) -> Source:
-    """Open an image as the network of a run sees it.
-
-    Args:
-        path: the image.
-        reading: the run's options of reading.
-        channels: how many the network takes, neighbouring planes included; helps where a file leaves something open.
-
-    Raises:
-        DataError: as `open_source`.
-        UsageError: as `open_source`, or `slices` is not an odd number.
-    """
+    """Open an image as the network of a run sees it, which takes so many `channels`, neighbouring planes included."""
     options = dict(reading or {})
     slices = options.pop("slices", None) or 1
     source = open_source(path, channels=channels and channels // slices, **options)
@@ -42,15 +32,7 @@ def open_image(path: str | Path, reading: Reading | None = None, channels: int |
 
 
 class SliceStack(Source):
-    """A volume of which each plane has its neighbours as further channels; at both ends the last plane is repeated.
-
-    Args:
-        source: the volume; closed with this.
-        slices: how many planes, the plane itself in the middle; an odd number.
-
-    Raises:
-        UsageError: `slices` is not an odd number from 1 on.
-    """
+    """A volume of which each plane has its neighbours as further channels; at both ends the last plane is repeated."""
 
     def __init__(self, source: Source, slices: int) -> None:
         if slices < 1 or slices % 2 == 0:

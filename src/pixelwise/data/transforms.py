@@ -66,12 +66,6 @@ class RandomScaleCrop(_Crop):
     The factor is drawn log-uniformly from `scale`. With probability `focus` the window holds a pixel of a class drawn
     evenly from the classes of the mask, so that rare classes are seen as often as their images are; otherwise it is drawn
     evenly over the image. What lies outside the image is `fill` in the image and void in the mask.
-
-    Args:
-        crop_px: side of the result in pixels.
-        scale: smallest and largest magnification.
-        focus: probability in [0, 1] of choosing the window by a class.
-        fill: one value per channel, in the image's own units.
     """
 
     def __init__(
@@ -198,11 +192,7 @@ def training_transform(
     """The augmentation of training: scale and crop, elastic deformation, flips, photometric; float32 in unit scale.
 
     The deformation comes after the crop: the same in effect, and only what is trained on is deformed.
-
-    Args:
-        fill: what lies outside the image, per channel in unit scale (the training mean, so that it is 0 to the network).
-        is_uint8: whether the images come as uint8; `fill` is then scaled to 0..255.
-        elastic: standard deviation in crop pixels of the 3x3 random vectors of the deformation; 0 leaves it out.
+    `fill` is what lies outside the image, per channel in unit scale; `elastic` the deviation of its vectors in crop pixels.
     """
     fill = tuple(value * 255 if is_uint8 else value for value in fill)
     steps: list[v2.Transform] = [RandomScaleCrop(crop_px, scale=scale, focus=focus, fill=fill)]
@@ -240,9 +230,6 @@ class RandomWindow(_Crop):
 
     The window of row i begins at row i - window_px // 2, columns alike, as in `pixelwise.models.patch_classifier`. A flip
     keeps the centre of an odd window; that of an even one moves by a pixel.
-
-    Args:
-        window_px: side of the window in pixels, of any size.
     """
 
     def __init__(self, window_px: int) -> None:

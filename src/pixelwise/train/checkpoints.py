@@ -45,11 +45,7 @@ class SafeCheckpointIO(CheckpointIO):
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """The nested dictionary of a checkpoint, its tensors on the CPU.
-
-    Raises:
-        DataError: missing, damaged, or not a checkpoint of pixelwise.
-    """
+    """The nested dictionary of a checkpoint, its tensors on the CPU."""
     try:
         with safe_open(path, framework="pt") as file:
             structure = json.loads((file.metadata() or {})["checkpoint"])
@@ -62,11 +58,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def checkpoint_step(path: Path) -> int:
-    """The optimiser steps done when the checkpoint was written; 0 where there is none.
-
-    Raises:
-        DataError: damaged, or not a checkpoint of pixelwise.
-    """
+    """The optimiser steps done when the checkpoint was written; 0 where there is none."""
     if not path.is_file():
         return 0
     step = read_checkpoint(path).get("global_step")

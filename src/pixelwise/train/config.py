@@ -185,11 +185,7 @@ class RunConfig(BaseModel):
 
 
 def make_config(values: dict[str, Any]) -> RunConfig:
-    """A validated configuration.
-
-    Raises:
-        UsageError: an unknown option (similar names are suggested) or a value out of range.
-    """
+    """A validated configuration."""
     known = RunConfig.model_fields
     for key in values:
         if key not in known:
@@ -205,11 +201,7 @@ def make_config(values: dict[str, Any]) -> RunConfig:
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
-    """The options in a YAML file.
-
-    Raises:
-        UsageError: it cannot be read, or is not a mapping.
-    """
+    """The options in a YAML file."""
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: a date such as 2001-99-99
@@ -220,11 +212,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
 
 
 def parse_settings(settings: list[str]) -> dict[str, Any]:
-    """`key=value` texts as options; values are read as YAML, and `options.skip=add` sets one of the network's own.
-
-    Raises:
-        UsageError: no `=`, or a value that is not YAML.
-    """
+    """`key=value` texts as options; values are read as YAML, and `options.skip=add` sets one of the network's own."""
     values: dict[str, Any] = {}
     for setting in settings:
         key, equals, text = setting.partition("=")
@@ -244,11 +232,7 @@ def parse_settings(settings: list[str]) -> dict[str, Any]:
 
 
 def merge_options(*layers: dict[str, Any]) -> dict[str, Any]:
-    """Later layers win; the network's own `options` are merged key by key.
-
-    Raises:
-        UsageError: `options` is no mapping.
-    """
+    """Later layers win; the network's own `options` are merged key by key."""
     merged: dict[str, Any] = {}
     for layer in layers:
         given = layer.get("options") or {}

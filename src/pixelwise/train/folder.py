@@ -45,11 +45,7 @@ def is_finished(out: Path) -> bool:
 
 
 def read_plan(out: Path, inspection: Inspection) -> Plan:
-    """The plan of a run that goes on: when it validates must not depend on how busy the machine is today.
-
-    Raises:
-        DataError: the data are others now, or the plan is not one of this version.
-    """
+    """The plan of a run that goes on: when it validates must not depend on how busy the machine is today."""
     values = read_json(out / PLAN_NAME)
     if _fingerprint(values) != inspection.fingerprint:
         raise DataError(
@@ -71,11 +67,7 @@ def _fingerprint(plan: Any) -> str | None:
 
 
 def read_state(out: Path) -> dict[str, Any]:
-    """What `environment.json` says; a finished run has marked itself there.
-
-    Raises:
-        DataError: it is missing, or holds no mapping.
-    """
+    """What `environment.json` says; a finished run has marked itself there."""
     state = read_json(out / STATE_NAME)
     if not isinstance(state, dict):
         raise DataError(f"{out / STATE_NAME}: must hold a mapping, not a {type(state).__name__}. Start a new run.")

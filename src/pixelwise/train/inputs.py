@@ -22,11 +22,7 @@ def window_px(model: nn.Module) -> int | None:
 
 
 def check_options(config: RunConfig, model: nn.Module) -> None:
-    """Refuse options that would be ignored.
-
-    Raises:
-        UsageError: an option of crops for a network that is trained on windows.
-    """
+    """Refuse options that would be ignored."""
     if window_px(model) is None:
         return
     fields = RunConfig.model_fields

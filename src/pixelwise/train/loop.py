@@ -33,16 +33,7 @@ Report = Callable[[dict[str, Any]], None]
 
 
 class TrainingLoop(pl.Callback):
-    """Logs, validates, keeps the best weights and writes checkpoints between the steps of a run.
-
-    Args:
-        inspection: the data; the val split is validated on, without resizing.
-        plan: when to validate, on what.
-        card: what is written beside the best weights.
-        run: the run folder.
-        history: the log.
-        report: called after each step with what a progress bar shows.
-    """
+    """Logs, validates, keeps the best weights and writes checkpoints between the steps of a run."""
 
     def __init__(
         self, inspection: Inspection, plan: Plan, card: ModelCard, run: Path, history: History, report: Report

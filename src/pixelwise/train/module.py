@@ -22,34 +22,17 @@ from pixelwise.train.stream import seed_of
 
 @dataclass
 class Progress:
-    """What a run must remember beside its weights; part of every checkpoint.
+    """What a run must remember beside its weights; part of every checkpoint."""
 
-    Attributes:
-        elapsed_s: seconds of training, over all parts of an interrupted run.
-        validated_step: the step of the last validation, -1 before the first.
-        best_miou: over all validations, -1 before the first.
-        best_step: its step.
-        stale: validations since then.
-    """
-
-    elapsed_s: float = 0.0
-    validated_step: int = -1
-    best_miou: float = -1.0
-    best_step: int = -1
-    stale: int = 0
+    elapsed_s: float = 0.0  # seconds of training, over all parts of an interrupted run
+    validated_step: int = -1  # the step of the last validation, -1 before the first
+    best_miou: float = -1.0  # over all validations, -1 before the first
+    best_step: int = -1  # its step
+    stale: int = 0  # validations since then
 
 
 class SegmentationModule(pl.LightningModule):
-    """Trains `model` on batches (image (N, C, H, W) in unit scale, labels (N, H, W)[, pixel weights (N, H, W)]).
-
-    Args:
-        model: maps (N, C, H, W) to (N, K, H, W).
-        config: loss, optimiser, schedule.
-        budget: when the learning rate reaches zero.
-        mean: per channel, unit scale.
-        std: per channel, unit scale.
-        weight: (K,) of the classes, or None.
-    """
+    """Trains `model` on batches (image (N, C, H, W) in unit scale, labels (N, H, W)[, pixel weights (N, H, W)])."""
 
     mean: Tensor
     std: Tensor
@@ -128,11 +111,7 @@ class SegmentationModule(pl.LightningModule):
         )
 
     def after_step(self, loss: Tensor) -> None:
-        """What belongs to a step after the optimiser's part; not a hook, since Lightning runs callbacks before those.
-
-        Raises:
-            PixelwiseError: the loss is not finite any more.
-        """
+        """What belongs to a step after the optimiser's part; not a hook, since Lightning runs callbacks before those."""
         if self.average is not None:
             self.average.update_parameters(self.model)
         # On a GPU looking at the loss waits for the step, so there only every tenth is looked at.
@@ -164,11 +143,7 @@ class SegmentationModule(pl.LightningModule):
 
 
 def loss_weights(config: RunConfig, inspection: Inspection, model: nn.Module) -> Tensor | None:
-    """The weight of each class in the loss, or None for all alike.
-
-    Raises:
-        UsageError: the given weights are not one per class.
-    """
+    """The weight of each class in the loss, or None for all alike."""
     if config.class_weights == "none":
         return None
     stats = inspection.splits["train"]

@@ -31,57 +31,31 @@ VALIDATION_SHARE = 0.08  # of a time budget; more would be taken from learning
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What was resolved; `plan.json` of a run folder.
+    """What was resolved; `plan.json` of a run folder."""
 
-    Attributes:
-        data: root, layout, images per split, image sizes.
-        classes: names.
-        model: the network's name.
-        config: keyword arguments that rebuild it.
-        parameters: trainable numbers.
-        pretrained: what was loaded and what did not fit, or None.
-        mean: per channel, unit scale; the network sees (image - mean) / std.
-        std: as `mean`.
-        crop_px: side of the training crops.
-        batch_size: crops in a step, per device.
-        precision: bf16 or float32.
-        device: cpu, cuda, …
-        workers: processes that prepare crops.
-        steps_per_epoch: steps that see as many crops as there are training images.
-        steps: the budget in steps; expected where the budget is a time.
-        validate_every_steps: between validations; 0 without validation images.
-        step_s: measured seconds of one step.
-        validation_s: expected seconds of one validation.
-        expected_s: of the whole run.
-        memory_bytes: largest memory of the process so far, the trial steps included.
-        inputs: what a step draws: crops, or windows around single pixels.
-        separation: where the objects of the separation weights come from, if those are used.
-        stage: which of several, in words.
-    """
-
-    data: dict[str, Any]
-    classes: tuple[str, ...]
-    model: str
-    config: dict[str, Any]
-    parameters: int
-    pretrained: str | None
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    crop_px: int
-    batch_size: int
-    precision: str
-    device: str
-    workers: int
-    steps_per_epoch: int
-    steps: int
-    validate_every_steps: int
-    step_s: float
-    validation_s: float
-    expected_s: float
-    memory_bytes: int | None
-    inputs: str = "crops"
-    separation: str = ""
-    stage: str = ""
+    data: dict[str, Any]  # root, layout, images per split, image sizes
+    classes: tuple[str, ...]  # names
+    model: str  # the network's name
+    config: dict[str, Any]  # keyword arguments that rebuild it
+    parameters: int  # trainable numbers
+    pretrained: str | None  # what was loaded and what did not fit, or None
+    mean: tuple[float, ...]  # per channel, unit scale; the network sees (image - mean) / std
+    std: tuple[float, ...]  # as `mean`
+    crop_px: int  # side of the training crops
+    batch_size: int  # crops in a step, per device
+    precision: str  # bf16 or float32
+    device: str  # cpu, cuda, …
+    workers: int  # processes that prepare crops
+    steps_per_epoch: int  # steps that see as many crops as there are training images
+    steps: int  # the budget in steps; expected where the budget is a time
+    validate_every_steps: int  # between validations; 0 without validation images
+    step_s: float  # measured seconds of one step
+    validation_s: float  # expected seconds of one validation
+    expected_s: float  # of the whole run
+    memory_bytes: int | None  # largest memory of the process so far, the trial steps included
+    inputs: str = "crops"  # what a step draws: crops, or windows around single pixels
+    separation: str = ""  # where the objects of the separation weights come from, if those are used
+    stage: str = ""  # which of several, in words
 
     def to_dict(self) -> dict[str, Any]:
         """Values for JSON."""

@@ -9,17 +9,11 @@ Schedule = Literal["poly", "onecycle", "constant", "exponential"]
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """A number of steps, or a number of seconds; exactly one is set.
+    """A number of steps, or a number of seconds; exactly one is set."""
 
-    Attributes:
-        steps: of the optimiser.
-        seconds: of training.
-        steps_per_epoch: how many steps are a pass over the data.
-    """
-
-    steps: int | None = None
-    seconds: float | None = None
-    steps_per_epoch: int = 1
+    steps: int | None = None  # of the optimiser
+    seconds: float | None = None  # of training
+    steps_per_epoch: int = 1  # how many steps are a pass over the data
 
     def progress(self, *, step: int, elapsed_s: float) -> float:
         """The share in [0, 1] that is spent after `step` steps and `elapsed_s` seconds."""
@@ -40,17 +34,9 @@ def lr_factor(
 ) -> float:
     """The learning rate over its peak: a rise over `warmup`, then what the schedule says.
 
-    Args:
-        progress: share of the budget spent, in [0, 1].
-        schedule: `poly` rises linearly, then falls as (1 - p) ** power (DeepLab, arXiv:1606.00915); `onecycle` rises and
-            falls as a half cosine (Smith and Topin, arXiv:1708.07120); both reach zero with the budget. `constant` stays
-            (FCN, SegNet). `exponential` is multiplied by `decay` after every `decay_epochs` (FC-DenseNet: 0.995 an epoch;
-            DeconvNet: 0.1 at steps many epochs apart).
-        warmup: share of the budget of the rise.
-        power: of `poly`.
-        epoch: passes over the data so far, a fraction included.
-        decay: factor of `exponential`.
-        decay_epochs: how often it is applied.
+    `poly` rises linearly, then falls as (1 - p) ** power (DeepLab, arXiv:1606.00915); `onecycle` rises and falls as a half
+    cosine (Smith and Topin, arXiv:1708.07120); both reach zero with the budget. `constant` stays (FCN, SegNet).
+    `exponential` is multiplied by `decay` after every `decay_epochs` (FC-DenseNet: 0.995 an epoch).
     """
     if progress < warmup:
         rise = progress / warmup

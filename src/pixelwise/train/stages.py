@@ -20,28 +20,18 @@ STAGES_NAME = "stages"
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One training of several, or the only one.
+    """One training of several, or the only one."""
 
-    Attributes:
-        config: what it is trained with.
-        recorded: what its folder says it is trained with; the last one's folder names the options of all.
-        folder: its run folder.
-        words: which one it is and what it leaves out; nothing for the only one.
-    """
-
-    config: RunConfig
-    recorded: RunConfig
-    folder: Path
-    words: str = ""
+    config: RunConfig  # what it is trained with
+    recorded: RunConfig  # what its folder says it is trained with; the last one's folder names the options of all
+    folder: Path  # its run folder
+    words: str = ""  # which one it is and what it leaves out; nothing for the only one
 
 
 def plan_stages(config: RunConfig, out: Path) -> tuple[Stage, ...]:
     """The trainings that `config` asks for, in order; the last one is that of `config.model` in `out`.
 
     Each of the others has the same budget and options, but for options that its network does not know.
-
-    Raises:
-        UsageError: there is no such network.
     """
     if not config.stages:
         return (Stage(config=config, recorded=config, folder=out),)
@@ -67,11 +57,7 @@ def plan_stages(config: RunConfig, out: Path) -> tuple[Stage, ...]:
 
 
 def check_stages(stages: tuple[Stage, ...], inspection: Inspection) -> None:
-    """Find out before the first stage whether the later ones can be built and start from those before them.
-
-    Raises:
-        UsageError: an option that a network does not take, or networks that have too little in common.
-    """
+    """Find out before the first stage whether the later ones can be built and start from those before them."""
     before: nn.Module | None = None
     for stage in stages:
         kwargs = network_config(stage.config, inspection)

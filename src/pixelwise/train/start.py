@@ -25,30 +25,17 @@ Normalisation = tuple[tuple[float, ...], tuple[float, ...]]  # mean and standard
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """A network as its training begins.
+    """A network as its training begins."""
 
-    Attributes:
-        model: the network, filled.
-        kwargs: what rebuilds it.
-        loaded: what was loaded and what did not fit, in words, or None.
-        mean: per channel, unit scale; the network sees (image - mean) / std.
-        std: as `mean`.
-    """
-
-    model: nn.Module
-    kwargs: dict[str, Any]
-    loaded: str | None
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    model: nn.Module  # the network, filled
+    kwargs: dict[str, Any]  # what rebuilds it
+    loaded: str | None  # what was loaded and what did not fit, in words, or None
+    mean: tuple[float, ...]  # per channel, unit scale; the network sees (image - mean) / std
+    std: tuple[float, ...]  # as `mean`
 
 
 def start_network(config: RunConfig, inspection: Inspection, *, is_resumed: bool) -> Start:
-    """Build the network and fill it; one that is resumed gets its weights from the checkpoint.
-
-    Raises:
-        UsageError: an option the network does not know, or weights that are not there or do not fit.
-        DataError: the run to start from is damaged.
-    """
+    """Build the network and fill it; one that is resumed gets its weights from the checkpoint."""
     kwargs = network_config(config, inspection)
     model = create_model(config.model, **kwargs)
     check_options(config, model)
@@ -64,11 +51,7 @@ def start_network(config: RunConfig, inspection: Inspection, *, is_resumed: bool
 
 
 def network_config(config: RunConfig, inspection: Inspection) -> dict[str, Any]:
-    """The keyword arguments for `create_model`: the user's, and what the data decide.
-
-    Raises:
-        UsageError: the network does not know an option.
-    """
+    """The keyword arguments for `create_model`: the user's, and what the data decide."""
     given = {key: value for key, value in config.options.items() if key not in ("num_classes", "in_channels")}
     fixed: dict[str, Any] = {"num_classes": inspection.folder.labels.num_classes, "in_channels": inspection.channels}
     for key, value in fixed.items():
