@@ -42,15 +42,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from pixelwise.infer.decide import Decision
 from torch import Tensor
 
 from pixelwise.data.labels import LabelSpec
 from pixelwise.files import write_json
 from pixelwise.infer.bundle import ModelCard
-from pixelwise.infer.decide import Decision
+from pixelwise.infer.options import Tiling
 from pixelwise.infer.predictor import Predictor
 from pixelwise.infer.tiling import Region
-from pixelwise.infer.options import Tiling
 from pixelwise.infer.tiling.plan import choose_scorer
 from pixelwise.models import create_model
 

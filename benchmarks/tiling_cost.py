@@ -25,8 +25,8 @@ from pixelwise.data.labels import LabelSpec
 from pixelwise.errors import PixelwiseError
 from pixelwise.files import write_json
 from pixelwise.infer.bundle import ModelCard
-from pixelwise.infer.predictor import Predictor
 from pixelwise.infer.options import Tiling
+from pixelwise.infer.predictor import Predictor
 from pixelwise.infer.tiling.plan import choose_scorer
 from pixelwise.infer.tiling.stripes import Stripes
 from pixelwise.models import create_model, list_models
