@@ -48,6 +48,19 @@ def test_files_are_documented_and_of_a_size_to_read(path):
             assert not names & {"pickle", "dill", "cloudpickle", "marshal", "shelve"} or "UnpicklingError" in names
 
 
+def test_the_page_on_architecture_lists_every_file():
+    tree = (ROOT / "docs" / "architecture.md").read_text().rpartition("## Files")[2]
+    folder, listed = "", []
+    for line in tree.splitlines():
+        name = line.split("  ")[0] if line[:1].strip() else line.split()[0] if line.strip() else ""
+        if name.endswith("/"):
+            folder = name
+        elif name.endswith(".py"):
+            listed.append(folder + name if line.startswith(" ") else name)
+    files = [path.relative_to(ROOT / "src" / "pixelwise").as_posix() for path in SOURCES if path.stem != "__init__"]
+    assert sorted(listed) == sorted(files)
+
+
 # Their examples stand with the functions that return them.
 RESULTS = {"DataFolder", "Evaluation", "Inspection", "Run"}
 

@@ -186,6 +186,7 @@ def predict(
         raise UsageError("--seed is the dropout seed of --samples; add --samples 20, or leave it out.")
     thresholds, memory_bytes = [_parse_threshold(text) for text in threshold or ()], memory and _parse_bytes(memory)
     names, reading = _parse_list(maps or ()), tuple((key, value) for key, value in given.items() if value is not None)
+    _start_decoder(inputs)
     from pixelwise.infer.batch import plan_batch
     from pixelwise.infer.options import JobOptions, Tiling
     from pixelwise.infer.predictor import load
@@ -269,6 +270,15 @@ def _check_engine(engine: str, address: str | None, workers: int | None) -> None
         raise UsageError("--address is that of a Ray cluster; add --engine ray, or leave it out.")
     if workers is not None and workers < 1:
         raise UsageError(f"--workers must be at least 1, not {workers}.")
+
+
+def _start_decoder(inputs: Sequence[str]) -> None:
+    """Start the process that decodes, if it will be needed, while this one imports torch."""
+    from pixelwise.data.slices import is_picture
+    from pixelwise.formats import SOURCE_SUFFIXES, decoding
+
+    if any(name.lower().endswith(SOURCE_SUFFIXES) and not is_picture(name) for name in inputs):
+        decoding.start()
 
 
 def _label(predictor: Any, batch: Any, **how: Any) -> "list[Outcome]":
