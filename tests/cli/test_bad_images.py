@@ -190,7 +190,7 @@ def test_bombs_take_no_memory(complaints, tmp_path):
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit < 400 * 2**20
     assert set(found) == wanted
     for name, reason in found.items():
-        words = ("too large", "cannot hold", "truncated", "at most", "more than", "are there", "but holds")
+        words = ("too large", "cannot hold", "truncated", "at most", "more than", "are there", "but holds", "on the disk")
         assert any(word in reason for word in words), (name, reason)
 
 
@@ -213,18 +213,14 @@ def test_a_file_that_changes_while_it_is_read(bundles, program, tmp_path, monkey
     folder.mkdir()
     one_of_each(folder)
     victim = {"f.zarr": "f.zarr/zarr.json", "g": "g/1.dcm"}.get(name, name)
-    plain = {"read": Predictor.read, "window": Predictor.window}
+    window = Predictor.window
 
-    def change(kind):
-        def changed(self, pixels):
-            with (folder / victim).open("ab") as file:
-                file.write(b" ")
-            return plain[kind](self, pixels)
+    def changed(self, pixels):
+        with (folder / victim).open("ab") as file:
+            file.write(b" ")
+        return window(self, pixels)
 
-        return changed
-
-    for kind in plain:
-        monkeypatch.setattr(Predictor, kind, change(kind))
+    monkeypatch.setattr(Predictor, "window", changed)
     done = program("predict", bundles[3], folder / name, "--out", tmp_path / "out")
     assert (done.code, done.out) == (1, f"0 labelled, 1 failed: {tmp_path / 'out'}\n"), done.err
     assert f"failed: {folder / victim}: the file changed while it was read" in done.err or (

@@ -49,7 +49,7 @@ def inspect(
 
     Example: pixelwise inspect data/hearts --group-by '(.*)-IM-'
     """
-    from pixelwise.cli.predict_options import parse_intensity
+    from pixelwise.cli.predict import parse_intensity
     from pixelwise.data.check import inspect_data
     from pixelwise.data.layouts import open_data
 

@@ -177,7 +177,7 @@ def predict(
         "axis": axis,
         "level": level,
         "series": int(series) if series is not None and series.isascii() and series.isdigit() else series,
-        "intensity": None if intensity is None else _parse_intensity(intensity),
+        "intensity": None if intensity is None else parse_intensity(intensity),
         "allow_no_affine": allow_no_affine or None,
     }
     if overlap is not None and blend is None:
@@ -247,7 +247,7 @@ def _parse_list(texts: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for name in names if name))
 
 
-def _parse_intensity(text: str) -> Any:
+def parse_intensity(text: str) -> Any:
     """ "auto", "type", or LOW,HIGH as two numbers.
 
     Raises:

@@ -280,9 +280,10 @@ class WorkerSource(Source):
         def ask(child: _Child) -> NDArray[Any]:
             handle = self._opened(child)[0]
             request = {"do": do, "handle": handle, "window": window}
-            if child.memory is None:
+            place = None if child.memory is None else child.memory.take(shape, dtype)
+            if child.memory is None or place is None:
                 return np.asarray(unpacked(child.request(request)["pixels"]), dtype).reshape(shape)
-            offset, array = child.memory.take(shape, dtype)
+            offset, array = place
             child.request({**request, "offset": offset, "shape": shape, "dtype": dtype.str})
             return child.memory.leave(array)
 

@@ -30,18 +30,21 @@ class SharedMemory:
         self._kept = self._taken = 0
         self._lock = threading.Lock()
 
-    def take(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[int, NDArray[Any]]:
-        """Where the child shall write, and the array that will have its pixels."""
+    def take(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[int, NDArray[Any]] | None:
+        """Where the child shall write, and the array that will have its pixels; None where it cannot grow (ulimit -f)."""
         size = max(1 << 16, 1 << (int(np.prod(shape)) * dtype.itemsize - 1).bit_length())
         with self._lock:
-            self._taken += 1
             if self._free[size]:
                 offset, view = self._free[size].pop()
                 self._kept -= size if size <= _KEPT_BYTES else 0
             else:
+                try:
+                    os.truncate(self.fd, self._end + size)
+                except OSError:
+                    return None
                 offset, self._end = self._end, self._end + size
-                os.truncate(self.fd, self._end)
                 view = mmap.mmap(self.fd, size, offset=offset)
+            self._taken += 1
         array: NDArray[Any] = np.ndarray(shape, dtype, buffer=view)
         weakref.finalize(array, self._give_back, size, offset, view)
         return offset, array

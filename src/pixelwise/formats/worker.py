@@ -147,7 +147,7 @@ class _Server:
         return {"handle": handle, "info": info, "metadata": metadata, "has_valid": has_valid}
 
     def _pixels(self, found: NDArray[Any], request: dict[str, Any]) -> dict[str, Any]:
-        if self._memory_fd < 0:
+        if "offset" not in request:
             return {"pixels": packed(found)}
         shape, dtype = tuple(request["shape"]), np.dtype(request["dtype"])
         if found.shape != shape or found.dtype != dtype:

@@ -132,7 +132,8 @@ class Pipeline:
     def label(self, store: Store, folder: Path | None = None) -> None:
         """Compute what is missing; what was computed of an image that is damaged or has changed is dropped."""
         if not store.is_on_disk:
-            return self.compute(store)
+            self.compute(store)
+            return self.source.check_unchanged()
         with self.dropping_damaged(store):
             if folder is not None:
                 each = sum(dtype.itemsize for dtype in self.kinds.values())

@@ -72,7 +72,8 @@ class ArraySource(Source):
         return self.origin.fingerprint() if self.origin else hashlib.sha256(self.pixels.tobytes()).hexdigest()
 
     def check_unchanged(self) -> None:
-        pass
+        if self.origin:
+            self.origin.check_unchanged()
 
     def close(self) -> None:
         if self.origin:
@@ -115,9 +116,7 @@ def in_memory(source: Source) -> Source:
     if info.planes > 1 or info.height * info.width > ONE_PASS_PX:
         return source
     whole = (0, 0, info.height, info.width)
-    found = ArraySource(source.read(*whole), source, valid=source.valid(*whole))
-    source.check_unchanged()
-    return found
+    return ArraySource(source.read(*whole), source, valid=source.valid(*whole))
 
 
 def prefetch(
