@@ -27,7 +27,7 @@ BACKBONES = [
         "efficientnet_lite0",
         "tf_efficientnet_b0",
     ),
-    *("convnext_atto", "regnetx_002", "regnety_002", "repvgg_a0", "ghostnet_050", "test_byobnet"),
+    *("convnext_atto", "regnetx_002", "regnety_002", "repvgg_a0", "ghostnet_050", "test_byobnet", "test_nfnet"),
     *("torchvision/resnet18", "torchvision/mobilenet_v3_small"),
 ]
 SLOW = (
@@ -105,8 +105,12 @@ def test_rows_lead_from_the_image_to_the_last_map_and_back_to_the_scores(backbon
 def test_any_size_and_every_parameter_learns(backbone):
     model = build(backbone, skip=SKIPS[BACKBONES.index(backbone) % 4])
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):  # so that no branch is off, as it is where a last norm starts at zero
+        if isinstance(
+            module, nn.BatchNorm2d
+        ):  # so that no branch is off, as it is where a last norm or gain starts at zero
             nn.init.uniform_(module.weight, 0.5, 1.5)
+        if isinstance(module, timm.layers.ScaledStdConv2d):
+            nn.init.uniform_(module.gain, 0.5, 1.5)
     logits = model(torch.randn(2, 3, 32, 64))
     assert logits.shape == (2, 11, 32, 64)
     (logits * torch.randn(logits.shape)).sum().backward()

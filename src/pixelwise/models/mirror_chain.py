@@ -11,6 +11,7 @@ from itertools import groupby, pairwise
 from typing import Any, Literal
 
 import torch
+from timm.models.nfnet import NormFreeBlock
 from torch import Tensor, fx, nn
 
 from pixelwise.errors import UsageError
@@ -83,7 +84,8 @@ class Chain:
         layers = {path for path, item in modules if not list(item.children()) and type(item) is not nn.Sequential}
         try:
             with torch.device("cpu"):
-                self.capture = Capture(network, size, layers)
+                # timm keeps NFNet's block from fx for its multiplication in place, which the capture follows.
+                self.capture = Capture(network, size, layers, followed=(NormFreeBlock,))
         except Untraceable as error:
             raise UsageError(
                 f"mirror: backbone {label!r} does not take images of any size ({error.reason}). Choose another."

@@ -49,8 +49,14 @@ class Capture:
     behind its parameters. Code that cannot be followed, or takes no images of that size, is `Untraceable`.
     """
 
-    def __init__(self, classifier: nn.Module, input_size: tuple[int, int, int], leaves: Collection[str] = ()) -> None:
-        self.classifier, self.input_size, self.leaves = classifier, input_size, set(leaves)
+    def __init__(
+        self,
+        classifier: nn.Module,
+        input_size: tuple[int, int, int],
+        leaves: Collection[str] = (),
+        followed: Collection[type] = (),  # classes to follow though timm keeps them from fx
+    ) -> None:
+        self.classifier, self.input_size, self.leaves, self.followed = classifier, input_size, set(leaves), followed
         self.twin = without_memory(classifier)
         channels, height, width = input_size
         sizes = {
@@ -67,7 +73,7 @@ class Capture:
 
     def _follow(self, images: dict[str, Tensor], optional: dict[str, Any]) -> bool:
         """Follow the code once; a module whose code cannot be followed becomes one step, and all begins anew."""
-        tracer = Tracer(self.leaves, images)
+        tracer = Tracer(self.leaves, images, self.followed)
         try:
             self.graph = tracer.trace(self.twin, concrete_args=optional)
             tracer.evaluate()

@@ -60,9 +60,9 @@ class Tracer(fx.Tracer):
 
     proxy_buffer_attributes = True
 
-    def __init__(self, leaves: Collection[str], images: dict[str, Tensor]) -> None:
+    def __init__(self, leaves: Collection[str], images: dict[str, Tensor], followed: Collection[type] = ()) -> None:
         super().__init__(autowrap_functions=tuple(get_notrace_functions()))
-        self._leaf_types = tuple(get_notrace_modules())
+        self._leaf_types = tuple(kind for kind in get_notrace_modules() if kind not in followed)
         self._leaves, self._images = leaves, images
         self._pending: list[fx.Node] = []
         self._image: fx.Node | None = None
@@ -107,6 +107,8 @@ class Tracer(fx.Tracer):
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *more: Any, **others: Any) -> fx.Proxy:
         proxy = super().create_proxy(kind, target, args, kwargs, *more, **others)
         node = proxy.node
+        if kind == "call_method" and target.endswith("_") and not target.endswith("__"):
+            args[0].node = node  # what works in place: from here on, its input is what it gives
         module = self.root.get_submodule(target) if kind == "call_module" else None
         if is_adaptive_pool(node, module) and self._keeps_the_map(node):
             return _Proxy(node.args[0], self)  # type: ignore[arg-type]
