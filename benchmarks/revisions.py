@@ -1,7 +1,8 @@
 """Two revisions of pixelwise, old and new, on the same commands in turn: no change may make the whole slower.
 
 Each command runs in a process of its own, as a user would type it, old and new alternating, so that a machine that slows
-down slows both. Reported is old seconds over new seconds, medians: above 1 the new revision is faster.
+down slows both. Reported is old seconds over new seconds, of the fastest rounds, which other work on the machine disturbs
+least, and of the medians: above 1 the new revision is faster.
 
     git worktree add /tmp/old REVISION
     python benchmarks/revisions.py --old /tmp/old --camvid CAMVID --out benchmarks/results
@@ -25,6 +26,7 @@ import torch
 
 from pixelwise.files import write_json
 
+SUMMARIES = {"fastest": min, "median": statistics.median}
 STEPS = 46  # an epoch of CamVid's 367 images in batches of 8
 CONFIG = """\
 model: encoder_decoder
@@ -74,6 +76,7 @@ def main() -> None:
     (work / "first.yaml").write_text(CONFIG + "steps: 2\n")
     run(options.old, ["train", str(options.camvid), "--config", str(work / "first.yaml"), "--out", str(work / "run")])
     seconds: dict[str, dict[str, list[float]]] = {}
+    ratios: dict[str, dict[str, float]] = {}
     for name, arguments in commands(work, options.camvid).items():
         if options.only not in name:
             continue
@@ -84,14 +87,13 @@ def main() -> None:
                 out = str(work / "out")
                 shutil.rmtree(out, ignore_errors=True)
                 seconds[name][kind].append(run(root, [out if item == "{out}" else item for item in arguments]))
-        medians = {kind: statistics.median(values) for kind, values in seconds[name].items()}
+        ratios[name] = {what: f(seconds[name]["old"]) / f(seconds[name]["new"]) for what, f in SUMMARIES.items()}
         print(
-            f"{name}: old {medians['old']:.1f} s, new {medians['new']:.1f} s, ratio {medians['old'] / medians['new']:.2f}"
+            name, {kind: [f"{value:.1f} s" for value in values] for kind, values in seconds[name].items()}, ratios[name]
         )
     shutil.rmtree(work)
     if options.out is not None:
         path = options.out / f"{datetime.now(UTC):%Y-%m-%d}-revisions.json"
-        ratios = {name: statistics.median(v["old"]) / statistics.median(v["new"]) for name, v in seconds.items()}
         machine = {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
         command = "python benchmarks/revisions.py --old OLD --camvid CAMVID --out benchmarks/results"
         write_json(path, {"command": command, "ratios": ratios, "seconds": seconds, "machine": machine})
