@@ -94,7 +94,7 @@ def kind_of(pid: int, root: int) -> str:
     return "decoding child" if b"pixelwise.formats.worker" in words else "worker process"
 
 
-def watch(process: "subprocess.Popen[bytes]", every_s: float = 0.25) -> dict[str, Any]:
+def watch(process: "subprocess.Popen[bytes]", every_s: float = 0.03) -> dict[str, Any]:
     """Peaks in bytes until the process ends."""
     peaks: dict[tuple[str, int], int] = {}
     together = 0
