@@ -9,8 +9,8 @@ import pixelwise
 from pixelwise.errors import UsageError
 from pixelwise.models import create_model
 from pixelwise.train import make_config, train
-from pixelwise.train.history import read_history
-from pixelwise.train.inputs import batch_size, check_options, draws_per_image, label_px, training_logits, window_px
+from pixelwise.train.folder import read_history
+from pixelwise.train.network import batch_size, check_options, draws_per_image, label_px, training_logits, window_px
 
 WINDOW = {"window": 9, "widths": [6, 8], "kernels": [4, 2], "pools": [2, 2], "hidden": 8}
 TINY = {"model": "patch_classifier", "options": WINDOW, "lr": 0.02, "workers": 0, "precision": "float32"}

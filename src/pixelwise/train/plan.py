@@ -2,10 +2,9 @@
 
 import copy
 import math
-import os
 import statistics
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,14 +12,14 @@ from torch import nn
 
 from pixelwise.data.check import Inspection
 from pixelwise.data.pairs import Pair
+from pixelwise.data.scan import worker_count
 from pixelwise.data.separation import where_objects_come_from
 from pixelwise.infer.network import peak_memory_bytes, resolve_device, resolve_precision
 from pixelwise.losses import cross_entropy
 from pixelwise.models.registry import count_parameters
 from pixelwise.ops.depthwise import speed_up_depthwise
 from pixelwise.train.config import RunConfig
-from pixelwise.train.inputs import batch_size, draws_per_image, label_px, training_logits, window_px
-from pixelwise.train.start import Start
+from pixelwise.train.network import Start, batch_size, draws_per_image, label_px, training_logits, window_px
 
 CROP_STEP_PX = 32  # the stride of nearly every encoder: crops of its multiples need no padding
 LARGEST_CROP_PX = 352
@@ -56,10 +55,6 @@ class Plan:
     inputs: str = "crops"  # what a step draws: crops, or windows around single pixels
     separation: str = ""  # where the objects of the separation weights come from, if those are used
     stage: str = ""  # which of several, in words
-
-    def to_dict(self) -> dict[str, Any]:
-        """Values for JSON."""
-        return asdict(self)
 
 
 def choose_crop_px(sizes: dict[str, int]) -> int:
@@ -198,5 +193,5 @@ def image_area(size: str) -> int:
 
 def default_workers(device_type: str) -> int:
     """Processes to prepare crops: one where the CPU computes the network too, up to eight beside a GPU."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = worker_count()
     return min(1, cores - 1) if device_type == "cpu" else min(8, max(1, cores - 1))
