@@ -1,7 +1,6 @@
 """`pixelwise inspect`: what is in a data folder, and what is wrong with it."""
 
 import json
-import math
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -68,12 +67,11 @@ def _suggested_weights(inspection: "Inspection") -> dict[str, list[float | None]
     train = inspection.splits.get("train")
     if train is None or not sum(train.pixels):
         return {}
-    known: dict[str, list[float | None]] = {}
-    for scheme in _SCHEMES:
-        weights = class_weights(scheme, train.pixels, train.image_pixels).tolist()
-        usable = [count > 0 and math.isfinite(weight) for count, weight in zip(train.pixels, weights, strict=True)]
-        known[scheme] = [weight if use else None for weight, use in zip(weights, usable, strict=True)]
-    return known
+    weights = {scheme: class_weights(scheme, train.pixels, train.image_pixels).tolist() for scheme in _SCHEMES}
+    return {
+        scheme: [weight if count else None for weight, count in zip(found, train.pixels, strict=True)]
+        for scheme, found in weights.items()
+    }
 
 
 def _facts(inspection: "Inspection") -> Table:

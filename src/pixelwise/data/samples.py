@@ -176,12 +176,8 @@ class OpenPairs:
             pair.close()
         self._reset()
 
-    def __getstate__(self) -> dict[str, Any]:  # to a process that is spawned
-        return {"_open_pair": self._open_pair, "_most": self._most}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._reset()
+    def __reduce__(self) -> tuple[Any, ...]:  # to a process that is spawned
+        return OpenPairs, (self._open_pair,)
 
 
 def load_sample(pair: Pair, labels: LabelSpec, channels: int | None = None, reading: Reading | None = None) -> Sample:

@@ -20,7 +20,6 @@ from pixelwise.models.matching import Loaded
 from pixelwise.models.pretrained import is_classifier, load_classifier, load_network, load_pretrained
 from pixelwise.train.config import RunConfig
 
-CROPS, WINDOWS = 8, 128  # in a step, unless the user says otherwise
 OF_CROPS = ("crop_px", "scale", "focus", "elastic", "separation")  # options that mean nothing for windows
 Normalisation = tuple[tuple[float, ...], tuple[float, ...]]  # mean and standard deviation per channel, unit scale
 
@@ -116,22 +115,6 @@ def check_options(config: RunConfig, model: nn.Module) -> None:
             f"{config.model} is trained on windows of {window_px(model)} px, not on crops, so {', '.join(given)} means "
             "nothing to it. Leave it out; options.window=… sets the side of the windows."
         )
-
-
-def batch_size(config: RunConfig, model: nn.Module) -> int:
-    """Crops or windows in a step."""
-    return config.batch_size or (CROPS if window_px(model) is None else WINDOWS)
-
-
-def draws_per_image(model: nn.Module, pixels: float) -> int:
-    """How many draws make an epoch for an image of `pixels`: one crop, or as many windows as would cover it."""
-    side = window_px(model)
-    return 1 if side is None else max(1, round(pixels / side**2))
-
-
-def label_px(model: nn.Module, crop_px: int) -> int:
-    """The side of the labels that belong to an input of `crop_px`: a window has one, that of its centre."""
-    return crop_px if window_px(model) is None else 1
 
 
 def training_logits(model: nn.Module, image: Tensor) -> Tensor:
