@@ -185,14 +185,8 @@ def _image_s(model: nn.Module, inspection: Inspection, device: torch.device, pre
 
 def _average_pixels(inspection: Inspection) -> float:
     """Of an image."""
-    pixels = sum(count * image_area(size) for size, count in inspection.sizes.items())
+    pixels = sum(count * math.prod(map(int, size.split("x"))) for size, count in inspection.sizes.items())
     return pixels / sum(inspection.sizes.values())
-
-
-def image_area(size: str) -> int:
-    """The pixels of a "WIDTHxHEIGHT"."""
-    width, height = map(int, size.split("x"))
-    return width * height
 
 
 def default_workers(device_type: str) -> int:
