@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pixelwise.data.check import Inspection, inspect_data
-    from pixelwise.data.labels import LabelSpec, load_labels
+    from pixelwise.data.classes import load_labels
+    from pixelwise.data.labels import LabelSpec
     from pixelwise.data.layouts import DataFolder, open_data
     from pixelwise.data.scenes import draw_scene, write_scenes
     from pixelwise.errors import DataError, PixelwiseError, UsageError
@@ -58,7 +59,7 @@ _HOMES = {
     "inspect_data": "data.check",
     "list_models": "models",
     "load": "infer.predictor",
-    "load_labels": "data.labels",
+    "load_labels": "data.classes",
     "open_classifier": "infer.heatmap",
     "open_data": "data.layouts",
     "receptive_field": "ops.receptive_field",

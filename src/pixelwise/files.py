@@ -13,6 +13,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import yaml
+
 from pixelwise.errors import DataError, PixelwiseError, UsageError
 
 ZARR_DOCUMENTS = ("zarr.json", ".zarray", ".zgroup")
@@ -137,6 +139,18 @@ def read_json(path: str | Path) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read as JSON ({error}).") from error
+
+
+def read_yaml(path: str | Path) -> Any:
+    """Read a YAML file.
+
+    Raises:
+        DataError: the file is missing, unreadable or not YAML.
+    """
+    try:
+        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: a date such as 2001-99-99
+        raise DataError(f"{path}: cannot be read as YAML ({' '.join(str(error).split())[:200]}).") from error
 
 
 def _without_nan(value: Any) -> Any:

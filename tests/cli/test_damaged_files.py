@@ -18,7 +18,8 @@ from PIL import Image
 
 from pixelwise.cli import main
 from pixelwise.data.check import inspect_data
-from pixelwise.data.labels import LabelSpec, save_labels
+from pixelwise.data.classes import save_labels
+from pixelwise.data.labels import LabelSpec
 from pixelwise.data.layouts import open_data
 from pixelwise.errors import DataError
 from pixelwise.infer.bundle import ModelCard, save_bundle

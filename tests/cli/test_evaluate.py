@@ -7,7 +7,8 @@ import torch
 from PIL import Image
 
 from pixelwise.cli import main
-from pixelwise.data.labels import LabelSpec, save_labels
+from pixelwise.data.classes import save_labels
+from pixelwise.data.labels import LabelSpec
 from pixelwise.infer.bundle import ModelCard, save_bundle
 from pixelwise.infer.evaluate import evaluate
 from pixelwise.models import create_model

@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 from torchvision import tv_tensors
 
-from pixelwise.data.elastic import RandomElastic
+from pixelwise.data.transforms import RandomElastic
 from pixelwise.errors import UsageError
 from pixelwise.ops.mirror import mirror_pad
 

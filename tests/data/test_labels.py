@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pixelwise.data.classes import load_labels, propose_labels, save_labels
 from pixelwise.data.labels import (
     CAMVID_COLORS,
     CAMVID_NAMES,
@@ -13,9 +14,6 @@ from pixelwise.data.labels import (
     MAX_CLASSES,
     LabelSpec,
     distinct_colors,
-    load_labels,
-    propose_labels,
-    save_labels,
     value_counts,
 )
 from pixelwise.errors import DataError, UsageError

@@ -327,9 +327,9 @@ def touch(root, *names):
 
 
 def found(folder, masks):
-    matches, problems = match_source(Source(split=None, images=folder, masks=masks), folder.parent)
+    pairs, problems = match_source(Source(split="", images=folder, masks=masks), folder.parent)
     assert not problems, problems
-    return {match.key: (match.image.name, match.mask.name) for match in matches}
+    return {pair.name: (pair.image.name, pair.mask.name) for pair in pairs}
 
 
 def test_double_suffixes_and_zarr_folders_are_one_name(tmp_path):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pixelwise.data.labels import load_labels
+from pixelwise.data.classes import load_labels
 from pixelwise.data.scenes import SCENE_LABELS, SCENE_SIZES, draw_scene, write_scenes
 from pixelwise.data.scenes.canvas import Canvas, hull, noise_table
 from pixelwise.errors import DataError, UsageError

@@ -99,32 +99,22 @@ def test_void_is_neither_cell_nor_background():
     assert separation_weights(instances, is_instances=True).tolist() == [[1, 11, 1]]
 
 
-def test_class_weights_are_added():
-    mask = np.array([[1, 0, 2, 255]], dtype=np.uint8)
-    assert separation_weights(mask, class_weights=(0.5, 2, 3)).tolist() == [[2, 10.5, 3, 0]]
-    instances = np.array([[9, 0, 400]])
-    assert separation_weights(instances, is_instances=True, class_weights=(0.5, 2)).tolist() == [[2, 10.5, 2]]
-    with pytest.raises(UsageError, match="hold class 2, but class_weights has 2 entries"):
-        separation_weights(mask, class_weights=(1, 1))
-
-
 @settings(max_examples=60, deadline=None)
-@given(st.integers(0, 10**6), st.sampled_from([1, 2]), st.integers(1, 12), st.integers(1, 12))
-def test_separated_cells_touch_nowhere(seed, width, height, columns):
+@given(st.integers(0, 10**6), st.integers(1, 12), st.integers(1, 12))
+def test_separated_cells_touch_nowhere(seed, height, columns):
     instances = np.random.default_rng(seed).integers(0, 5, (height, columns)).astype(np.uint16)
     instances = np.kron(instances, np.ones((3, 3), dtype=np.uint16))
-    separated = separate_touching(instances, width_px=width)
+    separated = separate_touching(instances)
     assert separated.dtype == instances.dtype and set(np.unique(separated)) <= set(np.unique(instances)) | {0}
     assert np.array_equal(separated[separated > 0], instances[separated > 0])
     parts, number = ndimage.label(separated > 0, structure=np.ones((3, 3)))
     assert all(len(np.unique(separated[parts == part])) == 1 for part in range(1, number + 1))
-    assert np.array_equal(separate_touching(separated, width_px=width), separated)
+    assert np.array_equal(separate_touching(separated), separated)
 
 
 def test_the_larger_cell_gives_up_its_pixels():
     cells = np.array([[5, 5, 5, 7, 7, 0, 0, 0]])
     assert separate_touching(cells).tolist() == [[5, 5, 0, 7, 7, 0, 0, 0]]
-    assert separate_touching(cells, width_px=2).tolist() == [[5, 5, 0, 0, 7, 0, 0, 0]]
     cells[0, 5:] = 7
     assert separate_touching(cells).tolist() == [[5, 5, 5, 0, 7, 7, 7, 7]]
 
@@ -149,8 +139,3 @@ def test_cells_that_do_not_touch_stay_as_they_are():
 def test_what_cannot_be_weighed_is_told(labels, options, message):
     with pytest.raises(UsageError, match=message):
         separation_weights(labels, **options)
-
-
-def test_width_is_one_or_two():
-    with pytest.raises(UsageError, match="width_px must be 1 or 2, not 3"):
-        separate_touching(np.zeros((2, 2), int), width_px=3)

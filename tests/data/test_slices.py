@@ -4,7 +4,7 @@ import nibabel
 import numpy as np
 import pytest
 
-from pixelwise.data.slices import SliceStack, open_image
+from pixelwise.data.samples import SliceStack, open_image
 from pixelwise.errors import UsageError
 from pixelwise.formats import open_source
 

@@ -12,7 +12,6 @@ from pixelwise.data.transforms import (
     RandomPhotometric,
     RandomScaleCrop,
     ToUnit,
-    to_unit,
     training_transform,
     window_transform,
 )
@@ -205,9 +204,10 @@ def test_photometric_keeps_grey_grey_and_strength_zero_changes_nothing():
 
 
 def test_unit_scale():
-    assert to_unit(torch.tensor([0, 51, 255], dtype=torch.uint8)).tolist() == pytest.approx([0, 0.2, 1])
-    floats = torch.tensor([-3.0, 0.5, 700.0])
-    assert torch.equal(to_unit(floats), floats)
+    steps = tv_tensors.Image(torch.tensor([[[0, 51, 255]]], dtype=torch.uint8))
+    assert ToUnit()(steps).flatten().tolist() == pytest.approx([0, 0.2, 1])
+    floats = tv_tensors.Image(torch.tensor([[[-3.0, 0.5, 700.0]]]))
+    assert torch.equal(ToUnit()(floats), floats)
     image, mask = apply(
         ToUnit(), torch.full((1, 2, 2), 255, dtype=torch.uint8), torch.full((2, 2), 255, dtype=torch.uint8)
     )

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from pixelwise.data.labels import LabelSpec, save_labels
+from pixelwise.data.classes import save_labels
+from pixelwise.data.labels import LabelSpec
 from pixelwise.data.layouts import open_data
 from pixelwise.errors import DataError, PixelwiseError, UsageError
 from pixelwise.formats.readers import read_mask

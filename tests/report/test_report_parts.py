@@ -12,8 +12,8 @@ from pixelwise.errors import DataError
 from pixelwise.metrics import ConfusionMatrix
 from pixelwise.report import formatting, pictures
 from pixelwise.report.figures import Line, plot_histogram, plot_lines
+from pixelwise.report.page import best_validation, image_scores, largest_confusions, training_curves
 from pixelwise.report.run_folder import EvaluationFile, read_classes, read_metrics
-from pixelwise.report.sections import best_validation, image_scores, largest_confusions, training_curves
 
 
 def write_metrics(folder, text):

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import save_file
 
 from pixelwise.errors import DataError, PixelwiseError
-from pixelwise.train.checkpoints import SafeCheckpointIO, checkpoint_step, read_checkpoint
+from pixelwise.train.folder import SafeCheckpointIO, checkpoint_step, read_checkpoint
 
 STATE = {
     "global_step": 12,
@@ -85,7 +85,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(path, monkeypatch, when):
             arguments[1].write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    target = "pixelwise.train.checkpoints.save_file" if when == "while writing" else "pathlib.Path.replace"
+    target = "pixelwise.train.folder.save_file" if when == "while writing" else "pathlib.Path.replace"
     monkeypatch.setattr(target, full)
     with pytest.raises(
         PixelwiseError, match=r"last.safetensors: the checkpoint cannot be written .*No space left.*--resume"

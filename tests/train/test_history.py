@@ -1,6 +1,6 @@
 import csv
 
-from pixelwise.train.history import COLUMNS, History, read_history
+from pixelwise.train.folder import COLUMNS, History, read_history
 
 
 def rows_of(path):

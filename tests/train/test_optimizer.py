@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from pixelwise.train import make_config
-from pixelwise.train.optimizer import make_optimizer
+from pixelwise.train.module import make_optimizer
 
 
 class Net(nn.Module):

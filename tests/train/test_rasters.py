@@ -6,15 +6,17 @@ import numpy as np
 import pytest
 import rasterio
 import torch
+from PIL import Image
 
 from pixelwise.data import scan
 from pixelwise.data.check import inspect_data
 from pixelwise.data.layouts import open_data
-from pixelwise.errors import UsageError
+from pixelwise.data.pairs import Pair
+from pixelwise.errors import DataError, UsageError
 from pixelwise.formats import Source
 from pixelwise.train import make_config, train
+from pixelwise.train.network import start_network
 from pixelwise.train.plan import epoch_pairs, make_plan
-from pixelwise.train.start import start_network
 from pixelwise.train.stream import make_dataset
 
 TINY = {
@@ -129,3 +131,22 @@ def test_where_an_image_has_no_data_nothing_is_learnt(rasters: Path) -> None:
     assert max(inspection.mean) == pytest.approx(bands[:, :, :75].mean(axis=(1, 2)).max() / 255)
     (_, mask), *_ = crops(rasters, 1, crop_px=150, scale=[1, 1], flips="none")
     assert (mask[:, 75:] == 255).all() and torch.equal(mask[:, :75], torch.from_numpy(labels[:, :75]))
+
+
+def test_a_large_picture_of_many_values_is_a_mask_that_is_read_as_a_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = np.arange(400, dtype=np.uint16).reshape(20, 20)
+    Image.fromarray(values).save(tmp_path / "a.png")
+    np.save(tmp_path / "a.npy", values)
+    monkeypatch.setattr(scan, "WHOLE_PX", 100)
+    monkeypatch.setattr(scan, "_STRIP_PX", 100)
+    scan._scan_mask.cache_clear()
+    picture, array = (
+        Pair(image=tmp_path / name, mask=tmp_path / name, split="train", name="a") for name in ("a.png", "a.npy")
+    )
+    found = scan.scan_mask(picture)
+    assert found.counts == dict.fromkeys(range(400), 1) and found.places == ()
+    with pytest.raises(DataError, match="different values; it looks like a photograph"):
+        scan.scan_mask(array)
+    scan._scan_mask.cache_clear()

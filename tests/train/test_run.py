@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 import pixelwise
 from pixelwise.errors import DataError, PixelwiseError, UsageError
 from pixelwise.infer.bundle import load_card
-from pixelwise.train import RunConfig, checkpoints, make_config, train
-from pixelwise.train.history import read_history
+from pixelwise.train import RunConfig, make_config, train
+from pixelwise.train import folder as run_folder
+from pixelwise.train.folder import read_history
 
 TINY = {
     "model": "unet",
@@ -48,7 +49,7 @@ def assert_same_weights(one: Path, other: Path) -> None:
 
 
 def last_state(run: Path) -> dict:
-    return checkpoints.read_checkpoint(run / "checkpoints" / checkpoints.LAST_NAME)
+    return run_folder.read_checkpoint(run / "checkpoints" / run_folder.LAST_NAME)
 
 
 def test_a_run_learns_and_its_folder_is_enough_to_predict_with(toy_data: Path, tmp_path: Path) -> None:
@@ -137,8 +138,8 @@ def start(data: Path, run: Path, *options: str) -> subprocess.Popen[str]:
 
 def wait_for_step(process: subprocess.Popen[str], run: Path, step: int) -> None:
     """Until the checkpoint has seen `step` steps; the test's own time limit ends a wait that is in vain."""
-    path = run / "checkpoints" / checkpoints.LAST_NAME
-    while not path.exists() or checkpoints.checkpoint_step(Path(shutil.copy(path, run))) < step:  # it is being replaced
+    path = run / "checkpoints" / run_folder.LAST_NAME
+    while not path.exists() or run_folder.checkpoint_step(Path(shutil.copy(path, run))) < step:  # it is being replaced
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
 
@@ -201,7 +202,7 @@ def test_resuming_refuses_other_options_and_other_data_and_knows_a_finished_run(
 def test_a_full_disk_is_told_and_keeps_the_last_checkpoint(
     toy_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, calls = checkpoints.save_file, []
+    real, calls = run_folder.save_file, []
 
     def full_after_two(*args: object, **kwargs: object) -> None:
         calls.append(1)
@@ -209,12 +210,12 @@ def test_a_full_disk_is_told_and_keeps_the_last_checkpoint(
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         real(*args, **kwargs)
 
-    monkeypatch.setattr(checkpoints, "save_file", full_after_two)
+    monkeypatch.setattr(run_folder, "save_file", full_after_two)
     out = tmp_path / "run"
     with pytest.raises(PixelwiseError, match=r"No space left on device.*--resume"):
         train(toy_data, tiny(steps=12, checkpoint_minutes=0, validate_every=10), out=out)
     assert last_state(out)["global_step"] == 2
-    monkeypatch.setattr(checkpoints, "save_file", real)
+    monkeypatch.setattr(run_folder, "save_file", real)
     assert train(toy_data, out=out, resume=True).steps == 12
     train(toy_data, tiny(steps=12, checkpoint_minutes=0, validate_every=10), out=tmp_path / "whole")
     assert_same_weights(out, tmp_path / "whole")

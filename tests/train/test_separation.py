@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,7 +26,6 @@ from pixelwise.losses import cross_entropy
 from pixelwise.models import create_model
 from pixelwise.train import make_config, train
 from pixelwise.train.module import SegmentationModule
-from pixelwise.train.schedule import Budget
 
 TINY = {
     "model": "unet",
@@ -143,7 +143,8 @@ def task(**options: object) -> SegmentationModule:
     model = create_model("unet", num_classes=2, in_channels=1, tiny=True)
     weight = options.pop("weight", None)
     config = make_config({"channels_last": False, "ema": 0, **options})
-    return SegmentationModule(model, config, Budget(steps=1), mean=(0.0,), std=(1.0,), weight=weight)
+    plan = SimpleNamespace(mean=(0.0,), std=(1.0,), steps=1, steps_per_epoch=1)
+    return SegmentationModule(model, config, plan, weight)
 
 
 def test_the_weights_of_class_and_gap_are_added():

@@ -18,10 +18,10 @@ from safetensors.torch import load_file
 from pixelwise.cli import main
 from pixelwise.cli.progress import TrainingProgress
 from pixelwise.errors import DataError, UsageError
-from pixelwise.train import RunConfig, checkpoints, make_config, train
-from pixelwise.train.folder import CONFIG_NAME
-from pixelwise.train.history import read_history
-from pixelwise.train.stages import plan_stages
+from pixelwise.train import RunConfig, make_config, train
+from pixelwise.train import folder as run_folder
+from pixelwise.train.folder import CONFIG_NAME, read_history
+from pixelwise.train.run import plan_stages
 
 TINY = {
     "model": "unet",
@@ -56,7 +56,7 @@ def assert_same_weights(one: Path, other: Path) -> None:
 def test_without_stages_there_is_one_training_with_the_very_options():
     config = RunConfig()
     (only,) = plan_stages(config, Path("run"))
-    assert only.config is config and only.recorded is config and only.folder == Path("run") and not only.words
+    assert only.config == config and only.recorded is config and only.folder == Path("run") and not only.words
 
 
 def test_each_stage_starts_from_the_one_before_with_its_learning_rate():
@@ -170,9 +170,9 @@ def start(data: Path, run: Path, *options: str) -> subprocess.Popen[str]:
 
 
 def stop_at(process: subprocess.Popen[str], folder: Path, step: int, how: signal.Signals) -> tuple[int, str]:
-    path = folder / "checkpoints" / checkpoints.LAST_NAME
+    path = folder / "checkpoints" / run_folder.LAST_NAME
     while (
-        not path.exists() or checkpoints.checkpoint_step(Path(shutil.copy(path, folder))) < step
+        not path.exists() or run_folder.checkpoint_step(Path(shutil.copy(path, folder))) < step
     ):  # it is being replaced
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
@@ -212,18 +212,18 @@ def test_killed_before_the_first_checkpoint_of_a_stage_it_begins_that_stage_agai
 ) -> None:
     from pixelwise.train import run as run_module
 
-    whole, torn, real = tmp_path / "whole", tmp_path / "torn", run_module.make_module
+    whole, torn, real = tmp_path / "whole", tmp_path / "torn", run_module.SegmentationModule
     train(toy_data, tiny(steps=3, stages=["unet"]), out=whole)
 
-    def dies_in_the_second(config: RunConfig, *args: object) -> object:
+    def dies_in_the_second(model: object, config: RunConfig, *args: object) -> object:
         if config.init:
             raise KeyboardInterrupt
-        return real(config, *args)
+        return real(model, config, *args)
 
-    monkeypatch.setattr(run_module, "make_module", dies_in_the_second)
+    monkeypatch.setattr(run_module, "SegmentationModule", dies_in_the_second)
     with pytest.raises(KeyboardInterrupt):
         train(toy_data, tiny(steps=3, stages=["unet"]), out=torn)
-    monkeypatch.setattr(run_module, "make_module", real)
+    monkeypatch.setattr(run_module, "SegmentationModule", real)
     moved = torn.rename(tmp_path / "moved")  # what a stage starts from is found where the run lies now
     train(toy_data, out=moved, resume=True)
     assert_same_weights(whole, moved)

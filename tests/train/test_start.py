@@ -16,7 +16,7 @@ from pixelwise.infer.bundle import load_bundle, load_card
 from pixelwise.models import create_model, registry
 from pixelwise.models.backbones import adapt_first_conv, backbone_normalisation
 from pixelwise.train import RunConfig, make_config, train
-from pixelwise.train.start import network_config, normalisation, start_network
+from pixelwise.train.network import network_config, normalisation, start_network
 
 IMAGENET = (0.485, 0.456, 0.406)
 TINY = {"model": "segnet", "options": {"widths": [4] * 5}, "crop_px": 32, "batch_size": 2, "workers": 0}

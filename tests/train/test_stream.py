@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pixelwise.data.check import inspect_data
 from pixelwise.data.layouts import open_data
 from pixelwise.data.transforms import training_transform
 from pixelwise.train.plan import default_workers
@@ -85,13 +86,13 @@ def test_a_batch_larger_than_the_data_runs_over_several_epochs():
 
 @pytest.fixture(scope="module")
 def crops(toy_data):
-    folder = open_data(toy_data)
+    inspection = inspect_data(open_data(toy_data))
     transform = training_transform(
         crop_px=24, scale=(0.5, 2.0), focus=0.5, flips="dihedral", photometric=0.3, fill=(0.4, 0.4, 0.4), is_uint8=True
     )
 
     def make(*, seed=0, cache=True):
-        return CropSet(folder.split("train"), folder.labels, 3, transform, seed, cache)
+        return CropSet(inspection, 24, transform, seed=seed, cache=cache)
 
     return make
 

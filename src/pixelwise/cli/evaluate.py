@@ -9,39 +9,30 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+from rich.text import Text
+
+from pixelwise.cli import options
 
 if TYPE_CHECKING:
     from pixelwise.infer.evaluate import Evaluation
 
 
 def evaluate(
-    run: Annotated[
-        Path, typer.Argument(metavar="RUN", help="The run folder of a trained network.", show_default=False)
-    ],
-    data: Annotated[
-        Path,
-        typer.Argument(metavar="DATA", help="A folder of images and masks, or a CSV of pairs.", show_default=False),
-    ],
+    run: options.Run,
+    data: options.Data,
     split: Annotated[str, typer.Option(help="Which split to score.")] = "test",
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Also write all results there; - prints them instead.")
     ] = None,
-    classes: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="A classes.yaml that explains the masks.")
-    ] = None,
-    ignore: Annotated[list[int] | None, typer.Option(metavar="VALUE", help="A mask value that counts as void.")] = None,
-    group_by: Annotated[
-        str | None, typer.Option(metavar="REGEX", help="Which part of a name must not be cut by a split.")
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    precision: Annotated[str, typer.Option(help="auto, bf16 or float32.")] = "auto",
+    classes: options.Classes = None,
+    ignore: options.Ignore = None,
+    group_by: options.GroupBy = None,
+    device: options.Device = "auto",
+    precision: options.Precision = "auto",
     batch: Annotated[
         int | None, typer.Option(min=1, help="Images in a pass, of equal size; 1, or 10 with --batch-statistics.")
     ] = None,
-    batch_statistics: Annotated[
-        bool,
-        typer.Option("--batch-statistics", help="Batch norm by the batch at hand, not by the training's averages."),
-    ] = False,
+    batch_statistics: options.BatchStatistics = False,
 ) -> None:
     """Score a trained network: one exact confusion matrix over all pixels of a split, at full resolution.
 
@@ -81,9 +72,8 @@ def _print(evaluation: "Evaluation") -> None:
         table.add_column(heading, justify="right", no_wrap=True)
     for index, name in enumerate(evaluation.names):
         values = (scores.iou[index], scores.dice[index], scores.precision[index], scores.recall[index])
-        table.add_row(_plain(name), *map(_percent, values), f"{truth[index]:,}")
-    console = Console()
-    console.print(table)
+        table.add_row(Text(name), *map(_percent, values), f"{truth[index]:,}")
+    Console().print(table)
     totals = {
         "mIoU": scores.miou,
         "mean Dice": scores.mean_dice,
@@ -91,23 +81,12 @@ def _print(evaluation: "Evaluation") -> None:
         "global accuracy": scores.global_accuracy,
         "class accuracy": scores.class_accuracy,
     }
-    console.print(
-        ", ".join(f"{name} {_percent(value)}" for name, value in totals.items()), highlight=False, soft_wrap=True
-    )
+    options.print_plain(", ".join(f"{name} {_percent(value)}" for name, value in totals.items()))
     if evaluation.statistics == "batch":
-        console.print(
-            f"Batch norm by the statistics of each batch, of up to {evaluation.batch} images.", highlight=False
-        )
+        options.print_plain(f"Batch norm by the statistics of each batch, of up to {evaluation.batch} images.")
     if scores.absent:
         absent = ", ".join(evaluation.names[index] for index in scores.absent)
-        text = f"In neither truth nor prediction, so left out of the means: {absent}."
-        console.print(text, markup=False, highlight=False)
-
-
-def _plain(name: str) -> str:
-    from rich.markup import escape
-
-    return escape(name)
+        options.print_plain(f"In neither truth nor prediction, so left out of the means: {absent}.")
 
 
 def _percent(value: float) -> str:

@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
+
+from pixelwise.cli import options
 
 
 def heatmap(
@@ -30,7 +31,7 @@ def heatmap(
     cells: Annotated[
         bool, typer.Option("--cells", help="Class activation maps: scores of single cells, not of windows.")
     ] = False,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: options.Device = "auto",
 ) -> None:
     """Draw where in a photo an image classifier sees a class, and list the classes that it is most certain of.
 
@@ -54,9 +55,7 @@ def heatmap(
     best = labels.best()
     chosen = labels.index(name if name is not None else best[0][0])
     write_png(out, labels.overlay(chosen))
-    console = Console()
     for found, share in best:
-        console.print(f"{share:6.1%}  {found}", markup=False, highlight=False, soft_wrap=True)
+        options.print_plain(f"{share:6.1%}  {found}")
     peak = float(labels.heatmap(chosen).max())
-    text = f"{out}: {labels.names[chosen]}, at most {peak:.1%} (a score every {labels.stride} px)"
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    options.print_plain(f"{out}: {labels.names[chosen]}, at most {peak:.1%} (a score every {labels.stride} px)")

@@ -1,8 +1,6 @@
 """`pixelwise inspect`: what is in a data folder, and what is wrong with it."""
 
 import json
-import math
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -11,6 +9,8 @@ from rich.console import Console, Group
 from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
+
+from pixelwise.cli import options
 
 if TYPE_CHECKING:
     from pixelwise.data.check import Inspection
@@ -21,23 +21,15 @@ _SHOWN = 4
 
 
 def inspect(
-    data: Annotated[
-        Path, typer.Argument(metavar="DATA", help="A folder of images and masks, or a CSV file that lists them.")
-    ],
-    classes: Annotated[Path | None, typer.Option(help="A classes.yaml, instead of the one in DATA.")] = None,
-    ignore: Annotated[list[int] | None, typer.Option(help="A mask value to ignore; repeatable.")] = None,
-    group_by: Annotated[
-        str | None, typer.Option(help="Regular expression: images with the same group 1 stay in one split.")
-    ] = None,
-    axis: Annotated[int | None, typer.Option(help="NIfTI: voxel axis that slices are cut along; 2.")] = None,
-    level: Annotated[int | None, typer.Option(help="Slides, OME-Zarr: level of the pyramid; 0 is the finest.")] = None,
-    series: Annotated[str | None, typer.Option(help="DICOM: SeriesInstanceUID; OME-Zarr: number of the image.")] = None,
-    intensity: Annotated[
-        str | None, typer.Option(help="NIfTI, DICOM: auto, type or LOW,HIGH that become 0 and 1.")
-    ] = None,
-    allow_no_affine: Annotated[
-        bool, typer.Option("--allow-no-affine", help="NIfTI: accept volumes without an affine.")
-    ] = False,
+    data: options.Data,
+    classes: options.Classes = None,
+    ignore: options.Ignore = None,
+    group_by: options.GroupBy = None,
+    axis: options.Axis = None,
+    level: options.Level = None,
+    series: options.Series = None,
+    intensity: options.Intensity = None,
+    allow_no_affine: options.AllowNoAffine = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     r"""Show what is in a data folder: layout, images, classes, problems, class weights. Writes nothing.
@@ -49,17 +41,11 @@ def inspect(
 
     Example: pixelwise inspect data/hearts --group-by '(.*)-IM-'
     """
-    from pixelwise.cli.predict import parse_intensity
+    from pixelwise.cli.predict import reading_options
     from pixelwise.data.check import inspect_data
     from pixelwise.data.layouts import open_data
 
-    reading = {
-        "axis": axis,
-        "level": level,
-        "series": int(series) if series is not None and series.isascii() and series.isdigit() else series,
-        "intensity": None if intensity is None else parse_intensity(intensity),
-        "allow_no_affine": allow_no_affine or None,
-    }
+    reading = reading_options(axis, level, series, intensity, allow_no_affine)
     folder = open_data(data, classes=classes, ignore=tuple(ignore or ()), group_by=group_by)
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("Reading", total=len(folder.pairs))
@@ -68,7 +54,8 @@ def inspect(
     if as_json:
         typer.echo(json.dumps(inspection.to_dict() | {"class_weights": weights}, indent=2))
     else:
-        Console().print(_page(inspection, weights))
+        table = _class_table(inspection, weights)
+        Console().print(Group(_facts(inspection), Text(), table, Text(), _problem_list(inspection)))
     if any(problem.severity == "fatal" for problem in inspection.problems):
         raise typer.Exit(2)
 
@@ -80,16 +67,11 @@ def _suggested_weights(inspection: "Inspection") -> dict[str, list[float | None]
     train = inspection.splits.get("train")
     if train is None or not sum(train.pixels):
         return {}
-    known: dict[str, list[float | None]] = {}
-    for scheme in _SCHEMES:
-        weights = class_weights(scheme, train.pixels, train.image_pixels).tolist()
-        usable = [count > 0 and math.isfinite(weight) for count, weight in zip(train.pixels, weights, strict=True)]
-        known[scheme] = [weight if use else None for weight, use in zip(weights, usable, strict=True)]
-    return known
-
-
-def _page(inspection: "Inspection", weights: dict[str, list[float | None]]) -> Group:
-    return Group(_facts(inspection), Text(), _class_table(inspection, weights), Text(), _problem_list(inspection))
+    weights = {scheme: class_weights(scheme, train.pixels, train.image_pixels).tolist() for scheme in _SCHEMES}
+    return {
+        scheme: [weight if count else None for weight, count in zip(found, train.pixels, strict=True)]
+        for scheme, found in weights.items()
+    }
 
 
 def _facts(inspection: "Inspection") -> Table:
@@ -157,9 +139,9 @@ def _problem_list(inspection: "Inspection") -> Text:
 
 def _counted(counts: dict[str, int]) -> str:
     """ "480x360 (701)", the most frequent first."""
-    shown = [f"{name} ({count:,})" for name, count in counts.items()]
-    rest = len(shown) - _SHOWN
-    return ", ".join(shown[:_SHOWN]) + (f" and {rest:,} more" if rest > 0 else "")
+    from pixelwise.data.pairs import first_of
+
+    return first_of([f"{name} ({count:,})" for name, count in counts.items()], _SHOWN)
 
 
 def _values(values: tuple[Any, ...]) -> str:
@@ -167,5 +149,6 @@ def _values(values: tuple[Any, ...]) -> str:
 
 
 def _numbers(values: tuple[float, ...]) -> str:
-    shown = ", ".join(f"{value:.4f}" for value in values[:8])
-    return shown + (f" and {len(values) - 8} more" if len(values) > 8 else "")
+    from pixelwise.data.pairs import first_of
+
+    return first_of([f"{value:.4f}" for value in values], 8)

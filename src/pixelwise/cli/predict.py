@@ -1,38 +1,25 @@
 """`pixelwise predict`: a label for every pixel of new images."""
 
 import re
+from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from pixelwise.cli import options
 from pixelwise.errors import UsageError
 
 if TYPE_CHECKING:
     from pixelwise.infer.batch import Outcome
 
-_OUTPUTS, _LARGE, _AVERAGED, _INPUTS, _WHERE = (
-    "What is written",
-    "Large images",
-    "Several passes, and how sure the network is",
-    "How images are read",
-    "Where it is computed",
-)
-_UNITS = {"": 1, "B": 1} | {
-    f"{prefix}{ending}": base**power
-    for power, prefix in enumerate("KMGT", start=1)
-    for ending, base in (("", 1024), ("iB", 1024), ("B", 1000))
-}
 _MAPS = "entropy, mutual_information, max_probability, with commas between: also write NAME_MAP."
 
 
 def predict(
-    run: Annotated[
-        Path, typer.Argument(metavar="RUN", help="The run folder of a trained network.", show_default=False)
-    ],
+    run: options.Run,
     inputs: Annotated[
         list[str],
         typer.Argument(
@@ -45,121 +32,56 @@ def predict(
         str, typer.Option("--out", help="The folder for the labels, or its URL (s3://).", show_default=False)
     ],
     overlay: Annotated[
-        bool,
-        typer.Option(
-            "--overlay", help="Also write NAME_overlay.png, colours over the first plane.", rich_help_panel=_OUTPUTS
-        ),
+        bool, typer.Option("--overlay", help="Also write NAME_overlay.png, colours over the first plane.")
     ] = False,
     probabilities: Annotated[
         bool,
-        typer.Option(
-            "--probabilities",
-            help="Also write NAME_probabilities.npy, float32 (classes, height, width).",
-            rich_help_panel=_OUTPUTS,
-        ),
+        typer.Option("--probabilities", help="Also write NAME_probabilities.npy, float32 (classes, height, width)."),
     ] = False,
     format: Annotated[
         str | None,
         typer.Option(
-            help="png, tiff, ome-tiff, geotiff, cog, nifti, dicom-seg, zarr, ome-zarr or npy; by default that of the image.",
-            rich_help_panel=_OUTPUTS,
+            help="png, tiff, ome-tiff, geotiff, cog, nifti, dicom-seg, zarr, ome-zarr or npy; by default that of the image."
         ),
     ] = None,
-    geojson: Annotated[
-        bool, typer.Option("--geojson", help="Also write NAME.geojson, polygons.", rich_help_panel=_OUTPUTS)
-    ] = False,
-    coco: Annotated[
-        bool, typer.Option("--coco", help="Also write NAME_coco.json, run lengths.", rich_help_panel=_OUTPUTS)
-    ] = False,
+    geojson: Annotated[bool, typer.Option("--geojson", help="Also write NAME.geojson, polygons.")] = False,
+    coco: Annotated[bool, typer.Option("--coco", help="Also write NAME_coco.json, run lengths.")] = False,
     min_area: Annotated[
-        int,
-        typer.Option(
-            metavar="PX", help="Smaller connected areas take the label around them.", rich_help_panel=_OUTPUTS
-        ),
+        int, typer.Option(metavar="PX", help="Smaller connected areas take the label around them.")
     ] = 0,
     threshold: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="CLASS=P",
-            help="Give a class where it is at least so probable; repeatable.",
-            rich_help_panel=_OUTPUTS,
-        ),
+        typer.Option(metavar="CLASS=P", help="Give a class where it is at least so probable; repeatable."),
     ] = None,
-    overwrite: Annotated[
-        bool,
-        typer.Option("--overwrite", help="Do finished images again; replace any file.", rich_help_panel=_OUTPUTS),
-    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Do finished images again; replace any file.")] = False,
     tile: Annotated[
-        int | None,
-        typer.Option(metavar="PX", help="Side of the tiles; by default chosen by memory.", rich_help_panel=_LARGE),
+        int | None, typer.Option(metavar="PX", help="Side of the tiles; by default chosen by memory.")
     ] = None,
     memory: Annotated[
-        str | None,
-        typer.Option(metavar="SIZE", help="What it may take beside the weights, such as 2GiB.", rich_help_panel=_LARGE),
+        str | None, typer.Option(metavar="SIZE", help="What it may take beside the weights, such as 2GiB.")
     ] = None,
     tolerance: Annotated[
-        float,
-        typer.Option(
-            help="Cut the halo where a pixel's influence is smaller (0.001); 0 is exact.", rich_help_panel=_LARGE
-        ),
+        float, typer.Option(help="Cut the halo where a pixel's influence is smaller (0.001); 0 is exact.")
     ] = 0.0,
     blend: Annotated[
-        str | None,
-        typer.Option(help="gaussian, cosine or uniform: blend overlapping tiles instead.", rich_help_panel=_LARGE),
+        str | None, typer.Option(help="gaussian, cosine or uniform: blend overlapping tiles instead.")
     ] = None,
-    overlap: Annotated[
-        float | None,
-        typer.Option(help="Share of a blended tile that the next repeats; 0.25.", rich_help_panel=_LARGE),
-    ] = None,
-    tta: Annotated[
-        str | None,
-        typer.Option(help="flips, d4 or scales: average over transformed images.", rich_help_panel=_AVERAGED),
-    ] = None,
-    samples: Annotated[
-        int, typer.Option(metavar="N", help="Average N passes with dropout.", rich_help_panel=_AVERAGED)
-    ] = 1,
-    seed: Annotated[int, typer.Option(help="Dropout seed.", rich_help_panel=_AVERAGED)] = 0,
-    maps: Annotated[list[str] | None, typer.Option(metavar="A,B", help=_MAPS, rich_help_panel=_AVERAGED)] = None,
-    axis: Annotated[
-        int | None, typer.Option(help="NIfTI: voxel axis that slices are cut along; 2.", rich_help_panel=_INPUTS)
-    ] = None,
-    level: Annotated[
-        int | None,
-        typer.Option(help="Slides, OME-Zarr: level of the pyramid; 0 is the finest.", rich_help_panel=_INPUTS),
-    ] = None,
-    series: Annotated[
-        str | None,
-        typer.Option(help="DICOM: SeriesInstanceUID; OME-Zarr: number of the image.", rich_help_panel=_INPUTS),
-    ] = None,
-    intensity: Annotated[
-        str | None,
-        typer.Option(help="NIfTI, DICOM: auto, type or LOW,HIGH that become 0 and 1.", rich_help_panel=_INPUTS),
-    ] = None,
-    allow_no_affine: Annotated[
-        bool,
-        typer.Option(
-            "--allow-no-affine", help="NIfTI: take volumes without a place in space.", rich_help_panel=_INPUTS
-        ),
-    ] = False,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.", rich_help_panel=_WHERE)] = "auto",
-    precision: Annotated[str, typer.Option(help="auto, bf16 or float32.", rich_help_panel=_WHERE)] = "auto",
-    batch_statistics: Annotated[
-        bool,
-        typer.Option(
-            "--batch-statistics",
-            help="Batch norm by each image, not by the training's averages.",
-            rich_help_panel=_WHERE,
-        ),
-    ] = False,
-    engine: Annotated[
-        str, typer.Option(help="local, or ray: the workers of a cluster.", rich_help_panel=_WHERE)
-    ] = "local",
-    address: Annotated[
-        str | None, typer.Option(help="Of the Ray cluster; by default Ray starts here.", rich_help_panel=_WHERE)
-    ] = None,
-    workers: Annotated[
-        int | None, typer.Option(help="Networks on Ray; locally, threads that decode.", rich_help_panel=_WHERE)
-    ] = None,
+    overlap: Annotated[float | None, typer.Option(help="Share of a blended tile that the next repeats; 0.25.")] = None,
+    tta: Annotated[str | None, typer.Option(help="flips, d4 or scales: average over transformed images.")] = None,
+    samples: Annotated[int, typer.Option(metavar="N", help="Average N passes with dropout.")] = 1,
+    seed: Annotated[int, typer.Option(help="Dropout seed.")] = 0,
+    maps: Annotated[list[str] | None, typer.Option(metavar="A,B", help=_MAPS)] = None,
+    axis: options.Axis = None,
+    level: options.Level = None,
+    series: options.Series = None,
+    intensity: options.Intensity = None,
+    allow_no_affine: options.AllowNoAffine = False,
+    device: options.Device = "auto",
+    precision: options.Precision = "auto",
+    batch_statistics: options.BatchStatistics = False,
+    engine: Annotated[str, typer.Option(help="local, or ray: the workers of a cluster.")] = "local",
+    address: Annotated[str | None, typer.Option(help="Of the Ray cluster; by default Ray starts here.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Networks on Ray; locally, threads that decode.")] = None,
 ) -> None:
     """Label every pixel of images of any size, each at its own size, in the format of its file.
 
@@ -173,34 +95,38 @@ def predict(
     Example: pixelwise predict runs/land scene.tif --out labels --memory 2GiB --maps entropy --geojson
     """
     _check_engine(engine, address, workers)
-    given = {
-        "axis": axis,
-        "level": level,
-        "series": int(series) if series is not None and series.isascii() and series.isdigit() else series,
-        "intensity": None if intensity is None else parse_intensity(intensity),
-        "allow_no_affine": allow_no_affine or None,
-    }
+    reading = reading_options(axis, level, series, intensity, allow_no_affine)
     if overlap is not None and blend is None:
         raise UsageError("--overlap is that of blended tiles; add --blend gaussian, or leave it out.")
     if seed and samples == 1:
         raise UsageError("--seed is the dropout seed of --samples; add --samples 20, or leave it out.")
-    thresholds, memory_bytes = [_parse_threshold(text) for text in threshold or ()], memory and _parse_bytes(memory)
-    names, reading = _parse_list(maps or ()), tuple((key, value) for key, value in given.items() if value is not None)
+    tiling: dict[str, Any] = {
+        "tile_px": tile,
+        "blend": blend,
+        "overlap": 0.25 if overlap is None else overlap,
+        "tolerance": tolerance,
+        "memory_bytes": None if memory is None else _parse_bytes(memory),
+        "tta": tta,
+        "samples": samples,
+        "seed": seed,
+    }
+    outputs: dict[str, Any] = {
+        "maps": _parse_list(maps or ()),
+        "thresholds": tuple(_parse_threshold(text) for text in threshold or ()),
+        "min_area_px": min_area,
+        "format": format,
+        "geojson": geojson,
+        "coco": coco,
+        "overlay": overlay,
+        "probabilities": probabilities,
+        "reading": tuple(reading.items()),
+    }
     _start_decoder(inputs)
     from pixelwise.infer.batch import plan_batch
     from pixelwise.infer.options import JobOptions, Tiling
     from pixelwise.infer.predictor import load
 
-    tiling = Tiling(
-        tile_px=tile, blend=blend, overlap=0.25 if overlap is None else overlap, tolerance=tolerance,  # type: ignore[arg-type]
-        memory_bytes=memory_bytes or None, tta=tta, samples=samples, seed=seed,  # type: ignore[arg-type]
-    )  # fmt: skip
-    options = JobOptions(
-        tiling=tiling, maps=names, thresholds=tuple(thresholds), min_area_px=min_area, format=format,
-        geojson=geojson, coco=coco, overlay=overlay, probabilities=probabilities,
-        reading=reading,
-    )  # fmt: skip
-    batch = plan_batch(inputs, out, options=options)
+    batch = plan_batch(inputs, out, options=JobOptions(tiling=Tiling(**tiling), **outputs))
     predictor = load(run, device=device, precision=precision, batch_statistics=batch_statistics)
     outcomes = _label(predictor, batch, overwrite=overwrite, engine=engine, address=address, workers=workers)
     _summarise(outcomes, str(out))
@@ -212,11 +138,11 @@ def _parse_bytes(text: str) -> int:
     Raises:
         UsageError: it is none of these, or less than 1 MiB, as "2" is where 2 GiB are meant.
     """
-    match = re.fullmatch(r"(\d{1,18}(?:\.\d{1,9})?) *([A-Za-z]*)", text.strip())
-    units = {name.lower(): size for name, size in _UNITS.items()}
-    if match is None or match[2].lower() not in units:
+    match = re.fullmatch(r"(\d{1,18}(?:\.\d{1,9})?) *(?:([kmgt])(i?b)?|b)?", text.strip().lower())
+    if match is None:
         raise UsageError(f"--memory {text}: write a size such as 2GiB, 500MB or a number of bytes.")
-    size = int(float(match[1]) * units[match[2].lower()])
+    number, prefix, ending = match.groups()
+    size = int(float(number) * (1000 if ending == "b" else 1024) ** " kmgt".index(prefix or " "))
     if size < 2**20:
         raise UsageError(f"--memory {text} is {size:,} bytes, too little for any network; write 2GiB or 500MB.")
     return size
@@ -247,19 +173,28 @@ def _parse_list(texts: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for name in names if name))
 
 
-def parse_intensity(text: str) -> Any:
-    """ "auto", "type", or LOW,HIGH as two numbers.
+def reading_options(
+    axis: int | None, level: int | None, series: str | None, intensity: str | None, allow_no_affine: bool
+) -> dict[str, Any]:
+    """What was typed of how images are read.
 
     Raises:
-        UsageError: it is none of these.
+        UsageError: the intensity is neither auto, type nor two numbers.
     """
-    if text in ("auto", "type"):
-        return text
-    try:
-        low, high = (float(number) for number in text.split(","))
-    except ValueError as error:
-        raise UsageError(f"--intensity {text}: write auto, type, or LOW,HIGH such as -100,300.") from error
-    return low, high
+    given: dict[str, Any] = {
+        "axis": axis,
+        "level": level,
+        "series": int(series) if series is not None and series.isascii() and series.isdigit() else series,
+        "intensity": intensity,
+        "allow_no_affine": allow_no_affine or None,
+    }
+    if intensity not in (None, "auto", "type"):
+        try:
+            low, high = map(float, str(intensity).split(","))
+        except ValueError as error:
+            raise UsageError(f"--intensity {intensity}: write auto, type, or LOW,HIGH such as -100,300.") from error
+        given["intensity"] = low, high
+    return {key: value for key, value in given.items() if value is not None}
 
 
 def _check_engine(engine: str, address: str | None, workers: int | None) -> None:
@@ -274,10 +209,12 @@ def _check_engine(engine: str, address: str | None, workers: int | None) -> None
 
 def _start_decoder(inputs: Sequence[str]) -> None:
     """Start the process that decodes, if it will be needed, while this one imports torch."""
-    from pixelwise.data.slices import is_picture
-    from pixelwise.formats import SOURCE_SUFFIXES, decoding
+    from pixelwise.data.samples import is_picture
+    from pixelwise.formats import SOURCE_SUFFIXES
 
     if any(name.lower().endswith(SOURCE_SUFFIXES) and not is_picture(name) for name in inputs):
+        from pixelwise.formats import decoding
+
         decoding.start()
 
 
@@ -286,7 +223,9 @@ def _label(predictor: Any, batch: Any, **how: Any) -> "list[Outcome]":
     from pixelwise.infer.engines.local import run_batch
 
     outcomes: list[Outcome] = []
-    with _progress() as progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("labelling", total=len(batch.tasks) + len(batch.missing))
 
         def show(text: str) -> None:
@@ -307,21 +246,12 @@ def _label(predictor: Any, batch: Any, **how: Any) -> "list[Outcome]":
     return outcomes
 
 
-def _progress() -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-
-
 def _summarise(outcomes: "list[Outcome]", out: str) -> None:
-    counts = {status: sum(outcome.status == status for outcome in outcomes) for status in ("done", "skipped", "failed")}
+    counts = Counter[str](outcome.status for outcome in outcomes)
     parts = [f"{counts['done']:,} labelled"]
-    if counts["skipped"]:
-        parts.append(f"{counts['skipped']:,} finished before")
-    if counts["failed"]:
-        parts.append(f"{counts['failed']:,} failed")
-    text = _printable(f"{', '.join(parts)}: {out}")
-    Console().print(text, markup=False, highlight=False, soft_wrap=True)
+    for status, words in (("skipped", "finished before"), ("failed", "failed")):
+        parts += [f"{counts[status]:,} {words}"] if counts[status] else []
+    Console().print(_printable(f"{', '.join(parts)}: {out}"), markup=False, highlight=False, soft_wrap=True)
     if counts["failed"]:
         raise typer.Exit(1)
 

@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
+
+from pixelwise.cli import options
 
 
 def report(
@@ -21,5 +22,4 @@ def report(
     """
     from pixelwise.report import write_report
 
-    path = write_report(run, out)
-    Console().print(f"report: {path}", markup=False, highlight=False, soft_wrap=True)
+    options.print_plain(f"report: {write_report(run, out)}")

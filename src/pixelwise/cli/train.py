@@ -8,6 +8,8 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from pixelwise.cli import options
+
 if TYPE_CHECKING:
     from pixelwise.data.check import Inspection
     from pixelwise.train.plan import Plan
@@ -16,9 +18,7 @@ _WEIGHT_SUFFIXES = (".pth", ".pt", ".bin", ".tar", ".safetensors", ".ckpt")
 
 
 def train(
-    data: Annotated[
-        Path, typer.Argument(metavar="DATA", help="A folder of images and masks, or a CSV file that lists them.")
-    ],
+    data: options.Data,
     out: Annotated[Path, typer.Option("--out", help="The run folder to write.")],
     model: Annotated[str | None, typer.Option(help="The network; `pixelwise models` lists them.")] = None,
     backbone: Annotated[
@@ -40,12 +40,10 @@ def train(
     minutes: Annotated[float | None, typer.Option(help="Train for this many minutes.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Train for this many epochs.")] = None,
     steps: Annotated[int | None, typer.Option(help="Train for this many steps.")] = None,
-    classes: Annotated[Path | None, typer.Option(help="A classes.yaml, instead of the one in DATA.")] = None,
-    ignore: Annotated[list[int] | None, typer.Option(help="A mask value to ignore; repeatable.")] = None,
-    group_by: Annotated[
-        str | None, typer.Option(help="Regular expression: images with the same group 1 stay in one split.")
-    ] = None,
-    axis: Annotated[int | None, typer.Option(help="NIfTI: voxel axis that slices are cut along; 2.")] = None,
+    classes: options.Classes = None,
+    ignore: options.Ignore = None,
+    group_by: options.GroupBy = None,
+    axis: options.Axis = None,
     slices: Annotated[
         int | None, typer.Option(metavar="N", help="Volumes: N neighbouring slices as channels, an odd number; 1.")
     ] = None,
@@ -95,13 +93,13 @@ def train(
     if backbone is not None:
         typed["options"] = {"backbone": backbone}
     given = merge_options(read_config(config) if config else {}, parse_settings(settings or []), typed)
-    options = make_config(given) if given or not resume else None
+    asked = make_config(given) if given or not resume else None
     folder = open_data(data, classes=classes, ignore=tuple(ignore or ()), group_by=group_by)
     console = Console()
     with TrainingProgress(console) as progress:
         run = train_network(
             folder,
-            options,
+            asked,
             out=out,
             resume=resume,
             command=command_line(),
@@ -109,11 +107,9 @@ def train(
             report=progress.update,
         )
     if run.interrupted:
-        console.print(
-            f"Stopped by {run.interrupted} at step {run.steps:,}{_of_stage(run.plan)}; the checkpoint is written. Continue "
-            "with --resume.",
-            soft_wrap=True,
-        )
+        stage = f" of stage {run.plan.stage.partition(',')[0]}" if run.plan.stage else ""
+        where = f"Stopped by {run.interrupted} at step {run.steps:,}{stage}"
+        console.print(f"{where}; the checkpoint is written. Continue with --resume.", soft_wrap=True)
         raise typer.Exit(130)
     for split in ("val", "test"):
         if folder.split(split):
@@ -161,7 +157,3 @@ def _page(plan: "Plan", inspection: "Inspection") -> Table:
     memory = f", {plan.memory_bytes / 2**30:.1f} GiB of memory" if plan.memory_bytes else ""
     table.add_row("expected", f"{plan.expected_s / 60:.1f} min{memory}")
     return table
-
-
-def _of_stage(plan: "Plan") -> str:
-    return f" of stage {plan.stage.partition(',')[0]}" if plan.stage else ""

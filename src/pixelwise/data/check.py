@@ -8,7 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pixelwise.data.labels import IGNORE_INDEX, LabelSpec
+import numpy as np
+
+from pixelwise.data.labels import IGNORE_INDEX, LabelSpec, as_lists
 from pixelwise.data.pairs import SPLITS, DataFolder, Pair, Problem
 from pixelwise.data.places import Places
 from pixelwise.data.problems import find_problems
@@ -21,21 +23,14 @@ __all__ = ["Inspection", "SplitStats", "inspect_data"]
 
 @dataclass(frozen=True, kw_only=True)
 class SplitStats:
-    """The pixels of one split.
+    """The pixels of one split."""
 
-    Attributes:
-        images: how many pairs.
-        pixels: per class, its pixels.
-        void: pixels that are no class's.
-        images_with: per class, how many images contain it.
-        image_pixels: per class, the pixels (void too) of the images that contain it, which median-frequency balancing
-            divides by (Eigen and Fergus, ICCV 2015, section 6.3.2).
-    """
-
-    images: int
-    pixels: tuple[int, ...]
-    void: int
-    images_with: tuple[int, ...]
+    images: int  # how many pairs
+    pixels: tuple[int, ...]  # of each class
+    void: int  # pixels that are no class's
+    images_with: tuple[int, ...]  # for each class, how many images contain it
+    # For each class, the pixels (void too) of the images that contain it, which median-frequency balancing divides by
+    # (Eigen and Fergus, ICCV 2015, section 6.3.2).
     image_pixels: tuple[int, ...]
 
 
@@ -115,21 +110,22 @@ class Inspection:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the single pairs, for JSON."""
-        return {
+        content = {
             "root": str(self.folder.root),
             "layout": self.folder.layout,
             "labels": self.folder.labels.to_dict(),
             "channels": self.channels,
             "dtypes": self.dtypes,
             "sizes": self.sizes,
-            "splits": {name: _lists(asdict(stats)) for name, stats in self.splits.items()},
-            "mean": list(self.mean),
-            "std": list(self.std),
+            "splits": {name: asdict(stats) for name, stats in self.splits.items()},
+            "mean": self.mean,
+            "std": self.std,
             "fingerprint": self.fingerprint,
-            "reading": _lists(dict(self.reading)),
+            "reading": dict(self.reading),
             **self.describe_images(),
-            "problems": [_lists(asdict(problem)) for problem in self.problems],
+            "problems": [asdict(problem) for problem in self.problems],
         }
+        return {key: as_lists(value) for key, value in content.items()}
 
 
 def inspect_data(
@@ -197,29 +193,22 @@ def _common_channels(images: Sequence[ImageScan]) -> int:
 
 
 def _split_stats(scans: Sequence[PairScan], labels: LabelSpec) -> SplitStats:
-    pixels = [0] * labels.num_classes
-    images_with = [0] * labels.num_classes
-    image_pixels = [0] * labels.num_classes
-    void = 0
+    pixels, images_with, image_pixels = np.zeros((3, 256), dtype=np.int64)
     for scan in scans:
-        if scan.mask is None:
-            continue
-        here: Counter[int] = Counter()
-        for value, count in scan.mask.counts.items():
+        here = np.zeros(256, dtype=np.int64)
+        for value, count in scan.mask.counts.items() if scan.mask else ():
             index = labels.class_of(value)
             if index is not None:
                 here[index] += count
-        void += here.pop(IGNORE_INDEX, 0)
-        for index, count in here.items():
-            pixels[index] += count
-            images_with[index] += 1
-            image_pixels[index] += scan.mask.grid.pixels
+        pixels += here
+        images_with += here > 0
+        image_pixels += (here > 0) * (scan.mask.grid.pixels if scan.mask else 0)
     return SplitStats(
         images=len(scans),
-        pixels=tuple(pixels),
-        void=void,
-        images_with=tuple(images_with),
-        image_pixels=tuple(image_pixels),
+        pixels=tuple(pixels[: labels.num_classes].tolist()),
+        void=int(pixels[IGNORE_INDEX]),
+        images_with=tuple(images_with[: labels.num_classes].tolist()),
+        image_pixels=tuple(image_pixels[: labels.num_classes].tolist()),
     )
 
 
@@ -246,9 +235,3 @@ def _fingerprint(scans: Sequence[PairScan]) -> str:
         name = scan.pair.name.encode("utf-8", "surrogateescape")
         digest.update(scan.pair.split.encode() + b"\0" + name + f"\0{image}\0{mask}\n".encode())
     return digest.hexdigest()
-
-
-def _lists(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _lists(item) for key, item in value.items()}
-    return [_lists(item) for item in value] if isinstance(value, tuple | list) else value

@@ -1,213 +1,297 @@
-"""Labels and where they come from: `LabelSpec`, `classes.yaml`, and CamVid's well-known classes."""
+"""Classes: their names, their colours, and which values of a mask file mean them.
 
-import re
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+In memory a label image is always uint8 (H, W) with class ids 0..K-1 and 255 for void. What stands in the files is up to
+the user: indices, 0/255, merged ids, RGB colours. `LabelSpec` is the one translation between the two.
+"""
+
+import colorsys
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+import numpy as np
 
-from pixelwise.data.label_spec import (
-    CAMVID_COLORS,
-    CAMVID_NAMES,
-    CAMVID_VOID,
-    IGNORE_INDEX,
-    MAX_CLASSES,
-    Color,
-    LabelSpec,
-    Value,
-    distinct_colors,
-    is_color,
-    pack_value,
-    plain_value,
-    show_value,
-    value_counts,
-)
-from pixelwise.errors import DataError
-from pixelwise.files import write_text
+from pixelwise.errors import DataError, UsageError
 
-__all__ = [
-    "CAMVID_COLORS",
-    "CAMVID_NAMES",
-    "CAMVID_VOID",
-    "IGNORE_INDEX",
-    "MAX_CLASSES",
-    "Color",
-    "LabelSpec",
-    "Value",
-    "distinct_colors",
-    "load_labels",
-    "propose_labels",
-    "save_labels",
-    "show_value",
-    "value_counts",
-]
+IGNORE_INDEX = 255
+MAX_CLASSES = 254  # ids 0..253; 254 marks "unknown value" while encoding, 255 is void
+
+Color = tuple[int, int, int]
+Value = int | Color
+
+CAMVID_NAMES = (
+    "sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "bicyclist",
+)  # fmt: skip
+CAMVID_COLORS: tuple[Color, ...] = (
+    (128, 128, 128), (128, 0, 0), (192, 192, 128), (128, 64, 128), (60, 40, 222), (128, 128, 0),
+    (192, 128, 128), (64, 64, 128), (64, 0, 128), (64, 64, 0), (0, 128, 192),
+)  # fmt: skip
+CAMVID_VOID = 11
+
+_UNKNOWN = 254
+_KEYS = ("names", "colors", "values", "ignore_values", "kind")
 
 
-class _ClassEntry(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+@dataclass(frozen=True, kw_only=True)
+class LabelSpec:
+    """The classes of a data set and how its mask files write them.
 
-    name: str
-    color: list[int] | str | None = None
-    values: Any = None
-
-
-class _ClassesFile(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    classes: list[str | _ClassEntry] = Field(min_length=1)
-    ignore_index: Any = None
-    masks: Literal["index", "rgb"] = "index"
-
-
-def load_labels(path: str | Path) -> LabelSpec:
-    """Read a `classes.yaml`.
-
-    Each class is a name, or a name with a `color` ([r, g, b] or "#rrggbb") and the mask `values` that mean it (one, or
-    a list that is merged). Without `values`, a class means its position, or its colour where `masks: rgb` stands.
-    `ignore_index` is the value (or list of values) of void.
+    Attributes:
+        names: one name per class, in the order of the class ids.
+        colors: one RGB colour (0..255) per class.
+        values: per class the mask-file values that mean it; several values are merged into the class.
+        ignore_values: mask-file values that mean void.
+        kind: "index" for masks of integers (H, W), "rgb" for masks of colours (H, W, 3).
 
     Raises:
-        DataError: the file is missing, is not YAML, has unknown keys, or describes impossible classes.
+        DataError: the parts do not fit together (lengths, duplicate names or values, numbers out of range).
 
     Example:
-        >>> import tempfile
-        >>> path = Path(tempfile.mkdtemp()) / "classes.yaml"
-        >>> _ = path.write_text("classes: [road, {name: vehicle, values: [1, 2]}]\\nignore_index: 255")
-        >>> load_labels(path).values
-        ((0,), (1, 2))
+        >>> labels = LabelSpec(names=("road", "car"), colors=((128, 64, 128), (64, 0, 128)), values=((0, 7), (2,)),
+        ...                    ignore_values=(9,))
+        >>> labels.encode(np.array([[0, 7], [2, 9]]))
+        array([[  0,   0],
+               [  1, 255]], dtype=uint8)
     """
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        parsed = _ClassesFile.model_validate(content)
-        return _from_file(parsed)
-    except ValidationError as error:
-        raise DataError(f"{path}: {_describe(error)}. Allowed are classes, ignore_index and masks.") from error
-    except DataError as error:
-        raise DataError(f"{path}: {error}") from error
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise DataError(f"{path}: cannot be read as YAML ({' '.join(str(error).split())}).") from error
 
+    names: tuple[str, ...]
+    colors: tuple[Color, ...]
+    values: tuple[tuple[Value, ...], ...]
+    ignore_values: tuple[Value, ...] = ()
+    kind: Literal["index", "rgb"] = "index"
 
-def save_labels(path: str | Path, labels: LabelSpec) -> None:
-    """Write a `classes.yaml` that `load_labels` reads back to an equal LabelSpec."""
-    entries = zip(labels.names, labels.colors, labels.values, strict=True)
-    content: dict[str, Any] = {
-        "masks": labels.kind,
-        "classes": [
-            {"name": name, "color": list(color), "values": [plain_value(value) for value in values]}
-            for name, color, values in entries
-        ],
-    }
-    if labels.ignore_values:
-        content["ignore_index"] = [plain_value(value) for value in labels.ignore_values]
-    write_text(path, yaml.safe_dump(content, sort_keys=False, default_flow_style=None, allow_unicode=True))
+    def __post_init__(self) -> None:
+        _check_names(self.names)
+        if not len(self.names) == len(self.colors) == len(self.values):
+            raise DataError(
+                f"{len(self.names)} class names, {len(self.colors)} colours, {len(self.values)} lists of mask values: "
+                "every class needs one of each."
+            )
+        if self.kind not in ("index", "rgb"):
+            raise DataError(f"the kind of masks is {self.kind!r}; allowed are 'index' and 'rgb'.")
+        for name, color in zip(self.names, self.colors, strict=True):
+            if not is_color(color):
+                raise DataError(f"class {name!r}: colour {color!r} is not three whole numbers in 0..255.")
+        _check_values(self)
 
+    @property
+    def num_classes(self) -> int:
+        """The number of classes, K; void is not one of them."""
+        return len(self.names)
 
-def _from_file(parsed: _ClassesFile) -> LabelSpec:
-    entries = [_ClassEntry(name=entry) if isinstance(entry, str) else entry for entry in parsed.classes]
-    spare = distinct_colors(len(entries))
-    colors = tuple(_read_color(entry.color) if entry.color else spare[i] for i, entry in enumerate(entries))
-    rgb = parsed.masks == "rgb"
-    if rgb and any(entry.color is None and entry.values is None for entry in entries):
-        raise DataError("with `masks: rgb` every class needs a color, for that is what the masks hold.")
-    defaults: list[Value] = list(colors) if rgb else list(range(len(entries)))
-    values = [
-        (defaults[i],) if entry.values is None else _read_values(entry.values, rgb) for i, entry in enumerate(entries)
-    ]
-    ignore = () if parsed.ignore_index is None else _read_values(parsed.ignore_index, rgb)
-    names = tuple(entry.name for entry in entries)
-    return LabelSpec(names=names, colors=colors, values=tuple(values), ignore_values=ignore, kind=parsed.masks)
+    def class_of(self, value: Value) -> int | None:
+        """The class id of a mask-file value, `IGNORE_INDEX` for void, None for a value nobody has named."""
+        return self._ids.get(value)
 
+    def encode(self, raw: np.ndarray) -> np.ndarray:
+        """Translate a mask as read from its file into class ids.
 
-def _read_values(content: Any, rgb: bool) -> tuple[Value, ...]:
-    """One value or a list of them; a list of three numbers is one colour where masks hold colours."""
-    single = isinstance(content, int | str) or (rgb and isinstance(content, list) and is_color(tuple(content)))
-    items = [content] if single else content
-    if not isinstance(items, list):
-        raise DataError(f"{content!r} is neither a mask value nor a list of them.")
-    return tuple(_read_color(item) if rgb else item for item in items)
+        Args:
+            raw: integers (H, W) for kind "index", uint8 (H, W, 3) for kind "rgb".
 
+        Returns:
+            uint8 (H, W), ids 0..K-1 and 255 for void.
 
-def _read_color(content: Any) -> Color:
-    if isinstance(content, str) and re.fullmatch("#[0-9a-fA-F]{6}", content):
-        return int(content[1:3], 16), int(content[3:5], 16), int(content[5:7], 16)
-    if isinstance(content, list) and is_color(tuple(content)):
-        return content[0], content[1], content[2]
-    raise DataError(f"{content!r} is not a colour: write [r, g, b] with numbers in 0..255, or '#rrggbb'.")
+        Raises:
+            DataError: the mask is of the other kind, or holds values that are neither a class nor void. The message has
+                no file name; the caller knows it.
+        """
+        message = self.kind_mismatch("rgb" if raw.ndim == 3 else "index")
+        if message:
+            raise DataError(message)
+        keys = _pack(raw)
+        labels = self._table[keys] if keys.dtype == np.uint8 else self._search(keys)
+        unknown = labels == _UNKNOWN
+        if unknown.any():
+            raise DataError(self.unknown_message(value_counts(raw[unknown][None])))
+        return labels
 
-
-def _describe(error: ValidationError) -> str:
-    problems = []
-    for item in error.errors()[:4]:
-        where = ".".join(str(part) for part in item["loc"] if part not in ("str", "_ClassEntry"))
-        what = item["msg"].lower()
-        if len(item["loc"]) == 3 and item["type"] in ("string_type", "model_type"):
-            what = f"{item['input']!r} is neither a name nor a mapping with a name (quote words like yes, no, on, off)"
-        problems.append(f"{where or 'the file'}: {what}")
-    return "; ".join(dict.fromkeys(problems))
-
-
-def propose_labels(
-    found: Mapping[Value, int],
-    *,
-    palette: Sequence[Color] | None = None,
-    camvid: bool = False,
-    ignore: Sequence[int] = (),
-) -> LabelSpec:
-    """Classes for masks that come without `classes.yaml`, from the values found in them.
-
-    0 with 1 or 255 is background and foreground. With `camvid` (SegNet's folder layout) the values 0..11 are CamVid's
-    eleven classes and void. Otherwise each value is a class, except a 255 beside small indices: by custom that is void,
-    but only the user can know, so it is left out here and the data check asks.
-
-    Args:
-        found: mask values and their pixel counts, over all masks.
-        palette: colours of the palette masks, by index.
-        camvid: whether the folder has the layout of SegNet's CamVid copy.
-        ignore: values the user calls void.
-
-    Raises:
-        DataError: there are no values, or too many to be classes.
-        UsageError: `ignore` cannot apply to colours.
-    """
-    if camvid and found and set(found) <= set(range(12)) and CAMVID_VOID in found:
-        spec = LabelSpec(
-            names=CAMVID_NAMES,
-            colors=CAMVID_COLORS,
-            values=tuple((index,) for index in range(11)),
-            ignore_values=(CAMVID_VOID,),
+    def kind_mismatch(self, kind: str) -> str | None:
+        """What is wrong with a mask of this kind ("index" or "rgb"), or None if it is the kind described here."""
+        if kind == self.kind:
+            return None
+        shown = {"index": "one number for each pixel", "rgb": "an RGB colour for each pixel"}
+        return (
+            f"holds {shown[kind]}, but the classes are described by {shown[self.kind]}. Write `masks: {kind}` and "
+            "matching values in classes.yaml, or convert the mask."
         )
-        return spec.with_ignored(ignore)
-    values: list[Value] = sorted((value for value in found if value not in ignore), key=pack_value)
-    if not values or len(values) > MAX_CLASSES:
-        raise DataError(
-            f"the masks hold {len(values):,} different values, which cannot be classes (1 to {MAX_CLASSES} can). "
-            "Numbered instances, photographs and lossy (JPEG) masks look like this. Give the classes in "
-            "classes.yaml, or convert the masks."
-        )
-    if isinstance(values[0], tuple):
-        return _propose_colors(values).with_ignored(ignore)
-    return _propose_indices([value for value in values if isinstance(value, int)], palette, tuple(ignore))
+
+    def unknown_message(self, unknown: Mapping[Value, int]) -> str:
+        """One sentence on values that are no class, as said after "mask street_004.png"."""
+        shown = ", ".join(f"{value} ({count:,} px)" for value, count in list(unknown.items())[:8])
+        rest = len(unknown) - 8
+        word = "value" if len(unknown) == 1 else "values"
+        listing = shown + (f" and {rest:,} other values" if rest > 0 else "")
+        advice = "Map it in classes.yaml."
+        if self.kind == "index":
+            options = " ".join(f"--ignore {value}" for value in list(unknown)[:8])
+            advice = f"Pass {options}, or map {'it' if len(unknown) == 1 else 'them'} in classes.yaml."
+        count = f"there {'is 1 class' if self.num_classes == 1 else f'are {self.num_classes} classes'}"
+        return f"holds {word} {listing}, but {count} ({self.describe_values()}). {advice}"
+
+    def describe_values(self) -> str:
+        """The values that mean classes, shortly: "0..10", or "values 0, 255"."""
+        known = [value for values in self.values for value in values]
+        if known == list(range(len(known))) and len(known) > 1:
+            return f"0..{len(known) - 1}"
+        shown = ", ".join(map(str, known[:12]))
+        return f"values {shown}" + (", …" if len(known) > 12 else "")
+
+    def colorize(self, labels: np.ndarray) -> np.ndarray:
+        """Paint class ids (H, W) with the class colours: uint8 (H, W, 3); void and unknown ids are black."""
+        return self._palette[np.asarray(labels, dtype=np.uint8)]
+
+    def palette_bytes(self) -> bytes:
+        """The colours as the 768 bytes that `PIL.Image.Image.putpalette` wants."""
+        return self._palette.tobytes()
+
+    def with_ignored(self, ignore: Iterable[int]) -> "LabelSpec":
+        """The same classes with more mask-file values counted as void.
+
+        Raises:
+            UsageError: a value already means a class, or the masks hold colours.
+        """
+        added = tuple(value for value in dict.fromkeys(ignore) if value not in self.ignore_values)
+        if added and self.kind == "rgb":
+            raise UsageError(
+                f"--ignore {added[0]}: these masks hold RGB colours, which a single number cannot name. Write the void "
+                "colours as ignore_index in classes.yaml, for example `ignore_index: [[0, 0, 0]]`."
+            )
+        for value in added:
+            owner = self.class_of(value)
+            if owner is not None:
+                raise UsageError(
+                    f"--ignore {value}: this mask value means class {self.names[owner]!r}. Take it out of "
+                    "classes.yaml, or leave the option out."
+                )
+        return replace(self, ignore_values=self.ignore_values + added)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists and strings for JSON; `from_dict` gives back an equal object."""
+        return as_lists(asdict(self))
+
+    @classmethod
+    def from_dict(cls, content: Any) -> "LabelSpec":
+        """Rebuild what `to_dict` gave.
+
+        Raises:
+            DataError: anything is missing, unknown or of the wrong type; the content may come from anywhere.
+        """
+        if not isinstance(content, dict) or set(content) != set(_KEYS):
+            found = ", ".join(sorted(map(str, content))) if isinstance(content, dict) else type(content).__name__
+            raise DataError(f"classes: expected the keys {', '.join(_KEYS)}, found {found or 'none'}.")
+        for key in _KEYS[:4]:
+            if not isinstance(content[key], list):
+                raise DataError(f"classes: {key} is {type(content[key]).__name__}, not a list.")
+        if not all(isinstance(values, list) for values in content["values"]):
+            raise DataError("classes: each item of values must be a list of mask values.")
+        return cls(**{key: _as_tuples(value) for key, value in content.items()})
+
+    @cached_property
+    def _ids(self) -> dict[Value, int]:
+        ids = {value: index for index, values in enumerate(self.values) for value in values}
+        return ids | dict.fromkeys(self.ignore_values, IGNORE_INDEX)
+
+    @cached_property
+    def _palette(self) -> np.ndarray:
+        palette = np.zeros((256, 3), dtype=np.uint8)
+        palette[: self.num_classes] = self.colors
+        return palette
+
+    @cached_property
+    def _table(self) -> np.ndarray:
+        return self._search(np.arange(256))
+
+    @cached_property
+    def _sorted(self) -> tuple[np.ndarray, np.ndarray]:
+        ids = {pack_value(value): index for value, index in self._ids.items()}
+        keys = sorted(ids)
+        return np.array(keys, dtype=np.int64), np.array([ids[key] for key in keys], dtype=np.uint8)
+
+    def _search(self, keys: np.ndarray) -> np.ndarray:
+        known, ids = self._sorted
+        at = np.minimum(np.searchsorted(known, keys), len(known) - 1)
+        return np.where(known[at] == keys, ids[at], np.uint8(_UNKNOWN))
 
 
-def _propose_indices(values: list[int], palette: Sequence[Color] | None, ignore: tuple[int, ...]) -> LabelSpec:
-    others = [value for value in values if value != IGNORE_INDEX]
-    if len(others) >= 2 and max(others) < 64:
-        values = others
-    colors = distinct_colors(len(values))
-    names = tuple(f"class {value}" for value in values)
-    if values in ([0, 1], [0, 255]):
-        names, colors = ("background", "foreground"), ((0, 0, 0), (230, 60, 60))
-    if palette is not None and min(values) >= 0 and max(values) < len(palette):
-        colors = tuple(palette[value] for value in values)
-    return LabelSpec(names=names, colors=colors, values=tuple((value,) for value in values), ignore_values=ignore)
+def value_counts(raw: np.ndarray) -> dict[Value, int]:
+    """How many pixels hold each value of a mask (H, W) or (H, W, 3), by ascending value."""
+    keys = _pack(raw).ravel()
+    if keys.dtype == np.uint8:
+        counts = np.bincount(keys, minlength=256)
+        return {int(value): int(counts[value]) for value in np.flatnonzero(counts)}
+    values, found = np.unique(keys, return_counts=True)
+    pairs = zip(values.tolist(), found.tolist(), strict=True)
+    if raw.ndim == 3:
+        return {(key >> 16, key >> 8 & 255, key & 255): count for key, count in pairs}
+    return dict(pairs)
 
 
-def _propose_colors(values: list[Value]) -> LabelSpec:
-    colors = tuple(value for value in values if isinstance(value, tuple))
-    names = tuple("#{:02x}{:02x}{:02x}".format(*color) for color in colors)
-    if colors == ((0, 0, 0), (255, 255, 255)):
-        names = ("background", "foreground")
-    return LabelSpec(names=names, colors=colors, values=tuple((color,) for color in colors), kind="rgb")
+def distinct_colors(count: int) -> tuple[Color, ...]:
+    """`count` colours that are easy to tell apart; none of them is black, which is void's."""
+    colors = []
+    for index in range(count):
+        hue = index * 0.618034 % 1.0  # the golden ratio spreads any number of hues evenly
+        red, green, blue = colorsys.hsv_to_rgb(hue, (0.85, 0.55, 0.7)[index % 3], (0.95, 0.8, 0.6)[index // 3 % 3])
+        colors.append((round(red * 255), round(green * 255), round(blue * 255)))
+    return tuple(colors)
+
+
+def _check_names(names: tuple[str, ...]) -> None:
+    if not 1 <= len(names) <= MAX_CLASSES:
+        raise DataError(f"{len(names)} classes: there must be 1 to {MAX_CLASSES}.")
+    for name in names:
+        if not isinstance(name, str) or not name.strip() or not name.isprintable() or len(name) > 200:
+            raise DataError(f"class name {name!r} is not a text of 1 to 200 printable characters.")
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise DataError(f"class name {twice!r} stands twice. Merge classes by giving one class several values.")
+
+
+def _check_values(spec: LabelSpec) -> None:
+    seen: dict[Value, str] = {}
+    owners = [*zip(spec.names, spec.values, strict=True), ("void", spec.ignore_values)]
+    for name, values in owners:
+        if not values and name != "void":
+            raise DataError(f"class {name!r} has no mask value.")
+        for value in values:
+            allowed = is_color(value) if spec.kind == "rgb" else _is_index(value)
+            if not allowed:
+                want = "three numbers in 0..255" if spec.kind == "rgb" else "a whole number from -2^31 to 2^32"
+                raise DataError(f"class {name!r}: mask value {value!r} is not {want} ({spec.kind} masks).")
+            if value in seen:
+                raise DataError(f"mask value {value} means both {seen[value]!r} and {name!r}.")
+            seen[value] = name
+
+
+def _is_index(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and -(2**31) <= value < 2**32
+
+
+def is_color(value: object) -> bool:
+    return isinstance(value, tuple) and len(value) == 3 and all(_is_index(part) and 0 <= part < 256 for part in value)
+
+
+def _pack(raw: np.ndarray) -> np.ndarray:
+    """One number per pixel: the value itself, or 0xRRGGBB."""
+    if raw.ndim < 3:
+        return raw
+    wide = raw.astype(np.int32)
+    return wide[..., 0] << 16 | wide[..., 1] << 8 | wide[..., 2]
+
+
+def pack_value(value: Value) -> int:
+    """The number that orders mask values: the value itself, or 0xRRGGBB."""
+    return value if isinstance(value, int) else value[0] << 16 | value[1] << 8 | value[2]
+
+
+def as_lists(value: Any) -> Any:
+    """Nested tuples as lists, as JSON and YAML have them."""
+    if isinstance(value, dict):
+        return {key: as_lists(item) for key, item in value.items()}
+    return [as_lists(item) for item in value] if isinstance(value, tuple | list) else value
+
+
+def _as_tuples(value: Any) -> Any:
+    return tuple(_as_tuples(item) for item in value) if isinstance(value, list) else value

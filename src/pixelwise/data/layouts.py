@@ -3,11 +3,12 @@
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
-from pixelwise.data.labels import LabelSpec, Value, load_labels, propose_labels
-from pixelwise.data.matching import Match, Source, find_csv, match_source, read_csv
+from pixelwise.data.classes import load_labels, propose_labels
+from pixelwise.data.labels import LabelSpec, Value
+from pixelwise.data.matching import Source, find_csv, match_source, read_csv
 from pixelwise.data.pairs import (
     SPLIT_ALIASES,
     SPLITS,
@@ -17,7 +18,6 @@ from pixelwise.data.pairs import (
     Problem,
     assign_splits,
     compile_group_by,
-    group_of,
 )
 from pixelwise.data.scan import MaskScan, in_threads, scan_mask
 from pixelwise.errors import DataError, UsageError
@@ -32,14 +32,6 @@ _MASK_DIRS = (
     "groundtruth", "segmentationclass", "segmentations", "targets",
 )  # fmt: skip
 _ANNOT_ENDINGS = ("annot", "_annot", "_labels", "labels", "_masks", "_mask", "masks", "_gt")
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Layout:
-    words: str
-    matches: list[Match]
-    problems: list[Problem]
-    is_segnet: bool = False
 
 
 def open_data(
@@ -87,41 +79,36 @@ def open_data(
     """
     root = Path(root)
     pattern = compile_group_by(group_by)
-    layout = _recognise(root)
-    pairs = _with_splits(_grouped(layout.matches, pattern, group_by), fractions)
+    words, read, is_segnet = _recognise(root)
+    problems = tuple(problem for _, found in read for problem in found)
+    pairs, split_words = _with_splits(_grouped([pair for found, _ in read for pair in found], pattern), fractions)
     if not any(pair.mask for pair in pairs):
-        raise DataError(_nothing_matches(root, layout))
+        reasons = " ".join(problem.message for problem in problems[:3])
+        raise DataError(f"{root}: {words}: not one image has a mask. Names must match by stem. {reasons}")
     return DataFolder(
         root=root,
-        layout=layout.words + _split_words(layout.matches),
+        layout=words + split_words,
         pairs=tuple(sorted(pairs, key=lambda pair: (SPLITS.index(pair.split), pair.name))),
-        labels=labels.with_ignored(ignore) if labels else _find_labels(root, classes, pairs, ignore, layout.is_segnet),
-        problems=tuple(layout.problems),
+        labels=labels.with_ignored(ignore) if labels else _find_labels(root, classes, pairs, ignore, is_segnet),
+        problems=problems,
         group_by=group_by,
     )
 
 
-def _recognise(root: Path) -> _Layout:
+def _recognise(root: Path) -> tuple[str, list[tuple[list[Pair], list[Problem]]], bool]:
+    """The layout in words, the pairs and problems of each of its parts, and whether it is SegNet's."""
     if not root.exists():
         raise DataError(f"{root}: there is no such folder.")
-    lists = find_csv(root)
-    if lists:
-        read = [read_csv(path) for path in lists]
-        return _Layout(
-            words="CSV " + ", ".join(path.name for path in lists),
-            matches=[match for matches, _ in read for match in matches],
-            problems=[problem for _, problems in read for problem in problems],
-        )
+    if lists := find_csv(root):
+        return "CSV " + ", ".join(path.name for path in lists), [read_csv(path) for path in lists], False
     segnet = _segnet_sources(root)
     words, sources = segnet or _image_mask_sources(root) or _split_above_sources(root) or ("", [])
     if not sources:
         raise DataError(_not_recognised(root))
     read = [match_source(source, root) for source in sources]
-    matches = [match for found, _ in read for match in found]
-    if not matches:
+    if not any(pairs for pairs, _ in read):
         raise DataError(_no_images(root, words, sources))
-    problems = [problem for _, found in read for problem in found]
-    return _Layout(words=words, matches=matches, problems=problems, is_segnet=bool(segnet))
+    return words, read, bool(segnet)
 
 
 def _segnet_sources(root: Path) -> tuple[str, list[Source]] | None:
@@ -134,7 +121,7 @@ def _segnet_sources(root: Path) -> tuple[str, list[Source]] | None:
             sources.append(Source(split=split, images=folders[name], masks=masks))
     if not any(source.masks for source in sources):
         return None
-    return " ".join(_below(path, root) for source in sources for path in (source.images, source.masks) if path), sources
+    return " ".join(f"{path.name}/" for source in sources for path in (source.images, source.masks) if path), sources
 
 
 def _image_mask_sources(root: Path) -> tuple[str, list[Source]] | None:
@@ -154,7 +141,7 @@ def _image_mask_sources(root: Path) -> tuple[str, list[Source]] | None:
         if name in SPLIT_ALIASES
     ]
     if not sources:
-        return words, [Source(split=None, images=images, masks=masks)]
+        return words, [Source(split="", images=images, masks=masks)]
     return f"{words} with {_split_names(sources)} below", sources
 
 
@@ -190,46 +177,36 @@ def _split_names(sources: list[Source]) -> str:
     return " ".join(f"{source.split}/" for source in sources)
 
 
-def _below(path: Path, root: Path) -> str:
-    return f"{path.relative_to(root).as_posix()}/"
-
-
-def _grouped(matches: list[Match], pattern: re.Pattern[str] | None, group_by: str | None) -> list[Pair]:
-    """Pairs with their group; those whose split is still open have the split "". A name used twice gets its split."""
-    count = Counter(match.key for match in matches)
-    pairs, unmatched = [], []
-    for match in matches:
-        group = group_of(match.key, pattern)
+def _grouped(pairs: list[Pair], pattern: re.Pattern[str] | None) -> list[Pair]:
+    """The pairs with their group; a name that is used twice gets its split."""
+    count = Counter(pair.name for pair in pairs)
+    grouped, unmatched = [], []
+    for pair in pairs:
+        found = pattern.search(pair.name) if pattern else None
+        group = pair.name if pattern is None else found and found.group(1 if pattern.groups else 0)
         if group is None:
-            unmatched.append(match.key)
-        name = f"{match.split}/{match.key}" if count[match.key] > 1 and match.split else match.key
-        pairs.append(Pair(image=match.image, mask=match.mask, split=match.split or "", group=group or "", name=name))
-    if unmatched:
+            unmatched.append(pair.name)
+        name = f"{pair.split}/{pair.name}" if count[pair.name] > 1 and pair.split else pair.name
+        grouped.append(replace(pair, group=group or "", name=name))
+    if pattern and unmatched:
         raise UsageError(
-            f"--group-by {group_by!r} does not match {len(unmatched):,} of {len(matches):,} names, for example "
+            f"--group-by {pattern.pattern!r} does not match {len(unmatched):,} of {len(pairs):,} names, for example "
             f"{unmatched[0]!r}. It is a regular expression and must match somewhere in each name."
         )
-    return pairs
+    return grouped
 
 
-def _with_splits(pairs: list[Pair], fractions: Sequence[float]) -> list[Pair]:
-    """Decide the open splits by hash; carve val from train where only a test split was given."""
+def _with_splits(pairs: list[Pair], fractions: Sequence[float]) -> tuple[list[Pair], str]:
+    """Decide the open splits by hash, carve val from train where only a test split was given, and say so in words."""
     given = {pair.split for pair in pairs}
     if given <= {"", "train"}:
-        splits = assign_splits([pair.group for pair in pairs], fractions)
-        return [replace(pair, split=splits[pair.group]) for pair in pairs]
-    if "train" in given and "val" not in given:
-        splits = assign_splits([pair.group for pair in pairs if pair.split == "train"], VAL_OF_TRAIN)
-        return [replace(pair, split=splits[pair.group]) if pair.split == "train" else pair for pair in pairs]
-    return pairs
-
-
-def _split_words(matches: list[Match]) -> str:
-    """What was decided here about the splits, and not by the folder."""
-    given = {match.split for match in matches}
-    if given <= {None, "train"}:
-        return ", split by hash"
-    return f", {VAL_OF_TRAIN[1]:.0%} of train is val by hash" if "train" in given and "val" not in given else ""
+        words = ", split by hash"
+    elif "train" in given and "val" not in given:
+        fractions, words = VAL_OF_TRAIN, f", {VAL_OF_TRAIN[1]:.0%} of train is val by hash"
+    else:
+        return pairs, ""
+    splits = assign_splits([pair.group for pair in pairs if pair.split in ("", "train")], fractions)
+    return [replace(pair, split=splits[pair.group]) if pair.split in ("", "train") else pair for pair in pairs], words
 
 
 def _find_labels(
@@ -238,15 +215,16 @@ def _find_labels(
     beside = (root if root.is_dir() else root.parent) / "classes.yaml"
     if classes is not None or beside.is_file():
         return load_labels(classes or beside).with_ignored(ignore)
-    scans = [scan for scan in in_threads(_scan_or_none, [pair for pair in pairs if pair.mask]) if scan]
+    found_or_not = in_threads(_scan_or_error, [pair for pair in pairs if pair.mask])
+    scans = [scan for scan in found_or_not if isinstance(scan, MaskScan)]
     if not scans:
-        raise DataError(f"{root}: none of its masks can be read, for example {_first_error(pairs)}")
+        raise DataError(f"{root}: none of its masks can be read, for example {found_or_not[0]}")
     kind = Counter(scan.kind for scan in scans).most_common(1)[0][0]
     found: Counter[Value] = Counter()
     for scan in scans:
         if scan.kind == kind:
             found.update(scan.counts)
-    if len(found) > 2 and any(scan.format in ("JPEG", "MPO") for scan in scans):
+    if len(found) > 2 and any(scan.format in ("jpeg", "mpo") for scan in scans):
         raise DataError(
             f"{root}: its masks are JPEG, which blurs values: {len(found):,} different ones are found. "
             "Save the masks as PNG, or say in classes.yaml which values mean which class."
@@ -257,23 +235,12 @@ def _find_labels(
         raise DataError(f"{root}: {error}") from error
 
 
-def _scan_or_none(pair: Pair) -> MaskScan | None:
-    """None for a file that cannot be read; checking the data tells it with its reason."""
+def _scan_or_error(pair: Pair) -> MaskScan | DataError:
+    """A file that cannot be read is told when the data are checked."""
     try:
         return scan_mask(pair)
-    except DataError:
-        return None
-
-
-def _first_error(pairs: list[Pair]) -> str:
-    for pair in pairs:
-        try:
-            read = scan_mask(pair) if pair.mask else None
-        except DataError as error:
-            return str(error)
-        if read:
-            break
-    return "none."
+    except DataError as error:
+        return error
 
 
 def _common_palette(scans: list[MaskScan]) -> Palette | None:
@@ -310,8 +277,3 @@ def _no_images(root: Path, words: str, sources: list[Source]) -> str:
     )
     found = ", ".join(f"{count:,} x {suffix}" for suffix, count in other.most_common(5)) or "no files"
     return f"{root}: {words} is there, but without images ({found}). Readable are {', '.join(SOURCE_SUFFIXES)}."
-
-
-def _nothing_matches(root: Path, layout: _Layout) -> str:
-    reasons = " ".join(problem.message for problem in layout.problems[:3])
-    return f"{root}: {layout.words}: not one image has a mask. Names must match by stem. {reasons}"

@@ -3,12 +3,13 @@
 import csv
 import os
 import re
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from pixelwise.data.pairs import SPLIT_ALIASES, Problem
+from pixelwise.data.pairs import SPLIT_ALIASES, Pair, Problem, counted, first_of
 from pixelwise.errors import DataError
+from pixelwise.files import ZARR_DOCUMENTS
 from pixelwise.formats import FORMATS, SOURCE_SUFFIXES
 from pixelwise.formats.local import printable
 from pixelwise.formats.registry import stem_of
@@ -19,7 +20,6 @@ _MASK_SUFFIX = re.compile(
     re.IGNORECASE,
 )
 _IMAGE_SUFFIX = re.compile(r"[_\-. ](leftimg8bit|image|img|sat|rgb)$", re.IGNORECASE)
-_ZARR_FILES = ("zarr.json", ".zgroup", ".zarray")
 _BARE = re.compile(r"(?!dicomdir$)[^.]*|.*\.(?:\d+|ima)")  # names that scanners give to DICOM files
 _MAX_LOOKS = 20  # files of such names in a folder that are opened
 _NO_MASK = re.compile(r"_gtfine_(color|instanceids|instancetrainids)$", re.IGNORECASE)
@@ -27,45 +27,38 @@ _NO_MASK = re.compile(r"_gtfine_(color|instanceids|instancetrainids)$", re.IGNOR
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A folder of images with its folder of masks; `split` is None where the layout names none."""
+    """A folder of images with its folder of masks; `split` is "" where the layout names none."""
 
-    split: str | None
+    split: str
     images: Path
     masks: Path | None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Match:
-    """An image, its mask, and the name both share."""
-
-    split: str | None
-    image: Path
-    mask: Path | None
-    key: str
-
-
-def match_source(source: Source, root: Path) -> tuple[list[Match], list[Problem]]:
-    """Pair the images and masks of one source, and say what stays alone."""
+def match_source(source: Source, root: Path) -> tuple[list[Pair], list[Problem]]:
+    """Pair the images and masks of one source, still without groups, and say what stays alone."""
     wanted = {key for key, _ in image_files(source.images)}
-    masks, doubled_masks = _by_key(image_files(source.masks, wanted) if source.masks else [])
-    masks = {key: path for key, path in masks.items() if not _NO_MASK.search(key)}
-    images, doubled = _by_key(image_files(source.images, masks))
+    found = _by_key(image_files(source.masks, wanted) if source.masks else [])
+    masks = {key: paths for key, paths in found.items() if not _NO_MASK.search(key)}
+    images = _by_key(image_files(source.images, masks))
+    doubled = [*images.items(), *found.items()]
     if list(images) == ["."]:  # the folder itself is a series: it has one mask, whatever its name
-        images = {source.images.name: source.images}
+        images = {source.images.name: images["."]}
         masks = {source.images.name: next(iter(masks.values()))} if len(masks) == 1 else masks
+    claims, orphans = _choose(images, masks)
     where = source.split or source.images.name
-    problems = [_twice(where, what, root) for what in (*doubled, *doubled_masks)]
-    chosen, orphans, rivals = _choose(images, masks)
-    problems += [_twice(where, what, root) for what in rivals]
+    problems = [_twice(where, key, paths, root) for key, paths in (*doubled, *claims.items()) if len(paths) > 1]
     if orphans:
-        problems.append(_orphans(where, orphans, root))
-    matches = [
-        Match(split=source.split, image=path, mask=chosen.get(key), key=key) for key, path in sorted(images.items())
+        count = counted(len(orphans), "mask", "has no image", "have no image")
+        files = tuple(relative(path, root) for path in orphans)
+        problems.append(Problem("warning", f"{where}: {count}: {first_of(files, 5)}. They are not used.", files))
+    pairs = [
+        Pair(image=paths[0], mask=claims.get(key, [None])[0], split=source.split, name=key)
+        for key, paths in sorted(images.items())
     ]
-    lonely = [match.image for match in matches if match.mask is None]
+    lonely = [pair.image for pair in pairs if pair.mask is None]
     if lonely:
-        problems.append(_lonely(where, lonely, len(matches), root, source.split))
-    return matches, problems
+        problems.append(_lonely(where, lonely, len(pairs), root, source.split))
+    return pairs, problems
 
 
 def image_files(folder: Path, other_keys: Container[str] = ()) -> list[tuple[str, Path]]:
@@ -97,7 +90,7 @@ def image_files(folder: Path, other_keys: Container[str] = ()) -> list[tuple[str
 
 def is_zarr(folder: Path) -> bool:
     """Whether a folder is an array, by what is in it or, so that a damaged one is missed, by its name."""
-    return folder.name.lower().endswith(".zarr") or any((folder / name).is_file() for name in _ZARR_FILES)
+    return folder.name.lower().endswith(".zarr") or any((folder / name).is_file() for name in ZARR_DOCUMENTS)
 
 
 def is_series(folder: Path, names: Iterable[str]) -> bool:
@@ -124,67 +117,48 @@ def _is_dicom(path: Path) -> bool:
         return False
 
 
-def listing(paths: Sequence[Path], root: Path, limit: int = 5) -> str:
-    """The first few names below `root`, and how many more there are."""
-    shown = ", ".join(relative(path, root) for path in paths[:limit])
-    return shown + (f" and {len(paths) - limit:,} more" if len(paths) > limit else "")
-
-
 def relative(path: Path, root: Path) -> str:
     """`path` as a user sees it below `root`."""
     return printable((path.relative_to(root) if path.is_relative_to(root) else path).as_posix())
 
 
-def _by_key(files: list[tuple[str, Path]]) -> tuple[dict[str, Path], list[tuple[str, list[Path]]]]:
+def _by_key(files: list[tuple[str, Path]]) -> dict[str, list[Path]]:
     grouped: dict[str, list[Path]] = {}
     for key, path in files:
         grouped.setdefault(key, []).append(path)
-    doubled = [(key, paths) for key, paths in grouped.items() if len(paths) > 1]
-    return {key: paths[0] for key, paths in grouped.items()}, doubled
+    return grouped
 
 
 def _choose(
-    images: dict[str, Path], masks: dict[str, Path]
-) -> tuple[dict[str, Path], list[Path], list[tuple[str, list[Path]]]]:
-    """Masks by image key; masks without image; images that several masks claim. Equal names come first."""
+    images: Mapping[str, list[Path]], masks: Mapping[str, list[Path]]
+) -> tuple[dict[str, list[Path]], list[Path]]:
+    """The masks that claim each image, by its key, and masks without image. Equal names come first."""
     by_stem = {_IMAGE_SUFFIX.sub("", key): key for key in images}
     claims: dict[str, list[Path]] = {}
     orphans = []
-    for key, path in masks.items():
-        stem = _MASK_SUFFIX.sub("", key)
+    for key, (path, *_) in masks.items():
+        stem, folder = _MASK_SUFFIX.sub("", key), key.rpartition("/")[0]
         target = next((name for name in (key, stem) if name in images), None) or by_stem.get(stem) or by_stem.get(key)
-        folder = key.rpartition("/")[0]
         target = target or (folder if folder in images else None)  # a mask in a folder named as the image
         if target is None:
             orphans.append(path)
         else:
             claims.setdefault(target, []).append(path)
-    rivals = [(key, paths) for key, paths in claims.items() if len(paths) > 1]
-    return {key: paths[0] for key, paths in claims.items()}, orphans, rivals
+    return claims, orphans
 
 
-def _twice(where: str, doubled: tuple[str, list[Path]], root: Path) -> Problem:
-    key, paths = doubled
+def _twice(where: str, key: str, paths: list[Path], root: Path) -> Problem:
     names = tuple(relative(path, root) for path in paths)
     return Problem("fatal", f"{where}: {' and '.join(names)} both stand for {key!r}. Keep one of them.", names)
 
 
-def _orphans(where: str, orphans: list[Path], root: Path) -> Problem:
-    count = f"{len(orphans):,} masks have no image" if len(orphans) > 1 else "1 mask has no image"
-    message = f"{where}: {count}: {listing(orphans, root)}. They are not used."
-    return Problem("warning", message, tuple(relative(path, root) for path in orphans))
-
-
-def _lonely(where: str, lonely: list[Path], total: int, root: Path, split: str | None) -> Problem:
+def _lonely(where: str, lonely: list[Path], total: int, root: Path, split: str) -> Problem:
     files = tuple(relative(path, root) for path in lonely)
     if split == "test" and len(lonely) == total:
         return Problem("warning", f"test: none of the {total:,} images has a mask, so it cannot be evaluated.", files)
-    count = f"{len(lonely):,} images have no mask" if len(lonely) > 1 else "1 image has no mask"
-    return Problem(
-        "fatal",
-        f"{where}: {count}: {listing(lonely, root)}. Add a mask of the same name for each, or remove them.",
-        files,
-    )
+    count = counted(len(lonely), "image", "has no mask", "have no mask")
+    advice = "Add a mask of the same name for each, or remove them."
+    return Problem("fatal", f"{where}: {count}: {first_of(files, 5)}. {advice}", files)
 
 
 _NEEDED = {"image", "mask"}
@@ -201,21 +175,21 @@ def find_csv(root: Path) -> list[Path]:
     return found
 
 
-def read_csv(path: Path) -> tuple[list[Match], list[Problem]]:
+def read_csv(path: Path) -> tuple[list[Pair], list[Problem]]:
     """Read one list of pairs. A file named train.csv, val.csv or test.csv needs no column for the split."""
-    own = SPLIT_ALIASES.get(path.stem.lower())
+    own = SPLIT_ALIASES.get(path.stem.lower(), "")
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            matches = [_match(path, line, row, own) for line, row in _rows(path, csv.reader(file, strict=True))]
+            pairs = [_pair(path, line, row, own) for line, row in _rows(path, csv.reader(file, strict=True))]
     except (OSError, csv.Error, ValueError) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{path}: cannot be read as CSV ({error}).") from error
-    if not matches:
+    if not pairs:
         raise DataError(f"{path}: lists no pairs; below the line `image,mask` one line for each pair is wanted.")
-    if len({match.split is None for match in matches}) > 1:
+    if len({bool(pair.split) for pair in pairs}) > 1:
         raise DataError(f"{path}: some lines give a split and some do not. Give one for all of them or for none.")
-    return matches, _problems(path, matches)
+    return pairs, _problems(path, pairs)
 
 
 def _rows(path: Path, reader: Iterator[list[str]]) -> Iterator[tuple[int, dict[str, str]]]:
@@ -234,30 +208,28 @@ def _rows(path: Path, reader: Iterator[list[str]]) -> Iterator[tuple[int, dict[s
             yield line, {name: cell.strip() for name, cell in zip(header, cells, strict=True)}
 
 
-def _match(path: Path, line: int, row: dict[str, str], own_split: str | None) -> Match:
+def _pair(path: Path, line: int, row: dict[str, str], own_split: str) -> Pair:
     if not row["image"]:
         raise DataError(f"{path}, line {line}: no image is named.")
     given = row.get("split", "")
-    split = SPLIT_ALIASES.get(given.lower()) if given else own_split
-    if given and split is None:
+    split = SPLIT_ALIASES.get(given.lower(), "") if given else own_split
+    if given and not split:
         raise DataError(f"{path}, line {line}: split {given!r} is not one of train, val, test.")
-    image = path.parent / row["image"]
-    named = Path(row["image"])
-    key = named.with_name(stem_of(named.name)).as_posix()
-    return Match(split=split, image=image, mask=path.parent / row["mask"] if row["mask"] else None, key=key)
+    named, mask = Path(row["image"]), path.parent / row["mask"] if row["mask"] else None
+    return Pair(image=path.parent / named, mask=mask, split=split, name=named.with_name(stem_of(named.name)).as_posix())
 
 
-def _problems(path: Path, matches: list[Match]) -> list[Problem]:
+def _problems(path: Path, pairs: list[Pair]) -> list[Problem]:
     problems, seen = [], set()
-    for match in matches:
-        name = relative(match.image, path.parent)
-        if (match.split, match.key) in seen:
+    for pair in pairs:
+        name = relative(pair.image, path.parent)
+        if (pair.split, pair.name) in seen:
             message = f"{path.name}: {name} stands in two lines (suffixes do not count). Keep one of them."
             problems.append(Problem("fatal", message, (name,)))
-        seen.add((match.split, match.key))
-    lonely = [relative(match.image, path.parent) for match in matches if match.mask is None]
+        seen.add((pair.split, pair.name))
+    lonely = [relative(pair.image, path.parent) for pair in pairs if pair.mask is None]
     if lonely:
-        count = f"{len(lonely):,} images have no mask" if len(lonely) > 1 else "1 image has no mask"
+        count = counted(len(lonely), "image", "has no mask", "have no mask")
         message = f"{path.name}: {count}, the first is {lonely[0]}. Name a mask for each, or take the lines out."
         problems.append(Problem("fatal", message, tuple(lonely)))
     return problems

@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +20,11 @@ class Pair:
 
     image: Path  # the image file
     mask: Path | None  # the mask file, or None where there is none
-    split: str  # "train", "val" or "test"
-    group: str  # what must not be divided between splits, for example the patient; the name, if nothing was asked for
+    split: str  # "train", "val" or "test"; "" until it is decided
     name: str  # unique inside the folder: the path below the folder of images, without suffix
+    group: str = (
+        ""  # what must not be divided between splits, for example the patient; the name, if nothing was asked for
+    )
     plane: int | None = None  # the one plane of a volume that is meant; None means all of the file
 
 
@@ -79,8 +82,13 @@ def assign_splits(groups: Iterable[str], fractions: Sequence[float]) -> dict[str
 
     With so few groups that a wanted split would stay empty, the groups nearest to it by hash are moved there.
     """
-    _check_fractions(fractions)
-    position = {group: _position(group) for group in groups}
+    if len(fractions) != 3 or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6 or fractions[0] <= 0:
+        raise UsageError(
+            f"the fractions of train, val and test are {tuple(fractions)}. They must be three numbers that are not "
+            "negative and add up to 1, with some training data."
+        )
+    digests = {group: hashlib.sha256(group.encode("utf-8", "surrogateescape")).digest() for group in groups}
+    position = {group: int.from_bytes(digest[:7], "big") / 2**56 for group, digest in digests.items()}
     ordered = sorted(position, key=lambda group: (position[group], group))
     borders = (fractions[0], fractions[0] + fractions[1])
     splits = {group: SPLITS[sum(position[group] >= border for border in borders)] for group in ordered}
@@ -88,17 +96,10 @@ def assign_splits(groups: Iterable[str], fractions: Sequence[float]) -> dict[str
     needed = wanted[: len(ordered)]
     for name in needed:
         if name not in splits.values():
-            spare = [group for group in ordered if _can_leave(group, splits, needed)]
+            count = Counter(splits.values())
+            spare = [group for group in ordered if splits[group] not in needed or count[splits[group]] > 1]
             splits[spare[0 if name == "train" else -1]] = name
     return splits
-
-
-def group_of(name: str, pattern: re.Pattern[str] | None) -> str | None:
-    """The group of a name: group 1 of the pattern, else its whole match; None where it does not match."""
-    if pattern is None:
-        return name
-    found = pattern.search(name)
-    return None if found is None else found.group(1 if pattern.groups else 0)
 
 
 def compile_group_by(expression: str | None) -> re.Pattern[str] | None:
@@ -109,19 +110,12 @@ def compile_group_by(expression: str | None) -> re.Pattern[str] | None:
         raise UsageError(f"--group-by {expression!r} is not a regular expression: {error}.") from error
 
 
-def _can_leave(group: str, splits: dict[str, str], needed: Sequence[str]) -> bool:
-    own = splits[group]
-    return own not in needed or sum(split == own for split in splits.values()) > 1
+def counted(number: int, noun: str, verb: str, verbs: str) -> str:
+    """ "1 image has", "2,000 images have"."""
+    return f"1 {noun} {verb}" if number == 1 else f"{number:,} {noun}s {verbs}"
 
 
-def _position(group: str) -> float:
-    digest = hashlib.sha256(group.encode("utf-8", "surrogateescape")).digest()
-    return int.from_bytes(digest[:7], "big") / 2**56
-
-
-def _check_fractions(fractions: Sequence[float]) -> None:
-    if len(fractions) != 3 or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6 or fractions[0] <= 0:
-        raise UsageError(
-            f"the fractions of train, val and test are {tuple(fractions)}. They must be three numbers that are not "
-            "negative and add up to 1, with some training data."
-        )
+def first_of(texts: Sequence[str], most: int, separator: str = ", ") -> str:
+    """The first few, and how many more there are."""
+    rest = len(texts) - most
+    return separator.join(texts[:most]) + (f" and {rest:,} more" if rest > 0 else "")

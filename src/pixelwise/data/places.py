@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pixelwise.data.label_spec import IGNORE_INDEX, LabelSpec, Value
+from pixelwise.data.labels import IGNORE_INDEX, LabelSpec, Value
 
 _BLOCK_PX = 512  # columns that are counted together
 _TABLE_BYTES = 4 << 20  # for each value; of wider masks more columns are counted together

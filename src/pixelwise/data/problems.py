@@ -1,12 +1,12 @@
 """What can be wrong with a data set, each as one message that names file, value and count."""
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import combinations
 
 from pixelwise.data.labels import IGNORE_INDEX, LabelSpec, Value
-from pixelwise.data.matching import listing, relative
-from pixelwise.data.pairs import SPLITS, DataFolder, Problem
+from pixelwise.data.matching import relative
+from pixelwise.data.pairs import SPLITS, DataFolder, Problem, counted, first_of
 from pixelwise.data.scan import PairScan
 from pixelwise.formats.local import printable
 
@@ -18,7 +18,7 @@ def find_problems(folder: DataFolder, scans: Sequence[PairScan]) -> tuple[Proble
     """All problems of a folder, fatal ones first: those of the names, then those of the files."""
     problems = [*folder.problems, *_missing_parts(folder)]
     by_split = {name: [scan for scan in scans if scan.pair.split == name] for name in folder.splits}
-    per_split: tuple[Callable[[str, list[PairScan], DataFolder], list[Problem]], ...] = (
+    per_split: tuple[Callable[[str, list[PairScan], DataFolder], Iterable[Problem]], ...] = (
         _unreadable,
         _size_mismatches,
         _other_kind,
@@ -29,33 +29,28 @@ def find_problems(folder: DataFolder, scans: Sequence[PairScan]) -> tuple[Proble
     for check in per_split:
         for split, there in by_split.items():
             problems += check(split, there, folder)
-    problems += _mixed_images(folder, scans) + _shared_images(folder, scans) + _divided_groups(folder)
+    problems += [*_mixed_images(folder, scans), *_shared_images(folder, scans), *_divided_groups(folder)]
     return tuple(sorted(problems, key=lambda problem: problem.severity != "fatal"))
 
 
-def _missing_parts(folder: DataFolder) -> list[Problem]:
-    problems = []
+def _missing_parts(folder: DataFolder) -> Iterator[Problem]:
     if folder.labels.num_classes < 2:
         values = folder.labels.describe_values()
-        problems.append(Problem("fatal", f"the masks hold only {values}: with one class there is nothing to learn."))
+        yield Problem("fatal", f"the masks hold only {values}: with one class there is nothing to learn.")
     if not folder.split("train"):
-        problems.append(Problem("fatal", "there are no training images."))
+        yield Problem("fatal", "there are no training images.")
     elif not folder.split("val"):
-        problems.append(Problem("fatal", "there are no validation images: more than one image (or group) is needed."))
-    return problems
+        yield Problem("fatal", "there are no validation images: more than one image (or group) is needed.")
 
 
 def _unreadable(split: str, scans: list[PairScan], folder: DataFolder) -> list[Problem]:
     problems = []
     for scan in scans:
-        for what, path, error in (
-            ("image", scan.pair.image, scan.image_error),
-            ("mask", scan.pair.mask, scan.mask_error),
-        ):
+        pair = scan.pair
+        for what, path, error in (("image", pair.image, scan.image_error), ("mask", pair.mask, scan.mask_error)):
             if error is not None and path is not None:
-                name = relative(path, folder.root)
                 message = f"{split}: {what} {printable(path.name)} cannot be used: {error}"
-                problems.append(Problem("fatal", message, (name,)))
+                problems.append(Problem("fatal", message, (relative(path, folder.root),)))
     return _capped(problems, f"{split}: {{}} more files cannot be used")
 
 
@@ -63,119 +58,94 @@ def _size_mismatches(split: str, scans: list[PairScan], folder: DataFolder) -> l
     problems = []
     for scan in scans:
         if scan.image and scan.mask and (difference := scan.mask.grid.difference(scan.image.grid)):
-            names = _names(folder, scan)
+            names = tuple(relative(path, folder.root) for path in (scan.pair.image, scan.pair.mask) if path)
             problems.append(Problem("fatal", f"{split}: mask {names[-1]} {difference.format(names[0])}", names))
     return _capped(problems, f"{split}: {{}} more masks differ in size or place from their images")
 
 
-def _other_kind(split: str, scans: list[PairScan], folder: DataFolder) -> list[Problem]:
+def _other_kind(split: str, scans: list[PairScan], folder: DataFolder) -> Iterator[Problem]:
     wrong = [scan for scan in scans if scan.mask and scan.mask.kind != folder.labels.kind]
-    if not wrong or wrong[0].mask is None:
-        return []
-    message = folder.labels.kind_mismatch(wrong[0].mask.kind)
-    return [Problem("fatal", f"{split}: {_masks(wrong)} {message}", _mask_files(folder, wrong))]
+    if wrong:
+        message = folder.labels.kind_mismatch("rgb" if folder.labels.kind == "index" else "index")
+        yield Problem("fatal", f"{split}: {_masks(wrong)} {message}", _mask_files(folder, wrong))
 
 
-def _unknown_values(split: str, scans: list[PairScan], folder: DataFolder) -> list[Problem]:
+def _unknown_values(split: str, scans: list[PairScan], folder: DataFolder) -> Iterator[Problem]:
     wrong, unknown = [], Counter[Value]()
     for scan in scans:
-        if scan.mask is None or scan.mask.kind != folder.labels.kind:
-            continue
-        here = {value: count for value, count in scan.mask.counts.items() if folder.labels.class_of(value) is None}
+        counts = scan.mask.counts if scan.mask and scan.mask.kind == folder.labels.kind else {}
+        here = {value: count for value, count in counts.items() if folder.labels.class_of(value) is None}
         unknown.update(here)
-        if here:
-            wrong.append(scan)
-    if not wrong:
-        return []
-    message = folder.labels.unknown_message(dict(unknown.most_common()))
-    return [Problem("fatal", f"{split}: {_masks(wrong)} {message}", _mask_files(folder, wrong))]
+        wrong += [scan] if here else []
+    if wrong:
+        message = folder.labels.unknown_message(dict(unknown.most_common()))
+        yield Problem("fatal", f"{split}: {_masks(wrong)} {message}", _mask_files(folder, wrong))
 
 
-def _empty_masks(split: str, scans: list[PairScan], folder: DataFolder) -> list[Problem]:
+def _empty_masks(split: str, scans: list[PairScan], folder: DataFolder) -> Iterator[Problem]:
     held = [(scan, _classes(scan, folder.labels)) for scan in scans if scan.mask]
     void = [scan for scan, classes in held if classes <= {IGNORE_INDEX}]
     background = [scan for scan, classes in held if 0 in classes and classes <= {0, IGNORE_INDEX}]
-    problems = []
-    if void:
-        problems.append(_empty(split, void, "no labelled pixel", folder))
-    if background and folder.labels.names[0] == "background":
-        problems.append(_empty(split, background, "nothing but background", folder))
-    return problems
+    if folder.labels.names[0] != "background":
+        background = []
+    for what, empty in (("no labelled pixel", void), ("nothing but background", background)):
+        if files := _mask_files(folder, empty):
+            count = counted(len(files), "mask", "holds", "hold")
+            yield Problem("warning", f"{split}: {count} {what}: {first_of(files, 3)}.", files)
 
 
-def _empty(split: str, scans: list[PairScan], what: str, folder: DataFolder) -> Problem:
-    masks = [scan.pair.mask for scan in scans if scan.pair.mask]
-    count = f"{len(masks):,} masks hold" if len(masks) > 1 else "1 mask holds"
-    message = f"{split}: {count} {what}: {listing(masks, folder.root, limit=3)}."
-    return Problem("warning", message, _mask_files(folder, scans))
+def _missing_classes(split: str, scans: list[PairScan], folder: DataFolder) -> Iterator[Problem]:
+    seen = [_classes(scan, folder.labels) for scan in scans if scan.mask]
+    missing = [repr(name) for index, name in enumerate(folder.labels.names) if not any(index in here for here in seen)]
+    if seen and missing:
+        effect = "cannot be learnt." if split == "train" else "cannot be scored there."
+        subject = "It" if len(missing) == 1 else "They"
+        yield Problem("warning", f"{split}: no mask contains {first_of(missing, 12)}. {subject} {effect}")
 
 
-def _missing_classes(split: str, scans: list[PairScan], folder: DataFolder) -> list[Problem]:
-    if not any(scan.mask for scan in scans):
-        return []
-    seen = set().union(*(_classes(scan, folder.labels) for scan in scans if scan.mask))
-    missing = [name for index, name in enumerate(folder.labels.names) if index not in seen]
-    if not missing:
-        return []
-    effect = "They cannot be learnt." if split == "train" else "They cannot be scored there."
-    if len(missing) == 1:
-        effect = effect.replace("They", "It")
-    shown = ", ".join(map(repr, missing[:12])) + (f" and {len(missing) - 12} more" if len(missing) > 12 else "")
-    return [Problem("warning", f"{split}: no mask contains {shown}. {effect}")]
-
-
-def _mixed_images(folder: DataFolder, scans: Sequence[PairScan]) -> list[Problem]:
-    problems = []
-    channels = Counter(scan.image.channels for scan in scans if scan.image)
+def _mixed_images(folder: DataFolder, scans: Sequence[PairScan]) -> Iterator[Problem]:
+    images = [(scan.pair.image, scan.image) for scan in scans if scan.image]
+    channels = Counter(image.channels for _, image in images)
     if len(channels) > 1 and set(channels) != {1, 3}:
         shown = ", ".join(f"{count:,} with {number}" for number, count in channels.most_common())
-        rare = [
-            scan.pair.image for scan in scans if scan.image and scan.image.channels != channels.most_common(1)[0][0]
-        ]
-        message = f"images differ in their number of channels ({shown}), for example {relative(rare[0], folder.root)}."
-        files = tuple(relative(path, folder.root) for path in rare)
-        problems.append(Problem("fatal", f"{message} Only grey among RGB can be used together.", files))
-    dtypes = Counter(scan.image.dtype for scan in scans if scan.image)
+        usual = channels.most_common(1)[0][0]
+        rare = tuple(relative(path, folder.root) for path, image in images if image.channels != usual)
+        message = f"images differ in their number of channels ({shown}), for example {rare[0]}."
+        yield Problem("fatal", f"{message} Only grey among RGB can be used together.", rare)
+    dtypes = Counter(image.dtype for _, image in images)
     if len(dtypes) > 1:
         shown = ", ".join(f"{count:,} x {name}" for name, count in dtypes.most_common())
         message = f"images differ in bit depth ({shown}); each is divided by the largest number of its own type."
-        problems.append(Problem("warning", message))
-    return problems
+        yield Problem("warning", message)
 
 
-def _shared_images(folder: DataFolder, scans: Sequence[PairScan]) -> list[Problem]:
+def _shared_images(folder: DataFolder, scans: Sequence[PairScan]) -> Iterator[Problem]:
     """The same decoded pixels in two splits: the score there is better than it should be."""
     owners: dict[str, dict[str, str]] = defaultdict(dict)
     for scan in scans:
         if scan.image is not None:
             owners[scan.image.digest].setdefault(scan.pair.split, relative(scan.pair.image, folder.root))
-    problems = []
     for first, second in combinations(SPLITS, 2):
         shared = [(there[first], there[second]) for there in owners.values() if first in there and second in there]
         if shared:
-            shown = "; ".join(" = ".join(names) for names in shared[:3])
-            more = f" and {len(shared) - 3:,} more" if len(shared) > 3 else ""
-            count = f"{len(shared):,} images are" if len(shared) > 1 else "1 image is"
-            message = f"{count} both in {first} and in {second}: {shown}{more}. That flatters the score on {second}."
-            problems.append(Problem("warning", message, tuple(name for names in shared for name in names)))
-    return problems
+            shown = first_of([" = ".join(names) for names in shared], 3, separator="; ")
+            count = counted(len(shared), "image", "is", "are")
+            message = f"{count} both in {first} and in {second}: {shown}. That flatters the score on {second}."
+            yield Problem("warning", message, tuple(name for names in shared for name in names))
 
 
-def _divided_groups(folder: DataFolder) -> list[Problem]:
+def _divided_groups(folder: DataFolder) -> Iterator[Problem]:
     """Only where groups were asked for: elsewhere a group is a name, and equal names in two splits mean nothing."""
     splits: dict[str, set[str]] = defaultdict(set)
     for pair in folder.pairs if folder.group_by is not None else ():
         splits[pair.group].add(pair.split)
     divided = [group for group, there in splits.items() if len(there) > 1]
     if not divided:
-        return []
-    shown = ", ".join(
-        f"{group!r} ({' and '.join(name for name in SPLITS if name in splits[group])})" for group in divided[:5]
-    )
-    more = f" and {len(divided) - 5:,} more" if len(divided) > 5 else ""
-    message = f"--group-by: the given splits divide groups: {shown}{more}. Move each group to one split."
+        return
+    shown = [f"{group!r} ({' and '.join(name for name in SPLITS if name in splits[group])})" for group in divided]
+    message = f"--group-by: the given splits divide groups: {first_of(shown, 5)}. Move each group to one split."
     files = tuple(relative(pair.image, folder.root) for pair in folder.pairs if pair.group in set(divided))
-    return [Problem("fatal", message, files)]
+    yield Problem("fatal", message, files)
 
 
 def _classes(scan: PairScan, labels: LabelSpec) -> set[int]:
@@ -188,10 +158,6 @@ def _masks(scans: list[PairScan]) -> str:
     name = printable(scans[0].pair.mask.name if scans[0].pair.mask else "")
     more = len(scans) - 1
     return f"mask {name}" + (f" (and {more:,} more mask{'s' * (more > 1)}, pixels added up)" if more else "")
-
-
-def _names(folder: DataFolder, scan: PairScan) -> tuple[str, ...]:
-    return tuple(relative(path, folder.root) for path in (scan.pair.image, scan.pair.mask) if path)
 
 
 def _mask_files(folder: DataFolder, scans: list[PairScan]) -> tuple[str, ...]:

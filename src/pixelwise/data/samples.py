@@ -1,10 +1,11 @@
-"""From a pair of files to the tensors that transforms and networks take; whole, or by windows."""
+"""From files to the tensors that transforms and networks take; whole, or by windows; of volumes, neighbouring planes too."""
 
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, from_numpy
 
-from pixelwise.data.label_spec import IGNORE_INDEX, LabelSpec
+from pixelwise.data.labels import IGNORE_INDEX, LabelSpec
 from pixelwise.data.matching import is_zarr
 from pixelwise.data.pairs import Pair
-from pixelwise.data.slices import Reading, is_picture, open_image
-from pixelwise.errors import DataError, PixelwiseError
+from pixelwise.errors import DataError, PixelwiseError, UsageError
 from pixelwise.files import extra
 from pixelwise.formats import FORMATS, Source, open_source
 from pixelwise.formats.local import printable
-from pixelwise.formats.readers import read_image, read_mask
+from pixelwise.formats.registry import suffix_of
+
+_PICTURES = {suffix for known in FORMATS.values() if known.opens == FORMATS["png"].opens for suffix in known.suffixes}
+
+Reading = Mapping[str, Any]
+"""Options of `open_source` (axis, level, series, intensity, ...) and `slices`; what a model card stores as `reading`."""
 
 
 @dataclass(frozen=True)
@@ -35,23 +40,14 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """Where the pixels of a file lie: their number, and the place that the file says they have in the world.
+    """Where the pixels of a file lie: their number, and the place that the file says they have in the world."""
 
-    Attributes:
-        width: columns of a plane.
-        height: rows of a plane.
-        planes: of the file.
-        crs: coordinate system as WKT, or None.
-        transform: (a, b, c, d, e, f): x = a column + b row + c, y = d column + e row + f, or None.
-        affine: (4, 4), row by row: voxels to millimetres, or None.
-    """
-
-    width: int
-    height: int
-    planes: int = 1
-    crs: str | None = None
-    transform: tuple[float, ...] | None = None
-    affine: tuple[float, ...] | None = None
+    width: int  # columns of a plane
+    height: int  # rows of a plane
+    planes: int = 1  # of the file
+    crs: str | None = None  # coordinate system as WKT
+    transform: tuple[float, ...] | None = None  # (a, b, c, d, e, f): x = a column + b row + c, y = d column + e row + f
+    affine: tuple[float, ...] | None = None  # (4, 4), row by row: voxels to millimetres
 
     @classmethod
     def of(cls, source: Source) -> "Grid":
@@ -94,12 +90,7 @@ class Grid:
 
 
 class OpenPair:
-    """The open files of a pair, of which windows are read.
-
-    Attributes:
-        image: the open image.
-        mask: the open mask, or None where the pair has none.
-    """
+    """The open files of a pair, of which windows are read: `image`, and `mask`, None where the pair has none."""
 
     def __init__(
         self, pair: Pair, labels: LabelSpec, channels: int | None = None, reading: Reading | None = None
@@ -110,7 +101,9 @@ class OpenPair:
         try:
             if pair.mask is not None:
                 self.mask = open_mask(pair.mask, reading, pair.image)
-                check_grids(pair, Grid.of(self.image), Grid.of(self.mask))
+                if difference := Grid.of(self.mask).difference(Grid.of(self.image)):
+                    name = printable(pair.image)
+                    raise DataError(f"{printable(pair.mask)}: the mask {difference.format(name)}")
         except PixelwiseError:
             self.close()
             raise
@@ -132,13 +125,16 @@ class OpenPair:
         array = self.image.read(top, left, height, width, plane)
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             raise DataError(f"{printable(self.pair.image)}: holds numbers that are NaN or infinite. Replace them.")
-        return _tensor(self.pair.image, array, self.channels)
+        with _naming(self.pair.image):
+            return to_tensor(array, self.channels)
 
     def read_mask(self, top: int, left: int, height: int, width: int, plane: int = 0) -> Tensor:
         """The labels of a window, uint8 (height, width); void where the image has no data."""
-        if self.mask is None:
+        if self.mask is None or self.pair.mask is None:
             raise DataError(f"{printable(self.pair.image)}: has no mask.")
-        labels = _encode(self.pair.mask, self.labels, mask_values(self.mask.read(top, left, height, width, plane)))
+        raw = mask_values(self.mask.read(top, left, height, width, plane))
+        with _naming(self.pair.mask, "the mask "):
+            labels = self.labels.encode(raw)
         valid = self.image.valid(top, left, height, width, plane)
         return from_numpy(labels if valid is None else np.where(valid, labels, np.uint8(IGNORE_INDEX)))
 
@@ -180,29 +176,65 @@ class OpenPairs:
             pair.close()
         self._reset()
 
-    def __getstate__(self) -> dict[str, Any]:  # to a process that is spawned
-        return {"_open_pair": self._open_pair, "_most": self._most}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._reset()
+    def __reduce__(self) -> tuple[Any, ...]:  # to a process that is spawned
+        return OpenPairs, (self._open_pair,)
 
 
 def load_sample(pair: Pair, labels: LabelSpec, channels: int | None = None, reading: Reading | None = None) -> Sample:
     """Read the files of a pair as a whole; of a volume, the plane of the pair."""
-    if reading or not are_pictures(pair):
-        with OpenPair(pair, labels, channels, reading) as opened:
-            if pair.plane is None and opened.image.info.planes > 1:
-                name = printable(pair.image)
-                raise DataError(f"{name}: holds {opened.image.info.planes} planes and cannot be read as one image.")
-            return opened.read(pair.plane or 0)
-    array = read_image(pair.image)
-    image = _tensor(pair.image, array, channels)
-    if pair.mask is None:
-        return Sample(image, None, pair.name)
-    raw = read_mask(pair.mask)
-    check_grids(pair, *(Grid(width=pixels.shape[1], height=pixels.shape[0]) for pixels in (array, raw)))
-    return Sample(image, from_numpy(_encode(pair.mask, labels, raw)), pair.name)
+    with OpenPair(pair, labels, channels, reading) as opened:
+        if pair.plane is None and opened.image.info.planes > 1:
+            name = printable(pair.image)
+            raise DataError(f"{name}: holds {opened.image.info.planes} planes and cannot be read as one image.")
+        return opened.read(pair.plane or 0)
+
+
+def is_picture(path: str | Path) -> bool:
+    """Whether a file is named as one of the formats that are decoded as a whole, in this process: PNG, JPEG, ..."""
+    return suffix_of(str(path)) in _PICTURES
+
+
+def open_image(path: str | Path, reading: Reading | None = None, channels: int | None = None) -> Source:
+    """Open an image as the network of a run sees it, which takes so many `channels`, neighbouring planes included."""
+    options = dict(reading or {})
+    slices = options.pop("slices", None) or 1
+    source = open_source(path, channels=channels and channels // slices, **options)
+    return source if slices == 1 else SliceStack(source, slices)
+
+
+class SliceStack(Source):
+    """A volume of which each plane has its neighbours as further channels; at both ends the last plane is repeated."""
+
+    def __init__(self, source: Source, slices: int) -> None:
+        if slices < 1 or slices % 2 == 0:
+            raise UsageError(f"slices must be an odd number such as 3 (a plane and one on each side), not {slices}.")
+        self._source, self._around = source, slices // 2
+        self.info = replace(source.info, channels=source.info.channels * slices)
+        self.metadata = source.metadata
+        shape, axis = source.metadata.get("shape"), source.metadata.get("axis", 2)
+        is_series = shape is not None and len(shape) == 4  # points in time: neighbours belong to one volume
+        self._depth = int(shape[axis]) if shape and is_series else source.info.planes
+
+    def read(self, top: int, left: int, height: int, width: int, plane: int = 0) -> NDArray[Any]:
+        first = plane // self._depth * self._depth
+        wanted = [
+            min(max(other, first), first + self._depth - 1)
+            for other in range(plane - self._around, plane + self._around + 1)
+        ]
+        planes = {number: self._source.read(top, left, height, width, number) for number in dict.fromkeys(wanted)}
+        return np.concatenate([planes[number] for number in wanted], axis=2)
+
+    def valid(self, top: int, left: int, height: int, width: int, plane: int = 0) -> NDArray[np.bool_] | None:
+        return self._source.valid(top, left, height, width, plane)
+
+    def fingerprint(self) -> str:
+        return self._source.fingerprint()
+
+    def check_unchanged(self) -> None:
+        self._source.check_unchanged()
+
+    def close(self) -> None:
+        self._source.close()
 
 
 def are_pictures(pair: Pair) -> bool:
@@ -250,29 +282,18 @@ def mask_values(array: NDArray[Any]) -> NDArray[Any]:
     return array[:, :, 0] if array.shape[2] == 1 else array
 
 
-def check_grids(pair: Pair, image: Grid, mask: Grid) -> None:
-    """Raise `DataError` if a mask does not lie on the pixels of its image; the message shows both."""
-    if difference := mask.difference(image):
-        raise DataError(f"{printable(pair.mask or '')}: the mask {difference.format(printable(pair.image))}")
-
-
 def crs_name(wkt: str) -> str:
     """A coordinate system in short, such as EPSG:32633."""
     return str(extra("rasterio.crs", "geo", "coordinate systems").CRS.from_user_input(wkt).to_string())[:200]
 
 
-def _tensor(path: Path, array: NDArray[Any], channels: int | None) -> Tensor:
+@contextmanager
+def _naming(path: Path, what: str = "") -> Iterator[None]:
+    """Errors say which file they are about."""
     try:
-        return to_tensor(array, channels)
+        yield
     except DataError as error:
-        raise DataError(f"{printable(path)}: {error}") from error
-
-
-def _encode(path: Path | None, labels: LabelSpec, raw: NDArray[Any]) -> NDArray[np.uint8]:
-    try:
-        return labels.encode(raw)
-    except DataError as error:
-        raise DataError(f"{printable(path or '')}: the mask {error}") from error
+        raise DataError(f"{printable(path)}: {what}{error}") from error
 
 
 def _close(one: NDArray[Any], other: NDArray[Any]) -> bool:

@@ -17,16 +17,22 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from pixelwise.data.label_spec import Value, pack_value, value_counts
+from pixelwise.data.labels import Value, pack_value, value_counts
 from pixelwise.data.pairs import Pair
 from pixelwise.data.places import Places
-from pixelwise.data.samples import Grid, mask_values, may_be_segmentation, open_mask
-from pixelwise.data.slices import Reading, is_picture, open_image
+from pixelwise.data.samples import (
+    Grid,
+    Reading,
+    is_picture,
+    mask_values,
+    may_be_segmentation,
+    open_image,
+    open_mask,
+)
 from pixelwise.errors import DataError
-from pixelwise.formats import Source, open_source
+from pixelwise.formats import Source
 from pixelwise.formats.base import Palette
 from pixelwise.formats.local import printable
-from pixelwise.formats.readers import read_image
 
 MAX_VALUES = 4096
 MAX_VALUES_OF_LARGE = 256  # of each the places are counted
@@ -42,25 +48,15 @@ R = TypeVar("R")
 
 @dataclass(frozen=True, kw_only=True)
 class MaskScan:
-    """What one mask holds.
+    """What one mask holds."""
 
-    Attributes:
-        grid: its size and place.
-        kind: "index", or "rgb" for colours.
-        counts: pixels per value, by ascending value.
-        palette: its colours by index, or None.
-        digest: SHA-256 of the decoded pixels.
-        format: of the file.
-        places: for each plane of a mask that is too large to be read as a whole, where its values are.
-    """
-
-    grid: Grid
-    kind: Literal["index", "rgb"]
-    counts: Mapping[Value, int]
-    palette: Palette | None
-    digest: str
-    format: str
-    places: tuple[Places, ...] = ()
+    grid: Grid  # its size and place
+    kind: Literal["index", "rgb"]  # numbers or colours
+    counts: Mapping[Value, int]  # pixels per value, by ascending value
+    palette: Palette | None  # its colours by index
+    digest: str  # SHA-256 of the decoded pixels
+    format: str  # of the file
+    places: tuple[Places, ...] = ()  # where the values are, for each plane if they are too large to be read as a whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,16 +110,17 @@ def scan_mask(pair: Pair, reading: Reading | None = None) -> MaskScan:
     return _scan_mask(path, image, axis, status.st_mtime_ns, status.st_size)
 
 
-def strips(source: Source) -> Iterator[tuple[int, int]]:
-    """(top, bottom) of the strips in which a plane is read: all at once, or several rows of blocks of a large one."""
+def strips(source: Source) -> Iterator[tuple[int, int, int]]:
+    """(plane, top, bottom) of the strips that are read: whole planes, or several rows of blocks of large ones."""
     height, width = source.info.height, source.info.width
     rows = height
     if height * width > WHOLE_PX:
         block = min(source.info.block_px[0], height)
         rows = max(1, _STRIP_PX // width)
         rows = max(block, rows // block * block) if block * width <= WHOLE_PX else rows
-    for top in range(0, height, rows):
-        yield top, min(top + rows, height)
+    for plane in range(source.info.planes):
+        for top in range(0, height, rows):
+            yield plane, top, min(top + rows, height)
 
 
 def sums_in_unit_scale(array: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -131,23 +128,28 @@ def sums_in_unit_scale(array: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
     Whole numbers of 8 bit are added exactly, others in float64.
     """
-    flat = array.reshape(-1, array.shape[-1])
-    sums = np.zeros(array.shape[-1])
-    squares = np.zeros(array.shape[-1])
+    flat, values = array.reshape(-1, array.shape[-1]), np.arange(256)
+    sums, squares = np.zeros(array.shape[-1]), np.zeros(array.shape[-1])
     scale = float(np.iinfo(array.dtype).max) if array.dtype.kind in "ui" else 1.0
     for start in range(0, len(flat), _BLOCK_PX):
         block = flat[start : start + _BLOCK_PX]
-        added = _byte_sums(block) if array.dtype == np.uint8 else _float_sums(block)
-        sums += added[0]
-        squares += added[1]
+        if array.dtype == np.uint8:
+            counts = np.stack([np.bincount(channel, minlength=256) for channel in block.T])
+            added = counts @ values, counts @ values**2
+        else:
+            wide = block.astype(np.float64)
+            added = wide.sum(axis=0), np.einsum("nc,nc->c", wide, wide)
+        sums, squares = sums + added[0], squares + added[1]
     return sums / scale, squares / scale**2
 
 
-def pixel_digest(shape: tuple[int, ...], arrays: Iterator[NDArray[Any]]) -> str:
+def pixel_digest(source: Source, arrays: Iterator[NDArray[Any]]) -> str:
     """SHA-256 of decoded pixels with their shape and type: equal for one image in two lossless formats."""
-    digest = None
+    digest, info = None, source.info
     for array in arrays:
-        digest = digest or hashlib.sha256(f"{shape} {array.dtype.name}".encode())
+        if digest is None:
+            shape = (info.planes,) * (info.planes > 1) + (info.height, info.width) + array.shape[2:]
+            digest = hashlib.sha256(f"{shape} {array.dtype.name}".encode())
         digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest() if digest else ""
 
@@ -175,32 +177,13 @@ def worker_count() -> int:
 
 
 def _scan_image(path: Path, reading: Reading | None, *, with_sums: bool) -> ImageScan:
-    if is_picture(path) and not reading:
-        array = read_image(path)
-        height, width, channels = array.shape
-        sums, squares = sums_in_unit_scale(array) if with_sums else (np.zeros(0), np.zeros(0))
-        return ImageScan(
-            grid=Grid(width=width, height=height),
-            channels=channels,
-            dtype=array.dtype.name,
-            digest=pixel_digest(array.shape, iter([array])),
-            format=path.suffix.lower().lstrip("."),
-            pixels=height * width,
-            sums=tuple(sums.tolist()),
-            squares=tuple(squares.tolist()),
-        )
     with open_image(path, reading) as source:
-        return _scan_source(source, with_sums)
+        info = source.info
+        sums, squares, pixels = np.zeros(info.channels), np.zeros(info.channels), 0
 
-
-def _scan_source(source: Source, with_sums: bool) -> ImageScan:
-    info = source.info
-    sums, squares, pixels = np.zeros(info.channels), np.zeros(info.channels), 0
-
-    def arrays() -> Iterator[NDArray[Any]]:
-        nonlocal sums, squares, pixels
-        for plane in range(info.planes):
-            for top, bottom in strips(source):
+        def arrays() -> Iterator[NDArray[Any]]:
+            nonlocal sums, squares, pixels
+            for plane, top, bottom in strips(source):
                 array = source.read(top, 0, bottom - top, info.width, plane)
                 if array.dtype.kind == "f" and not np.isfinite(array).all():
                     raise DataError(f"{info.location}: holds numbers that are NaN or infinite. Replace them.")
@@ -211,59 +194,43 @@ def _scan_source(source: Source, with_sums: bool) -> ImageScan:
                     added = sums_in_unit_scale(array if valid is None else array[valid])
                     sums, squares = sums + added[0], squares + added[1]
 
-    shape = (info.height, info.width, info.channels)
-    digest = pixel_digest(shape if info.planes == 1 else (info.planes, *shape), arrays())
-    return ImageScan(
-        grid=Grid.of(source),
-        channels=info.channels,
-        dtype=info.dtype,
-        digest=digest,
-        format=info.format,
-        spacing=_spacing(source.metadata),
-        pixels=pixels,
-        sums=tuple(sums.tolist()) if with_sums else (),
-        squares=tuple(squares.tolist()) if with_sums else (),
-    )
+        return ImageScan(
+            grid=Grid.of(source),
+            channels=info.channels,
+            dtype=info.dtype,
+            digest=pixel_digest(source, arrays()),
+            format=path.suffix.lower().lstrip(".") if is_picture(path) else info.format,
+            spacing=_spacing(source.metadata),
+            pixels=pixels,
+            sums=tuple(sums.tolist()) if with_sums else (),
+            squares=tuple(squares.tolist()) if with_sums else (),
+        )
 
 
 @lru_cache(maxsize=50_000)
 def _scan_mask(path: Path, image: Path | None, axis: int | None, _mtime_ns: int, _size: int) -> MaskScan:
-    if is_picture(path):
-        with open_source(path, labels=True) as source:
-            raw = mask_values(source.read(0, 0, source.info.height, source.info.width))
-        grid, found = Grid(width=raw.shape[1], height=raw.shape[0]), value_counts(raw)
-        whole = (
-            [Places(grid.height, grid.width)] if grid.pixels > WHOLE_PX and len(found) <= MAX_VALUES_OF_LARGE else []
-        )
-        for place in whole:
-            place.add(0, raw, found)
-        return MaskScan(
-            grid=grid,
-            kind="rgb" if raw.ndim == 3 else "index",
-            counts=_checked(path, found),
-            palette=source.metadata.get("palette"),
-            digest=pixel_digest(raw.shape, iter([raw])),
-            format=source.info.format.upper(),
-            places=tuple(whole),
-        )
     with open_mask(path, {"axis": axis}, image) as source:
         info, counts = source.info, Counter[Value]()
         is_large = info.height * info.width > WHOLE_PX
         places = [Places(info.height, info.width) for _ in range(info.planes if is_large else 0)]
 
         def arrays() -> Iterator[NDArray[Any]]:
-            for plane in range(info.planes):
-                for top, bottom in strips(source):
-                    raw = mask_values(source.read(top, 0, bottom - top, info.width, plane))
-                    yield raw
-                    found = value_counts(raw)
-                    counts.update(found)
-                    _checked(path, counts, MAX_VALUES_OF_LARGE if places else MAX_VALUES)
-                    if places:
-                        places[plane].add(top, raw, found)
+            for plane, top, bottom in strips(source):
+                raw = mask_values(source.read(top, 0, bottom - top, info.width, plane))
+                yield raw
+                found = value_counts(raw)
+                counts.update(found)
+                if len(counts) > MAX_VALUES_OF_LARGE and is_picture(path):
+                    places.clear()  # all of it is in memory while it is open, so it can be trained on as a whole
+                if len(counts) > (MAX_VALUES_OF_LARGE if places else MAX_VALUES):
+                    raise DataError(
+                        f"{printable(path)}: holds {len(counts):,} different values; it looks like a photograph, not a mask "
+                        "of classes."
+                    )
+                if places:
+                    places[plane].add(top, raw, found)
 
-        shape = (info.height, info.width) + ((3,) if info.channels == 3 else ())
-        digest = pixel_digest(shape if info.planes == 1 else (info.planes, *shape), arrays())
+        digest = pixel_digest(source, arrays())
         return MaskScan(
             grid=Grid.of(source),
             kind="rgb" if info.channels == 3 else "index",
@@ -273,14 +240,6 @@ def _scan_mask(path: Path, image: Path | None, axis: int | None, _mtime_ns: int,
             format=info.format,
             places=tuple(places),
         )
-
-
-def _checked(path: Path, counts: Mapping[Value, int], most: int = MAX_VALUES) -> Mapping[Value, int]:
-    if len(counts) > most:
-        raise DataError(
-            f"{printable(path)}: holds {len(counts):,} different values; it looks like a photograph, not a mask of classes."
-        )
-    return counts
 
 
 def _spacing(metadata: Mapping[str, Any]) -> str:
@@ -293,17 +252,6 @@ def _spacing(metadata: Mapping[str, Any]) -> str:
     if size := metadata.get("pixel_size_um"):
         return " x ".join(f"{float(value):.4g}" for value in size.values()) + " um"
     return ""
-
-
-def _byte_sums(block: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    values = np.arange(256)
-    counts = np.stack([np.bincount(channel, minlength=256) for channel in block.T])
-    return counts @ values, counts @ values**2
-
-
-def _float_sums(block: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    wide = block.astype(np.float64)
-    return wide.sum(axis=0), np.einsum("nc,nc->c", wide, wide)
 
 
 def _reason(error: DataError, path: Path | None) -> str:

@@ -18,13 +18,11 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from torch import Tensor, from_numpy
 
-from pixelwise.data.label_spec import IGNORE_INDEX
+from pixelwise.data.labels import IGNORE_INDEX
 from pixelwise.data.pairs import Pair
-from pixelwise.data.samples import Sample, mask_values, open_mask
-from pixelwise.data.slices import Reading, is_picture
+from pixelwise.data.samples import Reading, Sample, mask_values, open_mask
 from pixelwise.errors import DataError, UsageError
 from pixelwise.formats.local import printable
-from pixelwise.formats.readers import read_mask
 
 INSTANCES = "instances"
 NEGLECTED = 1e-3  # an extra weight below this is left out, so that a cell acts on its neighbourhood only
@@ -37,13 +35,12 @@ def separation_weights(
     w0: float = 10.0,
     sigma_px: float = 5.0,
     is_instances: bool = False,
-    class_weights: Sequence[float] | None = None,
 ) -> NDArray[np.float32]:
-    """The loss weight of each pixel: w(x) = w_c(x) + w0 exp(-(d1(x) + d2(x))^2 / (2 sigma^2)).
+    """The loss weight of each pixel where all classes weigh 1: w(x) = 1 + w0 exp(-(d1(x) + d2(x))^2 / (2 sigma^2)).
 
     d1 and d2 are the distances to the borders of the nearest and the second nearest cell, in pixels. The border of a cell is
     the ring of background around it, so a pixel beside two cells has d1 = d2 = 0 and the full w0. Only background gets the
-    second term, and only near two cells; a cell's own pixels keep w_c, as in figure 3 of the paper, and void pixels get 0.
+    second term, and only near two cells; a cell's own pixels keep 1, as in figure 3 of the paper, and void pixels get 0.
 
     Cells that touch have no background between them, so nothing to weigh: `separate_touching` puts it there, and the network
     must be trained on the labels that it returns.
@@ -54,60 +51,50 @@ def separation_weights(
         w0: largest extra weight.
         sigma_px: how far it reaches.
         is_instances: what `labels` holds.
-        class_weights: w_c of each class, background first; with `is_instances`, of background and cells. None: 1 for all.
 
     Returns:
         float32 (H, W). Extra weights below 0.001 are 0.
 
     Raises:
-        UsageError: labels that are not a plane of whole numbers from 0 on, w0 or sigma out of range, too few class weights.
+        UsageError: labels that are not a plane of whole numbers from 0 on, w0 or sigma out of range.
     """
     _check_plane(labels)
     if not (w0 >= 0 and sigma_px > 0):
         raise UsageError(
             f"separation weights: w0 must be at least 0 and sigma_px more than 0, not {w0:g} and {sigma_px:g}."
         )
-    is_void = np.zeros(labels.shape, dtype=bool) if is_instances else labels == IGNORE_INDEX
-    cells, boxes = _number(labels) if is_instances else _components(np.where(is_void, 0, labels))
-    weights = np.zeros(labels.shape, dtype=np.float32)
+    is_void = labels == (-1 if is_instances else IGNORE_INDEX)  # instances have no void
+    cells = _number(labels) if is_instances else _components(np.where(is_void, 0, labels))
+    weights = np.ones(labels.shape, dtype=np.float32)
     if w0 > NEGLECTED:
-        reach = sigma_px * math.sqrt(2 * math.log(w0 / NEGLECTED))
-        nearest, second = _two_nearest(cells, boxes, reach)
-        weights = (w0 * np.exp(-((nearest + second) ** 2) / (2 * sigma_px**2))).astype(np.float32)
-        weights[weights < NEGLECTED] = 0
-    weights[cells > 0] = 0
-    weights += _balance((labels > 0) if is_instances else np.where(is_void, 0, labels), class_weights)
+        nearest, second = _two_nearest(cells, reach=sigma_px * math.sqrt(2 * math.log(w0 / NEGLECTED)))
+        extra = w0 * np.exp(-((nearest + second) ** 2) / (2 * sigma_px**2))
+        weights += np.where((extra < NEGLECTED) | (cells > 0), 0, extra)
     weights[is_void] = 0
     return weights
 
 
-def separate_touching(instances: NDArray[Any], *, width_px: int = 1) -> NDArray[Any]:
+def separate_touching(instances: NDArray[Any]) -> NDArray[Any]:
     """Put background between cells that touch, so that no connected component holds two of them.
 
-    A cell that is nowhere wider than what it gives up vanishes.
+    The larger of two cells gives up its pixels; one that is nowhere wider than what it gives up vanishes.
 
     Args:
         instances: (H, W), a number for each cell and 0 for background.
-        width_px: of the border where two cells share an edge. 1: the larger of the two gives up its pixels; 2: both do.
 
     Returns:
         As `instances`; no two cells share an edge or a corner.
 
     Raises:
-        UsageError: labels that are not a plane of whole numbers from 0 on, or another width.
+        UsageError: labels that are not a plane of whole numbers from 0 on.
     """
-    if width_px not in (1, 2):
-        raise UsageError(f"separate touching cells: width_px must be 1 or 2, not {width_px}.")
     _check_plane(instances)
     values, inverse, counts = np.unique(instances, return_inverse=True, return_counts=True)
     is_cell = instances != 0
     by_size = np.argsort(np.argsort(np.where(values == 0, 0, counts), kind="stable"), kind="stable") + 1
     rank = np.where(is_cell, by_size[inverse.reshape(instances.shape)], 0)  # the larger the cell, the larger its rank
     lowest = ndimage.minimum_filter(np.where(is_cell, rank, len(values) + 1), footprint=EIGHT)
-    removed = lowest < rank
-    if width_px == 2:
-        removed |= ndimage.maximum_filter(rank, footprint=EIGHT) > rank
-    return np.where(is_cell & removed, 0, instances).astype(instances.dtype)
+    return np.where(is_cell & (lowest < rank), 0, instances).astype(instances.dtype)
 
 
 def _check_plane(labels: NDArray[Any]) -> None:
@@ -118,49 +105,33 @@ def _check_plane(labels: NDArray[Any]) -> None:
         )
 
 
-Boxes = list[tuple[slice, slice]]
-
-
-def _number(instances: NDArray[Any]) -> tuple[NDArray[np.int64], Boxes]:
-    """Cells numbered 1, 2, ... and the box around each."""
+def _number(instances: NDArray[Any]) -> NDArray[np.int64]:
+    """Cells numbered 1, 2, ... without a gap."""
     values, inverse = np.unique(instances, return_inverse=True)
-    start = 0 if values.size and values[0] == 0 else 1  # no background anywhere
-    cells = inverse.reshape(instances.shape) + start
-    return cells, ndimage.find_objects(cells)
+    return inverse.reshape(instances.shape) + (0 if values.size and values[0] == 0 else 1)
 
 
-def _components(classes: NDArray[Any]) -> tuple[NDArray[np.int64], Boxes]:
+def _components(classes: NDArray[Any]) -> NDArray[np.int64]:
     """As `_number`, for the connected components of each class but 0."""
     cells = np.zeros(classes.shape, dtype=np.int64)
     for value in np.unique(classes[classes > 0]):
         part, _ = ndimage.label(classes == value, structure=EIGHT)
         cells[part > 0] = part[part > 0] + cells.max(initial=0)
-    return cells, ndimage.find_objects(cells)
+    return cells
 
 
-def _two_nearest(cells: NDArray[np.int64], boxes: Boxes, reach: float) -> tuple[NDArray[Any], NDArray[Any]]:
+def _two_nearest(cells: NDArray[np.int64], reach: float) -> tuple[NDArray[Any], NDArray[Any]]:
     """Distances in pixels to the borders of the nearest and the second nearest cell; infinite beyond `reach`."""
     nearest = np.full(cells.shape, np.inf, dtype=np.float32)
     second = nearest.copy()
     margin = math.ceil(reach) + 1
-    for number, box in enumerate(boxes, start=1):
+    for number, box in enumerate(ndimage.find_objects(cells), start=1):
         around = tuple(slice(max(side.start - margin, 0), side.stop + margin) for side in box)
         # From pixel to pixel the cell itself is at least 1 px away, its border 0 px.
         distance = ndimage.distance_transform_edt(cells[around] != number).astype(np.float32) - 1
         np.minimum(second[around], np.maximum(nearest[around], distance), out=second[around])
         np.minimum(nearest[around], distance, out=nearest[around])
     return nearest, second
-
-
-def _balance(classes: NDArray[Any], class_weights: Sequence[float] | None) -> NDArray[np.float32]:
-    """w_c of each pixel."""
-    if class_weights is None:
-        return np.ones(classes.shape, dtype=np.float32)
-    if (highest := int(classes.max(initial=0))) >= len(class_weights):
-        raise UsageError(
-            f"separation weights: the labels hold class {highest}, but class_weights has {len(class_weights)} entries."
-        )
-    return np.asarray(class_weights, dtype=np.float32)[classes.astype(np.int64)]
 
 
 def separate(
@@ -202,11 +173,8 @@ def where_objects_come_from(pairs: Sequence[Pair]) -> str:
 
 def _read_instances(path: Path, shape: tuple[int, ...], plane: int, reading: Reading | None) -> NDArray[Any]:
     """One number per pixel (H, W), also where a file tells objects by RGB colours."""
-    if is_picture(path):
-        values = read_mask(path)
-    else:
-        with open_mask(path, reading) as source:
-            values = mask_values(source.read(0, 0, source.info.height, source.info.width, plane))
+    with open_mask(path, reading) as source:
+        values = mask_values(source.read(0, 0, source.info.height, source.info.width, plane))
     if values.shape[:2] != shape:
         raise DataError(
             f"{printable(path)}: the instance map is {values.shape[1]} x {values.shape[0]} px, but its mask is {shape[1]} x "

@@ -11,12 +11,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import grid_sample, interpolate
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from pixelwise.data.elastic import RandomElastic
 from pixelwise.data.labels import IGNORE_INDEX
+from pixelwise.errors import UsageError
 from pixelwise.ops.mirror import mirror_crop
 
 Flips = Literal["none", "horizontal", "both", "dihedral"]
@@ -83,14 +84,8 @@ class RandomScaleCrop(_Crop):
         mask = _labels_of(flat_inputs)
         height, width = mask.shape[-2:]
         window = max(1, round(self.crop_px / math.exp(_uniform(*map(math.log, self.scale)))))
-        row, column = self._centre(mask) if _uniform(0, 1) < self.focus else (None, None)
+        row, column = (_uniform(0, 1) < self.focus and _draw_labelled(mask)) or (None, None)
         return {"window": window, "top": _start(height, window, row), "left": _start(width, window, column)}
-
-    def _centre(self, mask: Tensor | Windowed) -> tuple[int, int] | tuple[None, None]:
-        """A pixel of a class drawn evenly from those present."""
-        if isinstance(mask, Windowed):
-            return (mask.draw_pixel and mask.draw_pixel()) or (None, None)
-        return draw_pixel(mask) if bool((mask != IGNORE_INDEX).any()) else (None, None)
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         top, left, window = params["top"], params["left"], params["window"]
@@ -142,6 +137,61 @@ class RandomDihedral(v2.Transform):
         return tv_tensors.wrap(out.flip(-1) if params["flip"] else out, like=inpt)
 
 
+class RandomElastic(v2.Transform):
+    """Displacements drawn on a coarse grid, interpolated to every pixel (U-Net, arXiv:1505.04597, section 3.1).
+
+    Each point of a `grid` x `grid` lattice, whose corners are those of the image, gets a random vector, both parts normal of
+    standard deviation `sigma_px`; bicubic interpolation gives the displacement of the pixels between. The image is resampled
+    bilinearly, the mask by nearest neighbour. What comes from outside is mirrored in the image and void (255) in the mask;
+    in a mask of floats, which are weights of pixels, it is 0.
+    """
+
+    def __init__(self, sigma_px: float = 10.0, grid: int = 3) -> None:
+        super().__init__()
+        if not sigma_px >= 0:
+            raise UsageError(f"elastic deformation: sigma_px must be at least 0, not {sigma_px}.")
+        if grid < 2:
+            raise UsageError(f"elastic deformation: grid must be at least 2, not {grid}.")
+        self.sigma_px, self.grid = sigma_px, grid
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        size = next(item.shape[-2:] for item in flat_inputs if isinstance(item, tv_tensors.Image | tv_tensors.Mask))
+        coarse = self.sigma_px * torch.randn(1, 2, self.grid, self.grid)
+        rows, columns = interpolate(coarse, size=tuple(size), mode="bicubic", align_corners=True)[0]  # (H, W) each
+        height, width = size
+        return {"rows": torch.arange(height)[:, None] + rows, "columns": torch.arange(width) + columns}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        rows, columns = params["rows"], params["columns"]
+        if isinstance(inpt, tv_tensors.Mask):
+            return tv_tensors.wrap(_nearest(inpt.as_subclass(Tensor), rows, columns), like=inpt)
+        if isinstance(inpt, tv_tensors.Image):
+            return tv_tensors.Image(_bilinear(inpt.as_subclass(Tensor), rows, columns))
+        return inpt
+
+
+def _nearest(mask: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """The labels, or weights, (..., H, W) at the places (H, W) given in pixels; void outside, which weighs 0."""
+    height, width = mask.shape[-2:]
+    rows, columns = rows.round().long(), columns.round().long()
+    is_outside = (rows < 0) | (rows >= height) | (columns < 0) | (columns >= width)
+    out = mask[..., rows.clamp(0, height - 1), columns.clamp(0, width - 1)]
+    return out.masked_fill(is_outside, 0 if mask.is_floating_point() else IGNORE_INDEX)
+
+
+def _bilinear(image: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """The image (C, H, W) at the places (H, W) given in pixels; mirrored outside, the border pixel not repeated."""
+    places = torch.stack(
+        [
+            2 * place / max(length - 1, 1) - 1
+            for place, length in zip((columns, rows), image.shape[:-3:-1], strict=True)
+        ],
+        dim=-1,
+    )  # (H, W, 2) in -1..1, x before y
+    out = grid_sample(image.float()[None], places[None], "bilinear", "reflection", align_corners=True)[0]
+    return out if image.is_floating_point() else out.round().to(image.dtype)
+
+
 class RandomPhotometric(v2.Transform):
     """Brightness, contrast and, for RGB, saturation, each times a factor drawn from [1 - strength, 1 + strength].
 
@@ -166,16 +216,13 @@ class RandomPhotometric(v2.Transform):
         return tv_tensors.Image(image)
 
 
-def to_unit(image: Tensor) -> Tensor:
-    """A float32 image in unit scale: uint8 is divided by 255, floats stay as they are."""
-    return image.float() / 255 if image.dtype == torch.uint8 else image.float()
-
-
 class ToUnit(v2.Transform):
-    """`to_unit` for the image of a pair."""
+    """A float32 image in unit scale: uint8 is divided by 255 (torchvision would multiply by 1 / 255), floats stay."""
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        return tv_tensors.Image(to_unit(inpt)) if isinstance(inpt, tv_tensors.Image) else inpt
+        if not isinstance(inpt, tv_tensors.Image):
+            return inpt
+        return tv_tensors.Image(inpt.float() / 255 if inpt.dtype == torch.uint8 else inpt.float())
 
 
 def training_transform(
@@ -238,10 +285,8 @@ class RandomWindow(_Crop):
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         mask = _labels_of(flat_inputs)
-        if isinstance(mask, Windowed):
-            row, column = (mask.draw_pixel and mask.draw_pixel()) or _any_pixel(mask.shape)
-        else:
-            row, column = draw_pixel(mask.as_subclass(Tensor))
+        height, width = mask.shape[-2:]
+        row, column = _draw_labelled(mask) or divmod(int(torch.randint(height * width, ())), width)
         return {"row": row, "column": column}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
@@ -259,17 +304,20 @@ class RandomWindow(_Crop):
         return tv_tensors.Image(mirror_crop(plain, row - before, column - before, self.window_px, self.window_px))
 
 
-def draw_pixel(mask: Tensor) -> tuple[int, int]:
-    """Row and column of a pixel of a class drawn evenly from those in `mask`, uint8 (H, W); of any pixel if all is void."""
+def draw_pixel(mask: Tensor) -> tuple[int, int] | None:
+    """Row and column of a pixel of a class drawn evenly from those in `mask`, uint8 (H, W); None if all is void."""
     cells = mask.flatten()
     classes = torch.bincount(cells, minlength=IGNORE_INDEX + 1)[:IGNORE_INDEX].nonzero().flatten()
-    wanted = classes[torch.randint(len(classes), ())] if len(classes) else IGNORE_INDEX
-    places = (cells == wanted).nonzero().flatten()
+    if not len(classes):
+        return None
+    places = (cells == classes[torch.randint(len(classes), ())]).nonzero().flatten()
     return divmod(int(places[torch.randint(len(places), ())]), mask.shape[-1])
 
 
-def _any_pixel(shape: tuple[int, int]) -> tuple[int, int]:
-    return divmod(int(torch.randint(shape[0] * shape[1], ())), shape[1])
+def _draw_labelled(mask: Tensor | Windowed) -> tuple[int, int] | None:
+    if isinstance(mask, Windowed):
+        return mask.draw_pixel() if mask.draw_pixel else None
+    return draw_pixel(mask.as_subclass(Tensor))
 
 
 def _mirrored_span(start: int, count: int, length: int) -> tuple[int, int]:

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pixelwise.data import slices
+from pixelwise.data import samples
 from pixelwise.errors import UsageError
 from pixelwise.formats.base import Source, SourceInfo
 from pixelwise.infer.bundle import ModelCard
@@ -83,11 +83,11 @@ class ArraySource(Source):
 def open_image(location: str | Path, card: ModelCard, reading: Mapping[str, Any] | None = None) -> Source:
     """Open an image as those of the training were read, as far as its format has these options; `reading` overrides."""
     try:
-        return slices.open_image(location, {**card.reading, **(reading or {})}, len(card.mean))
+        return samples.open_image(location, {**card.reading, **(reading or {})}, len(card.mean))
     except UsageError:
         if not card.reading:
             raise
-        return slices.open_image(location, reading, card.in_channels)
+        return samples.open_image(location, reading, card.in_channels)
 
 
 class OnePlane(Source):

@@ -2,7 +2,7 @@
 
 import math
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -77,9 +77,10 @@ def flatten(settings: Mapping[str, Any]) -> Facts:
     return [(key, setting(value)) for key, value in islice(_walk(settings, "", 0), MAX_FACTS)]
 
 
-def describe(settings: Mapping[str, Any]) -> Facts:
+def describe(settings: Mapping[str, Any], hidden: Sequence[str] = ()) -> Facts:
     """As `flatten`, with the keys as words and the units that they end in beside the values."""
-    return [_with_unit(key, value) for key, value in islice(_walk(settings, "", 0), MAX_FACTS)]
+    shown = {key: value for key, value in settings.items() if key not in hidden}
+    return [_with_unit(key, value) for key, value in islice(_walk(shown, "", 0), MAX_FACTS)]
 
 
 def _with_unit(key: str, value: Any) -> tuple[str, str]:

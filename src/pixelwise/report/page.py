@@ -1,29 +1,69 @@
 """The report of a run: one HTML file that needs nothing else, no network and no script."""
 
 import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 import pixelwise
-from pixelwise.errors import PixelwiseError, UsageError
+from pixelwise.errors import DataError, PixelwiseError, UsageError
 from pixelwise.files import write_bytes
-from pixelwise.report import formatting, sections
+from pixelwise.report import formatting
+from pixelwise.report.figures import Line, Points, plot_histogram, plot_lines
 from pixelwise.report.pictures import ERROR_RGB, read_examples
 from pixelwise.report.run_folder import (
-    Classes,
     DataFile,
+    EvaluationFile,
+    ImageScore,
     check_run,
+    evaluated_splits,
     read_classes,
     read_mapping,
     read_metrics,
     read_model,
 )
-from pixelwise.report.sections import Evaluated, section
 
 REPORT_NAME = "report.html"
+LOWEST = 8
+LARGEST = 8
+MAX_SIZES = 6
+FINGERPRINT = 16  # hex digits shown, of 64
+
+
+class Section(NamedTuple):
+    """The content of a section, or a note that says why it is missing."""
+
+    content: Any = None
+    note: str = ""
+
+
+def section(build: Callable[..., Any], *args: Any, **kwargs: Any) -> Section:
+    """What `build` returns, or the message of its DataError as a note."""
+    try:
+        return Section(build(*args, **kwargs))
+    except DataError as error:
+        return Section(note=str(error))
+
+
+class Confusion(NamedTuple):
+    """Pixels of class `truth` that were labelled `prediction`; the shares are fractions in 0..1."""
+
+    truth: int
+    prediction: int
+    pixels: int
+    share_of_class: float
+    share_of_errors: float
+
+
+class Curve(NamedTuple):
+    """One plot: its title, its legend (colour variable and text), and its SVG."""
+
+    title: str
+    legend: tuple[tuple[str, str], ...]
+    svg: str
 
 
 def write_report(run: str | Path, out: str | Path | None = None) -> Path:
@@ -87,44 +127,135 @@ def render_report(run: Path) -> str:
 
 def _context(run: Path) -> dict[str, Any]:
     """Everything that the template shows."""
-    evaluations, broken = sections.read_evaluations(run)
+    evaluations, broken = read_evaluations(run)
     first = evaluations[0] if evaluations else None
-    classes = read_classes(run, first.file.names if first else ())
+    classes = read_classes(run, first.names if first else ())
     data = section(read_model, run, "data.json", DataFile)
+    hidden = () if data.content is None else ("data", "classes")  # of the plan, where data.json says more of them
+    models = (section(read_mapping, run, name).content or {} for name in ("model.json", "plan.json"))
     context: dict[str, Any] = {
         "title": run.resolve().name or "run",
         "version": pixelwise.__version__,
-        "network": _network(run),
+        "network": next((values["model"] for values in models if isinstance(values.get("model"), str)), ""),
         "evaluations": evaluations,
         "broken": broken,
         "first": first,
-        "validation": sections.best_validation((section(read_metrics, run).content or {}).get("val_miou", [])),
-        "curves": section(sections.training_curves, run),
+        "validation": best_validation((section(read_metrics, run).content or {}).get("val_miou", [])),
+        "curves": section(training_curves, run),
         "data": data,
-        "data_facts": sections.data_facts(data.content) if data.content else [],
+        "data_facts": data_facts(data.content) if data.content else [],
         "data_classes": classes.fit(data.content.num_classes) if data.content else classes,
-        "plan": section(sections.plan_facts, run, with_data=data.content is None),
-        "config": section(sections.config_facts, run),
-        "environment": section(sections.environment, run),
+        "plan": section(lambda: formatting.describe(read_mapping(run, "plan.json"), hidden)),
+        "config": section(lambda: formatting.flatten(read_mapping(run, "config.yaml"))),
+        "environment": section(environment, run),
     }
-    return context | (_results(run, first, classes) if first else {})
+    if first:
+        known = classes.fit(len(first.matrix))
+        context |= {
+            "classes": known,
+            "error_color": ERROR_RGB,
+            "undefined": any(map(math.isnan, first.scores.precision + first.scores.recall)),
+            "confusions": largest_confusions(first.matrix),
+            "image_scores": section(image_scores, first),
+            "examples": section(read_examples, run, first, known),
+        }
+    return context
 
 
-def _network(run: Path) -> str:
-    """The network's name, empty if the run does not tell."""
-    found = (section(read_mapping, run, name).content or {} for name in ("model.json", "plan.json"))
-    return next((values["model"] for values in found if isinstance(values.get("model"), str)), "")
-
-
-def _results(run: Path, first: Evaluated, classes: Classes) -> dict[str, Any]:
-    """What the sections on the first evaluation show."""
-    known = classes.fit(len(first.file.matrix))
-    scores = first.scores
-    return {
-        "classes": known,
-        "error_color": ERROR_RGB,
-        "undefined": any(map(math.isnan, scores.precision + scores.recall)),
-        "confusions": sections.largest_confusions(first.file.matrix),
-        "image_scores": section(sections.image_scores, first.file),
-        "examples": section(read_examples, run, first.file, known),
+def read_evaluations(run: Path) -> tuple[list[EvaluationFile], list[str]]:
+    """The evaluations of the run, test first, and a sentence on each that cannot be shown."""
+    found = {
+        split: section(read_model, run, f"evaluation-{split}.json", EvaluationFile) for split in evaluated_splits(run)
     }
+    # The split is the one in the file's name: what stands inside the file could point anywhere.
+    shown = [item.content.model_copy(update={"split": split}) for split, item in found.items() if item.content]
+    return shown, [item.note for item in found.values() if not item.content]
+
+
+def largest_confusions(matrix: Sequence[Sequence[int]], count: int = LARGEST) -> list[Confusion]:
+    """The pairs of classes with the most wrong pixels, largest first."""
+    totals = [sum(row) for row in matrix]
+    errors = sum(totals) - sum(matrix[index][index] for index in range(len(matrix)))
+    pairs = [(n, i, j) for i, row in enumerate(matrix) for j, n in enumerate(row) if i != j and n]
+    pairs.sort(key=lambda pair: (-pair[0], pair[1:]))
+    return [Confusion(i, j, n, n / totals[i], n / errors) for n, i, j in pairs[:count]]
+
+
+def image_scores(file: EvaluationFile) -> tuple[str, list[ImageScore]]:
+    """The histogram of the images' mIoU, and the images that scored lowest."""
+    scored = [image for image in file.per_image if image.miou is not None]
+    if not scored:
+        raise DataError("The evaluation holds no scores of single images.")
+    scored.sort(key=lambda image: (image.miou or 0.0, image.name))
+    return plot_histogram([image.miou or 0.0 for image in scored]), scored[:LOWEST]
+
+
+def training_curves(run: Path) -> tuple[str, list[Curve]]:
+    """A sentence on the training, and the plots of metrics.csv."""
+    columns = read_metrics(run)
+
+    def line(label: str, column: str, smooth: bool = False) -> Line:
+        return Line(label=label, points=columns[column], smooth=smooth)
+
+    plots = {
+        "Loss": (line("training", "train_loss", smooth=True),),
+        "Validation, %": (line("mIoU", "val_miou"), line("pixel accuracy", "val_global_accuracy")),
+        "Learning rate": (line("", "lr"),),
+        "Images per second": (line("", "images_per_s"),),
+    }
+    curves = []
+    for title, lines in plots.items():
+        if any(line.points for line in lines):
+            named = ((f"--series-{index}", line) for index, line in enumerate(lines, 1))
+            legend = tuple((color, line.label) for color, line in named if line.points and line.label)
+            curves.append(Curve(title, legend, plot_lines(lines, percent="%" in title)))
+    return _summary(columns), curves
+
+
+def _summary(columns: dict[str, Any]) -> str:
+    """One sentence: steps, epochs, time and the best validation."""
+    text = formatting.plural(max(points[-1][0] for points in columns.values() if points), "step")
+    if columns["epoch"]:
+        text += f", {formatting.plural(round(columns['epoch'][-1][1]), 'epoch')}"
+    if columns["elapsed_s"]:
+        text += f", {formatting.duration(columns['elapsed_s'][-1][1])}"
+    if best := best_validation(columns["val_miou"]):
+        text += f". Best validation mIoU: {formatting.percent(best[1])} % at step {best[0]:,}"
+    return text + "."
+
+
+def best_validation(points: Points) -> tuple[int, float] | None:
+    """The step with the highest value, the first of equals."""
+    return max(points, key=lambda point: (point[1], -point[0])) if points else None
+
+
+def data_facts(data: DataFile) -> formatting.Facts:
+    """What the network was trained on."""
+    sizes = sorted(data.sizes.items(), key=lambda item: (-item[1], item[0]))
+    shown = ", ".join(f"{size.replace('x', ' × ')} ({number:,})" for size, number in sizes[:MAX_SIZES])
+    more = f" and {formatting.plural(len(sizes) - MAX_SIZES, 'other size')}" if len(sizes) > MAX_SIZES else ""
+    mean, std = (
+        ", ".join(formatting.DASH if value is None else f"{value:.3f}" for value in values)
+        for values in (data.mean, data.std)
+    )
+    facts = [
+        ("Folder", data.root),
+        ("Layout", data.layout),
+        ("Images", f"{sum(split.images for split in data.splits.values()):,}"),
+        ("Sizes, px", shown + more),
+        ("Channels", str(data.channels)),
+        ("Pixel type", ", ".join(data.dtypes)),
+        ("Mean", mean),
+        ("Standard deviation", std),
+        ("Fingerprint", data.fingerprint[:FINGERPRINT]),
+    ]
+    return [(key, value) for key, value in facts if value]
+
+
+def environment(run: Path) -> tuple[str, formatting.Facts]:
+    """The command line, and the machine and versions it ran with."""
+    content = read_mapping(run, "environment.json")
+    command = content.pop("command", None)
+    if "seconds" in content:
+        content["duration_s"] = content.pop("seconds")
+    return formatting.command_line(command) if command else "", formatting.describe(content)

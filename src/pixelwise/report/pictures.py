@@ -23,8 +23,6 @@ ERROR_RGB = (207, 54, 36)
 VOID_RGB = ((214, 214, 214), (184, 184, 184))
 KINDS = ("best", "median", "worst")
 
-Rgb = NDArray[np.uint8]
-
 
 class Panel(NamedTuple):
     """One picture: what it is, its content as a data URI, and whether it is so small that the page enlarges it."""
@@ -79,15 +77,21 @@ def _example(
 
 def _panels(folder: Path, classes: Classes, side: int) -> tuple[Panel, ...]:
     """Image, truth, prediction and errors; none if their sizes differ."""
-    image = _to_rgb(read_image(folder / "image.png"))
-    truth, prediction = (read_mask(folder / file).astype(np.int64) for file in ("truth.png", "prediction.png"))
+    image = read_image(folder / "image.png")
+    if image.dtype != np.uint8:
+        raise DataError(f"a picture of type {image.dtype}; the evaluation writes no others than 8-bit ones.")
+    image = np.broadcast_to(image, (*image.shape[:2], 3))
+    truth, prediction = (read_mask(folder / file).clip(0, 255) for file in ("truth.png", "prediction.png"))
     if not image.shape[:2] == truth.shape == prediction.shape:
         return ()
     height, width = truth.shape
     scale = min(1.0, side / max(height, width))
     size = max(1, round(width * scale)), max(1, round(height * scale))
     image = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS))
-    truth, prediction = _nearest(truth, size), _nearest(prediction, size)
+    truth, prediction = (
+        np.asarray(Image.fromarray(labels.astype(np.uint8)).resize(size, Image.Resampling.NEAREST))
+        for labels in (truth, prediction)
+    )
     pictures = {
         "image": _data_uri(Image.fromarray(image), "JPEG"),
         "truth": _data_uri(_paint(truth, classes), "PNG"),
@@ -97,7 +101,9 @@ def _panels(folder: Path, classes: Classes, side: int) -> tuple[Panel, ...]:
     return tuple(Panel(caption, uri, max(size) < 300) for caption, uri in pictures.items())
 
 
-def error_map(image: Rgb, truth: NDArray[np.int64], prediction: NDArray[np.int64]) -> Rgb:
+def error_map(
+    image: NDArray[np.uint8], truth: NDArray[np.integer], prediction: NDArray[np.integer]
+) -> NDArray[np.uint8]:
     """The image (H, W, 3) in pale grey, wrong pixels red, void (255 in the truth) striped."""
     grey = image.mean(axis=2) * 0.44 + 143
     drawn = np.repeat(grey[..., None], 3, axis=2)
@@ -108,28 +114,13 @@ def error_map(image: Rgb, truth: NDArray[np.int64], prediction: NDArray[np.int64
     return drawn.astype(np.uint8)
 
 
-def _paint(labels: NDArray[np.int64], classes: Classes) -> Image.Image:
+def _paint(labels: NDArray[np.uint8], classes: Classes) -> Image.Image:
     """Class ids in their colours; void and unknown ids black."""
     palette = np.zeros((256, 3), np.uint8)
     palette[: len(classes.colors)] = classes.colors
-    picture = Image.fromarray(np.clip(labels, 0, 255).astype(np.uint8))
+    picture = Image.fromarray(labels)
     picture.putpalette(palette.tobytes())
     return picture
-
-
-def _nearest(labels: NDArray[np.int64], size: tuple[int, int]) -> NDArray[np.int64]:
-    """Labels of another (width, height), each pixel taken from where its centre falls."""
-    height, width = labels.shape
-    rows = ((np.arange(size[1]) + 0.5) * height / size[1]).astype(np.int64)
-    columns = ((np.arange(size[0]) + 0.5) * width / size[0]).astype(np.int64)
-    return labels[rows][:, columns]
-
-
-def _to_rgb(image: NDArray[np.generic]) -> Rgb:
-    """Any 8-bit image (H, W, C) as RGB; the evaluation writes no others."""
-    if image.dtype != np.uint8 or image.shape[2] not in (1, 3):
-        raise DataError(f"a picture of type {image.dtype} with {image.shape[2]} channels.")
-    return np.ascontiguousarray(np.broadcast_to(image, (*image.shape[:2], 3)))
 
 
 def _data_uri(picture: Image.Image, kind: str) -> str:

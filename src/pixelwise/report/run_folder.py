@@ -2,16 +2,15 @@
 
 import csv
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar
 
-import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, PlainValidator, ValidationError, model_validator
 
 from pixelwise.data.labels import Color, LabelSpec, distinct_colors
 from pixelwise.errors import DataError
-from pixelwise.files import read_json
+from pixelwise.files import read_json, read_yaml
 from pixelwise.metrics import Scores
 
 RUN_FILES = ("model.json", "config.yaml", "plan.json", "data.json", "environment.json", "metrics.csv")
@@ -36,7 +35,7 @@ class EvaluationFile(BaseModel):
     """The content of evaluation-<split>.json that the report shows."""
 
     split: str
-    scores: dict[str, Any]
+    scores: Annotated[Scores, PlainValidator(Scores.from_dict)]
     matrix: list[list[Count]]
     per_image: list[ImageScore] = []
     images: Count = 0
@@ -47,7 +46,7 @@ class EvaluationFile(BaseModel):
     def _is_square(self) -> "EvaluationFile":
         if not self.matrix or any(len(row) != len(self.matrix) for row in self.matrix):
             raise ValueError("the confusion matrix is not square")
-        if len(Scores.from_dict(self.scores).iou) != len(self.matrix):
+        if len(self.scores.iou) != len(self.matrix):
             raise ValueError("the scores and the confusion matrix have different numbers of classes")
         return self
 
@@ -128,7 +127,11 @@ def check_run(run: Path) -> None:
 
 def read_mapping(run: Path, name: str) -> dict[str, Any]:
     """The mapping in a JSON or YAML file of the run."""
-    content = _read_text(_existing(run, name))
+    path = _existing(run, name)
+    try:
+        content = read_yaml(path) if path.suffix == ".yaml" else read_json(path)
+    except DataError as error:
+        raise DataError(f"{name} cannot be shown: it is unreadable or not {path.suffix[1:].upper()}.") from error
     if not isinstance(content, dict):
         raise DataError(f"{name} cannot be shown: it holds {type(content).__name__}, not a mapping.")
     return content
@@ -176,23 +179,17 @@ def read_metrics(run: Path) -> dict[str, list[tuple[int, float]]]:
     try:
         with path.open(newline="", encoding="utf-8", errors="replace") as file:
             for row in csv.DictReader(file):
-                _take_row(row, columns)
+                step = _number(row.get("step"))
+                if step is not None and 0 <= step < MAX_STEP:
+                    found = {name: _number(row.get(name)) for name in METRICS}
+                    for name, value in found.items():
+                        if value is not None:
+                            columns[name][int(step)] = value
     except (OSError, csv.Error) as error:
         raise DataError(f"metrics.csv cannot be shown: {error}.") from error
     if not any(columns.values()):
         raise DataError("metrics.csv holds no measurement yet.")
     return {name: sorted(values.items()) for name, values in columns.items()}
-
-
-def _take_row(row: Mapping[str | None, Any], columns: dict[str, dict[int, float]]) -> None:
-    """Add one row of metrics.csv to the columns."""
-    step = _number(row.get("step"))
-    if step is None or not 0 <= step < MAX_STEP:
-        return
-    for name, values in columns.items():
-        value = _number(row.get(name))
-        if value is not None:
-            values[int(step)] = value
 
 
 def _number(cell: Any) -> float | None:
@@ -210,11 +207,3 @@ def _existing(run: Path, name: str) -> Path:
     if not path.is_file():
         raise DataError(f"{name} is not in the run folder.")
     return path
-
-
-def _read_text(path: Path) -> Any:
-    """The content of a JSON or YAML file."""
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8")) if path.suffix == ".yaml" else read_json(path)
-    except (OSError, ValueError, RecursionError, yaml.YAMLError, DataError) as error:
-        raise DataError(f"{path.name} cannot be shown: it is unreadable or not {path.suffix[1:].upper()}.") from error

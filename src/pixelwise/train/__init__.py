@@ -9,9 +9,9 @@ from types import ModuleType
 from typing import Any
 
 from pixelwise.train.config import RunConfig, make_config, merge_options, parse_settings, read_config
+from pixelwise.train.folder import command_line
 from pixelwise.train.plan import Plan
 from pixelwise.train.run import Run, train
-from pixelwise.train.start import command_line
 
 __all__ = [
     "Plan",

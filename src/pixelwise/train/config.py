@@ -8,12 +8,13 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
 from pixelwise.data.transforms import Flips
-from pixelwise.errors import UsageError
+from pixelwise.errors import DataError, UsageError
+from pixelwise.files import read_yaml
 from pixelwise.losses.pixel import Reduction
 from pixelwise.losses.weights import Scheme
 from pixelwise.models.registry import suggestion
-from pixelwise.train.schedule import Schedule
 
+Schedule = Literal["poly", "onecycle", "constant", "exponential"]
 Share = Annotated[float, Field(ge=0, le=1)]
 Weight = Annotated[float, Field(ge=0)]
 ClassWeights = Annotated[  # told apart by the value, so that an error speaks of what was meant
@@ -203,9 +204,9 @@ def make_config(values: dict[str, Any]) -> RunConfig:
 def read_config(path: str | Path) -> dict[str, Any]:
     """The options in a YAML file."""
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: a date such as 2001-99-99
-        raise UsageError(f"--config {path}: cannot be read as YAML ({' '.join(str(error).split())[:200]}).") from error
+        values = read_yaml(path)
+    except DataError as error:
+        raise UsageError(f"--config {error}") from error
     if not isinstance(values, dict):
         raise UsageError(f"--config {path}: must hold 'option: value' lines, not a {type(values).__name__}.")
     return {str(key): value for key, value in values.items()}

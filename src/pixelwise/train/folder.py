@@ -1,8 +1,18 @@
-"""What a run folder holds beside the weights: the options, the plan, and how far it is; written first, read on resuming."""
+"""What a run folder holds beside the weights: options, plan, `metrics.csv` and checkpoints; written so that a run resumes.
 
+Checkpoints hold no pickle: Lightning hands over one nested dictionary; its tensors go into a safetensors file and its
+structure, as JSON, into that file's header. A kill at any moment leaves the last good one.
+"""
+
+import csv
+import io
+import json
 import os
 import platform
+import shlex
+import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -10,16 +20,23 @@ from typing import Any
 
 import torch
 import yaml
+from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
 from pixelwise.data.check import Inspection
-from pixelwise.errors import DataError, UsageError
-from pixelwise.files import read_json, write_json, write_text
+from pixelwise.errors import DataError, PixelwiseError, UsageError
+from pixelwise.files import atomic_path, read_json, write_json, write_text
 from pixelwise.infer.bundle import CARD_NAME
 from pixelwise.train.config import RunConfig, make_config, read_config
 from pixelwise.train.plan import Plan
-from pixelwise.train.start import cpu_name
 
 CONFIG_NAME, PLAN_NAME, STATE_NAME = "config.yaml", "plan.json", "environment.json"
+LAST_NAME = "last.safetensors"
+COLUMNS = (
+    "step", "epoch", "elapsed_s", "lr", "train_loss", "images_per_s", "val_miou", "val_global_accuracy",
+)  # fmt: skip
 
 
 def settle_config(out: Path, config: RunConfig | None, resume: bool) -> RunConfig:
@@ -47,23 +64,17 @@ def is_finished(out: Path) -> bool:
 def read_plan(out: Path, inspection: Inspection) -> Plan:
     """The plan of a run that goes on: when it validates must not depend on how busy the machine is today."""
     values = read_json(out / PLAN_NAME)
-    if _fingerprint(values) != inspection.fingerprint:
+    data = values.get("data") if isinstance(values, dict) else None
+    if not isinstance(data, dict) or data.get("fingerprint") != inspection.fingerprint:
         raise DataError(
             f"{inspection.folder.root}: the data are not those that {out} was trained on (another fingerprint). Continue "
             "with the same files, or start a new run."
         )
     try:
-        restored: dict[str, Any] = {
-            key: tuple(item) if isinstance(item, list) else item for key, item in values.items()
-        }
-        return Plan(**restored)
+        frozen: dict[str, Any] = {key: tuple(item) if isinstance(item, list) else item for key, item in values.items()}
+        return Plan(**frozen)
     except TypeError as error:
         raise DataError(f"{out / PLAN_NAME}: is not a plan of this version ({error}). Start a new run.") from error
-
-
-def _fingerprint(plan: Any) -> str | None:
-    data = plan.get("data") if isinstance(plan, dict) else None
-    return data.get("fingerprint") if isinstance(data, dict) else None
 
 
 def read_state(out: Path) -> dict[str, Any]:
@@ -89,15 +100,135 @@ def write_start(
         "python": platform.python_version(),
         "torch": torch.__version__,
         "platform": platform.platform(),
-        "cpu": cpu_name(),
+        "cpu": _cpu_name(),
         "cores": os.cpu_count(),
         "device": plan.device,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": 0.0,
         "finished": False,
     }
-    write_json(out / PLAN_NAME, plan.to_dict())
+    write_json(out / PLAN_NAME, asdict(plan))
     write_json(out / "data.json", inspection.to_dict())
     write_json(out / STATE_NAME, state)
     write_config(out, config)
     return state
+
+
+def _cpu_name() -> str:
+    """The processor's name as the system tells it."""
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def command_line() -> list[str]:
+    """What was typed, as a shell would take it."""
+    return [shlex.quote(part) for part in (Path(sys.argv[0]).name, *sys.argv[1:])]
+
+
+class History:
+    """Appends rows to a CSV file; rows after `first_step`, of a part of the run that is done again, are dropped first."""
+
+    def __init__(self, path: Path, first_step: int = 0) -> None:
+        self.path = path
+        kept = [row for row in read_history(path) if int(row["step"]) <= first_step] if first_step else []
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, COLUMNS, restval="", extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(kept)
+        write_text(path, text.getvalue())
+
+    def add(self, **row: Any) -> None:
+        """One row; numbers are rounded to six digits."""
+        values = {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()}
+        with self.path.open("a", newline="", encoding="utf-8") as file:
+            csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n").writerow(values)
+
+
+def read_history(path: Path) -> list[dict[str, str]]:
+    """The rows of a `metrics.csv`; a last line cut off by a kill is left out."""
+    if not path.is_file():
+        return []
+    text = path.read_text(encoding="utf-8", errors="replace")
+    whole = text[: text.rfind("\n") + 1]  # a number that was cut off would pass for a shorter one
+    rows = [row for row in csv.DictReader(io.StringIO(whole)) if None not in row and None not in row.values()]
+    return [row for row in rows if str(row.get("step", "")).isdigit()]
+
+
+class SafeCheckpointIO(CheckpointIO):
+    """Lightning's checkpoints as safetensors, atomically."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        tensors: dict[str, Tensor] = {}
+        structure = json.dumps(_pack(checkpoint, tensors))
+        try:
+            with atomic_path(path) as part:
+                save_file(tensors, part, metadata={"checkpoint": structure})
+        except (OSError, SafetensorError) as error:
+            raise PixelwiseError(
+                f"{path}: the checkpoint cannot be written ({error}). The previous one is untouched: make room on the disk "
+                "and continue with --resume."
+            ) from error
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        return read_checkpoint(path)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        Path(path).unlink(missing_ok=True)
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """The nested dictionary of a checkpoint, its tensors on the CPU."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            structure = json.loads((file.metadata() or {})["checkpoint"])
+            state = _unpack(structure, file.get_tensor)
+        if not isinstance(state, dict):
+            raise TypeError(f"it holds a {type(state).__name__}")
+        return state
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError, RecursionError) as error:
+        raise DataError(f"{path}: is not a checkpoint that can be read ({error}).") from error
+
+
+def checkpoint_step(path: Path) -> int:
+    """The optimiser steps done when the checkpoint was written; 0 where there is none."""
+    if not path.is_file():
+        return 0
+    step = read_checkpoint(path).get("global_step")
+    if not isinstance(step, int):
+        raise DataError(f"{path}: is not a checkpoint of a training run (it names no step).")
+    return step
+
+
+def _pack(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """JSON that names the tensors; dictionaries keep the type of their keys, tuples stay tuples."""
+    if isinstance(value, Tensor):
+        key = str(len(tensors))
+        tensors[key] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        return {"tensor": key}
+    if isinstance(value, dict):
+        return {"dict": [[_pack(key, tensors), _pack(item, tensors)] for key, item in value.items()]}
+    if type(value) in (list, tuple):  # a named tuple would come back as another type
+        return {type(value).__name__: [_pack(item, tensors) for item in value]}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(f"a checkpoint cannot hold a {type(value).__name__}: {value!r}")
+
+
+def _unpack(value: Any, tensor: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    (kind, content), *rest = value.items()
+    if kind == "tensor" and not rest:
+        return tensor(content)
+    if kind == "dict":
+        return {_unpack(key, tensor): _unpack(item, tensor) for key, item in content}
+    if kind in ("list", "tuple"):
+        items = [_unpack(item, tensor) for item in content]
+        return items if kind == "list" else tuple(items)
+    raise ValueError(f"unknown part {kind!r}")

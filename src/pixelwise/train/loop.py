@@ -22,9 +22,8 @@ from pixelwise.data.layouts import DataFolder
 from pixelwise.infer.bundle import ModelCard, save_bundle
 from pixelwise.infer.evaluate import Evaluation, evaluate
 from pixelwise.infer.predictor import Predictor
-from pixelwise.train.checkpoints import LAST_NAME, SafeCheckpointIO
 from pixelwise.train.config import RunConfig
-from pixelwise.train.history import History
+from pixelwise.train.folder import COLUMNS, LAST_NAME, History, SafeCheckpointIO
 from pixelwise.train.module import SegmentationModule
 from pixelwise.train.plan import Plan
 
@@ -36,10 +35,11 @@ class TrainingLoop(pl.Callback):
     """Logs, validates, keeps the best weights and writes checkpoints between the steps of a run."""
 
     def __init__(
-        self, inspection: Inspection, plan: Plan, card: ModelCard, run: Path, history: History, report: Report
+        self, module: SegmentationModule, plan: Plan, inspection: Inspection, run: Path, first_step: int, report: Report
     ) -> None:
-        self.inspection, self.plan, self.card = inspection, plan, card
-        self.run, self.history, self.report = run, history, report
+        self.module, self.plan, self.inspection, self.run, self.report = module, plan, inspection, run, report
+        self.card = _card(plan, inspection)
+        self.history = History(run / "metrics.csv", first_step=first_step)
         self.interrupted: str | None = None
         self.last: Evaluation | None = None
         self._saved_at = self._resumed_at = time.monotonic()
@@ -51,49 +51,42 @@ class TrainingLoop(pl.Callback):
     # -- the course of a run ------------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        module = _module(pl_module)
-        self._before_s, self._resumed_at = module.progress.elapsed_s, time.monotonic()
-        self._window = (trainer.global_step, module.progress.elapsed_s)
+        step, progress = trainer.global_step, self.module.progress
+        self._before_s, self._resumed_at = progress.elapsed_s, time.monotonic()
+        self._window = (step, progress.elapsed_s)
         for number in (signal.SIGINT, signal.SIGTERM):
             try:
                 self._handlers[number] = signal.signal(number, self._on_signal)
             except ValueError:  # not the main thread: its owner handles signals
                 break
-        if (
-            trainer.global_step
-            and self._is_due(trainer.global_step)
-            and module.progress.validated_step != trainer.global_step
-        ):
-            self._validate(trainer, module)  # the run was killed between a step and its validation
+        if step and self._is_due(step) and progress.validated_step != step:
+            self._validate(trainer)  # the run was killed between a step and its validation
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, _batch: Any, _index: int
     ) -> None:
-        module, step = _module(pl_module), trainer.global_step
-        loss = outputs["loss"].detach()
+        module, step, loss = self.module, trainer.global_step, outputs["loss"].detach()
         module.after_step(loss)
         module.progress.elapsed_s = self._elapsed()
         self._losses.append(loss)
-        self._log(trainer, module)
+        self._log(trainer)
         if self.interrupted:
             trainer.should_stop = True
         elif self._is_due(step):
             self.checkpoint(trainer)  # a validation may be long: nothing is lost if it is killed
-            self._validate(trainer, module)
+            self._validate(trainer)
             if module.config.patience and module.progress.stale >= module.config.patience:
                 trainer.should_stop = True
-        seconds = module.budget.seconds
-        if seconds is not None and self._elapsed() >= seconds:
+        if module.seconds is not None and self._elapsed() >= module.seconds:
             trainer.should_stop = True
         is_time = time.monotonic() - self._saved_at >= 60 * module.config.checkpoint_minutes
         if trainer.should_stop or is_time:
             self.checkpoint(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        module = _module(pl_module)
         if not self.interrupted:
-            if module.progress.validated_step != trainer.global_step:
-                self._validate(trainer, module)
+            if self.module.progress.validated_step != trainer.global_step:
+                self._validate(trainer)
             self.checkpoint(trainer)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -111,14 +104,14 @@ class TrainingLoop(pl.Callback):
     def _is_due(self, step: int) -> bool:
         return bool(self.plan.validate_every_steps) and step % self.plan.validate_every_steps == 0
 
-    def _validate(self, trainer: pl.Trainer, module: SegmentationModule) -> None:
+    def _validate(self, trainer: pl.Trainer) -> None:
         """Score the network on the val split and keep it if it is the best so far."""
-        progress, step = module.progress, trainer.global_step
+        module, progress, step = self.module, self.module.progress, trainer.global_step
         miou = accuracy = float("nan")
         if trainer.is_global_zero and self.plan.validate_every_steps:
             was_training = module.evaluated.training
             predictor = Predictor(module.evaluated, self.card, device=module.device, precision=self.plan.precision)
-            self.last = evaluate(predictor, self._val_folder(module), split="val")
+            self.last = evaluate(predictor, self._val_folder(), split="val")
             module.evaluated.train(was_training)
             miou, accuracy = self.last.scores.miou, self.last.scores.global_accuracy
         miou = trainer.strategy.broadcast(miou)
@@ -126,55 +119,48 @@ class TrainingLoop(pl.Callback):
         # Without validation images the newest weights are the ones to keep.
         if miou > progress.best_miou or miou != miou or progress.best_step < 0:
             progress.best_miou, progress.best_step, progress.stale = (miou if miou == miou else -1.0), step, 0
-            self._save_best(trainer, module)
+            if trainer.is_global_zero:
+                scores = {"val": self.last.scores.to_dict()} if self.last else {}
+                save_bundle(self.run, module.evaluated, replace(self.card, scores=scores | {"step": step}))
         else:
             progress.stale += 1
         if trainer.is_global_zero and miou == miou:
-            self.history.add(**self._row(trainer, module), val_miou=miou, val_global_accuracy=accuracy)
-            if trainer.logger is not None:
-                trainer.logger.log_metrics({"val/miou": miou, "val/global_accuracy": accuracy}, step)
+            self._record(trainer, "val", miou=miou, global_accuracy=accuracy)
             self.report({"validated": step, "miou": miou, "best_miou": progress.best_miou})
 
-    def _val_folder(self, module: SegmentationModule) -> DataFolder:
-        pairs, most = self.inspection.samples("val"), module.config.max_val_images
+    def _val_folder(self) -> DataFolder:
+        pairs, most = self.inspection.samples("val"), self.module.config.max_val_images
         if most is not None and most < len(pairs):
             pairs = tuple(pairs[index * len(pairs) // most] for index in range(most))
         return replace(self.inspection.folder, pairs=pairs)
 
-    def _save_best(self, trainer: pl.Trainer, module: SegmentationModule) -> None:
-        if trainer.is_global_zero:
-            scores = {"val": self.last.scores.to_dict()} if self.last else {}
-            save_bundle(self.run, module.evaluated, replace(self.card, scores=scores | {"step": trainer.global_step}))
-
-    def _log(self, trainer: pl.Trainer, module: SegmentationModule) -> None:
-        step, elapsed = trainer.global_step, module.progress.elapsed_s
+    def _log(self, trainer: pl.Trainer) -> None:
+        step, elapsed = trainer.global_step, self.module.progress.elapsed_s
         done, since = step - self._window[0], elapsed - self._window[1]
-        images = self.plan.batch_size * trainer.world_size
-        spent = module.budget.progress(step=step, elapsed_s=elapsed)
-        self.report({"step": step, "spent": spent, "elapsed_s": elapsed, "loss": self._losses[-1]})
+        self.report({"step": step, "spent": self.module.spent(), "elapsed_s": elapsed, "loss": self._losses[-1]})
         if step % LOG_EVERY or not done:
             return
         loss = sum(float(value) for value in self._losses) / len(self._losses)
         self._losses.clear()
         self._window = (step, elapsed)
-        row = self._row(trainer, module) | {"train_loss": loss, "images_per_s": done * images / max(since, 1e-9)}
+        images_per_s = done * self.plan.batch_size * trainer.world_size / max(since, 1e-9)
         if trainer.is_global_zero:
-            self.history.add(**row)
-            if trainer.logger is not None:
-                trainer.logger.log_metrics(
-                    {"train/loss": loss, "train/lr": row["lr"], "train/images_per_s": row["images_per_s"]}, step
-                )
-            self.report({"images_per_s": row["images_per_s"], "mean_loss": loss})
+            lr = self.module.config.lr * self.module.lr_factor()
+            self._record(trainer, "train", loss=loss, lr=lr, images_per_s=images_per_s)
+            self.report({"images_per_s": images_per_s, "mean_loss": loss})
 
-    def _row(self, trainer: pl.Trainer, module: SegmentationModule) -> dict[str, Any]:
-        step = trainer.global_step
-        lr = module.config.lr * module.lr_factor()
-        return {
+    def _record(self, trainer: pl.Trainer, what: str, **values: float) -> None:
+        """A row of `metrics.csv`, and for TensorBoard a point of each curve."""
+        step, module = trainer.global_step, self.module
+        row: dict[str, float] = {
             "step": step,
             "epoch": step / self.plan.steps_per_epoch,
             "elapsed_s": module.progress.elapsed_s,
-            "lr": lr,
+            "lr": module.config.lr * module.lr_factor(),
         }
+        self.history.add(**row | {key if key in COLUMNS else f"{what}_{key}": item for key, item in values.items()})
+        if trainer.logger is not None:
+            trainer.logger.log_metrics({f"{what}/{key}": value for key, value in values.items()}, step)
 
     def _elapsed(self) -> float:
         return self._before_s + time.monotonic() - self._resumed_at
@@ -185,16 +171,10 @@ class TrainingLoop(pl.Callback):
         self.interrupted = signal.Signals(number).name
 
 
-def _module(module: pl.LightningModule) -> SegmentationModule:
-    if not isinstance(module, SegmentationModule):
-        raise TypeError(f"the loop trains a SegmentationModule, not a {type(module).__name__}")
-    return module
-
-
-def make_loop(plan: Plan, inspection: Inspection, out: Path, first_step: int, report: Report) -> TrainingLoop:
-    """What happens between the steps; the log begins here."""
+def _card(plan: Plan, inspection: Inspection) -> ModelCard:
+    """What the saved network is, but for its scores."""
     folder = inspection.folder
-    card = ModelCard(
+    return ModelCard(
         model=plan.model,
         config=plan.config,
         labels=folder.labels,
@@ -208,8 +188,6 @@ def make_loop(plan: Plan, inspection: Inspection, out: Path, first_step: int, re
         },
         reading=dict(inspection.reading),
     )
-    history = History(out / "metrics.csv", first_step=first_step)
-    return TrainingLoop(inspection, plan, card, out, history, report)
 
 
 def make_trainer(config: RunConfig, plan: Plan, loop: TrainingLoop, out: Path) -> pl.Trainer:

@@ -1,5 +1,6 @@
-"""The Lightning module: a network, a loss, an optimiser. It does not know which network it holds."""
+"""The Lightning module: a network, a loss, an optimiser, a schedule. It does not know which network it holds."""
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,11 +14,11 @@ from pixelwise.errors import PixelwiseError
 from pixelwise.losses import class_weights, cross_entropy, dice_loss
 from pixelwise.ops.depthwise import speed_up_depthwise
 from pixelwise.train.config import RunConfig
-from pixelwise.train.inputs import training_logits, window_px
-from pixelwise.train.optimizer import make_optimizer
+from pixelwise.train.network import training_logits, window_px
 from pixelwise.train.plan import Plan
-from pixelwise.train.schedule import Budget, lr_factor
 from pixelwise.train.stream import seed_of
+
+CONVOLUTIONS = (nn.modules.conv._ConvNd, nn.Linear)  # what has a bias that is no norm's
 
 
 @dataclass
@@ -38,25 +39,18 @@ class SegmentationModule(pl.LightningModule):
     std: Tensor
     weight: Tensor | None
 
-    def __init__(
-        self,
-        model: nn.Module,
-        config: RunConfig,
-        budget: Budget,
-        *,
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
-        weight: Tensor | None,
-    ) -> None:
+    def __init__(self, model: nn.Module, config: RunConfig, plan: Plan, weight: Tensor | None) -> None:
         super().__init__()
-        self.config, self.budget, self.progress = config, budget, Progress()
+        self.config, self.plan, self.progress = config, plan, Progress()
+        # The last validation is part of the time that was asked for.
+        self.seconds = max(1.0, config.minutes * 60 - plan.validation_s) if config.minutes else None
         if config.channels_last:
             model = model.to(memory_format=torch.channels_last)
         self.model = model
         self.average = AveragedModel(model, multi_avg_fn=self._average, use_buffers=True) if config.ema else None
         speed_up_depthwise(self.model)
-        self.register_buffer("mean", torch.tensor(mean).reshape(1, -1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).reshape(1, -1, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.tensor(plan.mean).reshape(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(plan.std).reshape(1, -1, 1, 1), persistent=False)
         self.register_buffer("weight", weight, persistent=False)
 
     @property
@@ -96,19 +90,15 @@ class SegmentationModule(pl.LightningModule):
         for group in self.trainer.optimizers[0].param_groups:
             group["lr"] = group["peak_lr"] * factor
 
+    def spent(self) -> float:
+        """The share in [0, 1] of the steps or of the seconds that is behind us."""
+        if self.seconds is None:
+            return min(1.0, self.global_step / self.plan.steps)
+        return min(1.0, self.progress.elapsed_s / self.seconds)
+
     def lr_factor(self) -> float:
         """The learning rate of the coming step over its peak."""
-        spent = self.budget.progress(step=self.global_step, elapsed_s=self.progress.elapsed_s)
-        config = self.config
-        return lr_factor(
-            spent,
-            schedule=config.schedule,
-            warmup=config.warmup,
-            power=config.poly_power,
-            epoch=self.global_step / self.budget.steps_per_epoch,
-            decay=config.decay,
-            decay_epochs=config.decay_epochs,
-        )
+        return lr_factor(self.config, self.spent(), self.global_step / self.plan.steps_per_epoch)
 
     def after_step(self, loss: Tensor) -> None:
         """What belongs to a step after the optimiser's part; not a hook, since Lightning runs callbacks before those."""
@@ -142,6 +132,51 @@ class SegmentationModule(pl.LightningModule):
                 old.copy_(new)
 
 
+def lr_factor(config: RunConfig, progress: float, epoch: float = 0.0) -> float:
+    """The learning rate over its peak: a rise over `warmup`, then what the schedule says.
+
+    `poly` rises linearly, then falls as (1 - p) ** power (DeepLab, arXiv:1606.00915); `onecycle` rises and falls as a half
+    cosine (Smith and Topin, arXiv:1708.07120); both reach zero with the budget. `constant` stays (FCN, SegNet).
+    `exponential` is multiplied by `decay` after every `decay_epochs` (FC-DenseNet: 0.995 an epoch).
+    """
+    schedule, warmup = config.schedule, config.warmup
+    if progress < warmup:
+        rise = progress / warmup
+        # A time budget starts at exactly 0 s: a first step without any learning rate would be wasted.
+        return max(0.01, (1 - math.cos(math.pi * rise)) / 2 if schedule == "onecycle" else rise)
+    if schedule == "constant":
+        return 1.0
+    if schedule == "exponential":
+        return config.decay ** math.floor(epoch / config.decay_epochs + 1e-9)  # 0.3 / 0.1 is a little less than 3
+    fall = (progress - warmup) / max(1e-12, 1 - warmup)
+    return (1 - fall) ** config.poly_power if schedule == "poly" else (1 + math.cos(math.pi * fall)) / 2
+
+
+def make_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
+    """The optimiser of a run; each group of parameters knows its `peak_lr`, which the schedule scales.
+
+    The rate of what lies in the network's `encoder` is multiplied by `encoder_lr`, that of the biases of convolutions by
+    `bias_lr`. Weights of more than one dimension are decayed: by AdamW on their own, by the others as a term l2 / 2 |w|^2 of
+    the loss, as torch does it.
+    """
+    biases = {id(module.bias) for module in model.modules() if isinstance(module, CONVOLUTIONS)}
+    groups: dict[tuple[bool, bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            is_bias = id(parameter) in biases and config.bias_lr != 1
+            groups.setdefault((name.startswith("encoder."), parameter.ndim > 1, is_bias), []).append(parameter)
+    rows = []
+    for (is_encoder, is_weight, is_bias), parameters in groups.items():
+        peak = config.lr * (config.encoder_lr if is_encoder else 1.0) * (config.bias_lr if is_bias else 1.0)
+        # Norms and biases are not pulled towards zero: they scale, they do not select.
+        decay = config.weight_decay if is_weight else 0.0
+        rows.append({"params": parameters, "lr": peak, "peak_lr": peak, "weight_decay": decay})
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(rows, lr=config.lr, momentum=config.momentum)
+    kinds = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "rmsprop": torch.optim.RMSprop}
+    return kinds[config.optimizer](rows)
+
+
 def loss_weights(config: RunConfig, inspection: Inspection, model: nn.Module) -> Tensor | None:
     """The weight of each class in the loss, or None for all alike."""
     if config.class_weights == "none":
@@ -151,13 +186,3 @@ def loss_weights(config: RunConfig, inspection: Inspection, model: nn.Module) ->
     if window_px(model) is not None:  # windows are drawn evenly by class: a scheme finds nothing to balance
         pixels = image_pixels = tuple(int(count > 0) for count in pixels)
     return class_weights(config.class_weights, pixels, image_pixels)
-
-
-def make_module(config: RunConfig, plan: Plan, model: nn.Module, weight: Tensor | None) -> SegmentationModule:
-    """The module with its budget."""
-    if config.minutes:
-        # The last validation is part of the time that was asked for.
-        budget = Budget(seconds=max(1.0, config.minutes * 60 - plan.validation_s), steps_per_epoch=plan.steps_per_epoch)
-    else:
-        budget = Budget(steps=plan.steps, steps_per_epoch=plan.steps_per_epoch)
-    return SegmentationModule(model, config, budget, mean=plan.mean, std=plan.std, weight=weight)

@@ -2,10 +2,9 @@
 
 import copy
 import math
-import os
 import statistics
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,15 +12,16 @@ from torch import nn
 
 from pixelwise.data.check import Inspection
 from pixelwise.data.pairs import Pair
+from pixelwise.data.scan import worker_count
 from pixelwise.data.separation import where_objects_come_from
 from pixelwise.infer.network import peak_memory_bytes, resolve_device, resolve_precision
 from pixelwise.losses import cross_entropy
 from pixelwise.models.registry import count_parameters
 from pixelwise.ops.depthwise import speed_up_depthwise
 from pixelwise.train.config import RunConfig
-from pixelwise.train.inputs import batch_size, draws_per_image, label_px, training_logits, window_px
-from pixelwise.train.start import Start
+from pixelwise.train.network import Start, training_logits, window_px
 
+CROPS, WINDOWS = 8, 128  # in a step, unless the user says otherwise
 CROP_STEP_PX = 32  # the stride of nearly every encoder: crops of its multiples need no padding
 LARGEST_CROP_PX = 352
 LARGEST_TRIAL_PX = 1024  # side of the image whose validation is timed
@@ -57,10 +57,6 @@ class Plan:
     separation: str = ""  # where the objects of the separation weights come from, if those are used
     stage: str = ""  # which of several, in words
 
-    def to_dict(self) -> dict[str, Any]:
-        """Values for JSON."""
-        return asdict(self)
-
 
 def choose_crop_px(sizes: dict[str, int]) -> int:
     """The largest multiple of 32 px that fits the shorter side of the median image, at most 352 and at least 32."""
@@ -75,9 +71,12 @@ def make_plan(config: RunConfig, inspection: Inspection, start: Start, *, stage:
     device = resolve_device(config.device)
     precision = resolve_precision(config.precision, device)
     window = window_px(model)
-    crop_px, batch = window or config.crop_px or choose_crop_px(inspection.sizes), batch_size(config, model)
+    crop_px = window or config.crop_px or choose_crop_px(inspection.sizes)
+    batch = config.batch_size or (WINDOWS if window else CROPS)
     val = len(inspection.samples("val"))
-    draws = len(epoch_pairs(inspection, crop_px)) * draws_per_image(model, _average_pixels(inspection))
+    # An epoch draws one crop of each image, or as many windows as would cover it.
+    per_image = max(1, round(_average_pixels(inspection) / window**2)) if window else 1
+    draws = len(epoch_pairs(inspection, crop_px)) * per_image
     per_epoch = math.ceil(draws / (batch * config.devices))
     step_s = time_steps(config, model, (batch, inspection.channels, crop_px), device, precision)
     val_images = min(val, config.max_val_images or val)
@@ -146,7 +145,7 @@ def time_steps(
     config: RunConfig, model: nn.Module, shape: tuple[int, int, int], device: torch.device, precision: str
 ) -> float:
     """Seconds of a training step on (N, C, side): the second of two on a copy of `model`, which itself is left alone."""
-    (batch, channels, side), labels_px = shape, label_px(model, shape[2])
+    batch, channels, side = shape
     with torch.random.fork_rng(devices=[]):
         trial = copy.deepcopy(model).to(device).train()
         if config.channels_last:
@@ -154,13 +153,13 @@ def time_steps(
         speed_up_depthwise(trial)
         optimizer = torch.optim.AdamW(trial.parameters(), lr=0.0)
         image = torch.randn(batch, channels, side, side, device=device)
-        labels = torch.zeros(batch, labels_px, labels_px, dtype=torch.uint8, device=device)
         seconds = []
         for _ in range(2):
             started = time.perf_counter()
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
                 x = image.contiguous(memory_format=torch.channels_last) if config.channels_last else image
-                logits = training_logits(trial, x)
+                logits = training_logits(trial, x)  # (N, K, side, side), or (N, K, 1, 1) of windows
+            labels = torch.zeros_like(logits[:, 0], dtype=torch.uint8)
             cross_entropy(logits, labels).backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -186,17 +185,11 @@ def _image_s(model: nn.Module, inspection: Inspection, device: torch.device, pre
 
 def _average_pixels(inspection: Inspection) -> float:
     """Of an image."""
-    pixels = sum(count * image_area(size) for size, count in inspection.sizes.items())
+    pixels = sum(count * math.prod(map(int, size.split("x"))) for size, count in inspection.sizes.items())
     return pixels / sum(inspection.sizes.values())
-
-
-def image_area(size: str) -> int:
-    """The pixels of a "WIDTHxHEIGHT"."""
-    width, height = map(int, size.split("x"))
-    return width * height
 
 
 def default_workers(device_type: str) -> int:
     """Processes to prepare crops: one where the CPU computes the network too, up to eight beside a GPU."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = worker_count()
     return min(1, cores - 1) if device_type == "cpu" else min(8, max(1, cores - 1))

@@ -1,21 +1,27 @@
-"""`train`: from a data folder and a configuration to a run folder."""
+"""`train`: from a data folder and a configuration to a run folder; in stages, each network starts from the one before."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
+import torch
+from torch import nn
 
 from pixelwise.data.check import Inspection, inspect_data
 from pixelwise.data.layouts import DataFolder, open_data
 from pixelwise.errors import DataError, PixelwiseError, UsageError
 from pixelwise.files import write_json
 from pixelwise.infer.network import is_out_of_memory
-from pixelwise.train.checkpoints import LAST_NAME, checkpoint_step
+from pixelwise.models import create_model, model_info
+from pixelwise.models.pretrained import load_network
 from pixelwise.train.config import RunConfig
 from pixelwise.train.folder import (
+    LAST_NAME,
     STATE_NAME,
+    checkpoint_step,
     is_finished,
     read_plan,
     read_state,
@@ -23,13 +29,13 @@ from pixelwise.train.folder import (
     write_config,
     write_start,
 )
-from pixelwise.train.loop import Report, make_loop, make_trainer, quiet
-from pixelwise.train.module import loss_weights, make_module
+from pixelwise.train.loop import Report, TrainingLoop, make_trainer, quiet
+from pixelwise.train.module import SegmentationModule, loss_weights
+from pixelwise.train.network import Start, check_options, network_config, start_network
 from pixelwise.train.plan import Plan, make_plan
-from pixelwise.train.stages import Stage, check_stages, plan_stages
-from pixelwise.train.start import Start, start_network
 from pixelwise.train.stream import make_dataset, make_stream
 
+STAGES_NAME = "stages"
 OnPlan = Callable[[Plan, Inspection], None]
 
 
@@ -52,6 +58,16 @@ class Run:
     steps: int
     seconds: float
     interrupted: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One training of several, or the only one."""
+
+    config: RunConfig  # what it is trained with
+    recorded: RunConfig  # what its folder says it is trained with; the last one's folder names the options of all
+    folder: Path  # its run folder
+    words: str = ""  # which one it is and what it leaves out; nothing for the only one
 
 
 def train(
@@ -112,6 +128,48 @@ def train(
     return _train_stage(last, inspection, (out, config), resume, command, on_plan, report)
 
 
+def plan_stages(config: RunConfig, out: Path) -> tuple[Stage, ...]:
+    """The trainings that `config` asks for, in order; the last one is that of `config.model` in `out`.
+
+    Each of the others has the same budget and options, but for options that its network does not know.
+    """
+    made: list[Stage] = []
+    total = len(config.stages) + 1
+    for number, name in enumerate((*config.stages, config.model), start=1):
+        changes: dict[str, Any] = {"lr": config.lr * config.stage_lr ** (number - 1)}
+        changes |= {"init": str(made[-1].folder), "pretrained": None} if made else {}
+        folder, left_out = out, list[str]()
+        if number < total:
+            known = {item.name for item in fields(model_info(name).config)}
+            left_out = [key for key in config.options if key not in known]
+            own = {key: value for key, value in config.options.items() if key in known}
+            changes |= {"model": name, "options": own, "stages": (), "stage_lr": 1.0}
+            folder = out / STAGES_NAME / f"{number}-{name}"
+        changed = config.model_copy(update=changes)
+        words = f"{number} of {total}: {name}, in {folder}" if total > 1 else ""
+        words += f"; left out, since it has no such option: {', '.join(left_out)}" if left_out else ""
+        made.append(Stage(config=changed, recorded=changed if number < total else config, folder=folder, words=words))
+    return tuple(made)
+
+
+def check_stages(stages: tuple[Stage, ...], inspection: Inspection) -> None:
+    """Find out before the first stage whether the later ones can be built and start from those before them."""
+    before: nn.Module | None = None
+    for stage in stages:
+        kwargs = network_config(stage.config, inspection)
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):
+            model = create_model(stage.config.model, **kwargs)
+        check_options(stage.config, model)
+        if before is not None:
+            try:
+                load_network(model, before, "the stage before")
+            except UsageError as error:
+                raise UsageError(
+                    f"--stages: {stage.config.model} cannot start from the stage before it: {error}"
+                ) from error
+        before = model
+
+
 def _train_stage(
     stage: Stage,
     inspection: Inspection,
@@ -137,24 +195,21 @@ def _train_stage(
     if not state:
         write_config(*whole)  # so that --resume finds the options of all stages
         state = write_start(out, stage.recorded, plan, inspection, command)
-    module = make_module(config, plan, start.model, weight)
-    loop = make_loop(plan, inspection, out, first_step, report)
+    module = SegmentationModule(start.model, config, plan, weight)
+    loop = TrainingLoop(module, plan, inspection, out, first_step, report)
     trainer = make_trainer(config, plan, loop, out)
     loader = make_stream(config, plan, dataset, first_step)
     with _as_readable_errors(plan, checkpoint), quiet():
         trainer.fit(module, train_dataloaders=loader, ckpt_path=checkpoint if first_step else None)
-    best = module.progress.best_miou if module.progress.best_miou >= 0 else None
+    best, seconds = module.progress.best_miou, module.progress.elapsed_s
+    outcome: dict[str, Any] = {
+        "best_miou": best if best >= 0 else None,
+        "steps": trainer.global_step,
+        "seconds": seconds,
+    }
     if trainer.is_global_zero:
-        outcome = {"finished": loop.interrupted is None, "best_miou": best, "steps": trainer.global_step}
-        write_json(out / STATE_NAME, state | outcome | {"seconds": module.progress.elapsed_s})
-    return Run(
-        folder=out,
-        plan=plan,
-        best_miou=best,
-        steps=trainer.global_step,
-        seconds=module.progress.elapsed_s,
-        interrupted=loop.interrupted,
-    )
+        write_json(out / STATE_NAME, state | {"finished": loop.interrupted is None} | outcome)
+    return Run(folder=out, plan=plan, interrupted=loop.interrupted, **outcome)
 
 
 def _new_plan(stage: Stage, inspection: Inspection, start: Start) -> Plan:

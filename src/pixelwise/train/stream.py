@@ -8,10 +8,8 @@ import hashlib
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -22,16 +20,15 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from pixelwise.data.check import Inspection
-from pixelwise.data.labels import LabelSpec
 from pixelwise.data.layouts import Pair
-from pixelwise.data.places import ClassPlaces, Places
+from pixelwise.data.places import ClassPlaces
 from pixelwise.data.samples import OpenPair, OpenPairs, Sample, are_pictures, load_sample
+from pixelwise.data.scan import in_threads
 from pixelwise.data.separation import separate
-from pixelwise.data.slices import Reading
-from pixelwise.data.transforms import PixelWeight, Windowed
+from pixelwise.data.transforms import PixelWeight, Windowed, training_transform, window_transform
 from pixelwise.errors import UsageError
 from pixelwise.train.config import RunConfig
-from pixelwise.train.inputs import input_transform
+from pixelwise.train.network import window_px
 from pixelwise.train.plan import Plan, epoch_pairs
 
 Weigh = Callable[[Pair, Sample], tuple[Sample, Tensor]]  # a sample as it is trained on, and its pixels' weights (H, W)
@@ -49,38 +46,35 @@ class CropSet(Dataset[tuple[Tensor, ...]]):
     """Augmented crops by (index of the pair, position in the stream): image, mask and, if asked for, pixel weights.
 
     Args:
-        pairs: with masks; of volumes, single planes.
-        labels: what their values mean.
-        channels: of the network's images.
-        transform: from `training_transform`.
+        inspection: of the data; its training images are drawn from, volumes plane by plane, large planes by windows.
+        crop_px: side of the crops.
+        transform: makes a crop of an image and its mask, as `training_transform` does.
         seed: of the run.
         cache: keep the decoded images in memory (shared with the workers where processes fork), and their weights too.
         weigh: computes the weights of an image's pixels.
-        reading: the run's options of reading.
-        places: by mask and plane, where the values of masks lie that are read by windows, as their images are.
     """
 
     def __init__(
         self,
-        pairs: Sequence[Pair],
-        labels: LabelSpec,
-        channels: int,
+        inspection: Inspection,
+        crop_px: int,
         transform: v2.Transform,
+        *,
         seed: int,
         cache: bool,
         weigh: Weigh | None = None,
-        reading: Reading | None = None,
-        places: Mapping[tuple[Path | None, int], Places] | None = None,
     ) -> None:
-        self.pairs, self.labels, self.channels, self.reading = pairs, labels, channels, reading
+        self.pairs, self.reading = epoch_pairs(inspection, crop_px), inspection.reading
         self.transform, self.seed, self.weigh = transform, seed, weigh
-        self._places = {key: ClassPlaces(found, labels) for key, found in (places or {}).items()}
-        self._opened = OpenPairs(partial(OpenPair, labels=labels, channels=channels, reading=reading))
+        labels = inspection.folder.labels
+        self._places = {key: ClassPlaces(found, labels) for key, found in inspection.places().items()}
+        how: dict[str, Any] = {"labels": labels, "channels": inspection.channels, "reading": self.reading}
+        self._read: Callable[[Pair], Sample] = partial(load_sample, **how)
+        self._opened = OpenPairs(partial(OpenPair, **how))
         self._samples: dict[int, tuple[Tensor, ...]] = {}
         if cache:
-            whole = [index for index, pair in enumerate(pairs) if (pair.mask, pair.plane or 0) not in self._places]
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
-                self._samples = dict(zip(whole, pool.map(self._load, whole), strict=True))
+            whole = [index for index, pair in enumerate(self.pairs) if (pair.mask, pair.plane or 0) not in self._places]
+            self._samples = dict(zip(whole, in_threads(self._load, whole), strict=True))
         self._opened.close()  # the workers open their own
 
     def _load(self, index: int) -> tuple[Any, ...]:
@@ -88,10 +82,9 @@ class CropSet(Dataset[tuple[Tensor, ...]]):
         pair, plane = self.pairs[index], self.pairs[index].plane or 0
         if (places := self._places.get((pair.mask, plane))) is not None:
             return self._windowed(self._opened.get(pair), plane, places)
-        if are_pictures(pair) and not self.reading:
-            sample = load_sample(pair, self.labels, self.channels)
-        else:
-            sample = self._opened.get(pair).read(plane)
+        # Plain pictures are decoded as a whole, so keeping them open would keep their pixels.
+        is_plain = are_pictures(pair) and not self.reading
+        sample = self._read(pair) if is_plain else self._opened.get(pair).read(plane)
         weights = None
         if self.weigh is not None:
             sample, weights = self.weigh(pair, sample)
@@ -194,39 +187,35 @@ def fits_in_cache(images_bytes: int) -> bool:
 def make_dataset(config: RunConfig, plan: Plan, inspection: Inspection, model: nn.Module) -> CropSet:
     """What the steps draw from; the images are read here if they fit into memory."""
     is_uint8 = set(inspection.dtypes) == {"uint8"}
-    transform = input_transform(config, model, crop_px=plan.crop_px, fill=plan.mean, is_uint8=is_uint8)
-    pairs, places = epoch_pairs(inspection, plan.crop_px), inspection.places()
+    if window_px(model) is None:
+        transform = training_transform(
+            crop_px=plan.crop_px,
+            scale=config.scale,
+            focus=config.focus,
+            flips=config.flips,
+            photometric=config.photometric,
+            fill=plan.mean,
+            is_uint8=is_uint8,
+            elastic=config.elastic,
+        )
+    else:
+        transform = window_transform(window_px=plan.crop_px, flips=config.flips, photometric=config.photometric)
+    large = inspection.places()
     bytes_of_pixel = inspection.channels * (1 if is_uint8 else 4) + 1 + (4 if config.separation else 0)
-    whole = [
+    pixels = sum(
         scan.image.grid.pixels
         for scan in inspection.scans
-        if scan.pair.split == "train" and scan.image and (scan.pair.mask, 0) not in places
-    ]
+        if scan.pair.split == "train" and scan.image and (scan.pair.mask, 0) not in large
+    )
     weigh = None
     if config.separation:
         weigh = partial(separate, w0=config.separation, sigma_px=config.separation_sigma_px, reading=inspection.reading)
-    return CropSet(
-        pairs,
-        inspection.folder.labels,
-        inspection.channels,
-        transform,
-        config.seed,
-        fits_in_cache(sum(whole) * bytes_of_pixel),
-        weigh,
-        inspection.reading,
-        places,
-    )
+    cache = fits_in_cache(pixels * bytes_of_pixel)
+    return CropSet(inspection, plan.crop_px, transform, seed=config.seed, cache=cache, weigh=weigh)
 
 
 def make_stream(config: RunConfig, plan: Plan, dataset: CropSet, first_step: int) -> Any:
     """The loader of endless batches, entered at `first_step`."""
-    rank = int(os.environ.get("LOCAL_RANK", 0))
-    stream = BatchStream(
-        len(dataset),
-        batch_size=plan.batch_size,
-        seed=config.seed,
-        first_step=first_step,
-        rank=rank,
-        world=config.devices,
-    )
+    ranks = {"rank": int(os.environ.get("LOCAL_RANK", 0)), "world": config.devices}
+    stream = BatchStream(len(dataset), batch_size=plan.batch_size, seed=config.seed, first_step=first_step, **ranks)
     return make_loader(dataset, stream, workers=plan.workers, pin_memory=plan.device.startswith("cuda"))

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pixelwise.data.labels import CAMVID_COLORS, CAMVID_NAMES, LabelSpec, save_labels
+from pixelwise.data.classes import save_labels
+from pixelwise.data.labels import CAMVID_COLORS, CAMVID_NAMES, LabelSpec
 from pixelwise.data.scenes.compose import compose
 from pixelwise.errors import DataError, UsageError
 from pixelwise.files import atomic_path, read_json, write_json

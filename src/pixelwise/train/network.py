@@ -1,0 +1,125 @@
+"""The network of a run: how it is built, what it starts from, and how it is fed. Only here is its kind looked at.
+
+A network that sees a window of `window` px and names the class of its centre (`classify`) is trained on windows drawn evenly
+by class (Ciresan et al., NIPS 2012); every other network on crops, a class for each pixel.
+"""
+
+import statistics
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from pixelwise.data.check import Inspection
+from pixelwise.errors import UsageError
+from pixelwise.infer.bundle import CARD_NAME, load_bundle
+from pixelwise.models import create_model, model_config
+from pixelwise.models.backbones import backbone_normalisation
+from pixelwise.models.matching import Loaded
+from pixelwise.models.pretrained import is_classifier, load_classifier, load_network, load_pretrained
+from pixelwise.train.config import RunConfig
+
+OF_CROPS = ("crop_px", "scale", "focus", "elastic", "separation")  # options that mean nothing for windows
+Normalisation = tuple[tuple[float, ...], tuple[float, ...]]  # mean and standard deviation per channel, unit scale
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """A network as its training begins."""
+
+    model: nn.Module  # the network, filled
+    kwargs: dict[str, Any]  # what rebuilds it
+    loaded: str | None  # what was loaded and what did not fit, in words, or None
+    mean: tuple[float, ...]  # per channel, unit scale; the network sees (image - mean) / std
+    std: tuple[float, ...]  # as `mean`
+
+
+def start_network(config: RunConfig, inspection: Inspection, *, is_resumed: bool) -> Start:
+    """Build the network and fill it; one that is resumed gets its weights from the checkpoint."""
+    kwargs = network_config(config, inspection)
+    model = create_model(config.model, **kwargs)
+    check_options(config, model)
+    loaded, norm = None, (inspection.mean, inspection.std)
+    if not is_resumed and (config.init or config.pretrained):
+        loaded, norm = _fill(model, config, inspection)
+    return Start(
+        model=model, kwargs=kwargs, loaded=None if loaded is None else loaded.summary(), mean=norm[0], std=norm[1]
+    )
+
+
+def _fill(model: nn.Module, config: RunConfig, inspection: Inspection) -> tuple[Loaded, Normalisation]:
+    """Weights expect the normalisation they were trained with, whatever the data's own would be."""
+    if config.init is None:
+        loaded = load_pretrained(model, config.pretrained or "auto")
+    elif (Path(config.init) / CARD_NAME).is_file():
+        trained, card = load_bundle(config.init)
+        loaded = load_network(model, trained, f"{card.model} of {config.init}")
+        return loaded, _for_channels((card.mean, card.std), inspection.channels) or (inspection.mean, inspection.std)
+    elif is_classifier(config.init):
+        loaded = load_classifier(model, config.init)
+    else:
+        raise UsageError(
+            f"--init {config.init}: is neither a run folder (with {CARD_NAME} and its weights) nor a classifier of timm or "
+            "torchvision, such as vgg16."
+        )
+    return loaded, normalisation(loaded.classifier, inspection)
+
+
+def network_config(config: RunConfig, inspection: Inspection) -> dict[str, Any]:
+    """The keyword arguments for `create_model`: the user's, and what the data decide."""
+    fixed: dict[str, Any] = {"num_classes": inspection.folder.labels.num_classes, "in_channels": inspection.channels}
+    for key, value in fixed.items():
+        if config.options.get(key, value) != value:
+            raise UsageError(
+                f"options.{key}={config.options[key]} disagrees with the data, which have {value}. Leave it out."
+            )
+    return asdict(model_config(config.model, **(config.options | fixed)))
+
+
+def normalisation(classifier: str | None, inspection: Inspection) -> Normalisation:
+    """Mean and standard deviation per channel: those of the classifier whose weights are used, else the data's own.
+
+    A classifier's are known for 8-bit images only.
+    """
+    if classifier is None or set(inspection.dtypes) != {"uint8"} or inspection.channels not in (1, 3):
+        return inspection.mean, inspection.std
+    return _for_channels(backbone_normalisation(classifier), inspection.channels) or (inspection.mean, inspection.std)
+
+
+def _for_channels(norm: Normalisation, channels: int) -> Normalisation | None:
+    """As many values as channels: for grey the average of RGB's; None where that says nothing."""
+    if len(norm[0]) == channels:
+        return norm
+    if channels == 1 and len(norm[0]) == 3:
+        return (statistics.fmean(norm[0]),), (statistics.fmean(norm[1]),)
+    return None
+
+
+# -- how it is fed ------------------------------------------------------------------------------------------------------
+
+
+def window_px(model: nn.Module) -> int | None:
+    """The side of the windows that `model` is trained on, or None for a network that is trained on crops."""
+    side = getattr(model, "window", None)
+    return side if isinstance(side, int) and callable(getattr(model, "classify", None)) else None
+
+
+def check_options(config: RunConfig, model: nn.Module) -> None:
+    """Refuse options that would be ignored."""
+    if window_px(model) is None:
+        return
+    fields = RunConfig.model_fields
+    if given := [key for key in OF_CROPS if getattr(config, key) != fields[key].default]:
+        raise UsageError(
+            f"{config.model} is trained on windows of {window_px(model)} px, not on crops, so {', '.join(given)} means "
+            "nothing to it. Leave it out; options.window=… sets the side of the windows."
+        )
+
+
+def training_logits(model: nn.Module, image: Tensor) -> Tensor:
+    """Scores of a batch (N, C, s, s): (N, K, s, s) of crops, (N, K, 1, 1) of windows."""
+    if window_px(model) is None:
+        return model(image)
+    classify: nn.Module = model.classify  # type: ignore[assignment]
+    return classify(image)[..., None, None]
