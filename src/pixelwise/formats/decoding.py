@@ -85,7 +85,7 @@ class _Child:
         return [str(self.memory.fd if self.memory else -1), str(memory_bytes), self._folder]
 
     def _environment(self) -> dict[str, str]:
-        """The child finds packages in the order in which this process does, and its libraries start no threads of their own."""
+        """Packages are found in the order in which this process does, and libraries start no threads of their own."""
         paths = [*filter(None, [os.environ.get("PYTHONPATH")]), str(Path(__file__).resolve().parents[2])]
         one = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
         own = {"PYTHONPATH": os.pathsep.join(paths), "MALLOC_ARENA_MAX": "2", "TMPDIR": self._folder}
