@@ -190,7 +190,16 @@ def test_bombs_take_no_memory(complaints, tmp_path):
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit < 400 * 2**20
     assert set(found) == wanted
     for name, reason in found.items():
-        words = ("too large", "cannot hold", "truncated", "at most", "more than", "are there", "but holds", "on the disk")
+        words = (
+            "too large",
+            "cannot hold",
+            "truncated",
+            "at most",
+            "more than",
+            "are there",
+            "but holds",
+            "on the disk",
+        )
         assert any(word in reason for word in words), (name, reason)
 
 

@@ -18,8 +18,8 @@ from pixelwise.errors import DataError, UsageError
 from pixelwise.formats import open_source
 from pixelwise.formats.geotiff import is_geotiff, open_geotiff
 from pixelwise.formats.local import Identity
-from pixelwise.formats.readers import read_image
-from pixelwise.formats.tiff import open_tiff
+from pixelwise.formats.opening import read_image
+from pixelwise.formats.tiff.read import open_tiff
 
 UTM = {"crs": "EPSG:32633", "transform": Affine(10, 0, 5e5, 0, -10, 5e6)}
 TURNED = Affine(10, 0, 5e5, 0, -10, 5e6) @ Affine.rotation(30)
@@ -55,7 +55,8 @@ def whole(source):
 @pytest.mark.parametrize("transform", [Affine(10, 0, 5e5, 0, -10, 5e6), TURNED], ids=["north up", "turned"])
 def test_place_and_pixels_are_those_that_rasterio_reads(tmp_path, crs, transform):
     pixels = random_image()
-    path = write(tmp_path / "a.tif", pixels, crs=crs, transform=transform, tags={"AREA_OR_POINT": "Point"})
+    tags = {"AREA_OR_POINT": "Point"}
+    path = write(tmp_path / "a.tif", pixels, crs=crs, transform=transform, tags=tags, compress="lzw")
     with open_geotiff(path) as source, rasterio.open(path) as file:
         assert rasterio.crs.CRS.from_wkt(source.metadata["crs"]) == file.crs
         assert source.metadata["transform"] == tuple(file.transform)[:6]
@@ -272,10 +273,10 @@ def test_a_file_object_that_fails_ends_in_an_error_that_says_why(tmp_path, capfd
     wire = {"cut": False}
 
     class Remote(io.FileIO):
-        def read(self, size=-1):
+        def readinto(self, buffer):
             if wire["cut"]:
                 raise ConnectionResetError("the line is dead")
-            return super().read(size)
+            return super().readinto(buffer)
 
     with pytest.raises(UsageError, match="identity"):
         open_geotiff(path, lambda: Remote(path))

@@ -21,7 +21,7 @@ from pixelwise.errors import DataError, PixelwiseError
 from pixelwise.files import extra
 from pixelwise.formats import FORMATS, Source, open_source
 from pixelwise.formats.local import printable
-from pixelwise.formats.readers import read_image, read_mask
+from pixelwise.formats.opening import read_image, read_mask
 
 
 @dataclass(frozen=True)

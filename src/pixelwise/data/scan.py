@@ -26,7 +26,7 @@ from pixelwise.errors import DataError
 from pixelwise.formats import Source, open_source
 from pixelwise.formats.base import Palette
 from pixelwise.formats.local import printable
-from pixelwise.formats.readers import read_image
+from pixelwise.formats.opening import read_image
 
 MAX_VALUES = 4096
 MAX_VALUES_OF_LARGE = 256  # of each the places are counted

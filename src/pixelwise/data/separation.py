@@ -24,7 +24,7 @@ from pixelwise.data.samples import Sample, mask_values, open_mask
 from pixelwise.data.slices import Reading, is_picture
 from pixelwise.errors import DataError, UsageError
 from pixelwise.formats.local import printable
-from pixelwise.formats.readers import read_mask
+from pixelwise.formats.opening import read_mask
 
 INSTANCES = "instances"
 NEGLECTED = 1e-3  # an extra weight below this is left out, so that a cell acts on its neighbourhood only

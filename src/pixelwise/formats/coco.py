@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pixelwise.errors import UsageError
-from pixelwise.files import atomic_path, cannot_write
+from pixelwise.files import writing
 from pixelwise.formats.base import LABELS, Result
 
 _BAND_PX = 256  # rows that are asked for at once, and columns that are looked at together
@@ -33,20 +33,16 @@ def write_coco(path: Path, result: Result, *, image_id: int = 1) -> None:
     path = Path(path)
     if result.kind != LABELS:
         raise UsageError(f"{path}: COCO holds labels, not {result.kind}. Write it as .npy or GeoTIFF.")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(path) as part, part.open("w", encoding="utf-8") as file:
-            head = json.dumps(_head(path, result, image_id), ensure_ascii=False)
-            file.write(head[:-1] + ', "annotations": [')
-            separator, number = "\n", 1
-            for plane in range(result.source.planes):
-                for annotation in _annotations(path, result, plane):
-                    annotation = {"id": number, "image_id": image_id + plane} | annotation
-                    file.write(separator + json.dumps(annotation))
-                    separator, number = ",\n", number + 1
-            file.write("\n]}\n")
-    except OSError as error:
-        raise cannot_write(path, error) from error
+    with writing(path) as part, part.open("w", encoding="utf-8") as file:
+        head = json.dumps(_head(path, result, image_id), ensure_ascii=False)
+        file.write(head[:-1] + ', "annotations": [')
+        separator, number = "\n", 1
+        for plane in range(result.source.planes):
+            for annotation in _annotations(path, result, plane):
+                annotation = {"id": number, "image_id": image_id + plane} | annotation
+                file.write(separator + json.dumps(annotation))
+                separator, number = ",\n", number + 1
+        file.write("\n]}\n")
 
 
 def run_lengths(edges: NDArray[np.int64], height: int, width: int) -> dict[str, Any]:

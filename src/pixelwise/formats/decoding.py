@@ -28,8 +28,7 @@ from numpy.typing import NDArray
 
 from pixelwise.errors import DataError, UsageError
 from pixelwise.formats.base import Source, SourceInfo
-from pixelwise.formats.shared_memory import SharedMemory
-from pixelwise.formats.worker import ERRORS, OUT_OF_MEMORY, packed, receive, send, unpacked
+from pixelwise.formats.worker import ERRORS, OUT_OF_MEMORY, SharedMemory, packed, receive, send, unpacked
 
 MEMORY_BYTES = 2 << 30
 DEADLINE_S = 300.0
@@ -62,9 +61,10 @@ class _Child:
         memory = int(_setting("PIXELWISE_DECODER_MEMORY", MEMORY_BYTES))
         self.memory = SharedMemory() if os.name == "posix" else None
         self._folder = tempfile.mkdtemp(prefix="pixelwise-")  # of its temporary files, which it may leave behind
+        given = (str(self.memory.fd if self.memory else -1), str(memory), self._folder)
         self._process = subprocess.Popen(
             # -P: nothing is imported from the folder that the user happens to be in
-            [sys.executable, "-P", "-m", "pixelwise.formats.worker", *self._arguments(memory)],
+            [sys.executable, "-P", "-m", "pixelwise.formats.worker", *given],
             bufsize=0,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -81,11 +81,8 @@ class _Child:
         self._listener = threading.Thread(target=self._listen, daemon=True, name="pixelwise-decoder")
         self._listener.start()
 
-    def _arguments(self, memory_bytes: int) -> list[str]:
-        return [str(self.memory.fd if self.memory else -1), str(memory_bytes), self._folder]
-
     def _environment(self) -> dict[str, str]:
-        """The child finds packages in the order in which this process does, and its libraries start no threads of their own."""
+        """The child finds packages in the order of this process, and its libraries start no threads of their own."""
         paths = [*filter(None, [os.environ.get("PYTHONPATH")]), str(Path(__file__).resolve().parents[2])]
         one = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
         own = {"PYTHONPATH": os.pathsep.join(paths), "MALLOC_ARENA_MAX": "2", "TMPDIR": self._folder}
