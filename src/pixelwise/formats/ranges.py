@@ -51,35 +51,36 @@ class Handles:
         self.buffered.seek(0)
         self.close = weakref.finalize(self, _close, self.buffered, self._idle)  # also for those who forget it
 
-    @contextmanager
-    def borrowed(self) -> Iterator[BinaryIO]:
-        """A handle that no other thread uses meanwhile."""
-        if self.buffered.closed:
-            raise DataError("the image is closed.")
-        try:
-            handle = self._idle.pop()
-        except IndexError:
-            handle = self._opener()
-        try:
-            yield handle
-        finally:
-            self._idle.append(handle)
-
     def read(self, offset: int, size: int) -> NDArray[np.uint8]:
         """So many bytes from a place on."""
         if offset + size > self.size:
             raise DataError(f"its pixels reach up to byte {offset + size:,}, but the file has {self.size:,}.")
         content = np.empty(size, np.uint8)
-        with self.borrowed() as handle:
+        handle = self._take()
+        try:
             _read_into(content.data, handle, offset)
+        finally:
+            self._idle.append(handle)
         return content
 
     def window(
         self, offset: int, dtype: np.dtype[Any], shape: Sequence[int], box: Sequence[tuple[int, int]]
     ) -> NDArray[Any]:
         """A box of an array that begins at a place; see `read_box`."""
-        with self.borrowed() as handle:
+        handle = self._take()
+        try:
             return read_box(handle, offset, dtype, shape, box)
+        finally:
+            self._idle.append(handle)
+
+    def _take(self) -> BinaryIO:
+        """A handle that no other thread uses, until it is put back among the idle ones."""
+        if self.buffered.closed:
+            raise DataError("the image is closed.")
+        try:
+            return self._idle.pop()
+        except IndexError:
+            return self._opener()
 
 
 def _close(buffered: BinaryIO, idle: list[BinaryIO]) -> None:
