@@ -36,7 +36,7 @@ from pixelwise.formats.dicom_series import (
     quiet,
     safe_text,
 )
-from pixelwise.formats.local import DECODE_ERRORS, Identity, Stamp, printable
+from pixelwise.formats.local import Identity, Stamp, printable
 from pixelwise.formats.nifti import open_nifti
 
 NO_SEGMENT = ("background", "void", "unlabeled", "unlabelled")
@@ -307,7 +307,7 @@ def _segmentation(
                 series_description="pixelwise labels",
                 omit_empty_frames=bool(labels.any()),
             )
-    except DECODE_ERRORS as error:
+    except Exception as error:  # noqa: BLE001  (of what highdicom misses, and how)
         # what highdicom misses is named by its keyword; values of the patient are not quoted
         missing = f" ({error})" if isinstance(error, AttributeError) and "has no attribute" in str(error) else ""
         raise DataError(

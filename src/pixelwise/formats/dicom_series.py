@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pixelwise.errors import DataError
+from pixelwise.errors import DataError, UsageError
 from pixelwise.formats.intensity import Scaling, display_window
-from pixelwise.formats.local import DECODE_ERRORS, Stamp, printable, readable, silence
+from pixelwise.formats.local import Stamp, printable, readable, silence
 
 SEGMENTATIONS = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")
 PARALLEL = 1e-3  # what directions of slices may differ by
@@ -112,15 +112,15 @@ def quiet() -> Iterator[None]:
 @contextmanager
 def dicom_errors(path: Path) -> Iterator[None]:
     """Turn what pydicom raises into a `DataError` that names the file and quotes nothing of it."""
-    from pydicom.errors import BytesLengthException, InvalidDicomError
-
     name = printable(path)
     try:
         with quiet():
             yield
     except DataError as error:
         raise DataError(f"{name}: {error}") from None
-    except (*DECODE_ERRORS, BytesLengthException, InvalidDicomError) as error:
+    except Exception as error:
+        if isinstance(error, Warning | UsageError):
+            raise
         told = error.strerror if isinstance(error, OSError) else None
         reason = told or "it ends too early, or what its headers say makes no sense"
         raise DataError(f"{name}: the file is damaged or truncated ({reason}).") from None

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from pixelwise.errors import DataError, PixelwiseError
 from pixelwise.files import cannot_write, extra, writing
 from pixelwise.formats.base import LABELS, Opener, Result
-from pixelwise.formats.local import DECODE_ERRORS, Identity, silence
+from pixelwise.formats.local import Identity, readable, silence
 from pixelwise.formats.ranges import Handles, opening
 from pixelwise.formats.tiff.read import MAGIC, PLAIN, Rendering, TiffSource, check_pages
 from pixelwise.formats.tiff.windows import Span, Stack, arrange
@@ -92,11 +92,12 @@ def is_geotiff(head: bytes, name: str | os.PathLike[str], opener: Opener | None 
         return False
     try:
         with (
+            readable(name),
             opener() if opener is not None else Path(name).open("rb") as file,
             tifffile.TiffFile(file, name="tiff", **PLAIN) as tiff,
         ):
             return any(code in tiff.pages.first.tags for code in _GEO)
-    except DECODE_ERRORS:
+    except DataError:
         return False
 
 

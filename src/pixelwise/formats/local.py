@@ -5,23 +5,18 @@ Only plain URLs of the table `PROTOCOLS` are followed, each by the file system o
 """
 
 import hashlib
-import lzma
 import os
 import re
 import stat
 import struct
 import threading
 import warnings
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 from urllib.parse import unquote
-
-import tifffile
 
 from pixelwise.errors import DataError, PixelwiseError, UsageError
 
@@ -38,27 +33,6 @@ PROTOCOLS = {  # the module of the file system, and the package that pip install
 """Every protocol that is followed, besides `file`, which is a local path."""
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
-
-DECODE_ERRORS = (
-    OSError,  # missing, unreadable, truncated; Pillow's UnidentifiedImageError
-    tifffile.TiffFileError,  # no ValueError in older versions
-    ValueError,  # numpy shapes, text that is no text
-    TypeError,  # tags of another type than the format says
-    LookupError,  # tables in the file that point outside it, unknown codecs
-    AttributeError,  # tags that should be there
-    ArithmeticError,  # division by a size of zero, overflow
-    AssertionError,  # tifffile's own checks
-    RuntimeError,  # imagecodecs' errors, NotImplementedError, RecursionError
-    SyntaxError,  # Pillow's broken PNG; ParseError of XML descriptions in TIFF
-    EOFError,
-    MemoryError,
-    struct.error,
-    zlib.error,
-    lzma.LZMAError,
-    zipfile.BadZipFile,
-    zipfile.LargeZipFile,
-)
-"""What libraries raise on damaged input; anything else is a bug and passes through."""
 
 _OF_PROGRAMS = (
     TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, NotImplementedError, RecursionError,
@@ -251,11 +225,11 @@ def readable(name: str | os.PathLike[str], where: str = "") -> Iterator[None]:
         if str(error).startswith(f"{shown}: "):
             raise
         raise DataError(f"{shown}: {error}") from error
-    except PixelwiseError:
+    except (PixelwiseError, Warning):
         raise
     except MemoryError as error:
         raise DataError(f"{shown}: there is not enough memory to decode it. Choose smaller tiles.") from error
-    except DECODE_ERRORS as error:
+    except Exception as error:
         raise DataError(
             f"{shown}: the file is damaged or truncated ({where + ': ' if where else ''}{in_words(error)})."
         ) from error

@@ -31,7 +31,6 @@ from pixelwise.formats.intensity import Intensity, Scaling, by_type, check_inten
 from pixelwise.formats.local import Identity, Stamp, readable
 from pixelwise.formats.nifti_header import (
     GZIP,
-    format_errors,
     geometry,
     is_packed,
     pair,
@@ -104,7 +103,7 @@ class _NiftiSource(Source):
         self._lock = threading.Lock()
         self._file: BinaryIO | None = None
         self._slab = lru_cache(maxsize=2)(self._read_slab)
-        with readable(location), format_errors(nibabel):
+        with readable(location), np.errstate(all="ignore"):
             header = read_header(nibabel, files[0])
             self._shape, self._dtype = shape, dtype = shape_and_type(header)
             self._geometry = geometry(header, axis, shape, allow_no_affine)

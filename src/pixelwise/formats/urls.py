@@ -1,7 +1,6 @@
 """The file system of a URL, with limits of time; and errors of servers in words that hold no secret."""
 
 import errno
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,15 +16,6 @@ CONNECT_S, READ_S, REQUEST_S = 10, 60, 300
 
 _TRIES = 3
 _MISSING = "there is no such object."
-_FOREIGN_ERRORS = {  # what file systems raise that is none of Python's own errors, by the module that defines it
-    "aiohttp": ("ClientError",),
-    "botocore.exceptions": ("BotoCoreError", "ClientError"),
-    "huggingface_hub.errors": ("HfHubHTTPError",),
-    "httpx": ("HTTPError",),
-    "gcsfs.retry": ("HttpError",),
-    "google.auth.exceptions": ("GoogleAuthError",),
-    "azure.core.exceptions": ("AzureError",),
-}
 _BROKEN_LINES = {"ClientPayloadError", "ServerDisconnectedError", "ClientOSError"}  # of aiohttp
 _NO_CREDENTIALS = {
     "NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "GoogleAuthError", "TokenRetrievalError",
@@ -106,18 +96,11 @@ def remote_errors(name: str) -> Iterator[None]:
     """
     try:
         yield
-    except PixelwiseError:
+    except (PixelwiseError, Warning):
         raise
-    except _errors() as error:
+    except Exception as error:  # noqa: BLE001  (each package has errors of its own)
         why = _explain(_unwrapped(error))
         raise (NoSuchObject if why == _MISSING else DataError)(f"{name}: {why}") from None
-
-
-def _errors() -> tuple[type[BaseException], ...]:
-    """What file systems raise; asked for after the fact, when the module that defines an error is surely imported."""
-    loaded = [(sys.modules[module], names) for module, names in _FOREIGN_ERRORS.items() if module in sys.modules]
-    foreign = [getattr(module, name) for module, names in loaded for name in names if hasattr(module, name)]
-    return (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, *foreign)
 
 
 def _status(error: BaseException | None) -> int | None:
