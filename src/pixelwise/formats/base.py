@@ -18,6 +18,7 @@ Opener = Callable[[], BinaryIO]
 """Opens a file anew at each call, for reading, seekable."""
 
 LABELS = "labels"
+TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 MAPS = ("entropy", "mutual_information", "max_probability")
 
 

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from pixelwise.errors import DataError, UsageError
 from pixelwise.formats.base import Source, SourceInfo
+from pixelwise.formats.local import changed
 from pixelwise.formats.worker import ERRORS, OUT_OF_MEMORY, SharedMemory, packed, receive, send, unpacked
 
 MEMORY_BYTES = 2 << 30
@@ -308,7 +309,7 @@ class WorkerSource(Source):
         if same and self._fingerprint:
             same = child.request({"do": "fingerprint", "handle": answer["handle"]})["value"] == self._fingerprint
         if not same:
-            raise DataError(f"{self._name}: the file changed while it was read. Run again when nothing writes to it.")
+            raise changed(self._name, "file")
 
     def _call(self, ask: Callable[[_Child], Any]) -> Any:
         """Ask the shared child; if it dies, ask one that works on nothing else, so that the guilty file is known."""

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from pixelwise.errors import DataError, UsageError
 from pixelwise.files import extra
-from pixelwise.formats.base import Source, SourceInfo, check_finite, whole_numbers
+from pixelwise.formats.base import TIFF_MAGIC, Source, SourceInfo, check_finite, whole_numbers
 from pixelwise.formats.dicom_series import (
     SEGMENTATIONS,
     Frame,
@@ -37,7 +37,6 @@ from pixelwise.formats.intensity import Intensity, Scaling, by_type, check_inten
 from pixelwise.formats.local import Identity, printable, readable
 
 _CACHE_BYTES = 64 * 2**20
-_TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _TIFF_NAMES = (".tif", ".tiff", ".btf", ".tf8", ".svs", ".ndpi", ".scn", ".bif")
 
 DECODER_DEPENDENCIES = dict.fromkeys(
@@ -138,7 +137,7 @@ def is_dicom(head: bytes, name: str) -> bool:
 
     The 128 bytes before the mark may be the start of a TIFF, in files that are both; of these the name decides.
     """
-    is_named_tiff = head[:4] in _TIFF_MAGIC and name.lower().endswith(_TIFF_NAMES)
+    is_named_tiff = head[:4] in TIFF_MAGIC and name.lower().endswith(_TIFF_NAMES)
     return head[128:132] == b"DICM" and not is_named_tiff
 
 

@@ -236,7 +236,7 @@ def write_dicom_seg(path: Path, result: Result) -> None:
         raise UsageError(f"{path}: no class is left to be a segment: {', '.join(result.spec.names)} mean background.")
     images = _source_images(pydicom, result)
     labels = _segment_numbers(result, classes)
-    segmentation = _segmentation(highdicom, path, result, images, labels, classes)
+    segmentation = _segmentation(highdicom, result, images, labels, classes)
     with writing(path) as part, quiet():
         segmentation.save_as(part)
 
@@ -284,7 +284,7 @@ def _segment_numbers(result: Result, classes: Sequence[int]) -> NDArray[np.uint8
 
 
 def _segmentation(
-    highdicom: Any, path: Path, result: Result, images: list[Any], labels: NDArray[np.uint8], classes: Sequence[int]
+    highdicom: Any, result: Result, images: list[Any], labels: NDArray[np.uint8], classes: Sequence[int]
 ) -> Any:
     version = importlib.metadata.version("pixelwise")
     try:

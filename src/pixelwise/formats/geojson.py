@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pixelwise.errors import PixelwiseError, UsageError
+from pixelwise.errors import PixelwiseError
 from pixelwise.files import extra, writing
-from pixelwise.formats.base import LABELS, Result
+from pixelwise.formats.base import Result
 from pixelwise.formats.geotiff import gdal, write_bands
 from pixelwise.formats.local import silence
 
@@ -63,20 +63,15 @@ class Place:
         return np.stack([a * x + b * y + c, d * x + e * y + f], axis=1)
 
 
-def write_geojson(path: Path, result: Result, *, simplify_px: float = 1.0, min_area_px: int = 0) -> None:
+def write_geojson(path: Path, result: Result, *, simplify_px: float = 1.0) -> None:
     """Write one polygon, with its holes, for each connected region of a class (pixels that share an edge).
 
     Each feature says its `class`, `class_id` and `area_px` (the exact number of pixels), `area_m2` where the coordinate
     system has a unit of length and shows areas true to 2 %, and `plane` of images with several. Coordinates are longitude
     and latitude (WGS 84) where the image has a place on Earth, else pixels; the member `coordinates` of the file says
-    which. Pixels without data become no polygon, nor do regions smaller than `min_area_px`. Corners that make triangles
-    smaller than about the square of `simplify_px` are left out; 0 keeps the exact outlines of the pixels.
+    which. Pixels without data become no polygon. Corners that make triangles smaller than about the square of
+    `simplify_px` are left out; 0 keeps the exact outlines of the pixels.
     """
-    path = Path(path)
-    if result.kind != LABELS:
-        raise UsageError(f"{path}: polygons are made of labels; {result.kind} has none. Write it as GeoTIFF.")
-    if not (math.isfinite(simplify_px) and simplify_px >= 0 and min_area_px >= 0):
-        raise UsageError(f"simplify_px ({simplify_px}) and min_area_px ({min_area_px}) must not be negative.")
     shapely = extra("shapely", "geo", "GeoJSON")
     head: dict[str, Any] = {"type": "FeatureCollection", "name": path.stem}
     beside = path.parent if str(path.parent).isprintable() else None  # GDAL takes no other names
@@ -96,7 +91,7 @@ def write_geojson(path: Path, result: Result, *, simplify_px: float = 1.0, min_a
             polygons, labels = trace(rasterio, raster, plane + 1)
             areas = np.rint(shapely.area(polygons)).astype(np.int64)
             polygons = simplify(with_shared_corners(polygons), simplify_px)
-            keep = (areas >= min_area_px) & (labels != (-1 if result.nodata is None else result.nodata))
+            keep = labels != (-1 if result.nodata is None else result.nodata)
             found = (polygons[keep], labels[keep], areas[keep])
             for feature in _features(rasterio, *found, plane, place, result):
                 file.write(separator + feature)

@@ -23,10 +23,10 @@ from numpy.typing import NDArray
 
 from pixelwise.errors import DataError, PixelwiseError
 from pixelwise.files import cannot_write, extra, writing
-from pixelwise.formats.base import LABELS, Opener, Result
+from pixelwise.formats.base import LABELS, TIFF_MAGIC, Opener, Result
 from pixelwise.formats.local import Identity, readable, silence
 from pixelwise.formats.ranges import Handles, opening
-from pixelwise.formats.tiff.read import MAGIC, PLAIN, Rendering, TiffSource, check_pages
+from pixelwise.formats.tiff.read import PLAIN, Rendering, TiffSource, check_pages
 from pixelwise.formats.tiff.windows import Span, Stack, arrange
 from pixelwise.formats.tiff.write import BIG_BYTES, BUFFER_BYTES, tiles
 
@@ -88,7 +88,7 @@ def gdal(what: str = "GeoTIFF") -> Iterator[ModuleType]:
 
 def is_geotiff(head: bytes, name: str | os.PathLike[str], opener: Opener | None = None) -> bool:
     """Whether a file is a TIFF with a place on Earth or with GDAL's tags; `opener` gives it where `name` is no path."""
-    if head[:4] not in MAGIC:
+    if head[:4] not in TIFF_MAGIC:
         return False
     try:
         with (

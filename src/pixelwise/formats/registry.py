@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 
 from pixelwise.errors import DataError, UsageError
 from pixelwise.files import extra
-from pixelwise.formats.base import LABELS, Source, SourceInfo, Writer
+from pixelwise.formats.base import LABELS, TIFF_MAGIC, Source, SourceInfo, Writer
 from pixelwise.formats.local import printable, shown
 
 Refusal = Callable[[SourceInfo, str, Mapping[str, Any]], str]
@@ -80,7 +80,6 @@ class Format:
 
 
 _PILLOW = "image.open_image"
-_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _MEDICAL, _GEO, _ZARR = ("nibabel", "medical"), ("rasterio", "geo"), ("zarr", "zarr")
 
 FORMATS: Mapping[str, Format] = {
@@ -101,7 +100,7 @@ FORMATS: Mapping[str, Format] = {
     "cog": Format(creates="geotiff.write_cog", suffixes=(".tif",), package=_GEO, becomes="geotiff"),
     "ome-tiff": Format(creates="tiff.write.write_ome_tiff", suffixes=(".ome.tif", ".ome.tiff"), becomes="ome-tiff"),
     "tiff": Format(opens="tiff.read.open_tiff", creates="tiff.write.write_tiff", suffixes=(".tif", ".tiff", ".btf", ".tf8"),
-                   magic=_TIFF, becomes="tiff"),
+                   magic=TIFF_MAGIC, becomes="tiff"),
     "npy": Format(opens="npy.open_npy", creates="npy.write_npy", suffixes=(".npy",), magic=(b"\x93NUMPY",), becomes="npy"),
     "nifti": Format(opens="nifti.open_nifti", creates="nifti.write_nifti", suffixes=(".nii.gz", ".nii"),
                     looks="nifti.is_nifti", package=_MEDICAL, becomes="nifti", refuses=_no_space),

@@ -20,7 +20,6 @@ from pixelwise.formats.ranges import Handles, opening
 from pixelwise.formats.tiff.windows import Span, Stack, arrange
 from pixelwise.formats.tiff.write import NODATA_TAG
 
-MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 DIALECTS = ("avs", "bif", "eer", "fluoview", "lsm", "mdgel", "micromanager", "mmstack", "ndpi", "ndtiff", "nih", "philips",
             "qpi", "scanimage", "scn", "sis", "stk", "svs")  # fmt: skip
 """Of microscopes: not followed outside slides, since they may name other files."""

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 
 from pixelwise.errors import DataError, UsageError
 from pixelwise.files import extra
-from pixelwise.formats.base import Opener, SourceInfo
+from pixelwise.formats.base import TIFF_MAGIC, Opener, SourceInfo
 from pixelwise.formats.local import Identity
 from pixelwise.formats.ranges import Handles, opening
-from pixelwise.formats.tiff.read import MAGIC, PLAIN, Rendering, TiffSource, check_pages, ome_metadata
+from pixelwise.formats.tiff.read import PLAIN, Rendering, TiffSource, check_pages, ome_metadata
 from pixelwise.formats.tiff.windows import Span, Stack, arrange
 
 _SUFFIXES = (".svs", ".ndpi", ".scn", ".bif")
@@ -25,7 +25,7 @@ _FOLLOWED = ("svs", "ndpi", "scn", "bif", "philips", "avs")
 
 def is_slide(head: bytes, name: str) -> bool:
     """Whether a file is a TIFF with the name of a slide."""
-    return head[:4] in MAGIC and PurePath(name).suffix.lower() in _SUFFIXES
+    return head[:4] in TIFF_MAGIC and PurePath(name).suffix.lower() in _SUFFIXES
 
 
 def open_slide(
