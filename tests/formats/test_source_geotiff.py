@@ -84,6 +84,29 @@ def test_types_and_layouts(tmp_path, dtype, layout):
         assert np.array_equal(source.read(11, 20, 40, 50), last(pixels)[11:51, 20:70])
 
 
+@pytest.mark.parametrize(
+    "compress", ["lzw", "deflate", "zstd", "packbits", "lzma", "webp", "lerc", "lerc_deflate", "lerc_zstd"]
+)
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
+@pytest.mark.parametrize("interleave", ["pixel", "band"])
+def test_every_compression_is_that_of_gdal(tmp_path, compress, dtype, interleave):
+    if compress == "webp" and dtype != "uint8":
+        pytest.skip("WebP holds bytes")
+    pixels = random_image(dtype=dtype)
+    layout = {"tiled": True, "blockxsize": 32, "blockysize": 32, "webp_lossless": True}
+    layout |= {"sparse_ok": True, "interleave": "pixel" if compress == "webp" else interleave}
+    layout |= {"predictor": 3 if dtype == "float32" else 2} if compress in ("lzw", "deflate", "zstd") else {}
+    if dtype == "float32":
+        pixels[:, 40:45], pixels[1, 5, 6] = np.nan, np.nan
+        layout["nodata"] = float("nan")
+    path = write(tmp_path / "a.tif", pixels, compress=compress, **layout)
+    with open_geotiff(path) as source, rasterio.open(path) as file:
+        assert np.array_equal(file.read(), pixels, equal_nan=True)
+        empty = np.isnan(pixels).any(axis=0)
+        assert np.array_equal(whole(source), last(np.where(empty, 0, pixels)))
+        assert dtype != "float32" or np.array_equal(source.valid(0, 0, 70, 90), ~empty)
+
+
 @pytest.fixture(scope="module")
 def tiled(tmp_path_factory):
     pixels = random_image(height=130, width=101)

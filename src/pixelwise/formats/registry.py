@@ -158,6 +158,7 @@ def named_format(name: str) -> str:
     return found
 
 
+@cache
 def function_of(key: str, kind: str) -> Callable[..., Any]:
     """The function of a format that "opens", "creates" or "looks"; its module is imported now."""
     module, _, name = getattr(FORMATS[key], kind).rpartition(".")

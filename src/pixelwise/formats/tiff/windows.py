@@ -8,6 +8,7 @@ from functools import lru_cache
 from itertools import product
 from typing import Any
 
+import imagecodecs
 import numpy as np
 from numpy.typing import NDArray
 
@@ -16,6 +17,7 @@ from pixelwise.formats.ranges import Handles
 
 CACHE_BYTES = 64 * 2**20
 MAX_BLOCK_BYTES = 2**30
+_LERC = 34887
 _STRIP_BYTES = 2**16
 
 Span = tuple[int, int]
@@ -190,6 +192,13 @@ class Stack:
         if not offsets[index] or not counts[index]:
             return None
         data = self._handles.read(offsets[index], counts[index])
+        if self._key.compression == _LERC:  # tifffile leaves out its masks, which say where NaN is
+            block, there = imagecodecs.lerc_decode(data.tobytes(), masks=True)
+            if there is not None and block.dtype.kind == "f":
+                block[~there] = np.nan
+            if there is not None and there.ndim == 3:  # each band has its own
+                block = np.moveaxis(block, 0, -1)
+            return block.reshape(1, *block.shape[:2], self._samples)
         decoded = self._key.decode(data.data, index, jpegtables=tables, jpegheader=self._key.jpegheader)
         return np.asarray(decoded[0])
 
