@@ -16,7 +16,7 @@ from PIL import Image
 from pixelwise.errors import DataError, UsageError
 from pixelwise.formats import image as images
 from pixelwise.formats import local
-from pixelwise.formats.image import open_image
+from pixelwise.formats.image import ImageSource
 from pixelwise.formats.local import Identity, Stamp, fingerprint, readable
 from pixelwise.formats.npy import open_npy
 from pixelwise.formats.opening import read_image
@@ -74,7 +74,7 @@ def test_what_must_not_be_opened(tmp_path):
         (tmp_path / ("x" * 300), "cannot be opened"),
         ("a\0b", "cannot be opened"),
     ):
-        for ask in (Stamp.of, fingerprint, open_image, open_npy):
+        for ask in (Stamp.of, fingerprint, ImageSource, open_npy):
             with pytest.raises(DataError, match=part):
                 ask(str(path))
 
@@ -103,7 +103,7 @@ def test_windows_of_images_are_slices(tmp_path, form, orientation, data):
     _save(path, form, orientation)
     whole = read_image(path)
     assert picture_format(path.read_bytes()[:4096])
-    with open_image(str(path)) as source:
+    with ImageSource(str(path)) as source:
         info = source.info
         assert (info.height, info.width, info.channels, info.dtype) == (*whole.shape, whole.dtype.name)
         assert info.format == form.lower()
@@ -116,7 +116,7 @@ def test_images_are_decoded_once_and_late(tmp_path, monkeypatch):
     pixels = images._pixels
     monkeypatch.setattr(images, "_pixels", lambda *given: decoded.append(given) or pixels(*given))
     Image.fromarray(RGB).save(tmp_path / "a.png")
-    with open_image(str(tmp_path / "a.png")) as source:
+    with ImageSource(str(tmp_path / "a.png")) as source:
         assert not decoded
         with ThreadPoolExecutor(4) as pool:
             windows = list(pool.map(lambda top: source.read(top, 3, 5, 6), range(30)))
@@ -146,24 +146,24 @@ def test_masks_are_read_as_stored(tmp_path):
         ("floats.pfm", floats, grey),
     ):
         picture.save(tmp_path / name, **({"format": "PPM"} if name.endswith("pfm") else {}))
-        with open_image(str(tmp_path / name), labels=True) as source:
+        with ImageSource(str(tmp_path / name), labels=True) as source:
             info, found = source.info, source.read(0, 0, 40, 60)
             np.testing.assert_array_equal(found, wanted if wanted.ndim == 3 else wanted[..., None])
             assert found.dtype.kind in "ui" and (found.dtype.name, found.shape[2]) == (info.dtype, info.channels), name
             assert ("palette" in source.metadata) == name.startswith("p."), name
             assert not name.startswith("p.") or source.metadata["palette"][3] == (3, 252, 7)
     Image.fromarray(grey.astype(np.float32) / 7).save(tmp_path / "a.pfm", format="PPM")
-    with open_image(str(tmp_path / "a.pfm"), labels=True) as source, pytest.raises(DataError, match="not whole"):
+    with ImageSource(str(tmp_path / "a.pfm"), labels=True) as source, pytest.raises(DataError, match="not whole"):
         source.read(0, 0, 40, 60)
     (tmp_path / "a.png").write_bytes(imagecodecs.png_encode(RGB.astype(np.uint16)))
     with pytest.raises(DataError, match=r"a\.png: it has 3 channels of uint16; a mask has"):
-        open_image(str(tmp_path / "a.png"), labels=True)
+        ImageSource(str(tmp_path / "a.png"), labels=True)
 
 
 @pytest.mark.parametrize("shape", [(40, 60, 3), (400, 600, 3)])
 def test_an_image_that_is_replaced_between_opening_and_reading(tmp_path, shape):
     Image.fromarray(RNG.integers(0, 255, shape, dtype=np.uint8)).save(tmp_path / "a.png")
-    with open_image(str(tmp_path / "a.png")) as source:
+    with ImageSource(str(tmp_path / "a.png")) as source:
         Image.fromarray(RGB[:9]).save(tmp_path / "a.png")
         with pytest.raises(DataError, match=r"a\.png: the file (changed|is damaged)"):
             source.read(0, 0, 9, 9)
@@ -172,8 +172,8 @@ def test_an_image_that_is_replaced_between_opening_and_reading(tmp_path, shape):
 def test_an_image_that_is_not_closed_leaves_nothing_open(tmp_path):
     Image.fromarray(RGB).save(tmp_path / "a.png")
     for _ in range(3):  # a file left open would be a ResourceWarning
-        open_image(str(tmp_path / "a.png"))
-    with open_image(str(tmp_path / "a.png")) as source:
+        ImageSource(str(tmp_path / "a.png"))
+    with ImageSource(str(tmp_path / "a.png")) as source:
         first = source.read(0, 0, 40, 60)
     np.testing.assert_array_equal(source.read(0, 0, 40, 60), first)  # opened again
 
@@ -307,7 +307,7 @@ def test_damaged_files_give_pixels_or_a_data_error(tmp_path):
     corpus = []
     for form in ("PNG", "JPEG", "WEBP", "BMP", "GIF", "PPM"):
         _save(tmp_path / "a", form, 6)
-        corpus.append((open_image, (tmp_path / "a").read_bytes()))
+        corpus.append((ImageSource, (tmp_path / "a").read_bytes()))
     for array in (RGB, np.asfortranarray(RGB.astype(np.float32))):
         corpus.append((open_npy, (tmp_path / "a.npy").read_bytes() if _npy(tmp_path / "a.npy", array) else b""))
     for number in range(50 * len(corpus)):

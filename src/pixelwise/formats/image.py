@@ -54,19 +54,15 @@ _BAND_BYTES, _CHUNK_BYTES = 4 << 20, 1 << 20
 _MAX_SIDE = 2**31 - 1
 
 
-def open_image(location: str, *, labels: bool = False, now: bool = False) -> "ImageSource":
-    """Open an image; only its header is read, unless all of it is wanted `now`.
+class ImageSource(Source):
+    """An image of which only the header is read at first, unless all of it is wanted `now`.
 
     EXIF orientation is applied, opacity is dropped, 1-bit becomes 0 and 255, palettes become RGB. Bit depth stays. Masks
-    (`labels`) are the indices of palettes, whole numbers of any depth, or 8-bit RGB.
+    (`labels`) are the indices of palettes, whole numbers of any depth, or 8-bit RGB. Once decoded it is kept while it is
+    open, in `cache_bytes` of memory.
     """
-    return ImageSource(location, labels, now)
 
-
-class ImageSource(Source):
-    """An image that is kept decoded while it is open, in `cache_bytes` of memory."""
-
-    def __init__(self, location: str, labels: bool, now: bool) -> None:
+    def __init__(self, location: str, *, labels: bool = False, now: bool = False) -> None:
         self.identity = Identity.local(location)
         self._labels = labels
         self._lock = threading.Lock()

@@ -17,11 +17,7 @@ Refusal = Callable[[SourceInfo, str, Mapping[str, Any]], str]
 HEAD_BYTES = 4096
 """How much of a file tells its format."""
 
-_HINTS = (
-    "channels",
-    "allow_no_affine",
-    "now",
-)  # allowed for all formats: these help where a file leaves something open
+_HINTS = ("channels", "allow_no_affine", "now")  # that all formats allow: they help where a file leaves something open
 _GIVEN = ("location", "opener", "identity")
 
 
@@ -79,7 +75,7 @@ class Format:
     refuses: Refusal = lambda info, kind, metadata: ""
 
 
-_PILLOW = "image.open_image"
+_PILLOW = "image.ImageSource"
 _MEDICAL, _GEO, _ZARR = ("nibabel", "medical"), ("rasterio", "geo"), ("zarr", "zarr")
 
 FORMATS: Mapping[str, Format] = {
