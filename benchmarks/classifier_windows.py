@@ -22,7 +22,7 @@ from torch import Tensor
 
 from pixelwise.data.samples import to_tensor
 from pixelwise.files import write_json
-from pixelwise.formats.readers import read_image
+from pixelwise.formats.opening import read_image
 from pixelwise.infer.heatmap import WindowClassifier, open_classifier
 
 BATCH = 15

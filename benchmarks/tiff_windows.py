@@ -15,8 +15,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tifffile
@@ -49,16 +52,25 @@ def _windows(kind: str) -> list[tuple[int, int, int, int]]:
     return [(0, 0, SIZE, SIZE)]
 
 
+def _found(function: str, *modules: str) -> Callable[..., Any]:
+    """A function of pixelwise in the one of these modules that has it."""
+    for name in modules:
+        with suppress(ImportError, AttributeError):
+            return getattr(import_module(f"pixelwise.{name}"), function)
+    raise ImportError(function)
+
+
 def _serve(layout: str) -> None:
     """Read what is asked for on standard input, and answer how long it took."""
-    open_tiff = import_module(f"pixelwise.{layout}.tiff").open_tiff
-    readers = import_module("pixelwise.data.readers" if layout == "data.sources" else "pixelwise.formats.readers")
+    # of older and newer checkouts
+    open_tiff = _found("open_tiff", f"{layout}.tiff", "formats.tiff.read")
+    read_image = _found("read_image", "data.readers", "formats.readers", "formats.opening")
     for line in sys.stdin:
         path, kind = json.loads(line)
         clock = time.perf_counter if kind == "read_image" else time.process_time  # a child may do the work
         started = clock()
         if kind == "read_image":
-            readers.read_image(path)
+            read_image(path)
         else:
             with open_tiff(path) as source:
                 for window in _windows(kind):

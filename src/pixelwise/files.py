@@ -50,6 +50,16 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
+def writing(path: str | Path) -> Iterator[Path]:
+    """As `atomic_path`; whatever the system refuses is a `PixelwiseError` that names the file, see `cannot_write`."""
+    try:
+        with atomic_path(path) as part:
+            yield part
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
+@contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
     """A temporary folder beside `path`, which takes its place when the block ends without an error; for Zarr.
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from pixelwise.cli import main
 from pixelwise.data.labels import LabelSpec
-from pixelwise.formats.readers import read_mask
+from pixelwise.formats.opening import read_mask
 from pixelwise.infer.bundle import ModelCard, save_bundle
 from pixelwise.infer.predictor import load
 from pixelwise.models import create_model

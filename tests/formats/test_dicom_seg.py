@@ -15,8 +15,8 @@ from pydicom.uid import CTImageStorage, EnhancedCTImageStorage, ExplicitVRLittle
 
 from pixelwise.data.labels import LabelSpec
 from pixelwise.errors import DataError, PixelwiseError, UsageError
+from pixelwise.formats import choose_writer, open_source
 from pixelwise.formats import dicom_seg as sink
-from pixelwise.formats import open_source
 from pixelwise.formats.base import Result, SourceInfo
 from pixelwise.formats.dicom import open_dicom
 from pixelwise.formats.dicom_seg import write_dicom_seg
@@ -168,8 +168,8 @@ def test_uneven_slices_are_no_nifti_but_a_segmentation(tmp_path):
     location, positions = series(tmp_path / "ct", gaps=(0, 2.5, 5, 2.5))
     with open_dicom(location) as source:
         result, _ = result_of(source)
-        with pytest.raises(PixelwiseError, match=r"uneven distances.*DICOM-SEG"):
-            write_nifti(tmp_path / "labels.nii", result)
+        with pytest.raises(UsageError, match=r"uneven distances.*Possible are .*dicom-seg"):
+            choose_writer(source.info, "labels", "nifti", source.metadata)
         write_dicom_seg(tmp_path / "seg.dcm", result)
     frames = pydicom.dcmread(tmp_path / "seg.dcm").PerFrameFunctionalGroupsSequence
     assert len({tuple(frame.PlanePositionSequence[0].ImagePositionPatient) for frame in frames}) == len(positions)
@@ -203,26 +203,24 @@ def test_nothing_found_is_a_valid_file(tmp_path, capfd):
 def test_what_cannot_be_a_segmentation_is_refused(tmp_path, monkeypatch):
     location, _ = series(tmp_path / "ct")
     info = SourceInfo(location="photo.png", format="png", height=2, width=2, channels=3, dtype="uint8")
-    photo = Result(kind="labels", spec=SPEC, source=info, dtype=np.dtype(np.uint8), rows=lambda *_: np.zeros((2, 2)))
-    with pytest.raises(UsageError, match=r"photo\.png is png, but a DICOM segmentation refers to DICOM"):
-        write_dicom_seg(tmp_path / "seg.dcm", photo)
+    with pytest.raises(UsageError, match=r"photo\.png: .* as dicom-seg: it refers to DICOM images, not to png"):
+        choose_writer(info, "labels", "dicom-seg")
     with open_dicom(location) as source:
         result, _ = result_of(source)
-        with pytest.raises(UsageError, match=r"a name that ends in \.dcm"):
-            write_dicom_seg(tmp_path / "seg.nii", result)
-        with pytest.raises(UsageError, match="holds labels, not entropy"):
-            write_dicom_seg(tmp_path / "seg.dcm", result_of(source, kind="entropy", dtype=np.float32)[0])
+        assert choose_writer(source.info, "entropy", "dicom-seg", source.metadata)[0] == ".nii.gz"
         monkeypatch.setattr(sink, "_MAX_BYTES", 10)
         with pytest.raises(PixelwiseError, match="GiB of memory"):
             write_dicom_seg(tmp_path / "seg.dcm", result)
-    plain = ct((0, 0, 0))
-    del plain.ImagePositionPatient, plain.ImageOrientationPatient
-    plain.save_as(tmp_path / "plain.dcm", enforce_file_format=True)
-    with (
-        open_dicom(str(tmp_path / "plain.dcm")) as source,
-        pytest.raises(PixelwiseError, match="where it lies in space"),
-    ):
-        write_dicom_seg(tmp_path / "seg.dcm", result_of(source)[0])
+    for keywords in (("ImagePositionPatient", "ImageOrientationPatient"), ("FrameOfReferenceUID",)):
+        plain = ct((0, 0, 0))
+        for keyword in keywords:
+            delattr(plain, keyword)
+        plain.save_as(tmp_path / "plain.dcm", enforce_file_format=True)
+        with (
+            open_dicom(str(tmp_path / "plain.dcm")) as source,
+            pytest.raises(UsageError, match="nothing about its place in space"),
+        ):
+            choose_writer(source.info, "labels", "dicom-seg", source.metadata)
     assert not (tmp_path / "seg.dcm").exists()
 
 

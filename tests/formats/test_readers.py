@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 
 from pixelwise.data.samples import to_tensor
 from pixelwise.errors import DataError
-from pixelwise.formats.readers import image_info, palette, read_image, read_mask
+from pixelwise.formats.opening import open_source, read_image, read_mask
 
 RNG = np.random.default_rng(0)
 BANDS = RNG.integers(0, 255, (20, 30, 5), dtype=np.uint8)
@@ -31,8 +31,18 @@ def _exif(orientation):
     return exif
 
 
+def image_info(path):
+    with open_source(path) as source:
+        return source.info
+
+
+def palette(path):
+    with open_source(path, labels=True) as source:
+        return source.metadata.get("palette")
+
+
 def _agrees(path):
-    """What image_info says is what read_image gives."""
+    """What the header says is what read_image gives."""
     array, info = read_image(path), image_info(path)
     assert (info.height, info.width, info.channels, info.dtype) == (*array.shape, array.dtype.name)
     return array

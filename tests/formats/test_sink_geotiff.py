@@ -19,8 +19,7 @@ from rasterio.transform import Affine
 from pixelwise.data.labels import LabelSpec
 from pixelwise.errors import PixelwiseError
 from pixelwise.formats import Result, SourceInfo
-from pixelwise.formats.geotiff import open_geotiff
-from pixelwise.formats.geotiff_write import write_cog, write_geotiff
+from pixelwise.formats.geotiff import open_geotiff, write_cog, write_geotiff
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning"),

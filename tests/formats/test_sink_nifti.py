@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pixelwise.data.labels import LabelSpec
-from pixelwise.errors import PixelwiseError, UsageError
+from pixelwise.errors import PixelwiseError
 from pixelwise.formats import nifti as sink
 from pixelwise.formats.base import Result, SourceInfo
 from pixelwise.formats.nifti import open_nifti, write_nifti
@@ -126,16 +126,6 @@ def test_only_a_slab_is_in_memory(tmp_path, monkeypatch):
             Result(kind="labels", spec=SPEC, source=info, metadata=metadata, dtype=np.dtype(np.uint8), rows=rows),
         )
     assert max(asked) <= 1000
-
-
-def test_wrong_names_and_sources_are_refused(tmp_path):
-    info = SourceInfo(location="photo.png", format="png", height=2, width=2, channels=3, dtype="uint8")
-    result = Result(kind="labels", spec=SPEC, source=info, dtype=np.dtype(np.uint8), rows=lambda *_: np.zeros((2, 2)))
-    with pytest.raises(UsageError, match=r"b\.img: NIfTI is written to a name that ends in \.nii"):
-        write_nifti(tmp_path / "b.img", result)
-    with pytest.raises(UsageError, match=r"photo\.png \(png\) does not say where"):
-        write_nifti(tmp_path / "b.nii", result)
-    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), PixelwiseError("out of rows")])

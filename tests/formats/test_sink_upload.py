@@ -9,7 +9,7 @@ from pixelwise.data.labels import LabelSpec
 from pixelwise.errors import DataError, PixelwiseError, UsageError
 from pixelwise.formats import Result, SourceInfo, open_source
 from pixelwise.formats.remote import check_writable, exists, publish, read_small, write_small
-from pixelwise.formats.zarr import write_ome_zarr, write_zarr
+from pixelwise.formats.zarr.write import write_ome_zarr, write_zarr
 
 SPEC = LabelSpec(names=("sky", "road"), colors=((10, 20, 250), (90, 80, 70)), values=((0,), (1,)))
 CONTENT = np.random.default_rng(0).bytes(100_000)
@@ -125,28 +125,6 @@ def test_files_are_whole_or_not_there(memory, tmp_path, monkeypatch):
         publish(tmp_path / "a.png", "memory://out/a.png")
 
 
-def test_local_places(tmp_path):
-    (tmp_path / "a.png").write_bytes(CONTENT)
-    for place in (str(tmp_path / "x" / "a.png"), (tmp_path / "y" / "a.png").as_uri()):
-        assert not exists(place)
-        publish(tmp_path / "a.png", place)
-        assert exists(place)
-        assert read_small(place) == CONTENT
-        assert read_small(place, limit=10) is None
-    labels = written(tmp_path / "a.zarr")
-    publish(tmp_path / "a.zarr", str(tmp_path / "y" / "a.zarr"))
-    publish(tmp_path / "a.zarr", (tmp_path / "y" / "a.zarr").as_uri())
-    assert np.array_equal(zarr.open_array(tmp_path / "y" / "a.zarr", mode="r")[:], labels)
-    write_small(str(tmp_path / "z" / "a.json"), b"{}")
-    assert read_small(str(tmp_path / "z" / "a.json")) == b"{}"
-    assert read_small(str(tmp_path / "z")) is None
-    assert sorted(item.name for item in (tmp_path / "y").iterdir()) == ["a.png", "a.zarr"]
-    with pytest.raises(PixelwiseError, match="cannot be written"):
-        write_small(str(tmp_path / "a.png" / "b.json"), b"{}")
-    with pytest.raises(PixelwiseError, match="cannot be written"):
-        publish(tmp_path / "a.png", str(tmp_path / "a.png" / "b.png"))
-
-
 @pytest.mark.parametrize(
     "url", ["https://host/a.png?signature=abc", "hf://datasets/a/b/c.png", "ftp://host/a", "zip::s3://a/b"]
 )
@@ -161,4 +139,3 @@ def test_places_that_cannot_be_written(tmp_path, url):
             attempt()
         assert "signature" not in str(caught.value)
     check_writable("s3://scans/a")
-    check_writable(str(tmp_path))

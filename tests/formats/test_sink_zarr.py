@@ -10,7 +10,7 @@ import zarr
 from pixelwise.data.labels import LabelSpec
 from pixelwise.errors import PixelwiseError, UsageError
 from pixelwise.formats import LABELS, WRITERS, Result, SourceInfo, choose_writer, open_source
-from pixelwise.formats.zarr import write_ome_zarr, write_zarr
+from pixelwise.formats.zarr.write import write_ome_zarr, write_zarr
 
 SPEC = LabelSpec(names=("sky", "road"), colors=((10, 20, 250), (90, 80, 70)), values=((0,), (1,)))
 DRAWS = np.random.default_rng(0)
@@ -186,8 +186,6 @@ def test_what_is_no_zarr_is_kept(tmp_path):
     for name in ("a.zarr", "b.zarr"):
         with pytest.raises(PixelwiseError, match=rf"{name}: exists and is no Zarr"):
             write_zarr(tmp_path / name, result(labels(1, 4, 4)))
-    with pytest.raises(UsageError, match=r"ends in \.zarr"):
-        write_zarr(tmp_path / "a.tif", result(labels(1, 4, 4)))
     with pytest.raises(PixelwiseError, match=r"b\.zarr.c\.zarr: cannot be written"):
         write_zarr(tmp_path / "b.zarr" / "c.zarr", result(labels(1, 4, 4)))
 

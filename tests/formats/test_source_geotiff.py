@@ -18,8 +18,8 @@ from pixelwise.errors import DataError, UsageError
 from pixelwise.formats import open_source
 from pixelwise.formats.geotiff import is_geotiff, open_geotiff
 from pixelwise.formats.local import Identity
-from pixelwise.formats.readers import read_image
-from pixelwise.formats.tiff import open_tiff
+from pixelwise.formats.opening import read_image
+from pixelwise.formats.tiff.read import open_tiff
 
 UTM = {"crs": "EPSG:32633", "transform": Affine(10, 0, 5e5, 0, -10, 5e6)}
 TURNED = Affine(10, 0, 5e5, 0, -10, 5e6) @ Affine.rotation(30)
@@ -55,7 +55,8 @@ def whole(source):
 @pytest.mark.parametrize("transform", [Affine(10, 0, 5e5, 0, -10, 5e6), TURNED], ids=["north up", "turned"])
 def test_place_and_pixels_are_those_that_rasterio_reads(tmp_path, crs, transform):
     pixels = random_image()
-    path = write(tmp_path / "a.tif", pixels, crs=crs, transform=transform, tags={"AREA_OR_POINT": "Point"})
+    tags = {"AREA_OR_POINT": "Point"}
+    path = write(tmp_path / "a.tif", pixels, crs=crs, transform=transform, tags=tags, compress="lzw")
     with open_geotiff(path) as source, rasterio.open(path) as file:
         assert rasterio.crs.CRS.from_wkt(source.metadata["crs"]) == file.crs
         assert source.metadata["transform"] == tuple(file.transform)[:6]
@@ -81,6 +82,29 @@ def test_types_and_layouts(tmp_path, dtype, layout):
         assert (source.info.channels, source.info.dtype) == (5, dtype)
         assert source.read(11, 20, 40, 50).dtype == dtype
         assert np.array_equal(source.read(11, 20, 40, 50), last(pixels)[11:51, 20:70])
+
+
+@pytest.mark.parametrize(
+    "compress", ["lzw", "deflate", "zstd", "packbits", "lzma", "webp", "lerc", "lerc_deflate", "lerc_zstd"]
+)
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
+@pytest.mark.parametrize("interleave", ["pixel", "band"])
+def test_every_compression_is_that_of_gdal(tmp_path, compress, dtype, interleave):
+    if compress == "webp" and dtype != "uint8":
+        pytest.skip("WebP holds bytes")
+    pixels = random_image(dtype=dtype)
+    layout = {"tiled": True, "blockxsize": 32, "blockysize": 32, "webp_lossless": True}
+    layout |= {"sparse_ok": True, "interleave": "pixel" if compress == "webp" else interleave}
+    layout |= {"predictor": 3 if dtype == "float32" else 2} if compress in ("lzw", "deflate", "zstd") else {}
+    if dtype == "float32":
+        pixels[:, 40:45], pixels[1, 5, 6] = np.nan, np.nan
+        layout["nodata"] = float("nan")
+    path = write(tmp_path / "a.tif", pixels, compress=compress, **layout)
+    with open_geotiff(path) as source, rasterio.open(path) as file:
+        assert np.array_equal(file.read(), pixels, equal_nan=True)
+        empty = np.isnan(pixels).any(axis=0)
+        assert np.array_equal(whole(source), last(np.where(empty, 0, pixels)))
+        assert dtype != "float32" or np.array_equal(source.valid(0, 0, 70, 90), ~empty)
 
 
 @pytest.fixture(scope="module")
@@ -272,10 +296,10 @@ def test_a_file_object_that_fails_ends_in_an_error_that_says_why(tmp_path, capfd
     wire = {"cut": False}
 
     class Remote(io.FileIO):
-        def read(self, size=-1):
+        def readinto(self, buffer):
             if wire["cut"]:
                 raise ConnectionResetError("the line is dead")
-            return super().read(size)
+            return super().readinto(buffer)
 
     with pytest.raises(UsageError, match="identity"):
         open_geotiff(path, lambda: Remote(path))

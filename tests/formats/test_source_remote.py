@@ -20,20 +20,17 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pixelwise.errors import DataError, UsageError
-from pixelwise.formats import SOURCE_SUFFIXES
-from pixelwise.formats.opening import open_in_process as open_source  # where requests can be counted
+from pixelwise.formats import SOURCE_SUFFIXES, urls
+from pixelwise.formats import remote as objects
+from pixelwise.formats.in_process import open_in_process as open_source  # where requests can be counted
+from pixelwise.formats.local import is_url, local_path, shown
 from pixelwise.formats.remote import (
     RemoteStamp,
     fingerprint,
-    is_url,
     list_images,
-    local_path,
     localise,
-    objects,
     opener,
     read_range,
-    shown,
-    urls,
 )
 
 IMAGE = np.random.default_rng(0).integers(0, 255, (1600, 1700, 3), dtype=np.uint8)

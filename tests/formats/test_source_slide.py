@@ -11,7 +11,7 @@ import tiffslide
 
 from pixelwise.errors import DataError, UsageError
 from pixelwise.formats import open_source
-from pixelwise.formats.tiff import is_slide, open_slide
+from pixelwise.formats.tiff.slide import is_slide, open_slide
 
 RNG = np.random.default_rng(0)
 IMAGE = np.kron(RNG.integers(0, 255, (20, 30, 3)), np.ones((8, 8, 1), int)).astype(np.uint8)  # 160 x 240

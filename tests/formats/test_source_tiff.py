@@ -19,7 +19,8 @@ from pixelwise.errors import DataError, UsageError
 from pixelwise.formats import open_source
 from pixelwise.formats.local import Identity
 from pixelwise.formats.registry import format_of
-from pixelwise.formats.tiff import open_tiff, windows
+from pixelwise.formats.tiff import windows
+from pixelwise.formats.tiff.read import open_tiff
 
 RNG = np.random.default_rng(0)
 BANDS = RNG.integers(0, 255, (70, 90, 5), dtype=np.uint8)

@@ -7,8 +7,8 @@ from PIL import Image
 
 from pixelwise.data.labels import LabelSpec
 from pixelwise.errors import PixelwiseError, UsageError
-from pixelwise.formats.png import label_image, write_png
-from pixelwise.formats.readers import read_mask
+from pixelwise.formats.image import label_image, write_png
+from pixelwise.formats.opening import read_mask
 from pixelwise.infer.overlay import blend, displayable
 
 SPEC = LabelSpec(names=("sky", "road"), colors=((10, 20, 250), (90, 80, 70)), values=((3,), (4,)))

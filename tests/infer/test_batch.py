@@ -12,7 +12,7 @@ from torch import nn
 
 from pixelwise.data.labels import LabelSpec
 from pixelwise.errors import PixelwiseError, UsageError
-from pixelwise.formats.readers import read_mask
+from pixelwise.formats.opening import read_mask
 from pixelwise.infer import plan_batch, run_batch
 from pixelwise.infer.bundle import ModelCard
 from pixelwise.infer.options import JobOptions, Tiling

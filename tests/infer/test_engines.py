@@ -22,7 +22,7 @@ from PIL import Image
 
 from pixelwise.data.labels import LabelSpec
 from pixelwise.errors import PixelwiseError, UsageError
-from pixelwise.formats.readers import read_mask
+from pixelwise.formats.opening import read_mask
 from pixelwise.infer import plan_batch, run_batch
 from pixelwise.infer.batch import OutputError
 from pixelwise.infer.bundle import ModelCard, save_bundle

@@ -15,7 +15,7 @@ from pixelwise.data.classes import save_labels
 from pixelwise.data.labels import LabelSpec
 from pixelwise.data.layouts import open_data
 from pixelwise.errors import DataError, PixelwiseError, UsageError
-from pixelwise.formats.readers import read_mask
+from pixelwise.formats.opening import read_mask
 from pixelwise.infer import prefetch, scoring
 from pixelwise.infer.bundle import ModelCard, save_bundle
 from pixelwise.infer.evaluate import choose_examples, evaluate, open_for

@@ -12,7 +12,7 @@ from torch import nn
 
 from pixelwise import open_classifier
 from pixelwise.errors import DataError, UsageError
-from pixelwise.formats.readers import read_image
+from pixelwise.formats.opening import read_image
 from pixelwise.infer.heatmap import ClassScores, WindowClassifier
 from pixelwise.models.matching import match_state
 from pixelwise.models.pretrained import read_state

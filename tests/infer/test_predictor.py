@@ -7,7 +7,7 @@ from torch import nn
 
 from pixelwise.data.labels import LabelSpec
 from pixelwise.errors import DataError, PixelwiseError, UsageError
-from pixelwise.formats.readers import read_mask
+from pixelwise.formats.opening import read_mask
 from pixelwise.infer.bundle import ModelCard, save_bundle
 from pixelwise.infer.predictor import Predictor, load
 from pixelwise.models import create_model

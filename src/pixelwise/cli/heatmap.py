@@ -41,7 +41,7 @@ def heatmap(
     Example: pixelwise heatmap cat.jpg --classifier vgg16 --class tabby --out heat.png
     """
     from pixelwise.errors import UsageError
-    from pixelwise.formats.png import write_png
+    from pixelwise.formats.image import write_png
     from pixelwise.infer.heatmap import open_classifier
 
     if out.suffix.lower() != ".png":

@@ -11,12 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pixelwise.errors import DataError
+from pixelwise.formats.local import Identity
 
 Palette = tuple[tuple[int, int, int], ...]
 Opener = Callable[[], BinaryIO]
 """Opens a file anew at each call, for reading, seekable."""
 
 LABELS = "labels"
+TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 MAPS = ("entropy", "mutual_information", "max_probability")
 
 
@@ -51,10 +53,12 @@ class Source(ABC):
     Attributes:
         info: size, channels, type.
         metadata: what the format knows besides (CRS, affine, series, pixel size); the sink of the same format takes it.
+        identity: how to tell whether its file is still the same.
     """
 
     info: SourceInfo
     metadata: Mapping[str, Any] = MappingProxyType({})
+    identity: Identity
 
     @abstractmethod
     def read(self, top: int, left: int, height: int, width: int, plane: int = 0) -> NDArray[Any]:
@@ -68,13 +72,13 @@ class Source(ABC):
         """Where the window holds data, bool (height, width); None if the image has no pixels without data."""
         return None
 
-    @abstractmethod
     def fingerprint(self) -> str:
         """Hexadecimal text that changes when the content does."""
+        return self.identity.fingerprint()
 
-    @abstractmethod
     def check_unchanged(self) -> None:
         """Raise `DataError` if the file has changed since it was opened."""
+        self.identity.check()
 
     def close(self) -> None:  # noqa: B027  (most formats have nothing to close)
         """Let go of the file."""
@@ -160,3 +164,25 @@ def whole_numbers(array: NDArray[Any]) -> NDArray[Any]:
         if (whole == array).all():
             return whole
     raise DataError(f"it holds numbers of type {array.dtype} that are not whole; a mask has whole numbers.")
+
+
+def pixel_type(dtype: np.dtype[Any], channels: int, labels: bool) -> str:
+    """The type of the pixels of an image: 1 bit is read as 0 and 255, and masks (`labels`) are whole numbers.
+
+    Raises:
+        DataError: it cannot be a mask.
+    """
+    if dtype.kind not in "buif":
+        raise DataError(f"its numbers are of type {str(dtype)[:60]}; whole numbers and floats can be used.")
+    name = "uint8" if dtype.kind == "b" else dtype.newbyteorder("=").name
+    if labels and channels != 1 and (channels, name) != (3, "uint8"):
+        raise DataError(f"it has {channels} channels of {name}; a mask has one channel of whole numbers, or 8-bit RGB.")
+    return "int64" if labels and dtype.kind == "f" else name
+
+
+def check_finite(array: NDArray[Any], where: str) -> None:
+    """Raise `DataError` if some numbers are NaN or infinite."""
+    if array.dtype.kind == "f" and (bad := int(np.count_nonzero(~np.isfinite(array)))):
+        raise DataError(
+            f"{bad:,} of its numbers in {where} are NaN or infinite. Replace them, for example with numpy.nan_to_num."
+        )

@@ -14,39 +14,31 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from pixelwise.errors import UsageError
-from pixelwise.files import atomic_path, cannot_write
-from pixelwise.formats.base import LABELS, Result
+from pixelwise.files import writing
+from pixelwise.formats.base import Result
 
 _BAND_PX = 256  # rows that are asked for at once, and columns that are looked at together
 _GROUP_BITS, _MORE, _OFFSET = 5, 0x20, 48
 _CHUNK = 1 << 20
 
 
-def write_coco(path: Path, result: Result, *, image_id: int = 1) -> None:
+def write_coco(path: Path, result: Result) -> None:
     """Write the labels as COCO annotations: for each class that occurs one compressed run-length code (`iscrowd` 1).
 
-    Categories are all classes, their `id` is the class id. Each plane is an image of its own, `image_id` and the following
-    numbers. `pycocotools.mask.decode(annotation["segmentation"])` gives the mask back (it counts in 32 bits, so up to 2^32
+    Categories are all classes, their `id` is the class id. Each plane is an image of its own, counted
+    from 1. `pycocotools.mask.decode(annotation["segmentation"])` gives the mask back (it counts in 32 bits, so up to 2^32
     pixels). Pixels without data belong to no annotation.
     """
-    path = Path(path)
-    if result.kind != LABELS:
-        raise UsageError(f"{path}: COCO holds labels, not {result.kind}. Write it as .npy or GeoTIFF.")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(path) as part, part.open("w", encoding="utf-8") as file:
-            head = json.dumps(_head(path, result, image_id), ensure_ascii=False)
-            file.write(head[:-1] + ', "annotations": [')
-            separator, number = "\n", 1
-            for plane in range(result.source.planes):
-                for annotation in _annotations(path, result, plane):
-                    annotation = {"id": number, "image_id": image_id + plane} | annotation
-                    file.write(separator + json.dumps(annotation))
-                    separator, number = ",\n", number + 1
-            file.write("\n]}\n")
-    except OSError as error:
-        raise cannot_write(path, error) from error
+    with writing(path) as part, part.open("w", encoding="utf-8") as file:
+        head = json.dumps(_head(path, result), ensure_ascii=False)
+        file.write(head[:-1] + ', "annotations": [')
+        separator, number = "\n", 1
+        for plane in range(result.source.planes):
+            for annotation in _annotations(path, result, plane):
+                annotation = {"id": number, "image_id": plane + 1} | annotation
+                file.write(separator + json.dumps(annotation))
+                separator, number = ",\n", number + 1
+        file.write("\n]}\n")
 
 
 def run_lengths(edges: NDArray[np.int64], height: int, width: int) -> dict[str, Any]:
@@ -81,12 +73,10 @@ def _characters(numbers: NDArray[np.int64]) -> bytes:
     return np.stack(groups, axis=1)[np.stack(wanted, axis=1)].astype(np.uint8).tobytes()
 
 
-def _head(path: Path, result: Result, image_id: int) -> dict[str, Any]:
+def _head(path: Path, result: Result) -> dict[str, Any]:
     info = result.source
     place = {"file_name": PurePath(info.location).name, "width": info.width, "height": info.height}
-    images = [
-        {"id": image_id + plane} | place | ({"plane": plane} if info.planes > 1 else {}) for plane in range(info.planes)
-    ]
+    images = [{"id": plane + 1} | place | ({"plane": plane} if info.planes > 1 else {}) for plane in range(info.planes)]
     categories = [
         {"id": index, "name": name, "supercategory": "", "color": list(color), "isthing": 0}
         for index, (name, color) in enumerate(zip(result.spec.names, result.spec.colors, strict=True))

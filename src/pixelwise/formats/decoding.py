@@ -28,8 +28,8 @@ from numpy.typing import NDArray
 
 from pixelwise.errors import DataError, UsageError
 from pixelwise.formats.base import Source, SourceInfo
-from pixelwise.formats.shared_memory import SharedMemory
-from pixelwise.formats.worker import ERRORS, OUT_OF_MEMORY, packed, receive, send, unpacked
+from pixelwise.formats.local import changed
+from pixelwise.formats.worker import ERRORS, OUT_OF_MEMORY, SharedMemory, packed, receive, send, unpacked
 
 MEMORY_BYTES = 2 << 30
 DEADLINE_S = 300.0
@@ -62,9 +62,10 @@ class _Child:
         memory = int(_setting("PIXELWISE_DECODER_MEMORY", MEMORY_BYTES))
         self.memory = SharedMemory() if os.name == "posix" else None
         self._folder = tempfile.mkdtemp(prefix="pixelwise-")  # of its temporary files, which it may leave behind
+        given = (str(self.memory.fd if self.memory else -1), str(memory), self._folder)
         self._process = subprocess.Popen(
             # -P: nothing is imported from the folder that the user happens to be in
-            [sys.executable, "-P", "-m", "pixelwise.formats.worker", *self._arguments(memory)],
+            [sys.executable, "-P", "-m", "pixelwise.formats.worker", *given],
             bufsize=0,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -80,9 +81,6 @@ class _Child:
         self._is_ready = threading.Event()
         self._listener = threading.Thread(target=self._listen, daemon=True, name="pixelwise-decoder")
         self._listener.start()
-
-    def _arguments(self, memory_bytes: int) -> list[str]:
-        return [str(self.memory.fd if self.memory else -1), str(memory_bytes), self._folder]
 
     def _environment(self) -> dict[str, str]:
         """Packages are found in the order in which this process does, and libraries start no threads of their own."""
@@ -311,7 +309,7 @@ class WorkerSource(Source):
         if same and self._fingerprint:
             same = child.request({"do": "fingerprint", "handle": answer["handle"]})["value"] == self._fingerprint
         if not same:
-            raise DataError(f"{self._name}: the file changed while it was read. Run again when nothing writes to it.")
+            raise changed(self._name, "file")
 
     def _call(self, ask: Callable[[_Child], Any]) -> Any:
         """Ask the shared child; if it dies, ask one that works on nothing else, so that the guilty file is known."""

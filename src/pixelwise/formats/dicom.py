@@ -9,6 +9,7 @@ Planes are slices along the normal of the images, rows and columns are those of 
 leave out (JPEG lossless, JPEG of 12 bits, High-Throughput JPEG 2000, JPEG 2000 of wide colours) imagecodecs decodes.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple
 from functools import cached_property, lru_cache
@@ -21,14 +22,21 @@ from numpy.typing import NDArray
 
 from pixelwise.errors import DataError, UsageError
 from pixelwise.files import extra
-from pixelwise.formats.base import Source, SourceInfo, whole_numbers
-from pixelwise.formats.dicom_header import Frame, Header, dicom_errors, safe_text
-from pixelwise.formats.dicom_series import SEGMENTATIONS, arrange, read_headers
-from pixelwise.formats.intensity import Intensity, LocalSource, Scaling, by_type, check_intensity
-from pixelwise.formats.local import printable
+from pixelwise.formats.base import TIFF_MAGIC, Source, SourceInfo, check_finite, whole_numbers
+from pixelwise.formats.dicom_series import (
+    SEGMENTATIONS,
+    Frame,
+    Header,
+    arrange,
+    dicom_errors,
+    has_mark,
+    read_header,
+    safe_text,
+)
+from pixelwise.formats.intensity import Intensity, Scaling, by_type, check_intensity
+from pixelwise.formats.local import Identity, printable, readable
 
 _CACHE_BYTES = 64 * 2**20
-_TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _TIFF_NAMES = (".tif", ".tiff", ".btf", ".tf8", ".svs", ".ndpi", ".scn", ".bif")
 
 DECODER_DEPENDENCIES = dict.fromkeys(
@@ -77,16 +85,63 @@ def open_dicom(
     return open_segmentation(pydicom, location, headers, like, series)
 
 
+def read_headers(pydicom: Any, path: Path, series: str | None, labels: bool = False) -> tuple[Header, ...]:
+    """The headers of a file, or of the one series of a folder.
+
+    Files of a folder that are no DICOM, or hold no image, do not count. Where segmentations lie beside images, images are
+    taken, or segmentations if `labels`.
+    """
+    inside: list[Path] = []
+    if not path.is_dir():
+        header = read_header(pydicom, path)
+        if header is None:
+            raise DataError(f"{printable(path)}: it holds no image.")
+        found = [header]
+    else:
+        with readable(path):
+            inside = sorted(path.iterdir())
+        files = [file for file in inside if file.is_file() and has_mark(file)]
+        found = [header for file in files if (header := read_header(pydicom, file)) is not None]
+        found = [header for header in found if (header.class_uid in SEGMENTATIONS) == labels] or found
+    if not found:
+        folders = [folder.name for folder in inside if folder.is_dir()]
+        hint = f" It has the folders {', '.join(folders[:5])}; give the one of a series." if folders else ""
+        raise DataError(f"{printable(path)}: there is no DICOM image in this folder.{hint}")
+    return _one_series(path, found, series)
+
+
+def _one_series(path: Path, headers: list[Header], series: str | None) -> tuple[Header, ...]:
+    counts = Counter(header.series_uid for header in headers)
+    if series is None and len(counts) == 1:
+        return tuple(headers)
+    chosen = tuple(header for header in headers if header.series_uid == series)
+    if chosen:
+        return chosen
+    words = {header.series_uid: header.description for header in headers}
+    listed = "; ".join(
+        f"{uid} ({words[uid] or 'no description'}, {count:,} image{'s' * (count != 1)})"
+        for uid, count in list(counts.items())[:5]
+    )
+    listed += f"; and {len(counts) - 5:,} more" if len(counts) > 5 else ""
+    if series is not None:
+        raise UsageError(f"{printable(path)}: there is no series {series!r}. There are: {listed}.")
+    raise DataError(
+        f"{printable(path)}: this folder holds {len(counts)} series: {listed}. Choose one by its SeriesInstanceUID (the "
+        "part before the bracket) with the option series (--series UID), give each its own folder, or, if each file is an "
+        "image of its own, give the files (such as 'folder/*.dcm')."
+    )
+
+
 def is_dicom(head: bytes, name: str) -> bool:
     """Whether a file is DICOM, by its first 4,096 bytes.
 
     The 128 bytes before the mark may be the start of a TIFF, in files that are both; of these the name decides.
     """
-    is_named_tiff = head[:4] in _TIFF_MAGIC and name.lower().endswith(_TIFF_NAMES)
+    is_named_tiff = head[:4] in TIFF_MAGIC and name.lower().endswith(_TIFF_NAMES)
     return head[128:132] == b"DICM" and not is_named_tiff
 
 
-class _DicomSource(LocalSource):
+class _DicomSource(Source):
     def __init__(
         self, pydicom: Any, location: str, headers: Sequence[Header], intensity: Intensity, labels: bool
     ) -> None:
@@ -94,7 +149,8 @@ class _DicomSource(LocalSource):
         self._headers = {header.path: header for header in headers}
         self._volume = arrange(printable(location), headers)
         frames, first = self._volume.frames, headers[0]
-        self._stamps = {frame.path: self._headers[frame.path].stamp for frame in frames}
+        self._stamps = {frame.path: self._headers[frame.path].stamp for frame in frames}  # in the order of the planes
+        self.identity = Identity.of_stamps(self._stamps)
         is_8_bit = all(header.bits == 8 and not header.signed and not header.palette for header in headers)
         is_color = first.channels == 3
         same = all((frame.slope, frame.intercept, frame.window) == (1.0, 0.0, None) for frame in frames)
@@ -148,9 +204,7 @@ class _DicomSource(LocalSource):
             shape = (self.info.height, self.info.width, self.info.channels)
             if array.shape != shape:
                 raise DataError(f"its pixels have the shape {array.shape}, but its header says {shape}.")
-            if array.dtype.kind == "f" and not np.isfinite(array).all():
-                bad = int((~np.isfinite(array)).sum())
-                raise DataError(f"frame {frame.index} holds {bad:,} pixels that are NaN or infinite. Replace them.")
+            check_finite(array, f"frame {frame.index}")
         return np.asarray(array)
 
     def _scaling(self, frame: Frame, header: Header) -> Scaling | None:

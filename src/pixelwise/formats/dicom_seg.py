@@ -18,17 +18,32 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pixelwise.errors import DataError, PixelwiseError, UsageError
-from pixelwise.files import atomic_path, cannot_write, extra
-from pixelwise.formats.base import LABELS, Result, Source, SourceInfo
-from pixelwise.formats.dicom_header import LOGGER, Header, dicom_errors, quiet, safe_text
-from pixelwise.formats.dicom_series import Volume, on_planes, own_planes, planes_of
-from pixelwise.formats.intensity import LocalSource
-from pixelwise.formats.local import DECODE_ERRORS, Stamp, printable
+from pixelwise.files import extra, writing
+from pixelwise.formats.base import Result, Source, SourceInfo
+from pixelwise.formats.dicom import read_headers
+from pixelwise.formats.dicom_series import (
+    LPS_TO_RAS,
+    PARALLEL,
+    Frame,
+    Header,
+    Volume,
+    arrange,
+    dicom_errors,
+    has_mark,
+    make_volume,
+    normal_of,
+    places_of,
+    quiet,
+    safe_text,
+)
+from pixelwise.formats.local import Identity, Stamp, printable
+from pixelwise.formats.nifti import open_nifti
 
 NO_SEGMENT = ("background", "void", "unlabeled", "unlabelled")
 """Classes of these names (in any case) get no segment."""
 
 _CACHE_BYTES = 64 * 2**20
+_NEAR = 0.05  # of the distance between planes, or of a pixel: what positions of a segmentation may differ by
 _FRAME_GROUPS = ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
 _MAX_BYTES = 2 * 2**30
 _TISSUE = ("85756007", "SCT", "Tissue")
@@ -64,11 +79,73 @@ def open_segmentation(
         labels = {int(item.SegmentNumber): safe_text(item.get("SegmentLabel", "")) for item in dataset.SegmentSequence}
         labels = {number: labels[number] for number in sorted(labels) if number > 0}
         segments = _segments(dataset, len(header.frames)) if kind == "BINARY" else ()
-    volume = own_planes(location, header) if like is None else planes_of(pydicom, like, series)
+    volume = _own_planes(location, header) if like is None else _planes_of(pydicom, like, series)
     return _SegmentationSource(pydicom, location, header, labels, segments, volume)
 
 
-class _SegmentationSource(LocalSource):
+def _own_planes(location: str, header: Header) -> Volume:
+    """The planes that the segmentation itself has frames for."""
+    normal = normal_of(printable(location), header.frames)
+    frames = [group[0] for group in places_of(header.frames, normal)]
+    return make_volume("it", header, frames, len(frames), normal)
+
+
+def _planes_of(pydicom: Any, like: str, series: str | None) -> Volume:
+    """The planes of a DICOM series, or of a NIfTI volume cut along its third axis."""
+    name, path = printable(like), Path(like)
+    if path.is_dir() or has_mark(path):
+        volume = arrange(name, read_headers(pydicom, path, series))
+        if "affine" not in volume.known:
+            raise DataError(f"{name}: it does not say where its planes lie, so no segmentation can follow them.")
+        return volume
+    with open_nifti(like, intensity="type") as source:
+        info, known = source.info, {key: value for key, value in source.metadata.items() if key != "intensity"}
+    affine = LPS_TO_RAS @ known["affine"]
+    lengths = np.linalg.norm(affine[:3, :2], axis=0)
+    orientation, spacing = (affine[:3, :2] / lengths).T.reshape(6).tolist(), lengths[::-1].tolist()
+    places = [affine[:3, 3] + (plane % known["slices"]) * affine[:3, 2] for plane in range(info.planes)]
+    frames = [
+        Frame(path=path, index=index, position=tuple(place), orientation=tuple(orientation), spacing_mm=tuple(spacing))
+        for index, place in enumerate(places)
+    ]
+    return Volume(name=name, frames=tuple(frames), size=(info.height, info.width), reference_uid="", known=known)
+
+
+def _on_planes(location: str, header: Header, volume: Volume) -> list[list[int]]:
+    """For each plane of a volume the frames that lie on it; all frames lie on one."""
+    differing = ""
+    spacing, orientation = volume.frames[0].spacing_mm or (1.0, 1.0), np.array(volume.frames[0].orientation)
+    positions = np.array([frame.position for frame in volume.frames])
+    if (header.height, header.width) != volume.size:
+        differing = f"{header.height} x {header.width} pixels, that one {volume.size[0]} x {volume.size[1]}"
+    elif header.reference_uid and volume.reference_uid and header.reference_uid != volume.reference_uid:
+        differing = "another frame of reference (FrameOfReferenceUID)"
+    elif any(np.abs(np.array(frame.orientation) - orientation).max() > PARALLEL for frame in header.frames):
+        differing = "planes of another direction, or turned or mirrored ones"
+    elif any(not np.allclose(frame.spacing_mm or 0, spacing, rtol=1e-3) for frame in header.frames):
+        differing = f"pixels of {header.frames[0].spacing_mm} mm, that one of {spacing}"
+    if differing:
+        raise DataError(f"{location}: the segmentation does not lie on the grid of {volume.name}: it has {differing}.")
+    normal = np.cross(orientation[:3], orientation[3:])
+    distances = positions @ normal
+    gaps = np.diff(np.unique(distances.round(4)))
+    near = _NEAR * (gaps.min() if len(gaps) else min(spacing))
+    found: list[list[int]] = [[] for _ in positions]
+    for frame in header.frames:
+        position = np.array(frame.position)
+        planes = np.flatnonzero(np.abs(distances - position @ normal) <= near)
+        shifts = np.linalg.norm(positions[planes] - position, axis=1)
+        if not len(planes) or shifts.max() > near + _NEAR * min(spacing):
+            raise DataError(
+                f"{location}: frame {frame.index} of the segmentation, at {', '.join(f'{part:g}' for part in position)} mm, "
+                f"lies on no plane of {volume.name}. Is it the series that was segmented?"
+            )
+        for plane in planes:
+            found[plane].append(frame.index)
+    return found
+
+
+class _SegmentationSource(Source):
     """A label map of as many planes as the volume has; where the segmentation has no frame, it is background."""
 
     def __init__(
@@ -81,13 +158,13 @@ class _SegmentationSource(LocalSource):
         volume: Volume,
     ) -> None:
         self._pydicom, self._header, self._labels, self._segments = pydicom, header, labels, segments
-        self._stamps = {header.path: header.stamp}
+        self.identity = Identity.of_stamps({header.path: header.stamp})
         (height, width), dtype = volume.size, "uint8" if max(labels, default=0) < 256 else "uint16"
         self.info = SourceInfo(
             location=location, format="dicom", height=height, width=width, channels=1, dtype=dtype,
             planes=len(volume.frames), block_px=(height, width),
         )  # fmt: skip
-        self._frames = on_planes(printable(location), header, volume)
+        self._frames = _on_planes(printable(location), header, volume)
         self.metadata = MappingProxyType(
             dict(volume.known)
             | {"modality": "SEG", "series_uid": header.series_uid}
@@ -152,37 +229,20 @@ def write_dicom_seg(path: Path, result: Result) -> None:
     The object belongs to the study, patient and frame of reference of the source; each frame names the image it lies on.
     """
     path = Path(path)
-    _check(path, result)
+    _check_size(path, result)
     highdicom, pydicom = extra("highdicom", "medical", "DICOM-SEG"), extra("pydicom", "medical", "DICOM-SEG")
     classes = [k for k, name in enumerate(result.spec.names) if name.strip().casefold() not in NO_SEGMENT]
     if not classes:
         raise UsageError(f"{path}: no class is left to be a segment: {', '.join(result.spec.names)} mean background.")
     images = _source_images(pydicom, result)
     labels = _segment_numbers(result, classes)
-    segmentation = _segmentation(highdicom, path, result, images, labels, classes)
-    try:
-        with atomic_path(path) as part, quiet(LOGGER, "highdicom"):
-            segmentation.save_as(part)
-    except OSError as error:
-        raise cannot_write(path, error) from error
+    segmentation = _segmentation(highdicom, result, images, labels, classes)
+    with writing(path) as part, quiet():
+        segmentation.save_as(part)
 
 
-def _check(path: Path, result: Result) -> None:
-    if result.kind != LABELS:
-        raise UsageError(f"{path}: DICOM-SEG holds labels, not {result.kind}. Write maps as NIfTI (.nii.gz).")
-    if path.suffix.lower() != ".dcm":
-        raise UsageError(f"{path}: DICOM-SEG is written to a name that ends in .dcm.")
+def _check_size(path: Path, result: Result) -> None:
     source = result.source
-    if source.format != "dicom" or "frames" not in result.metadata:
-        raise UsageError(
-            f"{path}: {source.location} is {source.format}, but a DICOM segmentation refers to DICOM images. Choose another "
-            "format, such as NIfTI (.nii.gz)."
-        )
-    if "affine" not in result.metadata or not result.metadata["frame_of_reference_uid"]:
-        raise PixelwiseError(
-            f"{path}: {source.location} does not say where it lies in space (ImagePositionPatient, PixelSpacing, "
-            "FrameOfReferenceUID), which a DICOM segmentation needs. Choose another format."
-        )
     packed = source.height * source.width * source.planes * (1 + result.spec.num_classes / 8)
     if packed > _MAX_BYTES:
         raise PixelwiseError(
@@ -224,11 +284,11 @@ def _segment_numbers(result: Result, classes: Sequence[int]) -> NDArray[np.uint8
 
 
 def _segmentation(
-    highdicom: Any, path: Path, result: Result, images: list[Any], labels: NDArray[np.uint8], classes: Sequence[int]
+    highdicom: Any, result: Result, images: list[Any], labels: NDArray[np.uint8], classes: Sequence[int]
 ) -> Any:
     version = importlib.metadata.version("pixelwise")
     try:
-        with quiet(LOGGER, "highdicom"):
+        with quiet():
             return highdicom.seg.Segmentation(
                 source_images=images,
                 pixel_array=labels,
@@ -247,7 +307,7 @@ def _segmentation(
                 series_description="pixelwise labels",
                 omit_empty_frames=bool(labels.any()),
             )
-    except DECODE_ERRORS as error:
+    except Exception as error:  # noqa: BLE001  (of what highdicom misses, and how)
         # what highdicom misses is named by its keyword; values of the patient are not quoted
         missing = f" ({error})" if isinstance(error, AttributeError) and "has no attribute" in str(error) else ""
         raise DataError(

@@ -1,11 +1,15 @@
-"""From headers to a volume: one series of a folder, its slices in the order in which they lie in the patient.
+"""From the files of a DICOM series to a volume: what their headers say of each frame, and the order of the slices.
 
-Names of files and instance numbers say nothing reliable of that order; positions along the normal of the slices do.
+Names of files and instance numbers say nothing reliable of that order; positions along the normal of the slices do. Only
+elements that describe pixels are read, never those that describe a person, and messages never quote a value that could be
+one.
 """
 
+import logging
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,16 +18,204 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pixelwise.errors import DataError, UsageError
-from pixelwise.formats.dicom_header import Frame, Header, has_mark, read_header
-from pixelwise.formats.local import printable, readable
-from pixelwise.formats.nifti import open_nifti
+from pixelwise.formats.intensity import Scaling, display_window
+from pixelwise.formats.local import Stamp, printable, readable, silence
 
 SEGMENTATIONS = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")
-_PARALLEL = 1e-3
-_LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
-_NEAR = 0.05  # of the distance between planes, or of a pixel: what positions of a segmentation may differ by
+PARALLEL = 1e-3  # what directions of slices may differ by
+LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 _SAME_PLACE_MM = 1e-4
 _EVEN = 0.02  # of the distance between slices; positions are written with few digits
+
+_TAGS = [
+    "SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "SeriesDescription", "FrameOfReferenceUID", "Modality",
+    "InstanceNumber", "AcquisitionNumber", "TemporalPositionIdentifier", "TriggerTime",
+    "Rows", "Columns", "SamplesPerPixel", "PhotometricInterpretation", "BitsAllocated", "BitsStored",
+    "PixelRepresentation", "NumberOfFrames", "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing",
+    "SliceThickness", "SpacingBetweenSlices", "RescaleSlope", "RescaleIntercept", "WindowCenter", "WindowWidth",
+    "VOILUTFunction", "PixelPaddingValue", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence",
+]  # fmt: skip
+_COLORS = {"RGB": 3, "YBR_FULL": 3, "YBR_FULL_422": 3, "YBR_ICT": 3, "YBR_RCT": 3}
+_GREYS = ("MONOCHROME1", "MONOCHROME2")
+_WHOLE_SLIDE = "1.2.840.10008.5.1.4.1.1.77.1.6"
+_DEFLATED = "1.2.840.10008.1.2.1.99"
+_UNCOMPRESSED = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Frame:
+    """One frame of a file, which becomes one plane; what the header does not say is None."""
+
+    path: Path
+    index: int  # in the file
+    position: tuple[float, ...] | None  # centre of the first pixel in mm: left, back and head of the patient (LPS)
+    orientation: tuple[float, ...] | None  # direction of the rows (x, y, z), then that of the columns
+    spacing_mm: tuple[float, ...] | None  # between rows, between columns
+    depth_mm: float | None = None  # to the next slice, as far as one slice can tell
+    slope: float = 1.0  # a stored number times this ...
+    intercept: float = 0.0  # ... plus this is in the file's unit
+    window: Scaling | None = None  # the display window as a map to 0..1
+    order: tuple[float, ...] = ()  # tells apart frames at one place, such as the time
+
+
+class Header:
+    """What is known of a file (a pydicom dataset without pixels) and of its `frames`, in the order of the file."""
+
+    def __init__(self, dataset: Any, path: Path, stamp: Stamp, syntax: Any) -> None:
+        self.path, self.stamp, self.syntax = path, stamp, syntax
+        photometric, samples = str(dataset.PhotometricInterpretation), int(dataset.get("SamplesPerPixel") or 1)
+        if dataset.get("SOPClassUID") == _WHOLE_SLIDE:
+            raise DataError("this is a whole-slide image, whose frames are tiles of one picture. Convert it to TIFF.")
+        if photometric not in (*_GREYS, *_COLORS, "PALETTE COLOR") or samples != _COLORS.get(photometric, 1):
+            raise DataError(
+                f"its pixels are {samples} numbers of {safe_text(photometric)}; MONOCHROME1, MONOCHROME2, PALETTE COLOR, "
+                "RGB and YBR can be read. Convert it."
+            )
+        self.height, self.width, self.allocated = int(dataset.Rows), int(dataset.Columns), int(dataset.BitsAllocated)
+        count = int(dataset.get("NumberOfFrames") or 1)
+        bits = self.allocated * (2 if photometric == "YBR_FULL_422" else samples)
+        least = count * self.height * self.width * bits // 8 if syntax in _UNCOMPRESSED else count
+        if min(self.height, self.width, count, self.allocated) < 1 or least > stamp.size:
+            raise DataError(
+                f"its header says {count} frames of {self.height} x {self.width} pixels of {bits} bits, which a file of "
+                f"{stamp.size:,} bytes cannot hold. It is truncated or damaged."
+            )
+
+        def text(keyword: str) -> str:
+            return safe_text(dataset.get(keyword) or "")
+
+        self.instance_uid, self.series_uid = text("SOPInstanceUID"), text("SeriesInstanceUID")
+        self.class_uid, self.description = text("SOPClassUID"), text("SeriesDescription")
+        self.modality, self.reference_uid = text("Modality"), text("FrameOfReferenceUID")
+        self.channels = 1 if photometric in _GREYS else 3
+        self.palette, self.inverted = photometric == "PALETTE COLOR", photometric == "MONOCHROME1"
+        self.bits = int(dataset.get("BitsStored") or self.allocated)
+        self.signed = bool(dataset.get("PixelRepresentation"))
+        self.largest = int(2 ** (self.bits - self.signed) - 1)
+        padding = _numbers(dataset.get("PixelPaddingValue"))
+        self.padding = None if padding is None else int(padding[0])
+        self.frames = tuple(_frames(dataset, path, count, self.inverted))
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Drop the warnings and the log lines of libraries; only one thread at a time is inside."""
+    with silence():
+        before = logging.root.manager.disable
+        logging.disable()
+        try:
+            yield
+        finally:
+            logging.disable(before)
+
+
+@contextmanager
+def dicom_errors(path: Path) -> Iterator[None]:
+    """Turn what pydicom raises into a `DataError` that names the file and quotes nothing of it."""
+    name = printable(path)
+    try:
+        with quiet():
+            yield
+    except DataError as error:
+        raise DataError(f"{name}: {error}") from None
+    except Exception as error:
+        if isinstance(error, Warning | UsageError):
+            raise
+        told = error.strerror if isinstance(error, OSError) else None
+        reason = told or "it ends too early, or what its headers say makes no sense"
+        raise DataError(f"{name}: the file is damaged or truncated ({reason}).") from None
+
+
+def has_mark(path: Path) -> bool:
+    """Whether a file starts as DICOM does: any 128 bytes, then DICM."""
+    Stamp.of(path)  # a pipe must not even be opened
+    with readable(path), path.open("rb") as file:
+        return file.read(132)[128:] == b"DICM"
+
+
+def safe_text(value: Any) -> str:
+    """Text of a file as a terminal can take it, at most 64 letters."""
+    return "".join(letter if letter.isprintable() else "?" for letter in str(value))[:64]
+
+
+def read_header(pydicom: Any, path: Path) -> Header | None:
+    """The header of a file; None if it holds no image (a report, a directory)."""
+    stamp = Stamp.of(path)
+    with dicom_errors(path):
+        if not has_mark(path):
+            raise DataError("this is no DICOM file: the mark DICM is missing at byte 128.")
+        meta = pydicom.filereader.read_file_meta_info(path)
+        syntax = pydicom.uid.UID(str(meta.TransferSyntaxUID))
+        if syntax == _DEFLATED:
+            raise DataError(
+                "it is deflated as a whole (Deflated Explicit VR Little Endian), so its header cannot be read alone. "
+                "Convert it, for example with `dcmconv +te`."
+            )
+        dataset = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=_TAGS)
+        if "Rows" in dataset and "BitsAllocated" in dataset:
+            return Header(dataset, path, stamp, syntax)
+        kind = pydicom.uid.UID(str(meta.get("MediaStorageSOPClassUID", ""))).name
+        if "Image" in kind:
+            raise DataError(f"it is marked as {safe_text(kind)}, but has no size of an image. It is truncated.")
+        return None
+
+
+def _frames(dataset: Any, path: Path, count: int, inverted: bool) -> Iterator[Frame]:
+    """Of enhanced objects each frame has its own values, or shares those of all frames."""
+    shared = (dataset.get("SharedFunctionalGroupsSequence") or [{}])[0]
+    own = dataset.get("PerFrameFunctionalGroupsSequence") or []
+    if own and len(own) != count:
+        raise DataError(f"it has {count} frames, but describes {len(own)}.")
+    top = {} if own else dataset
+    for index in range(count):
+        groups = (own[index] if own else {}, shared)
+
+        def find(group: str, keyword: str, length: int = 1, groups: Any = groups) -> tuple[float, ...] | None:
+            return _numbers(_value(groups, top, group, keyword), length)
+
+        spacing = find("PixelMeasuresSequence", "PixelSpacing", 2)
+        depth = find("PixelMeasuresSequence", "SpacingBetweenSlices") or (0.0,)
+        depth = depth if depth[0] else find("PixelMeasuresSequence", "SliceThickness") or (0.0,)
+        # a classic file of many frames has one position, that of its first
+        place = _value(groups, top if count == 1 else {}, "PlanePositionSequence", "ImagePositionPatient")
+        center, width = (find("FrameVOILUTSequence", keyword) for keyword in ("WindowCenter", "WindowWidth"))
+        function = str(_value(groups, top, "FrameVOILUTSequence", "VOILUTFunction") or "LINEAR")
+        yield Frame(
+            path=path,
+            index=index,
+            position=_numbers(place, 3),
+            orientation=find("PlaneOrientationSequence", "ImageOrientationPatient", 6),
+            spacing_mm=spacing if spacing and min(spacing) > 0 else None,
+            depth_mm=abs(depth[0]) or None,
+            slope=(find("PixelValueTransformationSequence", "RescaleSlope") or (1.0,))[0],
+            intercept=(find("PixelValueTransformationSequence", "RescaleIntercept") or (0.0,))[0],
+            window=display_window(center[0], width[0], function, inverted) if center and width else None,
+            order=_order(groups[0], dataset, index),
+        )
+
+
+def _value(groups: Sequence[Any], top: Any, group: str, keyword: str) -> Any:
+    """An element of a frame: in its own groups, in those of all frames, or (in classic files) at the top."""
+    found = (item[0].get(keyword) for place in groups if (item := place.get(group)))
+    return next((value for value in found if value is not None), top.get(keyword))
+
+
+def _numbers(value: Any, count: int = 1) -> tuple[float, ...] | None:
+    """So many finite numbers, the first of an element; None if it does not have them."""
+    if value is None or value == "":
+        return None
+    values = [value] if isinstance(value, str | float | int) else list(value)
+    found = tuple(float(part) for part in values[:count])
+    return found if len(found) == count and all(map(math.isfinite, found)) else None
+
+
+def _order(own: Any, dataset: Any, index: int) -> tuple[float, ...]:
+    """What tells apart frames at one place."""
+    keywords = ("TemporalPositionIdentifier", "AcquisitionNumber", "TriggerTime", "InstanceNumber")
+    values = [dataset.get(keyword) for keyword in keywords]
+    if content := own.get("FrameContentSequence"):
+        values = [content[0].get("TemporalPositionIndex")]
+    return (*((_numbers(value) or (0.0,))[0] for value in values), float(index))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,31 +229,6 @@ class Volume:
     known: Mapping[str, Any]  # metadata on geometry and origin
 
 
-def read_headers(pydicom: Any, path: Path, series: str | None, labels: bool = False) -> tuple[Header, ...]:
-    """The headers of a file, or of the one series of a folder.
-
-    Files of a folder that are no DICOM, or hold no image, do not count. Where segmentations lie beside images, images are
-    taken, or segmentations if `labels`.
-    """
-    inside: list[Path] = []
-    if not path.is_dir():
-        header = read_header(pydicom, path)
-        if header is None:
-            raise DataError(f"{printable(path)}: it holds no image.")
-        found = [header]
-    else:
-        with readable(path):
-            inside = sorted(path.iterdir())
-        files = [file for file in inside if file.is_file() and has_mark(file)]
-        found = [header for file in files if (header := read_header(pydicom, file)) is not None]
-        found = [header for header in found if (header.class_uid in SEGMENTATIONS) == labels] or found
-    if not found:
-        folders = [folder.name for folder in inside if folder.is_dir()]
-        hint = f" It has the folders {', '.join(folders[:5])}; give the one of a series." if folders else ""
-        raise DataError(f"{printable(path)}: there is no DICOM image in this folder.{hint}")
-    return _one_series(path, found, series)
-
-
 def arrange(location: str, headers: Sequence[Header]) -> Volume:
     """The frames of a series in the order of their places."""
     _check_alike(location, headers)
@@ -72,9 +239,9 @@ def arrange(location: str, headers: Sequence[Header]) -> Volume:
                 f"{location}: of {len(headers)} images some have no ImagePositionPatient or ImageOrientationPatient, so "
                 "their order is unknown. Give them one by one."
             )
-        return _volume(location, headers[0], frames, len(frames))
-    normal = _normal(location, frames)
-    groups = _places(frames, normal)
+        return make_volume(location, headers[0], frames, len(frames))
+    normal = normal_of(location, frames)
+    groups = places_of(frames, normal)
     counts = Counter(len(group) for group in groups)
     if len(counts) > 1:
         raise DataError(
@@ -83,10 +250,10 @@ def arrange(location: str, headers: Sequence[Header]) -> Volume:
         )
     ordered = [sorted(group, key=lambda frame: (*frame.order, str(frame.path))) for group in groups]
     planes = [group[time] for time in range(len(groups[0])) for group in ordered]
-    return _volume(location, headers[0], planes, len(groups), normal)
+    return make_volume(location, headers[0], planes, len(groups), normal)
 
 
-def _volume(
+def make_volume(
     name: str, header: Header, frames: Sequence[Frame], slices: int, normal: NDArray[np.float64] | None = None
 ) -> Volume:
     times = len(frames) // slices
@@ -109,28 +276,6 @@ def _volume(
     return Volume(name=name, frames=tuple(frames), size=size, reference_uid=header.reference_uid, known=known)
 
 
-def _one_series(path: Path, headers: list[Header], series: str | None) -> tuple[Header, ...]:
-    counts = Counter(header.series_uid for header in headers)
-    if series is None and len(counts) == 1:
-        return tuple(headers)
-    chosen = tuple(header for header in headers if header.series_uid == series)
-    if chosen:
-        return chosen
-    words = {header.series_uid: header.description for header in headers}
-    listed = "; ".join(
-        f"{uid} ({words[uid] or 'no description'}, {count:,} image{'s' * (count != 1)})"
-        for uid, count in list(counts.items())[:5]
-    )
-    listed += f"; and {len(counts) - 5:,} more" if len(counts) > 5 else ""
-    if series is not None:
-        raise UsageError(f"{printable(path)}: there is no series {series!r}. There are: {listed}.")
-    raise DataError(
-        f"{printable(path)}: this folder holds {len(counts)} series: {listed}. Choose one by its SeriesInstanceUID (the "
-        "part before the bracket) with the option series (--series UID), give each its own folder, or, if each file is an "
-        "image of its own, give the files (such as 'folder/*.dcm')."
-    )
-
-
 def _check_alike(location: str, headers: Sequence[Header]) -> None:
     first = headers[0]
     seen: dict[str, Header] = {}
@@ -147,11 +292,11 @@ def _check_alike(location: str, headers: Sequence[Header]) -> None:
                 )
 
 
-def _normal(location: str, frames: Sequence[Frame]) -> NDArray[np.float64]:
+def normal_of(location: str, frames: Sequence[Frame]) -> NDArray[np.float64]:
     """The direction across the slices, which all must share."""
     first = np.array(frames[0].orientation)
     for frame in frames:
-        if np.abs(np.array(frame.orientation) - first).max() > _PARALLEL:
+        if np.abs(np.array(frame.orientation) - first).max() > PARALLEL:
             raise DataError(
                 f"{location}: {frame.path.name} is turned against {frames[0].path.name} (ImageOrientationPatient), so they "
                 "form no volume. Is a scout image among them? Give the files one by one, or remove it."
@@ -165,7 +310,7 @@ def _normal(location: str, frames: Sequence[Frame]) -> NDArray[np.float64]:
     return np.cross(rows, columns)
 
 
-def _places(frames: Sequence[Frame], normal: NDArray[np.float64]) -> list[list[Frame]]:
+def places_of(frames: Sequence[Frame], normal: NDArray[np.float64]) -> list[list[Frame]]:
     """Frames at the same distance along the normal together, by ascending distance."""
     distances = np.array([frame.position for frame in frames]) @ normal
     groups: list[list[Frame]] = []
@@ -201,66 +346,4 @@ def _space(frames: Sequence[Frame], normal: NDArray[np.float64]) -> tuple[dict[s
             "missing. NIfTI cannot hold such a volume; without --format its labels become DICOM-SEG",
         )
     zooms = (first.spacing_mm[1], first.spacing_mm[0], length)
-    return {"affine": _LPS_TO_RAS @ affine, "zooms": zooms, "units": ("mm", "unknown")}, warnings
-
-
-def own_planes(location: str, header: Header) -> Volume:
-    """The planes that the segmentation itself has frames for."""
-    normal = _normal(printable(location), header.frames)
-    frames = [group[0] for group in _places(header.frames, normal)]
-    return _volume("it", header, frames, len(frames), normal)
-
-
-def planes_of(pydicom: Any, like: str, series: str | None) -> Volume:
-    """The planes of a DICOM series, or of a NIfTI volume cut along its third axis."""
-    name, path = printable(like), Path(like)
-    if path.is_dir() or has_mark(path):
-        volume = arrange(name, read_headers(pydicom, path, series))
-        if "affine" not in volume.known:
-            raise DataError(f"{name}: it does not say where its planes lie, so no segmentation can follow them.")
-        return volume
-    with open_nifti(like, intensity="type") as source:
-        info, known = source.info, {key: value for key, value in source.metadata.items() if key != "intensity"}
-    affine = _LPS_TO_RAS @ known["affine"]
-    lengths = np.linalg.norm(affine[:3, :2], axis=0)
-    orientation, spacing = (affine[:3, :2] / lengths).T.reshape(6).tolist(), lengths[::-1].tolist()
-    places = [affine[:3, 3] + (plane % known["slices"]) * affine[:3, 2] for plane in range(info.planes)]
-    frames = [
-        Frame(path=path, index=index, position=tuple(place), orientation=tuple(orientation), spacing_mm=tuple(spacing))
-        for index, place in enumerate(places)
-    ]
-    return Volume(name=name, frames=tuple(frames), size=(info.height, info.width), reference_uid="", known=known)
-
-
-def on_planes(location: str, header: Header, volume: Volume) -> list[list[int]]:
-    """For each plane of a volume the frames that lie on it; all frames lie on one."""
-    differing = ""
-    spacing, orientation = volume.frames[0].spacing_mm or (1.0, 1.0), np.array(volume.frames[0].orientation)
-    positions = np.array([frame.position for frame in volume.frames])
-    if (header.height, header.width) != volume.size:
-        differing = f"{header.height} x {header.width} pixels, that one {volume.size[0]} x {volume.size[1]}"
-    elif header.reference_uid and volume.reference_uid and header.reference_uid != volume.reference_uid:
-        differing = "another frame of reference (FrameOfReferenceUID)"
-    elif any(np.abs(np.array(frame.orientation) - orientation).max() > _PARALLEL for frame in header.frames):
-        differing = "planes of another direction, or turned or mirrored ones"
-    elif any(not np.allclose(frame.spacing_mm or 0, spacing, rtol=1e-3) for frame in header.frames):
-        differing = f"pixels of {header.frames[0].spacing_mm} mm, that one of {spacing}"
-    if differing:
-        raise DataError(f"{location}: the segmentation does not lie on the grid of {volume.name}: it has {differing}.")
-    normal = np.cross(orientation[:3], orientation[3:])
-    distances = positions @ normal
-    gaps = np.diff(np.unique(distances.round(4)))
-    near = _NEAR * (gaps.min() if len(gaps) else min(spacing))
-    found: list[list[int]] = [[] for _ in positions]
-    for frame in header.frames:
-        position = np.array(frame.position)
-        planes = np.flatnonzero(np.abs(distances - position @ normal) <= near)
-        shifts = np.linalg.norm(positions[planes] - position, axis=1)
-        if not len(planes) or shifts.max() > near + _NEAR * min(spacing):
-            raise DataError(
-                f"{location}: frame {frame.index} of the segmentation, at {', '.join(f'{part:g}' for part in position)} mm, "
-                f"lies on no plane of {volume.name}. Is it the series that was segmented?"
-            )
-        for plane in planes:
-            found[plane].append(frame.index)
-    return found
+    return {"affine": LPS_TO_RAS @ affine, "zooms": zooms, "units": ("mm", "unknown")}, warnings

@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pixelwise.errors import PixelwiseError, UsageError
-from pixelwise.files import atomic_path, cannot_write, extra
-from pixelwise.formats.base import LABELS, Result
-from pixelwise.formats.gdal import Dataset, gdal
-from pixelwise.formats.geotiff_write import write_rows
+from pixelwise.errors import PixelwiseError
+from pixelwise.files import extra, writing
+from pixelwise.formats.base import Result
+from pixelwise.formats.geotiff import gdal, write_bands
+from pixelwise.formats.local import silence
 
 MAX_CORNERS = 20_000_000
 """More in one plane are refused: they would take some 8 GB, and hardly any program opens the file."""
@@ -63,44 +63,40 @@ class Place:
         return np.stack([a * x + b * y + c, d * x + e * y + f], axis=1)
 
 
-def write_geojson(path: Path, result: Result, *, simplify_px: float = 1.0, min_area_px: int = 0) -> None:
+def write_geojson(path: Path, result: Result, *, simplify_px: float = 1.0) -> None:
     """Write one polygon, with its holes, for each connected region of a class (pixels that share an edge).
 
     Each feature says its `class`, `class_id` and `area_px` (the exact number of pixels), `area_m2` where the coordinate
     system has a unit of length and shows areas true to 2 %, and `plane` of images with several. Coordinates are longitude
     and latitude (WGS 84) where the image has a place on Earth, else pixels; the member `coordinates` of the file says
-    which. Pixels without data become no polygon, nor do regions smaller than `min_area_px`. Corners that make triangles
-    smaller than about the square of `simplify_px` are left out; 0 keeps the exact outlines of the pixels.
+    which. Pixels without data become no polygon. Corners that make triangles smaller than about the square of
+    `simplify_px` are left out; 0 keeps the exact outlines of the pixels.
     """
-    path = Path(path)
-    if result.kind != LABELS:
-        raise UsageError(f"{path}: polygons are made of labels; {result.kind} has none. Write it as GeoTIFF.")
-    if not (math.isfinite(simplify_px) and simplify_px >= 0 and min_area_px >= 0):
-        raise UsageError(f"simplify_px ({simplify_px}) and min_area_px ({min_area_px}) must not be negative.")
     shapely = extra("shapely", "geo", "GeoJSON")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with gdal("GeoJSON") as rasterio, tempfile.TemporaryDirectory(prefix=".pixelwise-", dir=path.parent) as folder:
-            place = find_place(rasterio, result)
-            raster = Path(folder, "labels.tif")
-            write_rows(rasterio, raster, result, nodata=None)
-            head: dict[str, Any] = {"type": "FeatureCollection", "name": path.stem, "coordinates": place.coordinates}
-            head |= {"pixelwise": dict(result.mark)} if result.mark else {}
-            with atomic_path(path) as part, part.open("w", encoding="utf-8") as file:
-                file.write(json.dumps(head, ensure_ascii=False)[:-1] + ', "features": [')
-                separator = "\n"
-                for plane in range(result.source.planes):
-                    polygons, labels = trace(rasterio, raster, plane + 1)
-                    areas = np.rint(shapely.area(polygons)).astype(np.int64)
-                    polygons = simplify(with_shared_corners(polygons), simplify_px)
-                    keep = (areas >= min_area_px) & (labels != (-1 if result.nodata is None else result.nodata))
-                    found = (polygons[keep], labels[keep], areas[keep])
-                    for feature in _features(rasterio, *found, plane, place, result):
-                        file.write(separator + feature)
-                        separator = ",\n"
-                file.write("\n]}\n")
-    except OSError as error:
-        raise cannot_write(path, error) from error
+    head: dict[str, Any] = {"type": "FeatureCollection", "name": path.stem}
+    beside = path.parent if str(path.parent).isprintable() else None  # GDAL takes no other names
+    with (
+        writing(path) as part,
+        part.open("w", encoding="utf-8") as file,
+        gdal("GeoJSON") as rasterio,
+        tempfile.TemporaryDirectory(prefix=".pixelwise-", dir=beside) as folder,
+    ):
+        place = find_place(rasterio, result)
+        raster = Path(folder, "labels.tif")
+        write_bands(raster, result)
+        head |= {"coordinates": place.coordinates} | ({"pixelwise": dict(result.mark)} if result.mark else {})
+        file.write(json.dumps(head, ensure_ascii=False)[:-1] + ', "features": [')
+        separator = "\n"
+        for plane in range(result.source.planes):
+            polygons, labels = trace(rasterio, raster, plane + 1)
+            areas = np.rint(shapely.area(polygons)).astype(np.int64)
+            polygons = simplify(with_shared_corners(polygons), simplify_px)
+            keep = labels != (-1 if result.nodata is None else result.nodata)
+            found = (polygons[keep], labels[keep], areas[keep])
+            for feature in _features(rasterio, *found, plane, place, result):
+                file.write(separator + feature)
+                separator = ",\n"
+        file.write("\n]}\n")
 
 
 def _features(
@@ -133,7 +129,9 @@ def trace(rasterio: ModuleType, path: Path, band: int) -> tuple[NDArray[Any], ND
     shapely = extra("shapely", "geo", "polygons")
     shapes = extra("rasterio.features", "geo", "polygons").shapes
     polygons, labels, corners = [], [], 0
-    with Dataset(rasterio, path.open) as dataset:
+    with silence():  # of its lack of a place
+        dataset = rasterio.open(path, driver="GTiff")
+    with dataset:
         for outline, label in shapes(rasterio.band(dataset, band), connectivity=4):
             exterior, *holes = outline["coordinates"]
             polygons.append(shapely.Polygon(exterior, holes))

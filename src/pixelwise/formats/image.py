@@ -1,27 +1,41 @@
-"""PNG, JPEG, WebP, BMP, GIF and PNM through Pillow, decoded whole, in this process, when the first window is asked for.
+"""PNG, JPEG, WebP, BMP, GIF and PNM through Pillow, decoded whole when the first window is asked for; PNG is written.
 
-Pillow's own limit on pixels holds (179 million): larger files are refused before any memory is taken.
+Pillow's own limit on pixels holds (179 million): larger files are refused before any memory is taken. Labels of any size
+are written row by row, with the palette of the classes; the provenance record is a text chunk. Chunks are those of the PNG
+specification (W3C, third edition, sections 5 and 11).
 """
 
+import json
 import os
+import struct
 import threading
 import weakref
-from collections.abc import Mapping
+import zlib
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import IO, Any
 
 import imagecodecs
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from PIL.PngImagePlugin import PngImageFile
+from PIL.PngImagePlugin import PngImageFile, PngInfo
 
-from pixelwise.errors import DataError
-from pixelwise.formats.base import Palette, Source, SourceInfo, orient, whole_numbers
+from pixelwise.errors import DataError, UsageError
+from pixelwise.files import writing
+from pixelwise.formats.base import (
+    Classes,
+    Palette,
+    Result,
+    Source,
+    SourceInfo,
+    check_finite,
+    orient,
+    whole_numbers,
+)
 from pixelwise.formats.local import Identity, readable, silence
-from pixelwise.formats.png import chunks
 
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "PPM")  # no others: Pillow would hand some to outside programs
 _ORIENTATION_TAG = 0x0112
@@ -33,21 +47,23 @@ _MODES = {  # Pillow's mode: channels of the image as read, number type
 _TO_RGB = ("CMYK", "YCbCr", "RGBX")
 _WIDE_COLOR = ("RGB;16B", "RGBA;16B", "LA;16B")  # Pillow keeps the upper half of these only
 
-
-def open_image(location: str, *, labels: bool = False) -> "ImageSource":
-    """Open an image; only its header is read.
-
-    EXIF orientation is applied, opacity is dropped, 1-bit becomes 0 and 255, palettes become RGB. Bit depth stays. Masks
-    (`labels`) are the indices of palettes, whole numbers of any depth, or 8-bit RGB.
-    """
-    return ImageSource(location, labels)
+MARK = "pixelwise"  # keyword of the text chunk
+_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_INDEXED, _GREY = 3, 0  # colour types
+_BAND_BYTES, _CHUNK_BYTES = 4 << 20, 1 << 20
+_MAX_SIDE = 2**31 - 1
 
 
 class ImageSource(Source):
-    """An image that is kept decoded while it is open (`cache_bytes`); `now` if it is read at once, so decoding may begin."""
+    """An image of which only the header is read at first, unless all of it is wanted `now`.
 
-    def __init__(self, location: str, labels: bool = False, now: bool = False) -> None:
-        self._identity = Identity.local(location)
+    EXIF orientation is applied, opacity is dropped, 1-bit becomes 0 and 255, palettes become RGB. Bit depth stays. Masks
+    (`labels`) are the indices of palettes, whole numbers of any depth, or 8-bit RGB. Once decoded it is kept while it is
+    open, in `cache_bytes` of memory.
+    """
+
+    def __init__(self, location: str, *, labels: bool = False, now: bool = False) -> None:
+        self.identity = Identity.local(location)
         self._labels = labels
         self._lock = threading.Lock()
         self._pixels: NDArray[Any] | None = None
@@ -82,12 +98,6 @@ class ImageSource(Source):
                 self._pixels = self._decoded()
             return self._pixels[top : top + height, left : left + width]
 
-    def fingerprint(self) -> str:
-        return self._identity.fingerprint()
-
-    def check_unchanged(self) -> None:
-        self._identity.check()
-
     def close(self) -> None:
         """Let go of the file and its pixels; a later `read` decodes it again."""
         with self._lock:
@@ -115,7 +125,7 @@ class ImageSource(Source):
             image, self._image = self._image or self._opened(info.location), None
             with self._file:
                 pixels = orient(_pixels(image, info, self._is_wide, self._labels), self._orientation)
-            self._identity.check()  # while it was decoded
+            self.identity.check()  # while it was decoded
             if pixels.shape != (info.height, info.width, info.channels):
                 raise DataError(
                     f"its pixels have the shape {pixels.shape}, but its header says another. It is damaged."
@@ -156,9 +166,7 @@ def _pixels(image: Image.Image, info: SourceInfo, is_wide: bool, labels: bool) -
         return array * np.uint8(255)
     if array.dtype.kind == "f":
         array = whole_numbers(array) if labels else array
-        if not np.isfinite(array).all():
-            bad = int((~np.isfinite(array)).sum())
-            raise DataError(f"{bad:,} of its {array.size:,} numbers are NaN or infinite. Replace them.")
+        check_finite(array, f"{array.size:,} pixels")
     colors = _colors(image)
     if colors is not None and not labels:
         return _look_up(array, colors)
@@ -184,7 +192,7 @@ def _orientation(image: Image.Image, now: bool) -> int:
     if isinstance(image, PngImageFile) and image.fp is not None:
         if not now:
             place = image.fp.seek(0, os.SEEK_CUR)
-            now = [kind for kind, _ in chunks(image.fp)][-2:] != [b"IDAT", b"IEND"]
+            now = _chunk_kinds(image.fp)[-2:] != [b"IDAT", b"IEND"]
             image.fp.seek(place)
         if now:
             image.load()
@@ -193,8 +201,77 @@ def _orientation(image: Image.Image, now: bool) -> int:
     return found if isinstance(found, int) else 1
 
 
+def _chunk_kinds(file: IO[bytes]) -> list[bytes]:
+    """The kinds of the chunks of a PNG, in order."""
+    kinds, place = [], len(_SIGNATURE)
+    while file.seek(place) and len(header := file.read(8)) == 8:
+        length, kind = struct.unpack(">I4s", header)
+        kinds.append(kind)
+        place += 12 + length
+    return kinds
+
+
 def _colors(image: Image.Image) -> Palette | None:
     flat = image.getpalette("RGB") if image.mode in ("P", "PA") else None
-    if flat is None:
-        return None
-    return tuple((flat[i], flat[i + 1], flat[i + 2]) for i in range(0, len(flat) - 2, 3))
+    return None if flat is None else tuple(map(tuple, np.reshape(flat, (-1, 3)).tolist()))
+
+
+def label_image(labels: NDArray[np.uint8], spec: Classes) -> Image.Image:
+    """Labels (H, W) as a palette image: its indices are the class ids, its colours those of the classes."""
+    picture = Image.fromarray(labels)
+    picture.putpalette(spec.palette_bytes())
+    return picture
+
+
+def write_png(path: str | Path, picture: Image.Image, mark: Mapping[str, Any] | None = None) -> None:
+    """Write a PNG atomically, with `mark` (JSON-able values) as its text chunk."""
+    path = Path(path)
+    if path.suffix.lower() != ".png":
+        raise UsageError(f"{path}: labels and pictures are written as PNG; give a name that ends in .png.")
+    text = PngInfo()
+    if mark is not None:
+        text.add_text(MARK, json.dumps(dict(mark), sort_keys=True))
+    level = 6 if picture.mode == "P" else 1  # photographs hardly shrink further, but would take far longer
+    with writing(path) as part:
+        picture.save(part, format="PNG", pnginfo=text, compress_level=level)
+
+
+def write_png_labels(path: Path, result: Result) -> None:
+    """Write labels as an indexed PNG (uint8), or as 16-bit grey without colours (uint16); a band of rows is in memory."""
+    source = result.source
+    if max(source.height, source.width) > _MAX_SIDE:
+        raise UsageError(f"{path}: a PNG has at most {_MAX_SIDE:,} rows and columns. Write it as TIFF.")
+    bits = result.dtype.itemsize * 8
+    color = _INDEXED if bits == 8 else _GREY
+    with writing(path) as part, part.open("wb") as file:
+        header = struct.pack(">IIBBBBB", source.width, source.height, bits, color, 0, 0, 0)
+        file.write(_SIGNATURE + _chunk(b"IHDR", header))
+        if color == _INDEXED:
+            file.write(_chunk(b"PLTE", result.spec.palette_bytes()))
+        if result.mark:
+            text = json.dumps(dict(result.mark), sort_keys=True).encode("ascii")
+            file.write(_chunk(b"tEXt", MARK.encode("ascii") + b"\0" + text))
+        for content in _compressed(result):
+            file.write(_chunk(b"IDAT", content))
+        file.write(_chunk(b"IEND", b""))
+
+
+def _compressed(result: Result) -> Iterator[bytes]:
+    """The rows, each behind the number of its filter (0, none), as parts of one zlib stream."""
+    height, width = result.source.height, result.source.width
+    dtype = result.dtype.newbyteorder(">")
+    step = max(1, _BAND_BYTES // (width * dtype.itemsize))
+    stream, waiting = zlib.compressobj(6), b""
+    for top in range(0, height, step):
+        rows = np.ascontiguousarray(result.rows(0, top, min(top + step, height)), dtype=dtype)
+        lines = np.zeros((len(rows), 1 + width * dtype.itemsize), dtype=np.uint8)
+        lines[:, 1:] = rows.view(np.uint8).reshape(len(rows), -1)
+        waiting += stream.compress(lines.data)
+        if len(waiting) >= _CHUNK_BYTES:
+            yield waiting
+            waiting = b""
+    yield waiting + stream.flush()
+
+
+def _chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))

@@ -4,18 +4,14 @@ A scanner stores Hounsfield units or counts of any height. Networks want 0..1, a
 changes the labels, so the range in use stands in the source's metadata.
 """
 
-import hashlib
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pixelwise.errors import UsageError
-from pixelwise.formats.base import Source
-from pixelwise.formats.local import Stamp, fingerprint
 
 Intensity = Literal["auto", "type"] | tuple[float, float]
 """How stored numbers become 0..1.
@@ -24,22 +20,6 @@ Intensity = Literal["auto", "type"] | tuple[float, float]
 (low, high): linear, low is 0, high is 1, beyond them clipped, in the file's own unit (Hounsfield units for CT).
 "auto": what the format suggests: DICOM's display window, or 0.5 to 99.5 percent of a NIfTI volume; 8 bit as they are.
 """
-
-
-class LocalSource(Source):
-    """An image in one or several local files that must not change while it is read."""
-
-    _stamps: dict[Path, Stamp]  # in the order of the planes
-
-    def fingerprint(self) -> str:
-        """Of the file, or of all files together."""
-        found = [fingerprint(path) for path in self._stamps]
-        return found[0] if len(found) == 1 else hashlib.sha256("".join(found).encode()).hexdigest()
-
-    def check_unchanged(self) -> None:
-        """Raise `DataError` if a file has changed."""
-        for path, stamp in self._stamps.items():
-            stamp.check(path)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,49 +1,85 @@
-"""Files on a local disk: what they hold in short, whether they changed, and one error for whatever is wrong with them."""
+"""Names of files, paths or URLs; whether a local file changed, and one error for whatever is wrong with it.
+
+Only plain URLs of the table `PROTOCOLS` are followed, each by the file system of its own protocol. Nothing else is: a chain
+(`zip::`, `simplecache::`) or a manifest (`reference::`) could make one name mean any file of this machine.
+"""
 
 import hashlib
 import os
+import re
 import stat
 import struct
 import threading
 import warnings
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
+from urllib.parse import unquote
 
-import tifffile
-
-from pixelwise.errors import DataError, PixelwiseError
+from pixelwise.errors import DataError, PixelwiseError, UsageError
 
 WHOLE_BYTES = 256 * 2**20
 """Files up to this size are hashed as a whole; of larger ones samples are."""
 
 _SAMPLES, _SAMPLE_BYTES = 64, 64 * 2**10
 
-DECODE_ERRORS = (
-    OSError,  # missing, unreadable, truncated; Pillow's UnidentifiedImageError
-    tifffile.TiffFileError,  # no ValueError in older versions
-    ValueError,  # numpy shapes, text that is no text
-    TypeError,  # tags of another type than the format says
-    LookupError,  # tables in the file that point outside it, unknown codecs
-    AttributeError,  # tags that should be there
-    ArithmeticError,  # division by a size of zero, overflow
-    AssertionError,  # tifffile's own checks
-    RuntimeError,  # imagecodecs' errors, NotImplementedError, RecursionError
-    SyntaxError,  # Pillow's broken PNG; ParseError of XML descriptions in TIFF
-    EOFError,
-    MemoryError,
-    struct.error,
-    zlib.error,
-)
-"""What Pillow, tifffile and imagecodecs raise on damaged input; anything else is a bug and passes through."""
+PROTOCOLS = {  # the module of the file system, and the package that pip installs beside the extra, if any
+    "s3": ("s3fs", ""), "s3a": ("s3fs", ""), "gs": ("gcsfs", "gcsfs"), "gcs": ("gcsfs", "gcsfs"),
+    "az": ("adlfs", "adlfs"), "abfs": ("adlfs", "adlfs"), "abfss": ("adlfs", "adlfs"),
+    "hf": ("huggingface_hub", ""), "http": ("aiohttp", ""), "https": ("aiohttp", ""), "memory": ("fsspec", ""),
+}  # fmt: skip
+"""Every protocol that is followed, besides `file`, which is a local path."""
+
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 
 _OF_PROGRAMS = (
     TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, NotImplementedError, RecursionError,
 )  # fmt: skip
 """Errors whose words are about a decoder's code, not about the file."""
+
+
+def is_url(location: object) -> bool:
+    """Whether a name is a URL, not a path; "C:/scans/a.tif" is a path."""
+    text = str(location)
+    return bool(_SCHEME.match(text)) or ("::" in text and "://" in text)
+
+
+def shown(location: object) -> str:
+    """A URL without its user, password and query, which may be secrets; a path as it is."""
+    text = str(location)
+    if not is_url(text):
+        return text
+    match = _SCHEME.match(text)
+    head, rest = ("", text) if match is None else (match[0], text[match.end() :])
+    host, slash, path = re.split("[?#]" if head.lower().startswith("http") else "[?]", rest)[0].partition("/")
+    return head + host.rpartition("@")[2] + slash + path
+
+
+def protocol_of(location: str) -> str:
+    """The protocol of a URL, "file" among them."""
+    bare = re.sub(r"^([A-Za-z+.-]+://(?:[^/]*@)?)\[[0-9A-Fa-f:.]+\]", r"\1host", location)  # of IPv6, as [::1]
+    if "::" in bare.split("?")[0]:
+        raise UsageError(f"{shown(location)}: chained URLs are not followed. Name the file itself.")
+    match = _SCHEME.match(location)
+    name = match[1].lower() if match else ""
+    if name in ("file", "local"):
+        return "file"
+    if name not in PROTOCOLS:
+        known = ", ".join(f"{key}://" for key in ("file", *PROTOCOLS))
+        raise UsageError(f"{shown(location)}: URLs of this kind are not followed. Possible are {known}.")
+    return name
+
+
+def local_path(location: str) -> str | None:
+    """The path that a `file://` URL means; None for every other URL."""
+    if protocol_of(location) != "file":
+        return None
+    rest = location.partition("://")[2].removeprefix("localhost")
+    if not rest.startswith("/"):
+        raise UsageError(f"{shown(location)}: write file:/// and a full path, or the path alone.")
+    return unquote(rest)
 
 
 def in_words(error: BaseException) -> str:
@@ -115,8 +151,21 @@ class Identity:
     @classmethod
     def local(cls, path: str | Path) -> Self:
         """Of a file on a local disk, as it is now."""
-        stamp = Stamp.of(path)
-        return cls(fingerprint=lambda: fingerprint(path), check=lambda: stamp.check(path))
+        return cls.of_stamps({path: Stamp.of(path)})
+
+    @classmethod
+    def of_stamps(cls, stamps: Mapping[Any, Stamp]) -> Self:
+        """Of one or several local files, as they were when the stamps were taken; their order counts."""
+
+        def content() -> str:
+            found = [fingerprint(path) for path in stamps]
+            return found[0] if len(found) == 1 else hashlib.sha256("".join(found).encode()).hexdigest()
+
+        def check() -> None:
+            for path, stamp in stamps.items():
+                stamp.check(path)
+
+        return cls(content, check)
 
     @classmethod
     def of_files(
@@ -176,11 +225,11 @@ def readable(name: str | os.PathLike[str], where: str = "") -> Iterator[None]:
         if str(error).startswith(f"{shown}: "):
             raise
         raise DataError(f"{shown}: {error}") from error
-    except PixelwiseError:
+    except (PixelwiseError, Warning):
         raise
     except MemoryError as error:
         raise DataError(f"{shown}: there is not enough memory to decode it. Choose smaller tiles.") from error
-    except DECODE_ERRORS as error:
+    except Exception as error:
         raise DataError(
             f"{shown}: the file is damaged or truncated ({where + ': ' if where else ''}{in_words(error)})."
         ) from error

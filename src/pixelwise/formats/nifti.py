@@ -24,14 +24,13 @@ from typing import Any, BinaryIO, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from pixelwise.errors import DataError, PixelwiseError, UsageError
-from pixelwise.files import atomic_path, cannot_write, extra
-from pixelwise.formats.base import LABELS, Result, SourceInfo, whole_numbers
-from pixelwise.formats.intensity import Intensity, LocalSource, Scaling, by_type, check_intensity, percentile_scaling
-from pixelwise.formats.local import Stamp, readable
+from pixelwise.errors import DataError, UsageError
+from pixelwise.files import extra, writing
+from pixelwise.formats.base import LABELS, Result, Source, SourceInfo, check_finite, whole_numbers
+from pixelwise.formats.intensity import Intensity, Scaling, by_type, check_intensity, percentile_scaling
+from pixelwise.formats.local import Identity, Stamp, readable
 from pixelwise.formats.nifti_header import (
     GZIP,
-    format_errors,
     geometry,
     is_packed,
     pair,
@@ -40,7 +39,7 @@ from pixelwise.formats.nifti_header import (
     version,
     voxel_offset,
 )  # fmt: skip
-from pixelwise.formats.npy import read_box
+from pixelwise.formats.ranges import read_box
 
 _SLAB_BYTES = 32 * 2**20
 _SAMPLE_RUNS = 1024
@@ -93,21 +92,22 @@ def is_nifti(head: bytes, name: str) -> bool:
         return False
 
 
-class _NiftiSource(LocalSource):
+class _NiftiSource(Source):
     def __init__(
         self, nibabel: Any, location: str, axis: int, intensity: Intensity, allow_no_affine: bool, labels: bool
     ) -> None:
         self._intensity, self._axis, self._labels = intensity, axis, labels
         files = pair(Path(location))
-        self._path, self._stamps = files[1], {path: Stamp.of(path) for path in files}
+        stamps = {path: Stamp.of(path) for path in files}
+        self._path, self.identity = files[1], Identity.of_stamps(stamps)
         self._lock = threading.Lock()
         self._file: BinaryIO | None = None
         self._slab = lru_cache(maxsize=2)(self._read_slab)
-        with readable(location), format_errors(nibabel):
+        with readable(location), np.errstate(all="ignore"):
             header = read_header(nibabel, files[0])
             self._shape, self._dtype = shape, dtype = shape_and_type(header)
             self._geometry = geometry(header, axis, shape, allow_no_affine)
-            self._offset = voxel_offset(header, self._stamps, self._path, math.prod(shape) * dtype.itemsize)
+            self._offset = voxel_offset(header, stamps, self._path, math.prod(shape) * dtype.itemsize)
             slope, intercept = (None, None) if dtype.names else header.get_slope_inter()
             self._slope, self._intercept = float(1 if slope is None else slope), float(intercept or 0)
         scaled = (self._slope, self._intercept) != (1.0, 0.0)
@@ -136,13 +136,9 @@ class _NiftiSource(LocalSource):
         time, index = divmod(plane, self._shape[self._axis])
         with readable(self.info.location):
             values = self._plain(self._stored((top, top + height), (left, left + width), index, time))
-            if values.dtype.kind == "f" and not np.isfinite(values).all():
-                raise DataError(
-                    f"slice {index}{f' of time point {time}' if self._shape[3] > 1 else ''} along axis "
-                    f"{self._axis} holds {int((~np.isfinite(values)).sum()):,} voxels that are NaN or infinite (rows "
-                    f"{top}..{top + height}, columns {left}..{left + width}). Replace them, for example with "
-                    "numpy.nan_to_num."
-                )
+            moment = f" of time point {time}" if self._shape[3] > 1 else ""
+            where = f"rows {top}..{top + height}, columns {left}..{left + width}"
+            check_finite(values, f"slice {index}{moment} along axis {self._axis} ({where})")
             if self._labels:
                 values = whole_numbers(self._meant(values) if self._rescaled else values)
             elif not self._stays:
@@ -247,36 +243,19 @@ def write_nifti(path: Path, result: Result) -> None:
 
     Names and colours of the classes and the mark are JSON in a header extension of plain text.
     """
-    path = Path(path)
-    name = path.name.lower()
-    if not name.endswith((".nii", ".nii.gz")):
-        raise UsageError(f"{path}: NIfTI is written to a name that ends in .nii or .nii.gz.")
-    header = _new_header(extra("nibabel", "medical", "NIfTI"), path, result)
-    try:
-        with atomic_path(path) as part, part.open("wb") as file, ExitStack() as stack:
-            stream: Any = file
-            if name.endswith(".gz"):  # neither name nor time is stored, so that equal labels give equal files
-                stream = stack.enter_context(gzip.GzipFile("", "wb", compresslevel=6, fileobj=file, mtime=0))
-            header.write_to(stream)
-            stream.write(bytes(int(header["vox_offset"]) - stream.tell()))
-            for voxels in _in_file_order(result):
-                stream.write(voxels.tobytes())
-    except OSError as error:
-        raise cannot_write(path, error) from error
+    header = _new_header(extra("nibabel", "medical", "NIfTI"), result)
+    with writing(path) as part, part.open("wb") as file, ExitStack() as stack:
+        stream: Any = file
+        if path.name.endswith(".gz"):  # neither name nor time is stored, so that equal labels give equal files
+            stream = stack.enter_context(gzip.GzipFile("", "wb", compresslevel=6, fileobj=file, mtime=0))
+        header.write_to(stream)
+        stream.write(bytes(int(header["vox_offset"]) - stream.tell()))
+        for voxels in _in_file_order(result):
+            stream.write(voxels.tobytes())
 
 
-def _new_header(nibabel: Any, path: Path, result: Result) -> Any:
+def _new_header(nibabel: Any, result: Result) -> Any:
     known = result.metadata
-    if "affine" not in known or "shape" not in known:
-        raise UsageError(
-            f"{path}: {result.source.location} ({result.source.format}) does not say where its pixels lie in space, which "
-            "NIfTI needs. NIfTI is written of NIfTI and DICOM; choose another format."
-        )
-    if not known.get("even", True):
-        raise PixelwiseError(
-            f"{path}: the slices of {result.source.location} lie at uneven distances, which NIfTI cannot say. Complete the "
-            "series, or write DICOM-SEG, which keeps the place of every slice."
-        )
     stored = known.get("header")
     big = max(known["shape"]) > _MAX_NIFTI1 if stored is None else len(stored) == 540
     header = (nibabel.Nifti2Header if big else nibabel.Nifti1Header)(stored, endianness="<", check=False)

@@ -4,8 +4,7 @@ import gzip
 import logging
 import math
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -41,17 +40,6 @@ def pair(path: Path) -> tuple[Path, Path]:
     other = "img" if kind.lower() == "hdr" else "hdr"
     partner = Path(stem + (other.upper() if kind.isupper() else other) + packed)
     return (partner, path) if other == "hdr" else (path, partner)
-
-
-@contextmanager
-def format_errors(nibabel: Any) -> Iterator[None]:
-    """nibabel's own errors are no `ValueError`."""
-    images = nibabel.spatialimages
-    try:
-        with np.errstate(all="ignore"):
-            yield
-    except (images.HeaderDataError, images.HeaderTypeError, nibabel.wrapstruct.WrapStructError) as error:
-        raise DataError(f"its NIfTI header cannot be used ({' '.join(str(error).split())[:200]}).") from error
 
 
 def is_packed(path: Path) -> bool:

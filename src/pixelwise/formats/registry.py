@@ -2,18 +2,23 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
+from inspect import signature
 from pathlib import PurePath
 from typing import Any, BinaryIO
 
 from pixelwise.errors import DataError, UsageError
 from pixelwise.files import extra
-from pixelwise.formats.base import LABELS, SourceInfo, Writer
-from pixelwise.formats.local import printable
+from pixelwise.formats.base import LABELS, TIFF_MAGIC, Source, SourceInfo, Writer
+from pixelwise.formats.local import printable, shown
 
 Refusal = Callable[[SourceInfo, str, Mapping[str, Any]], str]
 HEAD_BYTES = 4096
 """How much of a file tells its format."""
+
+_HINTS = ("channels", "allow_no_affine", "now")  # that all formats allow: they help where a file leaves something open
+_GIVEN = ("location", "opener", "identity")
 
 
 def _not_flat(info: SourceInfo, kind: str, metadata: Mapping[str, Any]) -> str:
@@ -35,7 +40,8 @@ def _no_dicom(info: SourceInfo, kind: str, metadata: Mapping[str, Any]) -> str:
         return "it holds labels, not numbers with a fraction"
     if info.format != "dicom":
         return f"it refers to DICOM images, not to {info.format}"
-    return "" if _has_space(info, metadata) else "the DICOM image says nothing about its place in space"
+    has_reference = _has_space(info, metadata) and metadata.get("frame_of_reference_uid", True)
+    return "" if has_reference else "the DICOM image says nothing about its place in space"
 
 
 def _has_space(info: SourceInfo, metadata: Mapping[str, Any]) -> bool:
@@ -69,12 +75,11 @@ class Format:
     refuses: Refusal = lambda info, kind, metadata: ""
 
 
-_PILLOW = "image.open_image"
-_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_PILLOW = "image.ImageSource"
 _MEDICAL, _GEO, _ZARR = ("nibabel", "medical"), ("rasterio", "geo"), ("zarr", "zarr")
 
 FORMATS: Mapping[str, Format] = {
-    "png": Format(opens=_PILLOW, creates="png.write_png_labels", suffixes=(".png",), magic=(b"\x89PNG\r\n\x1a\n",),
+    "png": Format(opens=_PILLOW, creates="image.write_png_labels", suffixes=(".png",), magic=(b"\x89PNG\r\n\x1a\n",),
                   refuses=_not_flat),
     "jpeg": Format(opens=_PILLOW, suffixes=(".jpg", ".jpeg"), magic=(b"\xff\xd8\xff",)),
     "webp": Format(opens=_PILLOW, suffixes=(".webp",), magic=(b"RIFF????WEBP",)),
@@ -84,19 +89,19 @@ FORMATS: Mapping[str, Format] = {
     "dicom": Format(opens="dicom.open_dicom", suffixes=(".dcm", ".dicom"), looks="dicom.is_dicom", becomes="nifti"),
     "dicom-seg": Format(creates="dicom_seg.write_dicom_seg", suffixes=(".dcm",), package=("highdicom", "medical"),
                         refuses=_no_dicom),
-    "slide": Format(opens="tiff.open_slide", suffixes=(".svs", ".ndpi", ".scn", ".bif"), looks="tiff.is_slide",
+    "slide": Format(opens="tiff.slide.open_slide", suffixes=(".svs", ".ndpi", ".scn", ".bif"), looks="tiff.slide.is_slide",
                     becomes="ome-tiff"),
-    "geotiff": Format(opens="geotiff.open_geotiff", creates="geotiff_write.write_geotiff", suffixes=(".tif",),
+    "geotiff": Format(opens="geotiff.open_geotiff", creates="geotiff.write_geotiff", suffixes=(".tif",),
                       looks="geotiff.is_geotiff", package=_GEO, becomes="geotiff"),
-    "cog": Format(creates="geotiff_write.write_cog", suffixes=(".tif",), package=_GEO, becomes="geotiff"),
-    "ome-tiff": Format(creates="tiff.write_ome_tiff", suffixes=(".ome.tif", ".ome.tiff"), becomes="ome-tiff"),
-    "tiff": Format(opens="tiff.open_tiff", creates="tiff.write_tiff", suffixes=(".tif", ".tiff", ".btf", ".tf8"),
-                   magic=_TIFF, becomes="tiff"),
+    "cog": Format(creates="geotiff.write_cog", suffixes=(".tif",), package=_GEO, becomes="geotiff"),
+    "ome-tiff": Format(creates="tiff.write.write_ome_tiff", suffixes=(".ome.tif", ".ome.tiff"), becomes="ome-tiff"),
+    "tiff": Format(opens="tiff.read.open_tiff", creates="tiff.write.write_tiff", suffixes=(".tif", ".tiff", ".btf", ".tf8"),
+                   magic=TIFF_MAGIC, becomes="tiff"),
     "npy": Format(opens="npy.open_npy", creates="npy.write_npy", suffixes=(".npy",), magic=(b"\x93NUMPY",), becomes="npy"),
     "nifti": Format(opens="nifti.open_nifti", creates="nifti.write_nifti", suffixes=(".nii.gz", ".nii"),
                     looks="nifti.is_nifti", package=_MEDICAL, becomes="nifti", refuses=_no_space),
-    "ome-zarr": Format(creates="zarr.write_ome_zarr", suffixes=(".ome.zarr",), package=_ZARR, becomes="ome-zarr"),
-    "zarr": Format(opens="zarr.open_zarr", creates="zarr.write_zarr", suffixes=(".zarr", ".zarr.zip"),
+    "ome-zarr": Format(creates="zarr.write.write_ome_zarr", suffixes=(".ome.zarr",), package=_ZARR, becomes="ome-zarr"),
+    "zarr": Format(opens="zarr.source.open_zarr", creates="zarr.write.write_zarr", suffixes=(".zarr", ".zarr.zip"),
                    magic=(b"PK\x03\x04",), package=_ZARR, becomes="zarr"),
 }  # fmt: skip
 """Every format by its name, in the order in which files are compared with them."""
@@ -149,21 +154,47 @@ def named_format(name: str) -> str:
     return found
 
 
+@cache
 def function_of(key: str, kind: str) -> Callable[..., Any]:
     """The function of a format that "opens", "creates" or "looks"; its module is imported now."""
-    module, name = getattr(FORMATS[key], kind).split(".")
+    module, _, name = getattr(FORMATS[key], kind).rpartition(".")
     function: Callable[..., Any] = getattr(import_module(f"pixelwise.formats.{module}"), name)
     return function
+
+
+def open_as(key: str, location: str, options: dict[str, Any], **given: Any) -> Source:
+    """Open by the function of a format, after a look whether it has such options."""
+    function = function_of(key, "opens")
+    offered = [name for name in _parameters(key) if name not in _GIVEN]
+    for name in options:
+        if name not in offered and name not in _HINTS:
+            has = [option for option in offered if option not in (*_HINTS, "labels")]
+            choice = f"it has {', '.join(has)}" if has else "it has no options"
+            raise UsageError(f"{shown(location)}: its format ({key}) has no option {name}; {choice}.")
+    given |= {name: value for name, value in options.items() if name in offered}
+    try:
+        source: Source = function(location, **given)
+    except UsageError as error:  # a package is missing, or an option is wrong: which image needs it?
+        if shown(location) in str(error):
+            raise
+        raise UsageError(f"{shown(location)}: {error}") from error
+    return source
+
+
+@cache
+def _parameters(key: str) -> tuple[str, ...]:
+    """Of the function that opens a format."""
+    return tuple(signature(function_of(key, "opens")).parameters)
+
+
+def reads_parts(key: str) -> bool:
+    """Whether a format reads parts of files, which need not lie on this machine."""
+    return "opener" in _parameters(key)
 
 
 def picture_format(head: bytes) -> str:
     """The format of a file that begins with `head`, if Pillow decodes it; "" if not."""
     return next((key for key, known in FORMATS.items() if known.opens == _PILLOW and _begins(head, known)), "")
-
-
-def is_picture(head: bytes) -> bool:
-    """Whether a file that begins with `head` is one of the formats that Pillow decodes."""
-    return bool(picture_format(head))
 
 
 def format_of(head: bytes, name: str, opener: Callable[[], BinaryIO] | None = None, level: int | None = None) -> str:

@@ -1,6 +1,6 @@
-"""The child process that decodes files (`python -m pixelwise.formats.worker`), and the messages between it and its parent.
+"""The child process that decodes files (`python -m pixelwise.formats.worker`), and what passes between it and its parent.
 
-It opens files by `registry.open_in_process` and answers requests, several at once, until its standard input ends. Its
+It opens files by `open_in_process` and answers requests, several at once, until its standard input ends. Its
 memory is limited (RLIMIT_AS, where the system has it). Pixels go into memory that both share, everything else is JSON: the
 parent (`decoding`) never executes anything that comes from here. It never imports torch.
 """
@@ -8,13 +8,17 @@ parent (`decoding`) never executes anything that comes from here. It never impor
 import base64
 import contextlib
 import json
+import mmap
 import os
 import shutil
 import signal
 import struct
 import sys
+import tempfile
 import threading
 import traceback
+import weakref
+from collections import defaultdict
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -32,6 +36,8 @@ OUT_OF_MEMORY = "MemoryError"
 ERRORS: dict[str, type[PixelwiseError]] = {kind.__name__: kind for kind in (DataError, UsageError, PixelwiseError)}
 _THREADS = 16  # requests that are worked on at once
 _HEAD = struct.Struct("<I")
+_MOST_MAPS = 256  # each takes a file handle
+_KEPT_BYTES = 64 << 20  # free memory that is kept for the next windows
 
 
 def packed(value: Any) -> Any:
@@ -85,6 +91,54 @@ def _exactly(file: FileIO, size: int) -> bytes | None:
     return found
 
 
+class SharedMemory:
+    """A file in memory that both processes can reach: the child writes pixels into it, this process maps them."""
+
+    def __init__(self) -> None:
+        if hasattr(os, "memfd_create"):
+            self.fd = os.memfd_create("pixelwise")
+        else:
+            with tempfile.TemporaryFile() as file:
+                self.fd = os.dup(file.fileno())
+        weakref.finalize(self, os.close, self.fd)
+        self._end = 0
+        self._free: dict[int, list[tuple[int, mmap.mmap]]] = defaultdict(list)
+        self._kept = self._taken = 0
+        self._lock = threading.Lock()
+
+    def take(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[int, NDArray[Any]] | None:
+        """Where the child shall write, and the array that will have its pixels; None where it cannot grow (ulimit -f)."""
+        size = max(1 << 16, 1 << (int(np.prod(shape)) * dtype.itemsize - 1).bit_length())
+        with self._lock:
+            if self._free[size]:
+                offset, view = self._free[size].pop()
+                self._kept -= size if size <= _KEPT_BYTES else 0
+            else:
+                try:
+                    os.truncate(self.fd, self._end + size)
+                except OSError:
+                    return None
+                offset, self._end = self._end, self._end + size
+                view = mmap.mmap(self.fd, size, offset=offset)
+            self._taken += 1
+        array: NDArray[Any] = np.ndarray(shape, dtype, buffer=view)
+        weakref.finalize(array, self._give_back, size, offset, view)
+        return offset, array
+
+    def leave(self, array: NDArray[Any]) -> NDArray[Any]:
+        """The array itself, or a copy if so many are in use that the file handles of their maps become scarce."""
+        return array if self._taken <= _MOST_MAPS else array.copy()
+
+    def _give_back(self, size: int, offset: int, view: mmap.mmap) -> None:
+        with self._lock:
+            self._taken -= 1
+            if (size > _KEPT_BYTES or self._kept + size > _KEPT_BYTES) and hasattr(mmap, "MADV_REMOVE"):
+                view.madvise(mmap.MADV_REMOVE)
+            if size <= _KEPT_BYTES:
+                self._kept += size
+            self._free[size].append((offset, view))
+
+
 def _limit(memory_bytes: int) -> None:
     """Allow so much memory beyond what is taken now; no core dumps."""
     try:
@@ -135,7 +189,7 @@ class _Server:
         return "" if source is None else source.info.location
 
     def _open(self, request: dict[str, Any]) -> dict[str, Any]:
-        from pixelwise.formats.opening import open_in_process
+        from pixelwise.formats.in_process import open_in_process
 
         source = open_in_process(request["location"], format=request["format"], **unpacked(request["options"]))
         with self._lock:

@@ -13,8 +13,9 @@ from pixelwise.data.matching import is_series, is_zarr
 from pixelwise.errors import PixelwiseError, UsageError
 from pixelwise.files import extra
 from pixelwise.formats.base import LABELS
+from pixelwise.formats.local import is_url, local_path, protocol_of, shown
 from pixelwise.formats.registry import FORMATS, SOURCE_SUFFIXES, WRITERS, likely_suffix, stem_of
-from pixelwise.formats.remote import is_url, list_images, local_path, protocol_of, shown
+from pixelwise.formats.remote import list_images
 from pixelwise.infer.options import JobOptions
 from pixelwise.infer.outputs import Location, OutFolder
 

@@ -20,17 +20,9 @@ from numpy.typing import NDArray
 
 from pixelwise.errors import DataError, PixelwiseError
 from pixelwise.formats.base import LABELS, Result, Writer
-from pixelwise.formats.remote import (
-    RemoteStamp,
-    check_package,
-    check_writable,
-    exists,
-    is_url,
-    local_path,
-    publish,
-    read_small,
-    write_small,
-)
+from pixelwise.formats.local import is_url, local_path
+from pixelwise.formats.remote import RemoteStamp, check_writable, exists, publish, read_small, write_small
+from pixelwise.formats.urls import check_package
 from pixelwise.infer.cleanup import remove_small
 from pixelwise.infer.pipeline import Pipeline
 from pixelwise.infer.store import DiskStore, Store

@@ -13,7 +13,7 @@ from pixelwise.data.samples import to_tensor
 from pixelwise.errors import UsageError
 from pixelwise.formats import Result, Source
 from pixelwise.formats.base import Classes
-from pixelwise.formats.png import write_png
+from pixelwise.formats.image import write_png
 
 OVERLAY_PX = 4096
 """Pictures of larger images are made smaller, for nobody can look at them otherwise."""

@@ -19,7 +19,7 @@ from pixelwise.data.labels import LabelSpec
 from pixelwise.data.samples import to_tensor
 from pixelwise.errors import DataError, UsageError
 from pixelwise.formats.base import LABELS, Source
-from pixelwise.formats.png import label_image, write_png
+from pixelwise.formats.image import label_image, write_png
 from pixelwise.infer.bundle import ModelCard, load_bundle
 from pixelwise.infer.network import Network, resolve_device, resolve_precision
 from pixelwise.infer.options import JobOptions, Tiling

@@ -17,7 +17,7 @@ from pixelwise.data.layouts import DataFolder, Pair
 from pixelwise.data.samples import OpenPair, OpenPairs
 from pixelwise.errors import DataError
 from pixelwise.formats.base import LABELS, Source
-from pixelwise.formats.png import label_image, write_png
+from pixelwise.formats.image import label_image, write_png
 from pixelwise.infer.network import Region
 from pixelwise.infer.overlay import displayable, thinned
 from pixelwise.infer.pipeline import Pipeline, compute_together

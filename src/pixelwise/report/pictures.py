@@ -14,7 +14,7 @@ from PIL import Image
 
 from pixelwise.data.labels import IGNORE_INDEX
 from pixelwise.errors import DataError
-from pixelwise.formats.readers import read_image, read_mask
+from pixelwise.formats.opening import read_image, read_mask
 from pixelwise.report.run_folder import Classes, EvaluationFile, ImageScore
 
 SIDES_PX = (720, 480, 320, 200)  # the long side of each picture; the first at which the page stays small

@@ -6,8 +6,7 @@ Of a file with several images the first is read, at its full resolution; a stack
 import math
 import struct
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -15,12 +14,12 @@ import tifffile
 from numpy.typing import NDArray
 
 from pixelwise.errors import DataError
-from pixelwise.formats.base import Opener, Source, SourceInfo, orient, whole_numbers
+from pixelwise.formats.base import Opener, Source, SourceInfo, orient, pixel_type, whole_numbers
 from pixelwise.formats.local import Identity, readable
-from pixelwise.formats.tiff.windows import Span, Stack, arrange, opening
+from pixelwise.formats.ranges import Handles, opening
+from pixelwise.formats.tiff.windows import Span, Stack, arrange
+from pixelwise.formats.tiff.write import NODATA_TAG
 
-MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-NODATA_TAG = 42113  # GDAL's
 DIALECTS = ("avs", "bif", "eer", "fluoview", "lsm", "mdgel", "micromanager", "mmstack", "ndpi", "ndtiff", "nih", "philips",
             "qpi", "scanimage", "scn", "sis", "stk", "svs")  # fmt: skip
 """Of microscopes: not followed outside slides, since they may name other files."""
@@ -58,7 +57,7 @@ def open_tiff(
         ome = ome_metadata(tiff.ome_metadata)
         layout = arrange(series.axes, tuple(series.shape), channels)
         planes, height, width, stored = layout.size
-        rendering = Rendering.of(page, np.dtype(series.dtype), stored, labels)
+        rendering = Rendering(page, np.dtype(series.dtype), stored, labels)
         stack = Stack(series, layout, file)
         info = rendering.info(location, "tiff" if ome is None else "ome-tiff", (planes, height, width), stack.block)
         metadata = {**_tag_metadata(page, rendering), **(ome or {})}
@@ -89,19 +88,19 @@ class TiffSource(Source):
     are also ordinary values), else in any. There `read` gives 0, except of masks.
 
     Args:
-        file: has its `identity`, and can be closed.
+        file: is closed with the source.
         stored: (plane, rows, columns) -> the window as the file holds it (rows, columns, channels), not turned yet.
     """
 
     def __init__(
         self,
-        file: Any,
+        file: Handles,
         stored: Callable[[int, Span, Span], NDArray[Any]],
         rendering: "Rendering",
         info: SourceInfo,
         metadata: Mapping[str, Any],
     ) -> None:
-        self._file, self._stored, self._rendering = file, stored, rendering
+        self._file, self._stored, self._rendering, self.identity = file, stored, rendering, file.identity
         self.info, self.metadata = info, metadata
         self._nodata = _representable(metadata.get("nodata"), rendering.stored)
 
@@ -134,12 +133,6 @@ class TiffSource(Source):
                 there = ~empty if there is None else there & ~empty  # type: ignore[operator]
         return None if there is None else np.ascontiguousarray(orient(there, self._rendering.orientation))
 
-    def fingerprint(self) -> str:
-        return str(self._file.identity.fingerprint())
-
-    def check_unchanged(self) -> None:
-        self._file.identity.check()
-
     def close(self) -> None:
         self._file.close()
 
@@ -165,52 +158,29 @@ def _representable(value: float | None, dtype: np.dtype[Any]) -> Any:
     return dtype.type(int(value)) if fits else None
 
 
-@dataclass(frozen=True)
 class Rendering:
     """How stored numbers become the pixels that are meant: palettes are looked up, opacity is dropped, black is 0.
 
     With `labels` the numbers stay as they are stored: no palette, no inversion; whole floats become integers. 1 bit gives
-    0 and 255 in both.
+    0 and 255 in both. All this is taken from the tags of a page; `DataError` if it is neither grey, RGB nor a palette, or
+    cannot be a mask.
     """
 
-    stored: np.dtype[Any]
-    bits: int
-    channels: int  # without opacity
-    palette: NDArray[np.uint8] | None
-    has_opacity: bool
-    inverted: bool
-    orientation: int
-    labels: bool
-
-    @classmethod
-    def of(cls, page: Any, dtype: np.dtype[Any], channels: int, labels: bool) -> Self:
-        """From the tags of a page; `DataError` if it is neither grey, RGB nor a palette, or cannot be a mask."""
+    def __init__(self, page: Any, stored: np.dtype[Any], channels: int, labels: bool) -> None:
         photometric = int(page.photometric)
         if photometric not in _GRAY_OR_RGB and not (photometric == _YCBCR and int(page.compression) in _JPEG):
             name = "CMYK" if photometric == _CMYK else tifffile.PHOTOMETRIC(photometric).name
             raise DataError(f"its colours are stored as {name}. Convert it to RGB or grey.")
-        if dtype.kind not in "buif":
-            raise DataError(f"its numbers are of type {dtype}; whole numbers and floats can be used.")
         samples = [int(sample) for sample in page.extrasamples]
-        has_opacity = channels in (2, 4) and len(samples) == 1 and samples[0] in _OPACITY
-        channels -= has_opacity
-        if labels and channels != 1 and (channels != 3 or dtype != np.uint8):
-            raise DataError(
-                f"it has {channels} channels of {dtype}; a mask has one channel of whole numbers, or 8-bit RGB."
-            )
-        palette = None
-        if photometric == _PALETTE and channels == 1:
-            palette = (page.colormap >> (8 if page.colormap.max() > 255 else 0)).T.astype(np.uint8)
-        return cls(
-            stored=dtype,
-            bits=int(page.bitspersample),
-            channels=channels,
-            palette=palette,
-            has_opacity=has_opacity,
-            inverted=photometric == _WHITE_IS_ZERO,
-            orientation=page.tags.valueof(_ORIENTATION_TAG, 1),
-            labels=labels,
-        )
+        self.stored, self.labels, self.bits = stored, labels, int(page.bitspersample)
+        self.has_opacity = channels in (2, 4) and len(samples) == 1 and samples[0] in _OPACITY
+        self.channels = channels - self.has_opacity
+        self.dtype = pixel_type(stored, self.channels, labels)  # of the pixels, unless a palette is looked up
+        self.palette: NDArray[np.uint8] | None = None
+        if photometric == _PALETTE and self.channels == 1:
+            self.palette = (page.colormap >> (8 if page.colormap.max() > 255 else 0)).T.astype(np.uint8)
+        self.inverted = photometric == _WHITE_IS_ZERO
+        self.orientation = page.tags.valueof(_ORIENTATION_TAG, 1)
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -222,14 +192,13 @@ class Rendering:
         planes, height, width = size
         is_turned = self.orientation in (5, 6, 7, 8)
         is_colored = self.palette is not None and not self.labels
-        dtype = "int64" if self.labels and self.stored.kind == "f" else self.stored.newbyteorder("=").name
         return SourceInfo(
             location=location,
             format=form,
             height=width if is_turned else height,
             width=height if is_turned else width,
             channels=3 if is_colored else self.channels,
-            dtype="uint8" if is_colored or self.stored.kind == "b" else dtype,
+            dtype="uint8" if is_colored else self.dtype,
             planes=planes,
             block_px=(block[1], block[0]) if is_turned else block,
         )

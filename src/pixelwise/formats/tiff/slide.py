@@ -5,7 +5,6 @@ as those of any TIFF, only where a window touches them.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import PurePath
 from typing import Any
 
@@ -14,10 +13,11 @@ from numpy.typing import NDArray
 
 from pixelwise.errors import DataError, UsageError
 from pixelwise.files import extra
-from pixelwise.formats.base import Opener, SourceInfo
+from pixelwise.formats.base import TIFF_MAGIC, Opener, SourceInfo
 from pixelwise.formats.local import Identity
-from pixelwise.formats.tiff.read import MAGIC, PLAIN, Rendering, TiffSource, check_pages, ome_metadata
-from pixelwise.formats.tiff.windows import Handles, Span, Stack, arrange, opening
+from pixelwise.formats.ranges import Handles, opening
+from pixelwise.formats.tiff.read import PLAIN, Rendering, TiffSource, check_pages, ome_metadata
+from pixelwise.formats.tiff.windows import Span, Stack, arrange
 
 _SUFFIXES = (".svs", ".ndpi", ".scn", ".bif")
 _FOLLOWED = ("svs", "ndpi", "scn", "bif", "philips", "avs")
@@ -25,7 +25,7 @@ _FOLLOWED = ("svs", "ndpi", "scn", "bif", "philips", "avs")
 
 def is_slide(head: bytes, name: str) -> bool:
     """Whether a file is a TIFF with the name of a slide."""
-    return head[:4] in MAGIC and PurePath(name).suffix.lower() in _SUFFIXES
+    return head[:4] in TIFF_MAGIC and PurePath(name).suffix.lower() in _SUFFIXES
 
 
 def open_slide(
@@ -112,8 +112,9 @@ def _areas(slide: Any, level: int, file: Handles, labels: bool) -> tuple[list[Ar
         layout = arrange(series.axes, tuple(series.shape))
         if layout.size[0] != 1:
             raise DataError(f"its level {level} has {layout.size[0]} planes; one is meant.")
-        rendering = Rendering.of(series.keyframe, np.dtype(series.dtype), layout.size[3], labels)
-        renderings.append(replace(rendering, orientation=1))
+        rendering = Rendering(series.keyframe, np.dtype(series.dtype), layout.size[3], labels)
+        rendering.orientation = 1
+        renderings.append(rendering)
         areas.append((int(top), int(left), Stack(series, layout, file)))
     if len({(rendering.stored, rendering.channels) for rendering in renderings}) != 1:
         raise DataError("the areas of the slide differ in channels or number type, or there are none.")

@@ -1,88 +1,27 @@
 """Windows of a stack of TIFF pages: only the rows, strips or tiles under a window are read, from any number of threads."""
 
-import io
 import math
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import product
-from pathlib import Path, PurePath
-from typing import Any, cast
+from typing import Any
 
+import imagecodecs
 import numpy as np
 from numpy.typing import NDArray
 
-from pixelwise.errors import DataError, UsageError
-from pixelwise.formats.base import Opener
-from pixelwise.formats.local import Identity, readable
+from pixelwise.errors import DataError
+from pixelwise.formats.ranges import Handles
 
 CACHE_BYTES = 64 * 2**20
 MAX_BLOCK_BYTES = 2**30
-_GAP_BYTES = 2**16  # rows this close together are read in one go
+_LERC = 34887
+_STRIP_BYTES = 2**16
 
 Span = tuple[int, int]
 """Start and stop."""
-
-
-def identity_of(location: str, opener: Opener | None, identity: Identity | None) -> Identity:
-    """How to tell whether a file changed, which only of local ones is known without being told."""
-    if opener is None:
-        return Identity.local(location)
-    if identity is None:
-        raise UsageError(f"{location}: whoever opens it must also say how to tell whether it changed (identity).")
-    return identity
-
-
-@contextmanager
-def opening(location: str, opener: Opener | None, identity: Identity | None) -> "Iterator[Handles]":
-    """A file by its path or by what opens it; closed again, with a `DataError` that names it, if opening fails."""
-    identity = identity_of(location, opener, identity)
-    with readable(location):
-        opener = opener or cast(Opener, partial(Path(location).open, "rb", buffering=0))
-        file = Handles(opener, PurePath(location).name or "tiff", identity)
-        try:
-            if not file.size:
-                raise DataError("the file is empty (0 bytes).")
-            yield file
-        except BaseException:
-            file.close()
-            raise
-
-
-class Handles:
-    """Reads one file from several threads, each by a handle of its own; `buffered` is for libraries that read headers."""
-
-    def __init__(self, opener: Opener, name: str, identity: Identity) -> None:
-        self._opener, self.name, self.identity = opener, name, identity
-        self._idle: list[Any] = [opener()]
-        self.size: int = self._idle[0].seek(0, 2)
-        self.buffered = io.BufferedReader(cast(io.RawIOBase, opener()))
-
-    def read(self, offset: int, size: int, count: int = 1, step: int = 0) -> NDArray[np.uint8]:
-        """`count` runs of `size` bytes, `step` bytes apart, of which the first starts at `offset`."""
-        end = offset + (count - 1) * step + size
-        if end > self.size:
-            raise EOFError(f"its pixels reach up to byte {end:,}, but the file has {self.size:,}")
-        content = np.empty(count * size, np.uint8)
-        try:
-            handle = self._idle.pop()
-        except IndexError:
-            handle = self._opener()
-        try:
-            for number in range(count):
-                handle.seek(offset + number * step)
-                if handle.readinto(content[number * size : (number + 1) * size].data) != size:
-                    raise EOFError(f"the file ends before byte {offset + number * step + size:,}")
-        finally:
-            self._idle.append(handle)
-        return content
-
-    def close(self) -> None:
-        """Close all handles; nobody may be reading."""
-        for handle in (self.buffered, *self._idle):
-            handle.close()
 
 
 @dataclass(frozen=True)
@@ -143,9 +82,9 @@ def squeeze(axes: str, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
 class Stack:
     """Windows of a series of pages.
 
-    Uncompressed pages that lie in one piece are read row by row, others by strips or tiles, of which the last 64 MiB are
-    kept decoded. A series whose pages are not its images (rows, for example) is decoded as a whole. `block` are the rows and
-    columns that are stored together, `size` is planes, rows, columns, channels.
+    Of uncompressed pages that lie in one piece the rows of a window are read, of others the strips or tiles, of which the
+    last 64 MiB are kept decoded. A series whose pages are not its images (rows, for example) is decoded as a whole. `block`
+    are the rows and columns that are stored together, `size` is planes, rows, columns, channels.
     """
 
     def __init__(self, series: Any, layout: Layout, handles: Handles) -> None:
@@ -156,49 +95,36 @@ class Stack:
         self.dtype = np.dtype(key.dtype).newbyteorder("=")
         self._stored = self.dtype.newbyteorder(key.parent.byteorder)
         self._separate, self._depth, height, width, self._samples = (int(length) for length in key.shaped)
-        self._base = series.dataoffset
         axes, shape = squeeze(key.axes, tuple(key.shape))
         self._outer = outer = len(layout.axes) - len(axes)
         inside = layout.channels is not None and layout.channels >= outer
         is_paged = outer >= 0 and layout.shape[outer:] == shape and min(layout.rows, layout.columns) >= outer
-        tail = [layout.rows, layout.columns, layout.channels if (layout.channels or 0) > layout.rows else None]
-        tail = [axis for axis in tail if axis is not None]
-        if self._base is not None and tail == list(range(len(layout.axes)))[-len(tail) :]:
-            self.read, self.block = self._flat, self._open_flat()
+        self._base = series.dataoffset
+        if self._base is not None:
+            self._check_end(self._base + math.prod(layout.shape) * self.dtype.itemsize)
+            row_bytes = math.prod(layout.shape[layout.rows + 1 :]) * self.dtype.itemsize
+            self.read, self.block = self._box, (max(1, min(layout.size[1], _STRIP_BYTES // row_bytes)), layout.size[2])
         elif is_paged and self._separate * self._samples == (layout.size[3] if inside else 1):
             self.read, self.block = self._paged, self._open_pages(height, width)
         else:
             self._array = lru_cache(1)(self._decode_all)
-            self.read, self.block = self._whole, layout.size[1:3]
+            self.read, self.block = self._box, layout.size[1:3]
 
-    def _open_flat(self) -> Span:
-        layout, itemsize = self._layout, self.dtype.itemsize
-        self._check_end(self._base + math.prod(layout.shape) * itemsize)
-        self._strides = [math.prod(layout.shape[axis + 1 :]) * itemsize for axis in range(len(layout.shape))]
-        return max(1, min(layout.size[1], _GAP_BYTES // self._strides[layout.rows])), layout.size[2]
-
-    def _flat(self, plane: int, rows: Span, columns: Span) -> NDArray[Any]:
-        """A window of pages that lie in one piece."""
-        layout, strides = self._layout, self._strides
-        places = np.unravel_index(plane, [layout.shape[axis] for axis in layout.planes] or [1])
-        base = self._base + sum(int(n) * strides[axis] for n, axis in zip(places, layout.planes, strict=False))
-        samples = strides[layout.columns] // self.dtype.itemsize
-        images = [base]
-        if layout.channels is not None and samples == 1:
-            images = [base + channel * strides[layout.channels] for channel in range(layout.size[3])]
-        return _joined([self._rows(image, strides[layout.rows], samples, rows, columns) for image in images])
-
-    def _rows(self, base: int, row: int, samples: int, rows: Span, columns: Span) -> NDArray[Any]:
-        """A window of an image that starts at `base`, with rows of `row` bytes."""
-        height, width, itemsize = rows[1] - rows[0], columns[1] - columns[0], self.dtype.itemsize
-        pixel = samples * itemsize
-        start, size = base + rows[0] * row + columns[0] * pixel, width * pixel
-        if height * row <= max(2 * height * size, _GAP_BYTES):
-            content = self._handles.read(start, (height - 1) * row + size)
+    def _box(self, plane: int, rows: Span, columns: Span) -> NDArray[Any]:
+        """A window of pages that lie in one piece, or that are decoded at once."""
+        layout = self._layout
+        box = [(0, length) for length in layout.shape]
+        box[layout.rows], box[layout.columns] = rows, columns
+        places = np.unravel_index(plane, [layout.shape[axis] for axis in layout.planes]) if layout.planes else ()
+        for axis, place in zip(layout.planes, places, strict=True):
+            box[axis] = (int(place), int(place) + 1)
+        if self._base is None:
+            found = self._array()[tuple(slice(*ends) for ends in box)].copy()
         else:
-            content, row = self._handles.read(start, size, height, row), size
-        window = np.ndarray((height, width, samples), self._stored, content.data, strides=(row, pixel, itemsize))
-        return window.astype(self.dtype, order="C", copy=False)
+            found = self._handles.window(self._base, self._stored, layout.shape, box)
+        order = [*layout.planes, layout.rows, layout.columns, *([] if layout.channels is None else [layout.channels])]
+        window = found.transpose(order).reshape(rows[1] - rows[0], columns[1] - columns[0], -1)
+        return np.ascontiguousarray(window, self.dtype)
 
     def _open_pages(self, height: int, width: int) -> Span:
         key, layout = self._key, self._layout
@@ -229,14 +155,16 @@ class Stack:
     def _paged(self, plane: int, rows: Span, columns: Span) -> NDArray[Any]:
         """A window of pages of which each holds one image, one channel of it, or one block of planes."""
         number, depth = divmod(plane, self._depth)
-        return _joined([self._page_window(int(page), depth, rows, columns) for page in self._numbers[number]])
+        images = [self._page_window(int(page), depth, rows, columns) for page in self._numbers[number]]
+        return images[0] if len(images) == 1 else np.concatenate(images, axis=2)
 
     def _page_window(self, page: int, depth: int, rows: Span, columns: Span) -> NDArray[Any]:
         key, samples = self._key, self._samples
         if self._bands:
-            base, row = self._page(page)[0][0], key.imagewidth * samples * self.dtype.itemsize
-            images = (base + (index * self._depth + depth) * key.imagelength * row for index in range(self._separate))
-            return _joined([self._rows(image, row, samples, rows, columns) for image in images])
+            box = ((0, self._separate), (depth, depth + 1), rows, columns, (0, samples))
+            found = self._handles.window(self._page(page)[0][0], self._stored, key.shaped, box)[:, 0]
+            window = found.transpose(1, 2, 0, 3).reshape(*found.shape[1:3], -1)
+            return np.ascontiguousarray(window, self.dtype)
         result = np.empty((rows[1] - rows[0], columns[1] - columns[0], self._separate * samples), self.dtype)
         layers, length, width = self._tile
         across = range(columns[0] // width, -(-columns[1] // width))
@@ -264,6 +192,13 @@ class Stack:
         if not offsets[index] or not counts[index]:
             return None
         data = self._handles.read(offsets[index], counts[index])
+        if self._key.compression == _LERC:  # tifffile leaves out its masks, which say where NaN is
+            block, there = imagecodecs.lerc_decode(data.tobytes(), masks=True)
+            if there is not None and block.dtype.kind == "f":
+                block[~there] = np.nan
+            if there is not None and there.ndim == 3:  # each band has its own
+                block = np.moveaxis(block, 0, -1)
+            return block.reshape(1, *block.shape[:2], self._samples)
         decoded = self._key.decode(data.data, index, jpegtables=tables, jpegheader=self._key.jpegheader)
         return np.asarray(decoded[0])
 
@@ -286,15 +221,3 @@ class Stack:
     def _decode_all(self) -> NDArray[Any]:
         with self._lock:
             return np.asarray(self._series.asarray(maxworkers=1)).reshape(self._layout.shape)
-
-    def _whole(self, plane: int, rows: Span, columns: Span) -> NDArray[Any]:
-        """A window of a series that is decoded at once."""
-        layout = self._layout
-        order = [*layout.planes, layout.rows, layout.columns, *([] if layout.channels is None else [layout.channels])]
-        stack = self._array().transpose(order).reshape(layout.size)
-        return np.array(stack[plane, slice(*rows), slice(*columns)], self.dtype)
-
-
-def _joined(images: list[NDArray[Any]]) -> NDArray[Any]:
-    """Channels side by side."""
-    return images[0] if len(images) == 1 else np.concatenate(images, axis=2)

@@ -14,14 +14,14 @@ import numpy as np
 import tifffile
 from numpy.typing import NDArray
 
-from pixelwise.files import atomic_path, cannot_write
+from pixelwise.files import writing
 from pixelwise.formats.base import LABELS, Result
-from pixelwise.formats.png import MARK
-from pixelwise.formats.tiff.read import NODATA_TAG
+from pixelwise.formats.image import MARK
 
+NODATA_TAG = 42113  # GDAL's
 TILE_PX = 512
-_BIG_BYTES = 2**32 - 2**25  # beyond this, a classic TIFF might not be able to point at its own tiles
-_BUFFER_BYTES = 2**24
+BIG_BYTES = 2**32 - 2**25  # beyond this, a classic TIFF might not be able to point at its own tiles
+BUFFER_BYTES = 2**24
 _SMALLEST_LEVEL_PX = 1024
 
 
@@ -59,20 +59,18 @@ def _write(path: Path, result: Result, shape: tuple[int, ...], metadata: dict[st
     size = result.source.planes * height * width * result.dtype.itemsize
     levels = _levels(result)
     tags = [] if result.nodata is None else [(NODATA_TAG, "s", 0, str(result.nodata), True)]
-    try:
-        with (
-            atomic_path(path) as part,
-            part.open("w+b") as file,
-            tifffile.TiffWriter(file, bigtiff=size > _BIG_BYTES, ome=ome) as writer,
-        ):
-            for level in range(levels + 1):
-                kind: dict[str, Any] = {"shape": (_shrunk(height, level), _shrunk(width, level)), "subfiletype": 1}
-                if level == 0:
-                    kind = {"shape": (*shape, height, width), "subifds": levels or None, "extratags": tags}
-                kind["metadata"] = None if level else metadata
-                writer.write(_tiles(result, level), **kind, **_options(result), **_resolution(result, level))
-    except OSError as error:
-        raise cannot_write(path, error) from error
+    with (
+        writing(path) as part,
+        part.open("w+b") as file,
+        tifffile.TiffWriter(file, bigtiff=size > BIG_BYTES, ome=ome) as writer,
+    ):
+        for level in range(levels + 1):
+            kind: dict[str, Any] = {"shape": (_shrunk(height, level), _shrunk(width, level)), "subfiletype": 1}
+            if level == 0:
+                kind = {"shape": (*shape, height, width), "subifds": levels or None, "extratags": tags}
+            kind["metadata"] = None if level else metadata
+            pixels = tiles(result, (TILE_PX, TILE_PX), level)
+            writer.write(pixels, **kind, **_options(result), **_resolution(result, level))
 
 
 def _options(result: Result) -> dict[str, Any]:
@@ -82,7 +80,7 @@ def _options(result: Result) -> dict[str, Any]:
         "compression": "zlib",
         "photometric": "minisblack",
         "software": "pixelwise",
-        "buffersize": _BUFFER_BYTES,
+        "buffersize": BUFFER_BYTES,
     }
     if result.dtype.kind == "f":
         options["predictor"] = 3
@@ -132,15 +130,15 @@ def _shrunk(length: int, level: int) -> int:
     return -(-length // 2**level)
 
 
-def _tiles(result: Result, level: int) -> Iterator[NDArray[Any]]:
+def tiles(result: Result, size: tuple[int, int], level: int = 0) -> Iterator[NDArray[Any]]:
     """The tiles of all planes, row by row, of every 2^level-th pixel."""
-    height = _shrunk(result.source.height, level)
+    length = _shrunk(result.source.height, level)
     for plane in range(result.source.planes):
-        for top in range(0, height, TILE_PX):
-            band = _band(result, plane, top, min(top + TILE_PX, height), level)
-            for left in range(0, band.shape[1], TILE_PX):
-                tile = np.zeros((TILE_PX, TILE_PX), dtype=result.dtype)
-                inside = band[:, left : left + TILE_PX]
+        for top in range(0, length, size[0]):
+            band = _band(result, plane, top, min(top + size[0], length), level)
+            for left in range(0, band.shape[1], size[1]):
+                tile = np.zeros(size, dtype=result.dtype)
+                inside = band[:, left : left + size[1]]
                 tile[: inside.shape[0], : inside.shape[1]] = inside
                 yield tile
 

@@ -17,8 +17,9 @@ from typing import Any
 from pixelwise.errors import DataError
 from pixelwise.files import ZARR_DOCUMENTS, extra
 from pixelwise.formats import remote
-from pixelwise.formats.local import WHOLE_BYTES, Identity, Stamp, fingerprint, silence
-from pixelwise.formats.remote import NoSuchObject, RemoteStamp, bounded, read_range, shown
+from pixelwise.formats.local import WHOLE_BYTES, Identity, Stamp, fingerprint, is_url, local_path, shown, silence
+from pixelwise.formats.remote import RemoteStamp, read_range
+from pixelwise.formats.urls import NoSuchObject, bounded, filesystem, is_web, remote_errors
 
 DOCUMENTS = (*ZARR_DOCUMENTS, ".zattrs")
 
@@ -43,7 +44,7 @@ class Place:
 def open_place(location: str) -> Place:
     """The store at a path or URL."""
     storage = extra("zarr.storage", "zarr", "Zarr")
-    path = remote.local_path(location) if remote.is_url(location) else location
+    path = local_path(location) if is_url(location) else location
     if path is not None and Path(path).is_dir():
         root = Path(path)
         store = storage.LocalStore(root, read_only=True)
@@ -89,8 +90,6 @@ def open_node(place: Place, path: str) -> Any:
         raise DataError("there is no Zarr array or group (no zarr.json, .zarray or .zgroup).") from None
     if not isinstance(node, zarr.Array):
         return node
-    if node.dtype.kind not in "biuf" or node.dtype.itemsize > 8:
-        raise DataError(f"its numbers are of type {str(node.dtype)[:60]!r}; whole numbers and floats can be used.")
     if not node.shape or min(node.shape) < 1 or max(node.shape) > _MAX_SIDE:
         raise DataError(f"its shape is {node.shape}; each side should be from 1 to {_MAX_SIDE:,}.")
     metadata = node.metadata
@@ -174,9 +173,9 @@ def _remote_identity(location: str, prefix: str) -> Identity:
 
     def stamps() -> dict[str, RemoteStamp]:
         found = {}
-        if not remote.is_web(location):
-            system, root = remote.filesystem(_below(location, prefix))
-            with remote.remote_errors(shown(location)):
+        if not is_web(location):
+            system, root = filesystem(_below(location, prefix))
+            with remote_errors(shown(location)):
                 entries = sorted(system.find(root, detail=True, **bounded(system)).items())
             found = {
                 str(path)[len(root) :].lstrip("/"): RemoteStamp.from_info(info, location) for path, info in entries

@@ -4,7 +4,8 @@ An OME-Zarr of labels holds them once, as `labels/pixelwise` with the colours an
 same arrays as its image, so that it opens in any viewer. The folder is written beside its place and renamed at the end.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -12,10 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from pixelwise.errors import UsageError
 from pixelwise.files import atomic_folder, cannot_write, extra
 from pixelwise.formats.base import LABELS, Result
-from pixelwise.formats.zarr.ngff import group_attributes, plane_axes
 
 MARK = "pixelwise"
 """The key of the attributes that holds the classes and the origin; also the name of the labels in an OME-Zarr."""
@@ -31,7 +30,9 @@ def write_zarr(path: Path, result: Result) -> None:
     """
     with _new_store(path) as (zarr, store):
         array = _create(zarr, store, "", result)
-        names = {} if _zarr_format(result) == 3 else {"_ARRAY_DIMENSIONS": [*plane_axes(result)[0], "y", "x"]}  # xarray
+        names = (
+            {} if _zarr_format(result) == 3 else {"_ARRAY_DIMENSIONS": [*_plane_axes(result)[0], "y", "x"]}
+        )  # xarray
         array.attrs.put(_about(result) | names)
         _fill(array, result)
 
@@ -50,7 +51,7 @@ def write_ome_zarr(path: Path, result: Result) -> None:
             array = _halve(zarr, store, f"{inner}{levels}", array, result)
             levels += 1
         zarr_format = _zarr_format(result)
-        for name, attributes in group_attributes(result, MARK, levels, zarr_format).items():
+        for name, attributes in _group_attributes(result, MARK, levels, zarr_format).items():
             group = zarr.open_group(store, path=name, mode="a", zarr_format=zarr_format)
             group.attrs.put(attributes if name else attributes | _about(result))
 
@@ -58,8 +59,6 @@ def write_ome_zarr(path: Path, result: Result) -> None:
 @contextmanager
 def _new_store(path: Path) -> Iterator[tuple[ModuleType, Any]]:
     """zarr-python, and its store of a folder that takes its place at the end."""
-    if path.suffix.lower() != ".zarr":
-        raise UsageError(f"{path}: Zarr is written to a name that ends in .zarr.")
     zarr = extra("zarr", "zarr", "Zarr")
     try:
         with atomic_folder(path) as part:
@@ -73,7 +72,7 @@ def _zarr_format(result: Result) -> int:
 
 
 def _create(zarr: ModuleType, store: Any, name: str, result: Result, shape: tuple[int, ...] = ()) -> Any:
-    names, sizes = plane_axes(result)
+    names, sizes = _plane_axes(result)
     shape = shape or (result.source.height, result.source.width)
     block = np.clip(result.source.block_px, *_CHUNK_PX).tolist()
     zarr_format = _zarr_format(result)
@@ -120,3 +119,53 @@ def _about(result: Result) -> dict[str, Any]:
             for index, (name, color) in enumerate(zip(result.spec.names, result.spec.colors, strict=True))
         ]
     return {MARK: about}
+
+
+def _plane_axes(result: Result) -> tuple[list[str], list[int]]:
+    """Names and lengths of the axes before the rows: the source's own where they fit, else one for all planes."""
+    sizes = result.metadata.get("sizes") or {}
+    if isinstance(sizes, Mapping) and math.prod(sizes.values()) == result.source.planes:
+        return [str(name) for name in sizes], [int(size) for size in sizes.values()]
+    return (["z"], [result.source.planes]) if result.source.planes > 1 else ([], [])
+
+
+def _group_attributes(result: Result, labels: str, levels: int, zarr_format: int) -> dict[str, dict[str, Any]]:
+    """The NGFF attributes of each group of a result, by its path."""
+    version = {"version": "0.4"} if zarr_format == 2 else {}
+    groups: dict[str, dict[str, Any]] = {"": {"multiscales": [_image(result, levels, "") | version]}}
+    if result.kind == LABELS:
+        inner = f"labels/{labels}"
+        classes = zip(result.spec.names, result.spec.colors, strict=True)
+        about = [(index, name, [*color, 255]) for index, (name, color) in enumerate(classes)]
+        if result.nodata is not None:
+            about.append((int(result.nodata), "no data", [0, 0, 0, 0]))
+        label = {
+            "colors": [{"label-value": value, "rgba": rgba} for value, _, rgba in about],
+            "properties": [{"label-value": value, "name": name} for value, name, _ in about],
+            "source": {"image": "../../"},
+        }
+        groups = {
+            inner: groups[""] | {"image-label": label | version},
+            "labels": {"labels": [labels]},
+            "": {"multiscales": [_image(result, levels, f"{inner}/") | version]},
+        }
+    return groups if version else {path: {"ome": {"version": "0.5", **group}} for path, group in groups.items()}
+
+
+def _image(result: Result, levels: int, prefix: str) -> dict[str, Any]:
+    """The description of an image of which each level takes every second pixel, so that the first stays in its place."""
+    metadata = result.metadata if result.source.format == "ome-zarr" else {}
+    names = [*_plane_axes(result)[0], "y", "x"]
+    types, units, scale, shift = (metadata.get(key) or {} for key in ("types", "units", "scale", "translation"))
+    axes = []
+    for name in names:
+        axis = {"name": name, "type": types.get(name, "time" if name == "t" else "space")}
+        axes.append(axis | ({"unit": units[name]} if name in units else {}))
+    datasets = []
+    for level in range(levels):
+        steps = [scale.get(name, 1.0) * (2**level if name in ("y", "x") else 1) for name in names]
+        transforms: list[dict[str, Any]] = [{"type": "scale", "scale": steps}]
+        if any(shift.values()):
+            transforms.append({"type": "translation", "translation": [shift.get(name, 0.0) for name in names]})
+        datasets.append({"path": f"{prefix}{level}", "coordinateTransformations": transforms})
+    return {"name": metadata.get("name") or result.kind, "axes": axes, "datasets": datasets}

@@ -1,4 +1,7 @@
-"""Objects behind URLs: their tags, parts of them as files, copies for formats that need those, and lists of images."""
+"""Objects behind URLs: their tags, parts of them as files, copies, lists of images; and results put there.
+
+A finished file or folder is put at its URL so that the final name never holds half of it.
+"""
 
 import hashlib
 import re
@@ -6,16 +9,17 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Self, cast
 
-from pixelwise.errors import DataError, UsageError
-from pixelwise.files import extra
+from pixelwise.errors import DataError, PixelwiseError, UsageError
+from pixelwise.files import ZARR_DOCUMENTS, extra
 from pixelwise.formats.base import Opener
-from pixelwise.formats.local import changed, sampled, size_change
-from pixelwise.formats.remote.urls import bounded, filesystem, is_web, patiently, protocol_of, remote_errors, shown
+from pixelwise.formats.local import changed, protocol_of, sampled, shown, size_change
+from pixelwise.formats.urls import NoSuchObject, bounded, filesystem, is_web, patiently, remote_errors
 
 BLOCK_BYTES = 2**19
 CACHED_BLOCKS = 64
@@ -23,6 +27,8 @@ CACHED_BLOCKS = 64
 
 _UNCACHED_BYTES = 8 * BLOCK_BYTES  # reads of this size are one request
 _MAX_ENTRIES = 20_000
+_MAX_RECORD_BYTES = 2**20
+_UPLOADS = 8  # at a time
 _WHOLE_BYTES = 16 * 2**20
 _WHOLE_ONLY = "the server cannot send parts of it. Download it first."
 _CONTENT_TAGS = ("ETag", "etag", "Content-MD5", "Digest", "md5Hash", "crc32c", "blob_id", "content_md5")
@@ -225,3 +231,80 @@ def _images_below(system: Any, name: str, suffixes: tuple[str, ...]) -> Iterator
         folders[:] = [folder for folder in folders if folder not in images and not folder.startswith(".")]
         images += [file for file in files if file.lower().endswith(suffixes)]
         yield from (f"{parent}/{image}" for image in images if not image.startswith("."))
+
+
+def publish(local: Path, url: str) -> None:
+    """Put a finished file, or the folder of a Zarr, at its URL.
+
+    An object store shows an object when all of it has arrived. Of a folder the metadata of its root, without which it is
+    no Zarr, come last; those of an older one are deleted first.
+    """
+    with _writing(url):
+        _put_folder(local, url) if local.is_dir() else _put_file(local, url)
+
+
+def check_writable(url: str) -> None:
+    """Raise `UsageError` if nothing can be written below a URL, which is known without asking."""
+    if protocol_of(url) in ("http", "https", "hf"):
+        choice = "Name a local folder, or a place in an object store (s3://, gs://, az://)."
+        raise UsageError(f"{shown(url)}: results cannot be written there. {choice}")
+
+
+def exists(url: str) -> bool:
+    """Whether an object, or the folder of a Zarr, has this name."""
+    system, name = filesystem(url)
+    with remote_errors(shown(url)):
+        return bool(system.exists(name, **bounded(system)))
+
+
+def read_small(url: str, limit: int = _MAX_RECORD_BYTES) -> bytes | None:
+    """The content of a record; None if there is none, or it is larger than `limit` bytes."""
+    try:
+        size = RemoteStamp.of(url).size
+        return read_range(url, 0, size) if size <= limit else None
+    except NoSuchObject:
+        return None
+
+
+def write_small(url: str, content: bytes) -> None:
+    """Write a record, as a whole or not at all."""
+    with _writing(url):
+        system, name = filesystem(url)
+        system.pipe_file(name, content, **bounded(system))
+
+
+@contextmanager
+def _writing(url: str) -> Iterator[None]:
+    """Errors say that writing failed."""
+    check_writable(url)
+    try:
+        with remote_errors(shown(url)):
+            yield
+    except NoSuchObject as error:
+        raise PixelwiseError(f"{shown(url)}: cannot be written: there is no such bucket or folder.") from error
+
+
+def _put_file(local: Path, url: str) -> None:
+    system, name = filesystem(url)
+    size = local.stat().st_size
+    system.put_file(str(local), name)  # a large one in parts, which become one object at the end
+    stored = RemoteStamp.of(url).size
+    if stored != size:
+        raise DataError(f"{shown(url)}: holds {stored:,} bytes after {size:,} were sent. Run again.")
+
+
+def _put_folder(local: Path, url: str) -> None:
+    system, root = filesystem(url.rstrip("/"))
+    names = {item.relative_to(local).as_posix() for item in local.rglob("*") if item.is_file()}
+    known = {str(name)[len(root) :].lstrip("/") for name in system.find(root)} if system.exists(root) else set()
+    documents = (".zattrs", *ZARR_DOCUMENTS)
+    for name in reversed(documents):
+        if name in known:
+            system.rm_file(f"{root}/{name}")
+    first = sorted(names.difference(documents))
+    system.put([str(local / name) for name in first], [f"{root}/{name}" for name in first], batch_size=_UPLOADS)
+    if stale := known.difference(names, documents):
+        system.rm([f"{root}/{name}" for name in sorted(stale)])
+    for name in documents:
+        if name in names:
+            system.put_file(str(local / name), f"{root}/{name}")

@@ -1,44 +1,21 @@
-"""Which URLs are followed, by which package, for how long; and errors of servers in words that hold no secret.
-
-Only plain URLs of the table below are opened, each by the file system of its own protocol. Nothing else is: a chain
-(`zip::`, `simplecache::`) or a manifest (`reference::`) could make one name mean any file of this machine.
-"""
+"""The file system of a URL, with limits of time; and errors of servers in words that hold no secret."""
 
 import errno
-import re
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
-from urllib.parse import unquote
 
 from pixelwise.errors import DataError, PixelwiseError, UsageError
 from pixelwise.files import extra
-
-PROTOCOLS = {  # the module of the file system, and the package that pip installs beside the extra, if any
-    "s3": ("s3fs", ""), "s3a": ("s3fs", ""), "gs": ("gcsfs", "gcsfs"), "gcs": ("gcsfs", "gcsfs"),
-    "az": ("adlfs", "adlfs"), "abfs": ("adlfs", "adlfs"), "abfss": ("adlfs", "adlfs"),
-    "hf": ("huggingface_hub", ""), "http": ("aiohttp", ""), "https": ("aiohttp", ""), "memory": ("fsspec", ""),
-}  # fmt: skip
-"""Every protocol that is followed, besides `file`, which is a local path."""
+from pixelwise.formats.local import PROTOCOLS, protocol_of, shown
 
 CONNECT_S, READ_S, REQUEST_S = 10, 60, 300
 """The longest wait for a connection, for the next bytes, and for a whole request, in seconds."""
 
 _TRIES = 3
 _MISSING = "there is no such object."
-_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
-_FOREIGN_ERRORS = {  # what file systems raise that is none of Python's own errors, by the module that defines it
-    "aiohttp": ("ClientError",),
-    "botocore.exceptions": ("BotoCoreError", "ClientError"),
-    "huggingface_hub.errors": ("HfHubHTTPError",),
-    "httpx": ("HTTPError",),
-    "gcsfs.retry": ("HttpError",),
-    "google.auth.exceptions": ("GoogleAuthError",),
-    "azure.core.exceptions": ("AzureError",),
-}
 _BROKEN_LINES = {"ClientPayloadError", "ServerDisconnectedError", "ClientOSError"}  # of aiohttp
 _NO_CREDENTIALS = {
     "NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "GoogleAuthError", "TokenRetrievalError",
@@ -50,51 +27,9 @@ class NoSuchObject(DataError):
     """There is nothing of that name, which for a chunk of an array is no error."""
 
 
-def is_url(location: object) -> bool:
-    """Whether a name is a URL, not a path; "C:/scans/a.tif" is a path."""
-    text = str(location)
-    return bool(_SCHEME.match(text)) or ("::" in text and "://" in text)
-
-
 def is_web(location: str) -> bool:
     """Whether a URL belongs to a web server, which neither lists folders nor takes results."""
     return protocol_of(location) in ("http", "https")
-
-
-def shown(location: object) -> str:
-    """A URL without its user, password and query, which may be secrets; a path as it is."""
-    text = str(location)
-    if not is_url(text):
-        return text
-    match = _SCHEME.match(text)
-    head, rest = ("", text) if match is None else (match[0], text[match.end() :])
-    host, slash, path = re.split("[?#]" if head.lower().startswith("http") else "[?]", rest)[0].partition("/")
-    return head + host.rpartition("@")[2] + slash + path
-
-
-def protocol_of(location: str) -> str:
-    """The protocol of a URL, "file" among them."""
-    bare = re.sub(r"^([A-Za-z+.-]+://(?:[^/]*@)?)\[[0-9A-Fa-f:.]+\]", r"\1host", location)  # of IPv6, as [::1]
-    if "::" in bare.split("?")[0]:
-        raise UsageError(f"{shown(location)}: chained URLs are not followed. Name the file itself.")
-    match = _SCHEME.match(location)
-    name = match[1].lower() if match else ""
-    if name in ("file", "local"):
-        return "file"
-    if name not in PROTOCOLS:
-        known = ", ".join(f"{key}://" for key in ("file", *PROTOCOLS))
-        raise UsageError(f"{shown(location)}: URLs of this kind are not followed. Possible are {known}.")
-    return name
-
-
-def local_path(location: str) -> str | None:
-    """The path that a `file://` URL means; None for every other URL."""
-    if protocol_of(location) != "file":
-        return None
-    rest = location.partition("://")[2].removeprefix("localhost")
-    if not rest.startswith("/"):
-        raise UsageError(f"{shown(location)}: write file:/// and a full path, or the path alone.")
-    return unquote(rest)
 
 
 def check_package(location: str) -> ModuleType:
@@ -161,18 +96,11 @@ def remote_errors(name: str) -> Iterator[None]:
     """
     try:
         yield
-    except PixelwiseError:
+    except (PixelwiseError, Warning):
         raise
-    except _errors() as error:
+    except Exception as error:  # noqa: BLE001  (each package has errors of its own)
         why = _explain(_unwrapped(error))
         raise (NoSuchObject if why == _MISSING else DataError)(f"{name}: {why}") from None
-
-
-def _errors() -> tuple[type[BaseException], ...]:
-    """What file systems raise; asked for after the fact, when the module that defines an error is surely imported."""
-    loaded = [(sys.modules[module], names) for module, names in _FOREIGN_ERRORS.items() if module in sys.modules]
-    foreign = [getattr(module, name) for module, names in loaded for name in names if hasattr(module, name)]
-    return (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, *foreign)
 
 
 def _status(error: BaseException | None) -> int | None:
