@@ -24,7 +24,7 @@ from pydicom.uid import (
 )
 
 from pixelwise.errors import DataError, PixelwiseError, UsageError
-from pixelwise.formats import dicom
+from pixelwise.formats import dicom, open_source
 from pixelwise.formats.dicom import is_dicom, open_dicom
 
 TURNED = nib.eulerangles.euler2mat(0.3, -0.2, 0.5)
@@ -500,7 +500,10 @@ def test_a_frame_that_claims_to_be_larger_is_not_decoded(tmp_path, code):
     dataset.file_meta.TransferSyntaxUID = syntax
     dataset.PixelData = encapsulate([frame.replace(old, new, 1)])
     dataset["PixelData"].VR = "OB"
-    with open_dicom(saved(dataset, tmp_path / "a.dcm")) as source, pytest.raises(DataError, match=r"a\.dcm: .*damaged"):
+    with (
+        open_source(saved(dataset, tmp_path / "a.dcm")) as source,
+        pytest.raises(DataError, match=r"a\.dcm: .*damaged"),
+    ):
         source.read(0, 0, 17, 22)
 
 
