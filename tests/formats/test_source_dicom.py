@@ -500,10 +500,8 @@ def test_a_frame_that_claims_to_be_larger_is_not_decoded(tmp_path, code):
     dataset.file_meta.TransferSyntaxUID = syntax
     dataset.PixelData = encapsulate([frame.replace(old, new, 1)])
     dataset["PixelData"].VR = "OB"
-    with (
-        open_source(saved(dataset, tmp_path / "a.dcm")) as source,
-        pytest.raises(DataError, match=r"a\.dcm: .*damaged"),
-    ):
+    path = saved(dataset, tmp_path / "a.dcm")
+    with pytest.raises(DataError, match=r"a\.dcm: .*damaged"), open_source(path) as source:
         source.read(0, 0, 17, 22)
 
 
