@@ -42,7 +42,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from pixelwise.infer.decide import Decision
+from pixelwise.infer.options import Decision
 from torch import Tensor
 
 from pixelwise.data.labels import LabelSpec

@@ -392,7 +392,6 @@ class Bands(Scorer):
 def bands(monkeypatch):
     """All images count as large and are computed in bands."""
     monkeypatch.setattr("pixelwise.infer.pipeline.ONE_PASS_PX", 20)
-    monkeypatch.setattr("pixelwise.infer.prefetch.ONE_PASS_PX", 20)
     monkeypatch.setattr("pixelwise.infer.pipeline.choose_scorer", lambda predictor, *_: Bands(predictor))
 
 

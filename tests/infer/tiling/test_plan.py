@@ -119,7 +119,7 @@ def test_wishes_that_cannot_be_met():
     with pytest.raises(UsageError, match="tolerance cannot be combined"):
         Tiling(tolerance=1e-3, tta="flips")
     with pytest.raises(UsageError, match="statistics"):
-        scores_of(predictor_of("segnet", batch_statistics=True), Tiling(tile_px=50))
+        predictor_of("segnet", batch_statistics=True).predict(torch.zeros(3, HEIGHT, WIDTH), tile_px=50)
 
 
 def test_what_was_found_is_kept_for_images_of_the_same_size():
