@@ -1,4 +1,5 @@
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -13,10 +14,11 @@ from pixelwise.infer.tiling.averages import (
     TRANSFORMS,
     Average,
     Ensemble,
+    Transform,
     Transformed,
     average_bytes,
-    member_of,
     on_sample,
+    scored,
     tiles,
 )
 from pixelwise.infer.tiling.averages import averaged as averaged_function
@@ -160,8 +162,9 @@ def test_windows_of_a_scorer_are_joined():
                 yield Scores(Region(top, region.left, 1, region.width), read(top, region.left, 1, region.width))
 
     image = torch.randn(3, 7, 8)
-    assert torch.equal(member_of(Rows())(reader(image), Region(2, 1, 4, 5)), image[:, 2:6, 1:6])
-    ensemble = Ensemble([member_of(Rows())] * 2, num_classes=3, tile_px=3)
+    member = partial(scored, Rows(), Transform(), (7, 8))
+    assert torch.equal(member(reader(image), Region(2, 1, 4, 5)), image[:, 2:6, 1:6])
+    ensemble = Ensemble([member] * 2, num_classes=3, tile_px=3)
     values, _ = joined(ensemble, reader(image), Region(0, 0, 7, 8))
     assert torch.allclose(values.softmax(0), image.softmax(0), atol=1e-6)
 

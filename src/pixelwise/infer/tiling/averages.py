@@ -8,6 +8,7 @@ move pixels, so they are undone exactly. Scales resample twice, the image and th
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -258,48 +259,30 @@ class Passes:
         `build` makes of a network, a height and a width what scores images of that size.
         """
         scorers: dict[tuple[int, int, float], Strategy] = {}
-
-        def member(transform: Transform) -> Member:
-            size = transform.turned((height, width))
-            key = (*size, transform.scale)
+        members: list[Member] = []
+        for item in self.transforms or (Transform(),):
+            size = item.turned((height, width))
+            key = (*size, item.scale)
             if key not in scorers:
-                model = self.model if transform.scale == 1 else Transformed(self.model, transform)
-                scorers[key] = build(model, *size)
-            passes = member_of(scorers[key])
-            if transform.scale != 1 or transform == Transform():  # scales lie in the network of the scorer
-                return passes
-            return _turned(transform, passes, (height, width))
-
-        members = [member(item) for item in self.transforms or (Transform(),)]
+                scorers[key] = build(self.model if item.scale == 1 else Transformed(self.model, item), *size)
+            moves = item if item.scale == 1 else Transform()  # a scale lies in the network of the scorer
+            members.append(partial(scored, scorers[key], moves, (height, width)))
         if not self.transforms:
             members = [on_sample(self.model, sample, members[0]) for sample in range(self.samples)]
         return members, list(scorers.values())
 
 
-def _turned(transform: Transform, passes: Member, size: tuple[int, int]) -> Member:
-    """A pass over the mirrored or turned image, its scores brought back."""
-
-    def member(read: Read, region: Region) -> Tensor:
-        values = passes(transform.reader(read, size), transform.place(region, size))
-        return transform.undo(values[None], (region.height, region.width))[0]
-
-    return member
-
-
-def member_of(scorer: Scorer) -> Member:
-    """A member that asks a scorer for the region and joins its windows."""
-
-    def member(read: Read, region: Region) -> Tensor:
-        whole = torch.empty(0)
-        for part in scorer.score(read, region):
-            if part.region == region:
-                return part.values
-            if not whole.numel():
-                whole = part.values.new_empty((part.values.shape[0], region.height, region.width))
-            whole[:, *part.region.within(region)] = part.values
-        return whole
-
-    return member
+def scored(scorer: Scorer, transform: Transform, size: tuple[int, int], read: Read, region: Region) -> Tensor:
+    """The scores of a region of an image of `size`, from a pass over the mirrored or turned image, brought back."""
+    place, whole = transform.place(region, size), torch.empty(0)
+    for part in scorer.score(transform.reader(read, size), place):
+        if part.region == place:
+            whole = part.values
+            break
+        if not whole.numel():
+            whole = part.values.new_empty((part.values.shape[0], place.height, place.width))
+        whole[:, *part.region.within(place)] = part.values
+    return transform.undo(whole[None], region[2:])[0]
 
 
 def on_sample(model: nn.Module, sample: int, run: Callable[..., Tensor]) -> Callable[..., Tensor]:
