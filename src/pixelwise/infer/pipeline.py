@@ -101,6 +101,14 @@ def is_small(info: SourceInfo) -> bool:
     return info.planes == 1 and info.height * info.width <= ONE_PASS_PX
 
 
+def check_channels(info: SourceInfo, wanted: int) -> None:
+    """Raise `DataError` if an image does not suit a network for so many channels; one is repeated for three."""
+    found = info.channels
+    if found != wanted and (found, wanted) != (1, 3):
+        text = f"it has {found} channel{'s' * (found != 1)}, but {wanted} are wanted. Only one can be repeated."
+        raise DataError(f"{info.location}: {text}")
+
+
 def choose_scorer(network: "Predictor", height: int, width: int, tiling: Tiling, note: Note) -> Scorer:
     """The strategy for images of a size; the search for it is imported when an image is large enough to need it."""
     from pixelwise.infer.tiling import plan
@@ -121,7 +129,7 @@ class Pipeline:
     progress: Progress = lambda done, total: None
 
     def __post_init__(self) -> None:
-        self.network.check_channels(self.source.info.channels, self.source.info.location)
+        check_channels(self.source.info, self.network.in_channels)
 
     @cached_property
     def decide(self) -> Decision:
@@ -192,7 +200,7 @@ class Pipeline:
         Where memory runs out, half of it is tried from then on, and the user is told.
         """
         planes = range(self.source.info.planes) if plane is None else [plane]
-        tiling, is_retry = self._tiling(store), False
+        tiling, is_retry, total = self._tiling(store), False, self.total_px
         in_one_pass = is_small(self.source.info) and tiling == _PLAIN and not in_windows
         if not in_one_pass and not any(store.missing(number, region) for number in planes):
             return
@@ -201,7 +209,7 @@ class Pipeline:
             try:
                 if in_one_pass:
                     _one_pass([self], [store])
-                    return self.progress(self.total_px, self.total_px)
+                    return self.progress(total, total)
                 scorer = self._scorer(tiling, in_windows=in_windows)
                 self._tell(scorer, is_retry)
                 for number in planes:

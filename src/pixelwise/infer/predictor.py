@@ -27,7 +27,7 @@ from pixelwise.formats.png import label_image, write_png
 from pixelwise.infer.bundle import ModelCard, load_bundle
 from pixelwise.infer.options import JobOptions, Tiling
 from pixelwise.infer.overlay import blend, displayable
-from pixelwise.infer.pipeline import LOGITS, ArraySource, Pipeline
+from pixelwise.infer.pipeline import LOGITS, ArraySource, Pipeline, check_channels
 from pixelwise.infer.tiling import Scorer
 from pixelwise.ops.batch_statistics import batch_statistics as statistics_of_the_batch
 from pixelwise.ops.cost import PassMemory
@@ -150,14 +150,6 @@ class Predictor:
                 raise
             return slices.open_image(location, reading, self.in_channels)
 
-    def check_channels(self, found: int, name: str) -> None:
-        """Raise `DataError` if images of so many channels do not suit the network; one channel is repeated for three."""
-        wanted = self.in_channels
-        if found != wanted and (found, wanted) != (1, 3):
-            raise DataError(
-                f"{name}: it has {found} channel{'s' * (found != 1)}, but {wanted} are wanted. Only one can be repeated."
-            )
-
     def window(self, pixels: NDArray[Any]) -> Tensor:
         """The network's input of a window (H, W, C) of an image: float32 (C, H, W), normalised, on the device."""
         with torch.inference_mode(), np.errstate(over="ignore"):  # numbers beyond float32 become infinite
@@ -258,7 +250,7 @@ class Predictor:
         if isinstance(image, str | Path):
             with self.open(image) as source:
                 info = source.info
-                self.check_channels(info.channels, info.location)
+                check_channels(info, self.in_channels)
                 if not 0 <= plane < info.planes:
                     raise UsageError(f"{image}: there is no plane {plane}; it has {info.planes}, counted from 0.")
                 window = (0, 0, info.height, info.width, plane)

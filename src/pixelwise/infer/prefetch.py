@@ -24,27 +24,20 @@ _LARGEST_BLOCK_BYTES = 32 << 20  # of larger blocks the source itself must know 
 
 
 def prefetch(
-    function: Callable[[Item], Found],
-    items: Iterable[Item],
-    *,
-    threads: int = 1,
-    discard: Callable[[Found], None] | None = None,
+    function: Callable[[Item], Found], items: Iterable[Item]
 ) -> Generator[tuple[Item, "Future[Found]"], None, None]:
-    """Apply `function` to each item in background threads, each always one item ahead of whoever iterates."""
+    """Apply `function` to each item in a background thread, which is always one item ahead of whoever iterates."""
     pending: deque[tuple[Item, Future[Found]]] = deque()
-    pool = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="pixelwise-read")
+    pool = ThreadPoolExecutor(1, thread_name_prefix="pixelwise-read")
     try:
         for item in items:
             pending.append((item, pool.submit(function, item)))
-            if len(pending) == threads + 1:
+            if len(pending) == 2:
                 yield pending.popleft()
-        while pending:  # not all at once: who has iterated to the end should not keep what was read
+        if pending:
             yield pending.popleft()
     finally:
         pool.shutdown(cancel_futures=True)
-        for _, future in pending:
-            if discard is not None and not future.cancelled() and future.exception() is None:
-                discard(future.result())
 
 
 def read_batch(read: Read, windows: Iterable[Region]) -> Tensor:

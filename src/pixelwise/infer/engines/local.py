@@ -9,9 +9,10 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,6 @@ from pixelwise.infer.outputs import Location
 from pixelwise.infer.overlay import write_overlay
 from pixelwise.infer.pipeline import Note, Pipeline, Progress, in_memory
 from pixelwise.infer.predictor import Predictor
-from pixelwise.infer.prefetch import prefetch
 from pixelwise.infer.store import DiskStore, Store
 from pixelwise.ops.spatial_dropout import with_spatial_dropout
 
@@ -188,22 +188,32 @@ def run_batch(
 def run_local(labeller: Labeller, tasks: Sequence[Task], *, threads: int | None = None) -> Iterator[Outcome]:
     """Label images one after the other, one outcome each, in their order."""
     count = threads or min(MOST_THREADS, os.cpu_count() or 1)
+    waiting = iter(tasks)
+    reading: deque[tuple[Task, Future[Opened | None]]] = deque()  # each reader has one image, and one is ready
     writing: deque[Future[Outcome]] = deque()
-    pool = ThreadPoolExecutor(max_workers=count, thread_name_prefix="pixelwise-results")
+    readers = ThreadPoolExecutor(count, thread_name_prefix="pixelwise-read")
+    writers = ThreadPoolExecutor(count, thread_name_prefix="pixelwise-results")
     try:
-        with closing(prefetch(labeller.prepare, tasks, threads=count, discard=_close)) as coming:
-            for task, opened in coming:
-                writing.append(_labelled(labeller, task, opened, pool))
-                while writing and (len(writing) > count or writing[0].done()):
-                    yield writing.popleft().result()
-            while writing:
+        while True:
+            for task in islice(waiting, count + 1 - len(reading)):
+                reading.append((task, readers.submit(labeller.prepare, task)))
+            if not reading:
+                break
+            writing.append(_labelled(labeller, *reading.popleft(), writers))
+            while writing and (len(writing) > count or writing[0].done()):
                 yield writing.popleft().result()
+        while writing:
+            yield writing.popleft().result()
     finally:
-        pool.shutdown()  # what was computed is written
+        readers.shutdown(cancel_futures=True)
+        for _, future in reading:
+            if not future.cancelled() and future.exception() is None and (opened := future.result()) is not None:
+                opened.pipeline.source.close()
+        writers.shutdown()  # what was computed is written
 
 
 def _labelled(
-    labeller: Labeller, task: Task, opened: "Future[Opened | None]", pool: ThreadPoolExecutor
+    labeller: Labeller, task: Task, opened: "Future[Opened | None]", writers: ThreadPoolExecutor
 ) -> "Future[Outcome]":
     """Label an image when it is open; its outcome is there when its outputs are."""
     try:
@@ -212,8 +222,8 @@ def _labelled(
     except OutputError:
         raise
     except PixelwiseError as error:
-        return pool.submit(Outcome, task.path, "failed", str(error))
-    return pool.submit(_finished, task, finish)
+        return writers.submit(Outcome, task.path, "failed", str(error))
+    return writers.submit(_finished, task, finish)
 
 
 def _finished(task: Task, finish: Callable[[], None] | None) -> Outcome:
@@ -226,11 +236,6 @@ def _finished(task: Task, finish: Callable[[], None] | None) -> Outcome:
     except PixelwiseError as error:
         return Outcome(task.path, "failed", str(error))
     return Outcome(task.path, "done")
-
-
-def _close(opened: Opened | None) -> None:
-    if opened is not None:
-        opened.pipeline.source.close()
 
 
 def _writer(kind: str) -> Writer:
