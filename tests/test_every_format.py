@@ -324,9 +324,9 @@ from pathlib import Path
 from pixelwise.formats.decoding import WorkerSource
 from pixelwise.train import make_config, train
 from pixelwise.infer.evaluate import evaluate
-from pixelwise.infer.tiling import plan
+from pixelwise.infer import tiling
 
-plan.BUDGET_BYTES = 30 << 20  # as for an image of many times the size
+tiling.BUDGET_BYTES = 30 << 20  # as for an image of many times the size
 
 def peak():  # not ru_maxrss, which begins with that of the process that started this one
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) << 10

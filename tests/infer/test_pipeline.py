@@ -26,7 +26,7 @@ from pixelwise.infer.outputs import write_outputs
 from pixelwise.infer.pipeline import ArraySource as InMemory
 from pixelwise.infer.pipeline import Pipeline, compute_together
 from pixelwise.infer.predictor import Predictor
-from pixelwise.infer.tiling import Region, Scorer, Scores, plan
+from pixelwise.infer.tiling import Region, Scorer, Scores, choose_scorer
 from pixelwise.ops.receptive_field import ReceptiveField
 
 SPEC = LabelSpec(names=("a", "b", "c"), colors=((250, 0, 0), (0, 250, 0), (0, 0, 250)), values=((0,), (1,), (2,)))
@@ -350,7 +350,7 @@ def test_every_strategy_goes_on_with_less_and_says_so(options, error):
     predictor.receptive_field, predictor.cut_radii[1e-3] = field, radius
     job = make_job(
         InMemory(pixels[0]), JobOptions(tiling=tiling), predictor=predictor,
-        choose=plan.choose_scorer, note=notes.append,
+        choose=choose_scorer, note=notes.append,
     )  # fmt: skip
     store = job.store()
     job.compute(store)
@@ -365,7 +365,7 @@ def test_a_small_image_that_does_not_fit_in_one_pass_is_computed_in_windows(monk
     pixels, notes = random_pixels(height=600, width=700), []
     job = make_job(
         InMemory(pixels[0]), predictor=make_predictor(Scarce(500_000 // 2)), choose=lambda network, height, width, tiling,
-        note: plan.choose_scorer(network, height, width, replace(tiling, tile_px=128), note), note=notes.append,
+        note: choose_scorer(network, height, width, replace(tiling, tile_px=128), note), note=notes.append,
     )  # fmt: skip
     store = job.store()
     job.compute(store)

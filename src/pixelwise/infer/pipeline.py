@@ -25,7 +25,7 @@ from pixelwise.infer import estimates
 from pixelwise.infer.options import Decision, JobOptions, Tiling
 from pixelwise.infer.prefetch import WindowReader
 from pixelwise.infer.store import DiskStore, Store, store_folder
-from pixelwise.infer.tiling import Region, Scorer, Scores
+from pixelwise.infer.tiling import Region, Scorer, Scores, choose_scorer, default_budget
 
 if TYPE_CHECKING:
     from pixelwise.infer.predictor import Predictor
@@ -107,13 +107,6 @@ def check_channels(info: SourceInfo, wanted: int) -> None:
     if found != wanted and (found, wanted) != (1, 3):
         text = f"it has {found} channel{'s' * (found != 1)}, but {wanted} are wanted. Only one can be repeated."
         raise DataError(f"{info.location}: {text}")
-
-
-def choose_scorer(network: "Predictor", height: int, width: int, tiling: Tiling, note: Note) -> Scorer:
-    """The strategy for images of a size; the search for it is imported when an image is large enough to need it."""
-    from pixelwise.infer.tiling import plan
-
-    return plan.choose_scorer(network, height, width, tiling, note)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -286,11 +279,7 @@ class Pipeline:
         return arrays
 
     def _halved(self, tiling: Tiling, scorer: Scorer | None) -> Tiling:
-        limit = tiling.memory_bytes or (scorer.memory_bytes if scorer else 0)
-        if not limit:
-            from pixelwise.infer.tiling.plan import default_budget
-
-            limit = default_budget(self.network.device)
+        limit = tiling.memory_bytes or (scorer and scorer.memory_bytes) or default_budget(self.network.device)
         tile = None if tiling.tile_px is None else tiling.tile_px // 2
         is_least = limit // 2 < _LEAST_MEMORY if tile is None else tile < _LEAST_TILE_PX
         if self.network.batch_statistics or is_least:

@@ -9,8 +9,7 @@ from pixelwise.errors import UsageError
 from pixelwise.infer.bundle import ModelCard
 from pixelwise.infer.options import Tiling
 from pixelwise.infer.predictor import Predictor
-from pixelwise.infer.tiling import Region
-from pixelwise.infer.tiling.plan import choose_scorer
+from pixelwise.infer.tiling import Region, choose_scorer
 from pixelwise.models import create_model
 
 SPEC = LabelSpec(names=("a", "b", "c"), colors=((0, 0, 0), (9, 9, 9), (5, 5, 5)), values=((0,), (1,), (2,)))

@@ -22,7 +22,7 @@ from pixelwise.infer.engines.local import MOST_THREADS, Labeller, run_local
 from pixelwise.infer.engines.worker import Found, Job, Setting, Worker, blocks_of
 from pixelwise.infer.outputs import RECORDS, Location, OutFolder
 from pixelwise.infer.store import DiskStore
-from pixelwise.infer.tiling.plan import default_budget
+from pixelwise.infer.tiling import default_budget
 
 SPREAD_BYTES = 16 << 20
 """Local files from this size on are opened before the start, to see whether their image is worth to be spread."""
