@@ -172,9 +172,7 @@ class _Table:
             self._file.write(numbers.astype(np.int32).tobytes())
 
     def patch(self, runs: Numbers, numbers: Numbers) -> None:
-        """Set the numbers of some runs, in any order."""
-        order = np.argsort(runs, kind="stable")
-        runs, numbers = runs[order], numbers[order]
+        """Set the numbers of some runs, in ascending order."""
         blocks = runs // _BLOCK
         for part in np.split(np.arange(len(runs)), np.flatnonzero(np.diff(blocks)) + 1):
             if len(part):

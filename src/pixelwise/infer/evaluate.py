@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +51,11 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """The evaluation as values that JSON can hold (undefined scores are None)."""
-        keys = ("split", "matrix", "images", "seconds", "precision", "statistics", "batch", "examples")
-        plain = {key: getattr(self, key) for key in keys}
         per_image = [
             {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in entry.items()}
             for entry in self.per_image
         ]
+        plain = {item.name: getattr(self, item.name) for item in fields(self)}
         return plain | {"names": list(self.names), "scores": self.scores.to_dict(), "per_image": per_image}
 
 
