@@ -58,14 +58,7 @@ class Batch:
     options: JobOptions
 
 
-def plan_batch(
-    inputs: Sequence[str | Path],
-    out: str | Path,
-    *,
-    overlay: bool = False,
-    probabilities: bool = False,
-    options: JobOptions | None = None,
-) -> Batch:
+def plan_batch(inputs: Sequence[str | Path], out: str | Path, *, options: JobOptions | None = None) -> Batch:
     """Find the images and the names of their outputs; nothing is read or written yet.
 
     A file or URL is taken whatever its suffix. A folder is read recursively for image suffixes (hidden files, links to
@@ -75,15 +68,13 @@ def plan_batch(
     Args:
         inputs: files, folders, globs, URLs.
         out: the folder of the results, or its URL.
-        overlay: also write the colours over the image.
-        probabilities: also write the probabilities of all classes.
-        options: all options; then the two before are not looked at.
+        options: what is written, and how it is computed; by default labels alone.
 
     Raises:
         UsageError: there is no input at all, two inputs would become the same file, an output is also an input, or a
             package for what is wanted is not installed.
     """
-    options = options or JobOptions(overlay=overlay, probabilities=probabilities)
+    options = options or JobOptions()
     if options.format is not None and options.format not in WRITERS:
         raise UsageError(f"there is no format {options.format!r} for labels; there are {', '.join(WRITERS)}.")
     # What is missing should be known before the work, not when its result is to be written.

@@ -11,7 +11,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -186,18 +186,15 @@ def _label_rows(pipeline: Pipeline, store: Store) -> Rows:
     """(plane, top, bottom) -> the final labels; small areas are looked for once, when a plane is first asked for."""
     if pipeline.options.min_area_px <= 1:
         return partial(store.rows, LABELS)
-    clean: dict[int, Callable[[int, int], NDArray[Any]]] = {}
 
-    def rows(plane: int, top: int, bottom: int) -> NDArray[Any]:
-        if plane not in clean:
-            clean.clear()  # one plane at a time
-            clean[plane] = remove_small(
-                partial(store.rows, LABELS, plane), store.height, store.width, pipeline.options.min_area_px,
-                nodata=pipeline.nodata, folder=store.folder if isinstance(store, DiskStore) else None,
-            )  # fmt: skip
-        return clean[plane](top, bottom)
+    @lru_cache(1)  # one plane at a time
+    def cleaned(plane: int) -> Callable[[int, int], NDArray[Any]]:
+        return remove_small(
+            partial(store.rows, LABELS, plane), store.height, store.width, pipeline.options.min_area_px,
+            nodata=pipeline.nodata, folder=store.folder if isinstance(store, DiskStore) else None,
+        )  # fmt: skip
 
-    return rows
+    return lambda plane, top, bottom: cleaned(plane)(top, bottom)
 
 
 def _result(pipeline: Pipeline, store: Store, kind: str, provenance: Mapping[str, Any], labels: Rows) -> Result:
