@@ -55,13 +55,14 @@ class _Driver:
     def __init__(self, labeller: Labeller, cluster: Cluster, token: str) -> None:
         self.labeller, self.cluster = labeller, cluster
         network, batch = labeller.network, labeller.batch
+        device = "cuda" if cluster.gpus else "cpu"
         self.setting = Setting(
-            folder=str(Path(network.folder or "").absolute()),
-            weights_sha256=network.card.weights_sha256, device="cuda" if cluster.gpus else "cpu",
-            precision=network.precision, batch_statistics=network.batch_statistics,
-            batch=replace(batch, tasks=(), missing=(), folder=OutFolder(_absolute(batch.folder.out))), token=token,
-            overwrite=labeller.overwrite,
-            threads=max(1, min(MOST_THREADS, int(cluster.cpus))),
+            folder=str(Path(network.folder or "").absolute()), weights_sha256=network.card.weights_sha256,
+            options={
+                "device": device, "precision": network.precision, "batch_statistics": network.batch_statistics
+            },
+            batch=replace(batch, tasks=(), missing=(), folder=OutFolder(_absolute(batch.folder.out))),
+            overwrite=labeller.overwrite, token=token, threads=max(1, min(MOST_THREADS, int(cluster.cpus))),
         )  # fmt: skip
         self.jobs: deque[Job] = deque()
         self.left: dict[int, int] = {}  # blocks of an image, by the identity of its task

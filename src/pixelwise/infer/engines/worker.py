@@ -47,10 +47,8 @@ class Setting:
     """What a worker needs to load the network and to know its work; `token` names a file in the records of the outputs."""
 
     folder: str
+    options: dict[str, Any]  # of `load`
     weights_sha256: str
-    device: str
-    precision: str
-    batch_statistics: bool
     batch: Batch
     overwrite: bool
     token: str
@@ -94,10 +92,7 @@ class Worker:
     def _loaded(self, setting: Setting) -> Labeller:
         here = f"the worker on {platform.node()}"
         try:
-            predictor = load(
-                setting.folder, device=setting.device, precision=setting.precision,
-                batch_statistics=setting.batch_statistics,
-            )  # fmt: skip
+            predictor = load(setting.folder, **setting.options)
         except DataError as error:
             text = f"{here} cannot load the network: {error} All workers must see the run folder."
             raise PixelwiseError(text) from None
