@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -173,7 +173,7 @@ class Blank(Source):
 def test_the_reader_keeps_no_more_than_it_says(side, block_px, rows):
     source = Blank(side, block_px)
     most = 0
-    with WindowReader(source) as reader:
+    with closing(WindowReader(source)) as reader:
         for top in range(0, min(side, 6000), rows):
             reader.read(top, 0, min(rows, side - top), side)
             kept = [future.result().size for future in reader._chunks.values()]

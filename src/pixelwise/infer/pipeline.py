@@ -7,7 +7,7 @@ was killed goes on where it was; the outputs appear whole or not at all.
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +25,7 @@ from pixelwise.infer import estimates
 from pixelwise.infer.options import Decision, JobOptions, Tiling
 from pixelwise.infer.prefetch import WindowReader
 from pixelwise.infer.store import DiskStore, Store, store_folder
-from pixelwise.infer.tiling import Region, Scorer, Scores, choose_scorer, default_budget
+from pixelwise.infer.tiling import Note, Region, Scorer, Scores, choose_scorer, default_budget
 
 if TYPE_CHECKING:
     from pixelwise.infer.predictor import Predictor
@@ -34,7 +34,6 @@ ONE_PASS_PX = 1 << 20
 """Images of no more pixels are labelled in one pass, and kept in memory."""
 
 LOGITS = "logits"
-Note = Callable[[str], None]
 Progress = Callable[[int, int], None]
 """(pixels done, pixels in all)."""
 
@@ -251,7 +250,8 @@ class Pipeline:
 
     def _score(self, store: Store, scorer: Scorer, plane: int, region: Region | None) -> None:
         done, total = store.done_px, self.total_px
-        with WindowReader(self.source, plane) as reader, store.adding(plane) as add, torch.inference_mode():
+        reader = WindowReader(self.source, plane)
+        with closing(reader), store.adding(plane) as add, torch.inference_mode():
 
             def read(top: int, left: int, height: int, width: int) -> Tensor:
                 return self.network.window(reader.read(top, left, height, width))

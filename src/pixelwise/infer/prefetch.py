@@ -5,7 +5,7 @@ import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -111,12 +111,6 @@ class WindowReader:
         self._pool.shutdown(cancel_futures=True)
         self._chunks.clear()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
     def _future(self, chunk: Region) -> "Future[NDArray[Any]]":
         if chunk not in self._chunks:
             self._chunks[chunk] = self._pool.submit(self.source.read, *chunk, self.plane)
@@ -183,10 +177,8 @@ class NextRows:
         with torch.inference_mode():
             return read_batch(self._read, [window])[0]
 
-    def __enter__(self) -> "NextRows":
-        return self
-
-    def __exit__(self, *error: object) -> None:
+    def close(self) -> None:
+        """Stop reading."""
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._next = None
 

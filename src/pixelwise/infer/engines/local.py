@@ -24,9 +24,10 @@ from pixelwise.infer.batch import Batch, Outcome, OutputError, Task, real
 from pixelwise.infer.options import Decision
 from pixelwise.infer.outputs import Location
 from pixelwise.infer.overlay import write_overlay
-from pixelwise.infer.pipeline import Note, Pipeline, Progress, in_memory
+from pixelwise.infer.pipeline import Pipeline, Progress, in_memory
 from pixelwise.infer.predictor import Predictor
 from pixelwise.infer.store import DiskStore, Store
+from pixelwise.infer.tiling import Note
 from pixelwise.ops.spatial_dropout import with_spatial_dropout
 
 MOST_THREADS = 8

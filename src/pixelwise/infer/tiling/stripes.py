@@ -117,7 +117,7 @@ class Stripes(Scorer):
         place = {"top": part.top, "left": part.left, "height": part.height, "width": part.width}
         # A file for each column, for its rows are of other sizes than those of the next.
         on_disk = SpillFile(self.scratch) if self.scratch and self._plan.has_shelf else contextlib.nullcontext()
-        with NextRows(read, needed.rows.stop) as ahead, on_disk as shelf:
+        with contextlib.closing(NextRows(read, needed.rows.stop)) as ahead, on_disk as shelf:
             parts = self.network.stripes(
                 ahead, **place, stripe_px=self.stripe_px, memory_limit=self._heap, spill_file=shelf
             )
