@@ -42,16 +42,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from pixelwise.infer.decide import Decision
 from torch import Tensor
 
 from pixelwise.data.labels import LabelSpec
 from pixelwise.files import write_json
 from pixelwise.infer.bundle import ModelCard
-from pixelwise.infer.options import Tiling
+from pixelwise.infer.options import Decision, Tiling
 from pixelwise.infer.predictor import Predictor
-from pixelwise.infer.tiling import Region
-from pixelwise.infer.tiling.plan import choose_scorer
+from pixelwise.infer.tiling import Region, choose_scorer
 from pixelwise.models import create_model
 
 MONAI_OVERLAP = 0.25

@@ -27,7 +27,7 @@ from pixelwise.files import write_json
 from pixelwise.infer.bundle import ModelCard
 from pixelwise.infer.options import Tiling
 from pixelwise.infer.predictor import Predictor
-from pixelwise.infer.tiling.plan import choose_scorer
+from pixelwise.infer.tiling import choose_scorer
 from pixelwise.infer.tiling.stripes import Stripes
 from pixelwise.models import create_model, list_models
 

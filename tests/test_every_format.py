@@ -232,7 +232,7 @@ def test_the_run_remembers_axis_and_slices(tmp_path: Path) -> None:
     run = pixelwise.train(tmp_path / "data", make_config(TINY | options), out=tmp_path / "run")
     card = load_card(run.folder)
     assert card.reading == {"axis": 1, "slices": 3, "intensity": (-200, 300)}
-    assert card.in_channels == 3 and run.plan.steps_per_epoch == 30
+    assert len(card.mean) == 3 and run.plan.steps_per_epoch == 30
     assert json.loads((run.folder / "data.json").read_text())["sizes"] == {"24x5": 4}
     assert pixelwise.train(tmp_path / "data", out=run.folder, resume=True).steps == 2
 
@@ -324,9 +324,9 @@ from pathlib import Path
 from pixelwise.formats.decoding import WorkerSource
 from pixelwise.train import make_config, train
 from pixelwise.infer.evaluate import evaluate
-from pixelwise.infer.tiling import plan
+from pixelwise.infer import tiling
 
-plan.BUDGET_BYTES = 30 << 20  # as for an image of many times the size
+tiling.BUDGET_BYTES = 30 << 20  # as for an image of many times the size
 
 def peak():  # not ru_maxrss, which begins with that of the process that started this one
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) << 10

@@ -112,7 +112,7 @@ def test_an_overlay_may_clash_too(images, tmp_path):
     write_image(images / "a_overlay.png")
     plan_batch([images], tmp_path / "out")
     with pytest.raises(UsageError, match=r"a_overlay\.png"):
-        plan_batch([images], tmp_path / "out", overlay=True)
+        plan_batch([images], tmp_path / "out", options=JobOptions(overlay=True))
 
 
 def test_many_clashes_are_summed_up(images, tmp_path):
@@ -150,7 +150,7 @@ def test_missing_inputs_are_reported_and_the_rest_goes_on(images, tmp_path):
 def test_all_outputs_are_written(tmp_path):
     values = write_image(tmp_path / "a.png")
     out = tmp_path / "out"
-    batch = plan_batch([tmp_path / "a.png"], out, overlay=True, probabilities=True)
+    batch = plan_batch([tmp_path / "a.png"], out, options=JobOptions(overlay=True, probabilities=True))
     assert statuses(run_batch(make_predictor(), batch)) == ["done"]
     assert sorted(path.name for path in out.glob("[!.]*")) == ["a.png", "a_overlay.png", "a_probabilities.npy"]
     prediction = make_predictor().predict(values)
@@ -183,7 +183,9 @@ def test_another_network_or_another_image_is_done_again(images, tmp_path):
 
 def test_an_output_asked_for_later_or_lost_is_made(tmp_path):
     write_image(tmp_path / "a.png")
-    plain, rich = (plan_batch([tmp_path / "a.png"], tmp_path / "out", overlay=extra) for extra in (False, True))
+    plain, rich = (
+        plan_batch([tmp_path / "a.png"], tmp_path / "out", options=JobOptions(overlay=extra)) for extra in (False, True)
+    )
     steps = [(plain, "1", "done"), (rich, "1", "done"), (plain, "1", "skipped"), (rich, "1", "skipped")]
     # A label file from another network does not vouch for the overlay that lies beside it.
     steps += [(plain, "2", "done"), (rich, "2", "done"), (rich, "2", "skipped")]
@@ -392,7 +394,6 @@ class Bands(Scorer):
 def bands(monkeypatch):
     """All images count as large and are computed in bands."""
     monkeypatch.setattr("pixelwise.infer.pipeline.ONE_PASS_PX", 20)
-    monkeypatch.setattr("pixelwise.infer.prefetch.ONE_PASS_PX", 20)
     monkeypatch.setattr("pixelwise.infer.pipeline.choose_scorer", lambda predictor, *_: Bands(predictor))
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from scipy import ndimage
 
 import pixelwise.infer.cleanup as cleanup
-from pixelwise.errors import PixelwiseError, UsageError
+from pixelwise.errors import PixelwiseError
 from pixelwise.infer.cleanup import remove_small
 
 SIDES = [
@@ -220,11 +220,3 @@ def test_a_large_table_goes_to_a_file(monkeypatch, tmp_path):
     assert np.array_equal(cleaned(labels, 10, band_px=5, folder=tmp_path), reference(labels, 10))
     with pytest.raises(PixelwiseError, match=r"temporary file in .*none cannot be used \(No such file"):
         cleaned(labels, 10, band_px=5, folder=tmp_path / "none")
-
-
-@pytest.mark.parametrize("numbers", [(0, 4, 2), (4, 0, 2), (4, 4, -1)])
-def test_numbers_that_are_not_allowed(numbers):
-    with pytest.raises(UsageError, match="clean-up"):
-        remove_small(lambda top, bottom: np.zeros((4, 4), np.uint8), *numbers)
-    with pytest.raises(UsageError, match="bands of 0 rows"):
-        remove_small(lambda top, bottom: np.zeros((4, 4), np.uint8), 4, 4, 2, band_px=0)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 import pixelwise.infer.options as module
 from pixelwise.data.labels import LabelSpec
 from pixelwise.errors import PixelwiseError, UsageError
-from pixelwise.infer.options import Decision
+from pixelwise.infer.options import Decision, JobOptions
 from pixelwise.infer.tiling import Region, Scores
 
 SPEC = LabelSpec(names=("sky", "road", "car"), colors=((1, 1, 1), (2, 2, 2), (3, 3, 3)), values=((0,), (1,), (2,)))
@@ -83,7 +83,7 @@ def test_maps_are_what_they_are_called():
 
 def test_mutual_information_needs_several_passes():
     with pytest.raises(UsageError, match="several passes"):
-        Decision(num_classes=2, maps=("mutual_information",))(scores((0.5, 0.5)))
+        JobOptions(maps=("mutual_information",))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -104,7 +104,7 @@ def test_half_precision_is_decided_in_float32():
 def test_bands_of_rows_change_nothing(monkeypatch):
     values, valid = torch.randn(3, 13, 7), np.random.default_rng(0).random((13, 7)) < 0.7
     window = Scores(Region(0, 0, 13, 7), values, torch.rand(13, 7))
-    decision = Decision(num_classes=3, thresholds={1: 0.2}, maps=module.MAPS, nodata=255)
+    decision = Decision(num_classes=3, thresholds={1: 0.2}, maps=module.MAPS)
     whole = decision(window, valid)
     monkeypatch.setattr(module, "_CHUNK", 50)
     banded = decision(window, valid)
@@ -114,12 +114,10 @@ def test_bands_of_rows_change_nothing(monkeypatch):
 
 def test_pixels_without_data():
     valid = np.array([[True, False]])
-    decision = Decision(num_classes=2, maps=("entropy",), nodata=255)
+    decision = Decision(num_classes=2, maps=("entropy",))
     arrays = decision(scores((0.5, 0.5), (0.2, 0.8)), valid)
     assert arrays["labels"].tolist() == [[0, 255]] and np.isnan(arrays["entropy"]).tolist() == [[False, True]]
     assert decision(scores((0.5, 0.5), (0.2, 0.8)), ~np.zeros((1, 2), bool))["labels"].tolist() == [[0, 1]]
-    with pytest.raises(UsageError, match="without data"):
-        Decision(num_classes=2)(scores((0.5, 0.5), (0.2, 0.8)), valid)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -127,7 +125,7 @@ def test_scores_that_overflow_are_an_error_unless_there_is_no_data(bad):
     values = torch.zeros(2, 1, 3)
     values[:, 0, 1] = bad
     window = Scores(Region(0, 0, 1, 3), values)
-    decision = Decision(num_classes=2, nodata=255, precision="bf16")
+    decision = Decision(num_classes=2, precision="bf16")
     with pytest.raises(PixelwiseError, match=r"^the network's scores overflow \(bf16\)\. Check"):
         decision(window)
     with pytest.raises(PixelwiseError, match="overflow"):
@@ -141,36 +139,23 @@ def test_one_class_may_be_impossible():
     assert (arrays["labels"].item(), arrays["entropy"].item(), arrays["max_probability"].item()) == (0, 0.0, 1.0)
 
 
-def test_many_classes_take_uint16():
-    assert Decision(num_classes=256).label_dtype == np.uint8
-    assert Decision(num_classes=255, nodata=255).label_dtype == np.uint8
-    for decision in (Decision(num_classes=257), Decision(num_classes=3, nodata=65535)):
-        assert decision.label_dtype == np.uint16
-    values = torch.zeros(300, 1, 2)
-    values[299, 0, 1] = 1
-    found = Decision(num_classes=300, nodata=1000)(Scores(Region(0, 0, 1, 2), values), np.array([[False, True]]))
-    assert found["labels"].tolist() == [[1000, 299]]
-
-
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"thresholds": {3: 0.5}}, "no class 3; there are 0 to 2"),
-        ({"thresholds": {0: 0.0}}, "above 0 and at most 1, not 0"),
-        ({"thresholds": {0: float("nan")}}, "above 0"),
+        ({"thresholds": (("car", 0.0),)}, "above 0 and at most 1, not 0"),
+        ({"thresholds": (("car", float("nan")),)}, "above 0"),
+        ({"thresholds": (("car", 0.1), ("car", 0.2))}, "two thresholds"),
         ({"maps": ("variance",)}, "no map 'variance'"),
-        ({"nodata": 2}, "from 3 to 65535"),
-        ({"nodata": 65536}, "from 3 to 65535"),
     ],
 )
 def test_values_that_are_not_allowed(options, message):
     with pytest.raises(UsageError, match=message):
-        Decision(num_classes=3, **options)
+        JobOptions(**options)
 
 
 def test_the_decision_of_classes_and_options():
     options = SimpleNamespace(thresholds=(("car", 0.3),), maps=("entropy",))
-    wanted = Decision(num_classes=3, thresholds={2: 0.3}, maps=("entropy",), nodata=255, precision="bf16")
+    wanted = Decision(num_classes=3, thresholds={2: 0.3}, maps=("entropy",), precision="bf16")
     assert Decision.of(SPEC, options, "bf16") == wanted
     with pytest.raises(UsageError, match="Did you mean car"):
         Decision.of(SPEC, SimpleNamespace(thresholds=(("cars", 0.3),), maps=()), "bf16")

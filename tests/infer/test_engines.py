@@ -33,7 +33,6 @@ from pixelwise.infer.engines.local import Labeller, run_local
 from pixelwise.infer.options import JobOptions, Tiling
 from pixelwise.infer.outputs import OutFolder
 from pixelwise.infer.predictor import load
-from pixelwise.infer.regions import blocks_of
 from pixelwise.infer.tiling import Region, Scorer, Scores
 from pixelwise.models import create_model
 
@@ -72,7 +71,6 @@ def slow_rows(monkeypatch):
     """Large images are computed in bands of rows; of workers in other processes too."""
     monkeypatch.setattr("pixelwise.infer.pipeline.choose_scorer", choose)
     monkeypatch.setattr("pixelwise.infer.pipeline.ONE_PASS_PX", 10_000)
-    monkeypatch.setattr("pixelwise.infer.prefetch.ONE_PASS_PX", 10_000)
 
 
 def choose(predictor, height, width, tiling, note):
@@ -84,10 +82,9 @@ class SlowWorker(worker.Worker):
 
     def __init__(self, setting):
         import pixelwise.infer.pipeline
-        import pixelwise.infer.prefetch
 
         pixelwise.infer.pipeline.choose_scorer = choose
-        pixelwise.infer.pipeline.ONE_PASS_PX = pixelwise.infer.prefetch.ONE_PASS_PX = 10_000
+        pixelwise.infer.pipeline.ONE_PASS_PX = 10_000
         super().__init__(setting)
 
 
@@ -147,7 +144,7 @@ def area(block):
 )  # fmt: skip
 @settings(max_examples=60, deadline=None)
 def test_blocks_cover_every_pixel_once(height, width, planes, workers, block_px, strips):
-    found = blocks_of(height, width, planes, workers, block_px, (16, width if strips else 64))
+    found = worker.blocks_of(height, width, planes, workers, block_px, (16, width if strips else 64))
     assert sum(area(piece) for piece in found) == height * width * planes
     assert len({(piece.plane, piece.region) for piece in found}) == len(found)
     assert all(piece.plane >= 0 and piece.plane + piece.planes <= planes for piece in found)
@@ -156,7 +153,7 @@ def test_blocks_cover_every_pixel_once(height, width, planes, workers, block_px,
 
 @pytest.mark.parametrize("size", [(70_000, 300_000), (30_000, 30_000), (100_000, 4000)])
 def test_blocks_of_huge_images_are_nearly_square(size):
-    found = blocks_of(*size, 1, 100)
+    found = worker.blocks_of(*size, 1, 100)
     sides = [side for piece in found[: len(found) // 2] for side in (piece.region.height, piece.region.width)]
     assert max(sides) < 2 * min(sides)
     assert max(area(piece) for piece in found) < 80 << 20

@@ -16,9 +16,10 @@ from pixelwise.data.labels import LabelSpec
 from pixelwise.data.layouts import open_data
 from pixelwise.errors import DataError, PixelwiseError, UsageError
 from pixelwise.formats.opening import read_mask
-from pixelwise.infer import prefetch, scoring
+from pixelwise.infer import scoring
 from pixelwise.infer.bundle import ModelCard, save_bundle
 from pixelwise.infer.evaluate import choose_examples, evaluate, open_for
+from pixelwise.infer.pipeline import ArraySource
 from pixelwise.infer.predictor import Predictor, load
 from pixelwise.infer.tiling.blend import BlendedTiles
 from pixelwise.metrics.confusion import ConfusionMatrix, Scores
@@ -339,7 +340,6 @@ def test_an_image_of_any_size_is_scored_window_by_window(tmp_path, monkeypatch):
     save_labels(tmp_path / "data" / "classes.yaml", SPEC)
     wanted = evaluate(strongest(), tmp_path / "data")
     monkeypatch.setattr("pixelwise.infer.pipeline.ONE_PASS_PX", 100)
-    monkeypatch.setattr("pixelwise.infer.prefetch.ONE_PASS_PX", 100)
     monkeypatch.setattr("pixelwise.infer.scoring.THINNED_PX", 100)
     monkeypatch.setattr("pixelwise.infer.scoring.EXAMPLE_PX", 30)
     monkeypatch.setattr(
@@ -364,13 +364,13 @@ def test_a_volume_is_scored_plane_by_plane(tmp_path, plane):
     rng = np.random.default_rng(7)
     pixels, truth = rng.integers(0, 256, (3, 20, 12, 3), dtype=np.uint8), rng.integers(0, 3, (3, 20, 12))
     tifffile.imwrite(tmp_path / "image.tif", pixels, photometric="rgb")
-    mask = prefetch.ArraySource(FILE_VALUES[truth[0]][:, :, None])
+    mask = ArraySource(FILE_VALUES[truth[0]][:, :, None])
     mask.info = replace(mask.info, planes=3)
     mask.read = lambda top, left, height, width, plane=0: FILE_VALUES[truth[plane]][
         top : top + height, left : left + width, None
     ]
     pair = SimpleNamespace(name="a", mask="mask", plane=plane)
-    with prefetch.open_image(tmp_path / "image.tif", CARD) as image:
+    with strongest().open(tmp_path / "image.tif") as image:
         labelled = scoring._Labelled.of(SimpleNamespace(image=image, mask=mask, labels=SPEC), pair)
         store = scoring._Counting(labelled, 3)
         scoring._label(strongest(), [labelled], [store])

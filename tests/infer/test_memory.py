@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +22,7 @@ from pixelwise.infer.bundle import ModelCard, save_bundle
 from pixelwise.infer.estimates import finishing_bytes, pipeline_bytes, room_for_maps
 from pixelwise.infer.options import JobOptions
 from pixelwise.infer.prefetch import WindowReader, kept_bytes
-from pixelwise.infer.regions import MOST_BYTES
-from pixelwise.infer.store import DiskStore
+from pixelwise.infer.store import MOST_BYTES, DiskStore
 from pixelwise.infer.tiling import Region
 from pixelwise.models import create_model
 
@@ -126,7 +125,8 @@ def test_a_process_that_was_killed_goes_on_where_it_was(tmp_path, run):
     expected = predictor.predict(tmp_path / "scene.tif").labels
 
     [folder] = out.glob(".scene.tif.store-*")
-    store = DiskStore(folder, height, width, 1, {"labels": np.dtype(np.uint8), "entropy": np.dtype(np.float32)})
+    info = SourceInfo(location="a", format="tiff", height=height, width=width, channels=3, dtype="uint8")
+    store = DiskStore(folder, info, {"labels": np.dtype(np.uint8), "entropy": np.dtype(np.float32)})
     first, *others = store.missing(0)
     assert not others
     assert 0 < store.done_px < height * width
@@ -173,7 +173,7 @@ class Blank(Source):
 def test_the_reader_keeps_no_more_than_it_says(side, block_px, rows):
     source = Blank(side, block_px)
     most = 0
-    with WindowReader(source) as reader:
+    with closing(WindowReader(source)) as reader:
         for top in range(0, min(side, 6000), rows):
             reader.read(top, 0, min(rows, side - top), side)
             kept = [future.result().size for future in reader._chunks.values()]

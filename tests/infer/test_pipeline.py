@@ -19,15 +19,14 @@ from pixelwise.data.labels import LabelSpec
 from pixelwise.data.samples import to_tensor
 from pixelwise.errors import DataError, PixelwiseError, UsageError
 from pixelwise.formats import Source, SourceInfo
-from pixelwise.infer import regions
+from pixelwise.infer import store as stores
 from pixelwise.infer.bundle import ModelCard
 from pixelwise.infer.options import JobOptions, Tiling
 from pixelwise.infer.outputs import write_outputs
+from pixelwise.infer.pipeline import ArraySource as InMemory
 from pixelwise.infer.pipeline import Pipeline, compute_together
 from pixelwise.infer.predictor import Predictor
-from pixelwise.infer.prefetch import ArraySource as InMemory
-from pixelwise.infer.store import store_folder
-from pixelwise.infer.tiling import Region, Scorer, Scores, plan
+from pixelwise.infer.tiling import Region, Scorer, Scores, choose_scorer
 from pixelwise.ops.receptive_field import ReceptiveField
 
 SPEC = LabelSpec(names=("a", "b", "c"), colors=((250, 0, 0), (0, 250, 0), (0, 0, 250)), values=((0,), (1,), (2,)))
@@ -124,7 +123,7 @@ def make_job(source, options=None, scorers=None, predictor=None, rows=3, columns
 def label_source(job, outputs, provenance):
     path = outputs["labels"][0]
     store = job.store_for(path, provenance)
-    job.label(store, path.parent)
+    job.label(store)
     write_outputs(job, store, outputs, provenance)
     store.remove()
 
@@ -283,8 +282,7 @@ def test_parts_of_other_settings_are_never_mixed_and_go_in_the_end(tmp_path):
         )
     }
     assert len(keys) == 6
-    old = store_folder(path, job.key(MARK | {"model": "2" * 64}))
-    job.compute(job.store_on_disk(old))
+    job.compute(job.store_on_disk(path, MARK | {"model": "2" * 64}))
     label_source(job, outputs, MARK)
     assert [item.name for item in tmp_path.iterdir()] == ["scene_labels.npy"]
 
@@ -349,11 +347,10 @@ def test_every_strategy_goes_on_with_less_and_says_so(options, error):
     predictor = make_predictor(Scarce(40 * 40, error))
     radius = (1, 1, 1, 1)
     field = ReceptiveField(bounded=True, stride=1, radius_px=radius, size_px=(3, 3))
-    predictor.receptive_fields[id(predictor.model)] = field
-    predictor.cut_radii[id(predictor.model), 1e-3] = radius
+    predictor.receptive_field, predictor.cut_radii[1e-3] = field, radius
     job = make_job(
         InMemory(pixels[0]), JobOptions(tiling=tiling), predictor=predictor,
-        choose=plan.choose_scorer, note=notes.append,
+        choose=choose_scorer, note=notes.append,
     )  # fmt: skip
     store = job.store()
     job.compute(store)
@@ -368,7 +365,7 @@ def test_a_small_image_that_does_not_fit_in_one_pass_is_computed_in_windows(monk
     pixels, notes = random_pixels(height=600, width=700), []
     job = make_job(
         InMemory(pixels[0]), predictor=make_predictor(Scarce(500_000 // 2)), choose=lambda network, height, width, tiling,
-        note: plan.choose_scorer(network, height, width, replace(tiling, tile_px=128), note), note=notes.append,
+        note: choose_scorer(network, height, width, replace(tiling, tile_px=128), note), note=notes.append,
     )  # fmt: skip
     store = job.store()
     job.compute(store)
@@ -446,7 +443,7 @@ def test_that_nothing_is_small_enough_is_told(tmp_path):
 
 def run_slowly(folder):
     """The run of a process that is killed: each window waits, and is written at once."""
-    regions.FLUSH_S = 0.0
+    stores.FLUSH_S = 0.0
     module.ONE_PASS_PX = 0
     folder = Path(folder)
 

@@ -4,15 +4,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pixelwise.errors import PixelwiseError
-from pixelwise.infer.regions import uncovered
-from pixelwise.infer.store import DiskStore, Store, store_folder
+from pixelwise.formats import SourceInfo
+from pixelwise.infer.store import DiskStore, Store, store_folder, uncovered
 from pixelwise.infer.tiling import Region
 
 KINDS = {"labels": np.dtype(np.uint8), "entropy": np.dtype(np.float32)}
 
 
-def make(folder, height=10, width=7, planes=1, kinds=KINDS):
-    return DiskStore(folder / "parts", height, width, planes, kinds)
+def info(height=10, width=7, planes=1):
+    return SourceInfo(location="a", format="tiff", height=height, width=width, planes=planes, channels=3, dtype="uint8")
+
+
+def make(folder, planes=1):
+    return DiskStore(folder / "parts", info(planes=planes), KINDS)
 
 
 def cut(arrays, region):
@@ -137,13 +141,13 @@ def test_folders_of_other_settings_are_known(tmp_path):
     others = [".a.tif.store-mine", ".ab.tif.store-" + "0" * 16, ".a.tif.store-" + "0" * 17]
     for name in others:
         (tmp_path / name).mkdir()
-    DiskStore(store_folder(output, "0" * 64), 3, 3, 1, KINDS).remove()
+    DiskStore(store_folder(output, "0" * 64), info(3, 3), KINDS).remove()
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(others)
     assert len(store_folder(tmp_path / ("ä" * 120), "0" * 64).name.encode()) < 255
 
 
 def test_a_store_in_memory_gives_what_it_was_given(arrays):
-    store = Store(10, 7, 2, KINDS | {"logits": np.dtype(np.float32)})
+    store = Store(info(planes=2), KINDS | {"logits": np.dtype(np.float32)})
     logits = np.arange(2 * 70, dtype=np.float32).reshape(2, 10, 7)
     for region in (Region(6, 3, 4, 4), Region(0, 0, 6, 7), Region(6, 0, 4, 3)):
         part = logits[:, region.top : region.bottom, region.left : region.right]

@@ -4,7 +4,7 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Literal
 from urllib.parse import unquote
@@ -19,11 +19,11 @@ from pixelwise.formats.remote import list_images
 from pixelwise.infer.options import JobOptions
 from pixelwise.infer.outputs import Location, OutFolder
 
-ENDINGS = {
-    "overlay": "_overlay.png",
-    "probabilities": "_probabilities.npy",
-    "geojson": ".geojson",
-    "coco": "_coco.json",
+_ENDINGS = {  # of outputs that have one format
+    "overlay": ("_overlay", ".png"),
+    "probabilities": ("_probabilities", ".npy"),
+    "geojson": ("", ".geojson"),
+    "coco": ("_coco", ".json"),
 }
 _DICOM = FORMATS["dicom"].suffixes
 
@@ -34,15 +34,10 @@ class OutputError(PixelwiseError):
 
 @dataclass(frozen=True)
 class Task:
-    """One image to label and the files it becomes.
-
-    Attributes:
-        path: the image.
-        outputs: "labels", and the others that were asked for; the content of the image may change their suffixes.
-    """
+    """One image to label and the files it becomes."""
 
     path: Location
-    outputs: dict[str, Location]
+    outputs: dict[str, Location]  # "labels" and others; the content of the image may change their suffixes
 
 
 @dataclass(frozen=True)
@@ -59,19 +54,12 @@ class Batch:
     """All the work of one call: the tasks, the inputs that do not exist, where the outputs go and what they are."""
 
     tasks: tuple[Task, ...]
-    missing: tuple[Outcome, ...] = ()
-    out: Location = Path()
-    options: JobOptions = field(default_factory=JobOptions)
+    missing: tuple[Outcome, ...]
+    folder: OutFolder
+    options: JobOptions
 
 
-def plan_batch(
-    inputs: Sequence[str | Path],
-    out: str | Path,
-    *,
-    overlay: bool = False,
-    probabilities: bool = False,
-    options: JobOptions | None = None,
-) -> Batch:
+def plan_batch(inputs: Sequence[str | Path], out: str | Path, *, options: JobOptions | None = None) -> Batch:
     """Find the images and the names of their outputs; nothing is read or written yet.
 
     A file or URL is taken whatever its suffix. A folder is read recursively for image suffixes (hidden files, links to
@@ -81,99 +69,75 @@ def plan_batch(
     Args:
         inputs: files, folders, globs, URLs.
         out: the folder of the results, or its URL.
-        overlay: also write the colours over the image.
-        probabilities: also write the probabilities of all classes.
-        options: all options; then the two before are not looked at.
+        options: what is written, and how it is computed; by default labels alone.
 
     Raises:
         UsageError: there is no input at all, two inputs would become the same file, an output is also an input, or a
             package for what is wanted is not installed.
     """
-    options = options or JobOptions(overlay=overlay, probabilities=probabilities)
+    options = options or JobOptions()
     if options.format is not None and options.format not in WRITERS:
         raise UsageError(f"there is no format {options.format!r} for labels; there are {', '.join(WRITERS)}.")
-    _check_packages(options)
+    # What is missing should be known before the work, not when its result is to be written.
+    if options.format and (package := WRITERS[options.format].package):
+        extra(*package, f"writing {options.format}")
+    for name in ("rasterio", "shapely") if options.geojson else ():
+        extra(name, "geo", "GeoJSON")
     folder = OutFolder(out)
     local = folder.out if isinstance(folder.out, Path) else None
     if local is not None and local.exists() and not local.is_dir():
         raise UsageError(f"--out {local}: is a file. Name a folder for the results.")
-    finder = find_images(inputs, local)
-    kinds = [LABELS, *options.maps, *(kind for kind in ENDINGS if getattr(options, kind))]
-    tasks = [
-        Task(path, {kind: folder.at(_output_name(name, str(path), kind, options.format)) for kind in kinds})
-        for (_, name), path in finder.found.items()
-    ]
-    _refuse_clashes(tasks)
+    finder = Finder(local)
+    for given in inputs:
+        finder.add(str(given))
+    if not finder.found:
+        reasons = " ".join(message for _, message in finder.missing[:5])
+        raise UsageError(f"no images to label. {reasons}".strip())
     missing = tuple(Outcome(path, "failed", message) for path, message in finder.missing)
-    return Batch(tuple(tasks), missing, folder.out, options)
+    return Batch(_tasks(finder, folder, options), missing, folder, options)
 
 
-def _check_packages(options: JobOptions) -> None:
-    """What is missing should be known before the work, not when its result is to be written."""
-    package = WRITERS[options.format].package if options.format else None
-    if package is not None:
-        extra(*package, f"writing {options.format}")
-    if options.geojson:
-        for name in ("rasterio", "shapely"):
-            extra(name, "geo", "GeoJSON")
-
-
-def _output_name(name: PurePath, path: str, kind: str, wanted: str | None) -> PurePath:
-    """The name that an output will have, as far as the name of the image tells; its content decides at the end."""
-    if kind in ENDINGS:
-        return name.with_name(name.name + ENDINGS[kind])
-    suffix = WRITERS[wanted].suffixes[0] if wanted else likely_suffix(PurePath(path).name)
-    if kind == LABELS:
-        return name.with_name(name.name + suffix)
-    return name.with_name(f"{name.name}_{kind}{'.tif' if suffix == '.png' else suffix}")
-
-
-def _refuse_clashes(tasks: Sequence[Task]) -> None:
-    """Names are compared without their suffixes, for these may still change."""
-    owners: dict[str, tuple[Location, Location]] = {}
-    clashes = []
-    for task in tasks:
-        for output in task.outputs.values():
-            first, its = owners.setdefault(_bare(output), (task.path, output))
-            if first != task.path:
-                result = output if its == output else f"{_bare(output)}, whatever its suffix"
-                clashes.append(f"{first} and {task.path} would both become {result}")
+def _tasks(finder: "Finder", folder: OutFolder, options: JobOptions) -> tuple[Task, ...]:
+    """What becomes of the images, as far as their names tell; their content decides on the suffixes at the end."""
+    kinds = [LABELS, *options.maps, *(kind for kind in _ENDINGS if getattr(options, kind))]
+    owners: dict[PurePath, tuple[Location, Location]] = {}
+    tasks, clashes = [], []
+    for (_, name), (path, likely) in finder.found.items():
+        task = Task(path, {})
+        for kind in kinds:
+            wanted = WRITERS[options.format].suffixes[0] if options.format else likely
+            ending, suffix = _ENDINGS.get(kind) or ("" if kind == LABELS else f"_{kind}", wanted)
+            if kind in options.maps and suffix == ".png":
+                suffix = ".tif"
+            bare = name.with_name(name.name + ending)
+            task.outputs[kind] = output = folder.at(f"{bare}{suffix}")
+            first, its = owners.setdefault(bare, (path, output))
+            if first != path:  # whatever the suffixes, for these may still change
+                result = output if its == output else f"{folder.at(bare)}, whatever its suffix"
+                clashes.append(f"{first} and {path} would both become {result}")
+        tasks.append(task)
     if clashes:
         more = f", and {len(clashes) - 5:,} more" if len(clashes) > 5 else ""
         listed = "; ".join(clashes[:5])
         raise UsageError(f"{listed}{more}. Rename one, or label them in two calls with different --out folders.")
-    inputs = {real(task.path) for task in tasks if isinstance(task.path, Path)} | {
-        task.path for task in tasks if isinstance(task.path, str)
-    }
+    inputs = {real(task.path) for task in tasks}
     for task in tasks:
         for output in task.outputs.values():
-            if (real(output) if isinstance(output, Path) else output) in inputs:
+            if real(output) in inputs:
                 raise UsageError(
                     f"the result of {task.path} would replace the input {output}. Choose another --out folder."
                 )
-
-
-def _bare(output: Location) -> str:
-    path = str(output)
-    name = PurePath(path).name
-    return path[: len(path) - len(name)] + stem_of(name)
+    return tuple(tasks)
 
 
 class Finder:
-    """Collects the images that arguments mean, each known by its real place and its name below the output folder.
-
-    Args:
-        out: the output folder, which is left out; None if it is a URL.
-
-    Attributes:
-        found: (real place, name of the output without a suffix) -> the image, in the order of the arguments.
-        missing: (argument or name, what is wrong with it).
-    """
+    """Collects the images that arguments mean, and the arguments that mean none; leaves out the folder `out`."""
 
     def __init__(self, out: Path | None) -> None:
         self.out = real(out) if out is not None else None
-        self.found: dict[tuple[Location, PurePath], Location] = {}
-        self.missing: list[tuple[Location, str]] = []
+        # By real place, and name of the output without a suffix: the image, and the likely suffix of its labels.
+        self.found: dict[tuple[Location, PurePath], tuple[Location, str]] = {}
+        self.missing: list[tuple[Location, str]] = []  # argument or name, what is wrong with it
 
     def add(self, given: str) -> None:
         """Take what one argument means."""
@@ -181,13 +145,13 @@ class Finder:
         try:
             self._add_url(given) if path is None else self._add(Path(path))
         except OSError as error:
-            self._miss(given, f"cannot be read ({error.strerror}).")
+            self._unreadable(given, error)
 
     def _add_url(self, url: str) -> None:
         # A folder says so by its slash; a server need not know folders.
         bare = shown(url)
         if not bare.endswith("/") and not set(PurePosixPath(bare).name) & set("*?["):
-            return self._found(url, PurePosixPath(stem_of(_name_in(bare))), url)
+            return self._found(url, PurePosixPath(_name_in(bare)), url)
         base = bare.partition("*")[0].rpartition("/")[0]
         try:
             listed = list_images(url.rstrip("/"), SOURCE_SUFFIXES)
@@ -199,9 +163,9 @@ class Finder:
         if not listed:
             self._miss(bare, "holds no images.")
         for item in listed if set(bare) & set("*?[") else _with_series(listed):
-            inner = PurePosixPath(item.removeprefix(base).lstrip("/"))
-            name = inner.name or PurePosixPath(item).name  # the folder itself may be an image
-            self._found(item, inner.with_name(stem_of(name)) if inner.name else PurePosixPath(stem_of(name)), item)
+            # The folder itself may be an image.
+            inner = PurePosixPath(item.removeprefix(base).lstrip("/") or PurePosixPath(item).name)
+            self._found(item, inner, item)
         return None
 
     def _add(self, path: Path) -> None:
@@ -236,7 +200,7 @@ class Finder:
     def _add_folder(self, folder: Path, base: Path) -> None:
         if real(folder) == self.out:
             raise UsageError(f"--out {self.out}: is also an input. Choose another folder for the results.")
-        for parent, folders, names in os.walk(folder, onerror=self._unreadable):
+        for parent, folders, names in os.walk(folder, onerror=lambda error: self._unreadable(error.filename, error)):
             here = Path(parent)
             above = base if here != base else Path(os.path.abspath(here)).parent  # noqa: PTH100
             if is_zarr(here):
@@ -255,14 +219,14 @@ class Finder:
     def _add_file(self, path: Path, base: Path) -> None:
         # A folder given by itself is named after itself, also if it was written as `.` or `..`.
         shown_path = path if path.is_relative_to(base) else Path(os.path.abspath(path))  # noqa: PTH100
-        inner = PurePath(shown_path.relative_to(base))
-        self._found(real(path), inner.with_name(stem_of(inner.name)), path)
+        self._found(real(path), PurePath(shown_path.relative_to(base)), path)
 
     def _found(self, place: Location, name: PurePath, image: Location) -> None:
-        self.found.setdefault((place, name), image)
+        bare = name.with_name(stem_of(name.name))
+        self.found.setdefault((place, bare), (image, likely_suffix(PurePath(str(image)).name)))
 
-    def _unreadable(self, error: OSError) -> None:
-        self._miss(error.filename, f"cannot be read ({error.strerror}).")
+    def _unreadable(self, name: Location, error: OSError) -> None:
+        self._miss(name, f"cannot be read ({error.strerror}).")
 
     def _miss(self, name: Location, message: str) -> None:
         self.missing.append((name, f"{name}: {message}"))
@@ -272,29 +236,14 @@ def _with_series(urls: Sequence[str]) -> list[str]:
     """Several DICOM files that have a folder to themselves are one image, as `is_series` says of local ones."""
     folders = defaultdict(list)
     for url in urls:
-        folders[url.rpartition("/")[0]].append(url)
-    series = {
-        folder
-        for folder, inner in folders.items()
-        if len(inner) > 1 and all(url.lower().endswith(_DICOM) for url in inner)
-    }
-    return list(dict.fromkeys(url.rpartition("/")[0] if url.rpartition("/")[0] in series else url for url in urls))
+        folders[url.rpartition("/")[0]].append(url.lower().endswith(_DICOM))
+    series = {folder for folder, are_dicom in folders.items() if len(are_dicom) > 1 and all(are_dicom)}
+    return list(dict.fromkeys(folder if (folder := url.rpartition("/")[0]) in series else url for url in urls))
 
 
-def find_images(inputs: Sequence[str | Path], out: Path | None) -> Finder:
-    """All the images that arguments mean."""
-    finder = Finder(out)
-    for given in inputs:
-        finder.add(str(given))
-    if not finder.found:
-        reasons = " ".join(message for _, message in finder.missing[:5])
-        raise UsageError(f"no images to label. {reasons}".strip())
-    return finder
-
-
-def real(path: Path) -> Path:
-    """`path` without links; unlike `Path.resolve` this survives a loop of links."""
-    return Path(os.path.realpath(path))
+def real(place: Location) -> Location:
+    """A path without links; unlike `Path.resolve` this survives a loop of links. A URL as it is."""
+    return Path(os.path.realpath(place)) if isinstance(place, Path) else place
 
 
 def _name_in(url: str) -> str:

@@ -1,11 +1,10 @@
 """What a run folder needs to predict with: `model.safetensors` and `model.json`, and nothing else.
 
 Both files may come from a stranger, so nothing in them is believed before it is checked: no pickle, no code, and the
-network is first built without memory and compared with the tensors on disk, and only then for real.
+network is built without memory, which it takes only when it agrees with the tensors on disk.
 """
 
 import hashlib
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -72,18 +71,12 @@ class ModelCard:
     weights_sha256: str = ""
     format: int = FORMAT
 
-    @property
-    def in_channels(self) -> int:
-        """The number of channels of the images the network was trained on."""
-        return len(self.mean)
-
     def to_dict(self) -> dict[str, Any]:
         """The card as plain values that JSON can hold."""
-        values = {item.name: getattr(self, item.name) for item in fields(self)}
-        values |= {"config": _lists(self.config), "labels": self.labels.to_dict(), "reading": _lists(self.reading)}
+        values = {item.name: getattr(self, item.name) for item in fields(self)} | {"labels": self.labels.to_dict()}
         if not self.reading:
             del values["reading"]  # so that older versions read the card
-        return values | {"mean": list(self.mean), "std": list(self.std)}
+        return values
 
     @classmethod
     def from_dict(cls, values: Any) -> "ModelCard":
@@ -92,29 +85,39 @@ class ModelCard:
         Raises:
             DataError: a key is missing or unknown, or a value has the wrong type or is out of range.
         """
-        if isinstance(values, dict):
-            values = {"reading": {}} | values  # cards of earlier versions have none
-        _check_keys(values, cls)
-        if not isinstance(values["model"], str) or not re.fullmatch(r"\w[\w.-]{0,99}", values["model"]):
-            raise DataError(f"'model' must be the name of a registered model, not {_short(values['model'])}.")
-        digest = values["weights_sha256"]
-        if not isinstance(digest, str) or not re.fullmatch(r"([0-9a-f]{64})?", digest):
-            raise DataError(f"'weights_sha256' must be 64 hex digits, not {_short(digest)}.")
-        values = {"reading": {}, **values}
+        if not isinstance(values, dict):
+            raise DataError(f"a model card is a mapping, not {_short(values)}.")
+        version = values.get("format")
+        if version != FORMAT or isinstance(version, bool):
+            text = f"this version of pixelwise reads format {FORMAT}. Update pixelwise."
+            raise DataError(f"format {_short(version)} is unknown; {text}")
+        values, known = {"reading": {}} | values, {item.name for item in fields(cls)}  # older cards have no reading
+        if missing := known - values.keys():
+            raise DataError(f"{', '.join(sorted(missing))} missing.")
+        if unknown := values.keys() - known:
+            raise DataError(f"unknown keys {_short(sorted(map(str, unknown)))}.")
+        for key, form, what in (
+            ("model", r"\w[\w.-]{0,99}", "the name of a registered model"),
+            ("weights_sha256", r"([0-9a-f]{64})?", "64 hex digits"),
+        ):
+            if not isinstance(values[key], str) or not re.fullmatch(form, values[key]):
+                raise DataError(f"'{key}' must be {what}, not {_short(values[key])}.")
         for key in ("config", "data", "versions", "scores", "reading"):
             if not isinstance(values[key], dict) or not all(isinstance(name, str) for name in values[key]):
                 raise DataError(f"'{key}' must be a mapping, not {_short(values[key])}.")
-        card = cls(
-            **values
-            | {
-                "config": {key: _config_value(key, value) for key, value in values["config"].items()},
-                "reading": {key: _config_value(key, value) for key, value in values["reading"].items()},
-                "labels": LabelSpec.from_dict(values["labels"]),
-                "mean": _numbers("mean", values["mean"]),
-                "std": _numbers("std", values["std"]),
-            }
-        )
-        _check_agreement(card)
+        for key in ("config", "reading"):
+            values[key] = {name: _config_value(name, value) for name, value in values[key].items()}
+        for key in ("mean", "std"):
+            values[key] = _numbers(key, values[key])
+        card = cls(**values | {"labels": LabelSpec.from_dict(values["labels"])})
+        # What the card says twice must agree, or predictions would be wrong without notice.
+        if len(card.mean) != len(card.std):
+            raise DataError(f"'mean' has {len(card.mean)} channels, but 'std' has {len(card.std)}.")
+        if any(value <= 0 for value in card.std):
+            raise DataError(f"'std' must be above zero, not {_short(card.std)}.")
+        for key, expected in (("num_classes", len(card.labels.names)), ("in_channels", len(card.mean))):
+            if card.config.get(key) != expected:
+                raise DataError(f"config {key} is {_short(card.config.get(key))}, but the card describes {expected}.")
         return card
 
 
@@ -131,8 +134,8 @@ def save_bundle(folder: str | Path, model: nn.Module, card: ModelCard) -> ModelC
     }
     with atomic_path(folder / WEIGHTS_NAME) as part:
         safetensors.torch.save_file(state, part)
-        digest = _sha256(part)
-    card = replace(card, weights_sha256=digest)
+        with part.open("rb") as file:
+            card = replace(card, weights_sha256=hashlib.file_digest(file, "sha256").hexdigest())
     write_json(folder / CARD_NAME, card.to_dict())
     return card
 
@@ -151,10 +154,12 @@ def load_bundle(folder: str | Path, device: str | torch.device = "cpu") -> tuple
     state = _read_weights(path, card.weights_sha256)
     with torch.random.fork_rng(devices=[]):
         with torch.device("meta"):
-            skeleton = _build(card, folder / CARD_NAME)
-        _check_state(state, skeleton.state_dict(), path)
-        model = _build(card, folder / CARD_NAME)
-    model.load_state_dict(state)
+            model = _build(card, folder / CARD_NAME)
+        state = _checked(state, model.state_dict(), path)
+        model.load_state_dict(state, assign=True)
+        if not _is_whole(model):
+            model = _build(card, folder / CARD_NAME)
+            model.load_state_dict(state)
     return model.to(device).eval().requires_grad_(False), card
 
 
@@ -186,22 +191,23 @@ def _read_weights(path: Path, sha256: str) -> dict[str, Tensor]:
     if not path.is_file():  # a pipe would be read for ever
         raise DataError(f"{path}: there is no such file. A run needs {CARD_NAME} and {WEIGHTS_NAME}; copy both.")
     try:
-        if _sha256(path) != sha256:
+        content = path.read_bytes()
+        if hashlib.sha256(content).hexdigest() != sha256:
             raise DataError(
                 f"{path}: is not what {CARD_NAME} describes (another sha256): the file is damaged, or the two "
                 "files come from different moments of a run. Copy both again, or resume the training."
             )
-        return safetensors.torch.load_file(path)
+        return safetensors.torch.load(content)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error}).") from error
+    except DataError:
+        raise
     except (SafetensorError, ValueError, KeyError, AttributeError, TypeError, RuntimeError) as error:
-        if isinstance(error, DataError):
-            raise
         raise DataError(f"{path}: is not a safetensors file ({_short(error)}).") from error
 
 
-def _check_state(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path) -> None:
-    """The tensors on disk are those of the network, by name, shape and kind, and are finite."""
+def _checked(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The tensors on disk, if they are those of the network by name, shape and kind, and are finite; in its types."""
     for what, names in (("lacks", expected.keys() - state.keys()), ("has unknown", state.keys() - expected.keys())):
         if names:
             raise DataError(f"{path}: {what} {len(names):,} tensors of the network, such as {_short(min(names))}.")
@@ -216,6 +222,13 @@ def _check_state(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], pa
             raise DataError(
                 f"{path}: tensor {name} holds NaN or infinite values; this network cannot predict. Train it again."
             )
+    return {name: state[name].to(want.dtype) for name, want in expected.items()}
+
+
+def _is_whole(model: nn.Module) -> bool:
+    """Whether no tensor is without memory, as those are that are not among the weights."""
+    values = (value for module in model.modules() for value in (*module.buffers(recurse=False), *vars(module).values()))
+    return not any(isinstance(value, Tensor) and value.is_meta for value in values)
 
 
 def _build(card: ModelCard, path: Path) -> nn.Module:
@@ -225,37 +238,11 @@ def _build(card: ModelCard, path: Path) -> nn.Module:
         raise DataError(f"{path}: model {card.model} cannot be built from this config: {_short(error, 400)}") from error
 
 
-def _check_keys(values: Any, cls: type[ModelCard]) -> None:
-    if not isinstance(values, dict):
-        raise DataError(f"a model card is a mapping, not {_short(values)}.")
-    version = values.get("format")
-    if version != FORMAT or isinstance(version, bool):
-        raise DataError(
-            f"format {_short(version)} is unknown; this version of pixelwise reads format {FORMAT}. Update pixelwise."
-        )
-    known = {item.name for item in fields(cls)}
-    if missing := known - values.keys() - {"reading"}:
-        raise DataError(f"{', '.join(sorted(missing))} missing.")
-    if unknown := values.keys() - known:
-        raise DataError(f"unknown keys {_short(sorted(map(str, unknown)))}.")
-
-
-def _check_agreement(card: ModelCard) -> None:
-    """What the card says twice must agree, or predictions would be wrong without notice."""
-    if len(card.mean) != len(card.std):
-        raise DataError(f"'mean' has {len(card.mean)} channels, but 'std' has {len(card.std)}.")
-    if any(value <= 0 for value in card.std):
-        raise DataError(f"'std' must be above zero, not {_short(card.std)}.")
-    for key, expected in (("num_classes", card.labels.num_classes), ("in_channels", len(card.mean))):
-        if card.config.get(key) != expected:
-            raise DataError(f"config {key} is {_short(card.config.get(key))}, but the card describes {expected}.")
-
-
 def _numbers(key: str, values: Any) -> tuple[float, ...]:
     if not isinstance(values, list | tuple) or not 1 <= len(values) <= MAX_CHANNELS:
         raise DataError(f"'{key}' must list one number for each channel, not {_short(values)}.")
     for value in values:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e30 or math.isnan(value):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e30:
             raise DataError(f"'{key}' must hold finite numbers, not {_short(value)}.")
     return tuple(float(value) for value in values)
 
@@ -267,20 +254,12 @@ def _config_value(key: str, value: Any, depth: int = 0) -> Any:
     """
     if isinstance(value, list | tuple) and depth < 3 and len(value) <= 1000:
         return tuple(_config_value(key, item, depth + 1) for item in value)
-    if value is None or isinstance(value, bool):
-        return value
-    if isinstance(value, int | float) and abs(value) <= MAX_CONFIG_NUMBER:
-        return value
-    if isinstance(value, str) and len(value) <= 100 and re.fullmatch(r"(\w[\w.+-]*/)?\w[\w.+-]*|", value):
+    is_number = isinstance(value, int | float) and abs(value) <= MAX_CONFIG_NUMBER
+    is_name = isinstance(value, str) and len(value) <= 100 and re.fullmatch(r"(\w[\w.+-]*/)?\w[\w.+-]*|", value)
+    if value is None or is_number or is_name:
         return value
     allowed = f"numbers up to {MAX_CONFIG_NUMBER:,}, plain names and lists of them"
     raise DataError(f"config {_short(key)} cannot be {_short(value)}; allowed are {allowed}.")
-
-
-def _lists(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _lists(item) for key, item in value.items()}
-    return [_lists(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _short(value: object, length: int = 80) -> str:
@@ -289,8 +268,3 @@ def _short(value: object, length: int = 80) -> str:
         return "a huge number"
     text = " ".join((str(value) if isinstance(value, Exception) else repr(value)).split())
     return text if len(text) <= length else text[: length - 1] + "…"
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from pixelwise.errors import PixelwiseError, UsageError
+from pixelwise.errors import PixelwiseError
 
 Labels = NDArray[np.unsignedinteger]
 Numbers = NDArray[np.signedinteger]
@@ -54,15 +54,10 @@ def remove_small(
     The image is read at least twice, band by band, and again for the result. The memory is that of a band, 200 to 400 MiB
     where every pixel differs from the next, and 16 bytes for each run of small areas that cross into the next band.
     """
-    if min(height, width) < 1 or min_area_px < 0 or (band_px is not None and band_px < 1):
-        raise UsageError(
-            f"clean-up: {height} x {width} px in bands of {band_px} rows, areas of {min_area_px} px; sides and bands must "
-            "be at least 1, the smallest area at least 0."
-        )
     if min_area_px <= 1:
         return rows
     step = band_px or max(1, _BAND_PX // width)
-    image = _Image(rows, height, step, nodata, Table(folder), np.zeros(height + 1, dtype=np.int64))
+    image = _Image(rows, height, step, nodata, _Table(folder), np.zeros(height + 1, dtype=np.int64))
     small = _find_small(image, min_area_px)
     if not small:
         return rows
@@ -74,65 +69,40 @@ def remove_small(
     return image.cleaned
 
 
-@dataclass(frozen=True)
-class Band:
-    """The runs of some rows, from top left to bottom right, and which of them touch.
+class _Band:
+    """The runs of some rows (h, w), from top left to bottom right, and which of them touch."""
 
-    Attributes:
-        values: label of each run.
-        lengths: of each run, in pixels.
-        lines: row of each run, counted from the first of the band.
-        stacked: (3, n): a run, one below it, and the pixel sides they share.
-        corners: (2, n): two runs of one label that touch at a corner, but at no side.
-    """
-
-    values: Numbers
-    lengths: Numbers
-    lines: Numbers
-    stacked: Numbers
-    corners: Numbers
-
-    @classmethod
-    def of(cls, labels: Labels) -> "Band":
-        """The runs of labels (h, w)."""
+    def __init__(self, labels: Labels) -> None:
         height, width = labels.shape
         starts = np.ones((height, width), dtype=bool)
         np.not_equal(labels[:, 1:], labels[:, :-1], out=starts[:, 1:])
         places = np.flatnonzero(starts)
-        values = labels.reshape(-1)[places].astype(np.int32)
+        self.values: Numbers = labels.reshape(-1)[places].astype(np.int32)  # label of each run
+        self.lengths: Numbers = np.diff(places, append=height * width).astype(np.int32)
+        self.lines: Numbers = (places // width).astype(np.int32)  # row of each run, counted from the first of the band
         run_at = np.cumsum(starts, dtype=np.int32)
         run_at -= 1
         # Wherever a run begins in a row or in the next, another pair of runs lies one below the other.
         cuts = np.flatnonzero(starts[:-1] | starts[1:])
-        shared = np.diff(cuts, append=(height - 1) * width)
-        # Runs meet at a corner where one begins in both rows.
+        shared = np.diff(cuts, append=(height - 1) * width).astype(np.int32)  # pixel sides
+        self.stacked: Numbers = np.stack([run_at[cuts], run_at[cuts + width], shared])
+        # Runs of one label that touch at a corner, but at no side: both begin there, in two rows.
         meets = np.flatnonzero(starts[:-1] & starts[1:])
         meets = meets[meets % width > 0]
         upper = np.concatenate([run_at[meets - 1], run_at[meets]])
         lower = np.concatenate([run_at[meets + width], run_at[meets + width - 1]])
-        equal = values[upper] == values[lower]
-        return cls(
-            values=values,
-            lengths=np.diff(places, append=height * width).astype(np.int32),
-            lines=(places // width).astype(np.int32),
-            stacked=np.stack([run_at[cuts], run_at[cuts + width], shared.astype(np.int32)]),
-            corners=np.stack([upper[equal], lower[equal]]),
-        )
+        self.corners: Numbers = np.stack([upper, lower])[:, self.values[upper] == self.values[lower]]
 
     def areas(self, joins: Mask, carried: Numbers, open_areas: int) -> Numbers:
         """The number of the area of each run, then of each of the areas that are open from above."""
-        runs = len(self.values)
+        runs, known = len(self.values), np.flatnonzero(carried >= 0)
         equal = self.values[self.stacked[0]] == self.values[self.stacked[1]]
-        first = np.concatenate([self.stacked[0][equal], self.corners[0]])
-        second = np.concatenate([self.stacked[1][equal], self.corners[1]])
-        joined = joins[first] & joins[second]
-        known = np.flatnonzero(carried >= 0)
-        first = np.concatenate([first[joined], known])
-        second = np.concatenate([second[joined], carried[known] + runs])
-        nodes = runs + open_areas
-        graph = coo_array((np.ones(len(first), dtype=np.int8), (first, second)), shape=(nodes, nodes))
-        areas: Numbers = connected_components(graph, directed=False)[1]  # int32
-        return areas
+        touching = np.concatenate([self.stacked[:2, equal], self.corners], axis=1)
+        open_above = np.stack([known, carried[known] + runs]).astype(np.int32)
+        pairs = np.concatenate([touching[:, joins[touching].all(axis=0)], open_above], axis=1)
+        ones = np.ones(pairs.shape[1], dtype=np.int8)
+        graph = coo_array((ones, (pairs[0], pairs[1])), shape=(runs + open_areas, runs + open_areas))
+        return connected_components(graph, directed=False)[1]  # int32
 
     def borders(self, own: Mask, other: Mask, first_line: int) -> Numbers:
         """(3, n): a run of `own`, a run of `other` beside, above or below it, and the pixel sides they share.
@@ -152,30 +122,23 @@ class Band:
         return np.concatenate(found, axis=1)
 
 
-class OpenAreas:
-    """The areas that reach the last row so far, and their runs above that wait for what becomes of them.
-
-    Attributes:
-        count: how many there are.
-        carried: the open area of each run of the last row, or -1.
-        waiting: numbers of the runs that wait, in the whole image.
-        owner: the open area of each of these.
-    """
+class _OpenAreas:
+    """The areas that reach the last row so far, and their runs above that wait for what becomes of them."""
 
     def __init__(self) -> None:
         self.count = 0
-        self.carried: Numbers = np.empty(0, dtype=np.int64)
-        self.waiting: Numbers = np.empty(0, dtype=np.int64)
-        self.owner: Numbers = np.empty(0, dtype=np.int64)
+        self.carried: Numbers = np.empty(0, dtype=np.int64)  # the open area of each run of the last row, or -1
+        self.waiting: Numbers = np.empty(0, dtype=np.int64)  # numbers of the runs that wait, in the whole image
+        self.owner: Numbers = np.empty(0, dtype=np.int64)  # the open area of each of these
 
-    def reaching(self, band: Band, area: Numbers, joins: Mask, *, is_last: bool) -> Mask:
+    def reaching(self, band: _Band, area: Numbers, joins: Mask, *, is_last: bool) -> Mask:
         """By area: whether it reaches the last row of a band and may go on below it."""
         reaches = np.zeros(int(area.max()) + 1, dtype=bool)
         if not is_last:
             reaches[area[: len(band.values)][joins & (band.lines == band.lines[-1])]] = True
         return reaches
 
-    def renumber(self, band: Band, area: Numbers, reaches: Mask, waits: Mask, numbers: Numbers, new: Mask) -> None:
+    def renumber(self, band: _Band, area: Numbers, reaches: Mask, waits: Mask, numbers: Numbers, new: Mask) -> None:
         """Go on to the next band; the open areas are then those of `reaches`, in this order."""
         runs = len(band.values)
         fresh = np.where(reaches, np.cumsum(reaches) - 1, -1)
@@ -188,12 +151,8 @@ class OpenAreas:
         self.count = int(reaches.sum())
 
 
-class Table:
-    """A number (int32) for each run of an image; what is large lies in a temporary file.
-
-    Args:
-        folder: of the temporary file; the system's own unless given.
-    """
+class _Table:
+    """A number (int32) for each run of an image; what is large lies in a temporary file, in `folder` if that is given."""
 
     def __init__(self, folder: str | Path | None = None) -> None:
         self._folder = str(folder or tempfile.gettempdir())
@@ -213,9 +172,7 @@ class Table:
             self._file.write(numbers.astype(np.int32).tobytes())
 
     def patch(self, runs: Numbers, numbers: Numbers) -> None:
-        """Set the numbers of some runs, in any order."""
-        order = np.argsort(runs, kind="stable")
-        runs, numbers = runs[order], numbers[order]
+        """Set the numbers of some runs, in ascending order."""
         blocks = runs // _BLOCK
         for part in np.split(np.arange(len(runs)), np.flatnonzero(np.diff(blocks)) + 1):
             if len(part):
@@ -247,16 +204,16 @@ class _Image:
     height: int
     step: int
     nodata: int | None
-    table: Table
+    table: _Table
     first: Numbers
 
-    def bands(self) -> Iterator[tuple[int, int, Band]]:
+    def bands(self) -> Iterator[tuple[int, int, _Band]]:
         """(new, bottom, runs of the rows up to `bottom`): rows before `new` were the last of the band before."""
         for new in range(0, self.height, self.step):
             bottom = min(self.height, new + self.step)
-            yield new, bottom, Band.of(np.asarray(self.rows(max(0, new - 1), bottom)))
+            yield new, bottom, _Band(np.asarray(self.rows(max(0, new - 1), bottom)))
 
-    def has_data(self, band: Band) -> Mask:
+    def has_data(self, band: _Band) -> Mask:
         return np.ones(len(band.values), dtype=bool) if self.nodata is None else band.values != self.nodata
 
     def cleaned(self, top: int, bottom: int) -> Labels:
@@ -268,14 +225,14 @@ class _Image:
         said = self.table.read(self.first[top], self.first[bottom])
         if not (said >= 0).any():
             return labels
-        band = Band.of(labels)
+        band = _Band(labels)
         values = np.where(said >= 0, said, band.values).astype(labels.dtype)
         return np.repeat(values, band.lengths).reshape(labels.shape)
 
 
 def _find_small(image: _Image, min_area_px: int) -> int:
     """Write to the table which runs belong to small areas, and count these runs."""
-    areas, size_so_far, small_runs = OpenAreas(), np.empty(0, dtype=np.int64), 0
+    areas, size_so_far, small_runs = _OpenAreas(), np.empty(0, dtype=np.int64), 0
     for new, bottom, band in image.bands():
         has_data = image.has_data(band)
         area = band.areas(has_data, areas.carried, areas.count)
@@ -301,7 +258,7 @@ def _find_small(image: _Image, min_area_px: int) -> int:
 
 def _give_classes(image: _Image) -> int:
     """Give a class to the small areas that touch others than small ones; the number of runs that got one."""
-    areas, given = OpenAreas(), 0
+    areas, given = _OpenAreas(), 0
     borders_so_far = np.empty((3, 0), dtype=np.int64)  # open area, class, pixel sides
     for new, bottom, band in image.bands():
         start, runs = image.first[max(0, new - 1)], len(band.values)

@@ -8,16 +8,18 @@ import torch
 
 from pixelwise.errors import PixelwiseError, UsageError
 from pixelwise.formats.base import Source
-from pixelwise.infer.network import Scorer
 from pixelwise.infer.options import JobOptions, Tiling
 from pixelwise.infer.overlay import OVERLAY_PX
 from pixelwise.infer.prefetch import kept_bytes
-from pixelwise.infer.regions import MOST_BYTES
+from pixelwise.infer.store import MOST_BYTES
+from pixelwise.infer.tiling import Scorer
 from pixelwise.ops.streaming.allocator import resident_bytes
 
 PROCESS_BYTES = 2 << 30
 """What a process may take in all on a CPU, unless the user says otherwise."""
 
+# How torch reports that memory ran out where it does not raise torch.OutOfMemoryError.
+_OUT_OF_MEMORY = ("not enough memory", "can't allocate memory", "out of memory", "alloc_failed")
 _SPARE = 0.05  # of that, for what is not foreseen
 _LEAST_FOR_MAPS, _MOST_FOR_MAPS = 512 << 20, 1 << 30
 _OVERLAY_BYTES_PER_PX = 32  # measured; the picture is mixed in float32
@@ -29,12 +31,25 @@ def memory_now() -> int:
     try:
         return resident_bytes()
     except (OSError, ValueError, IndexError):
-        pass
+        return peak_memory_bytes(torch.device("cpu")) or 0
+
+
+def peak_memory_bytes(device: torch.device) -> int | None:
+    """The largest memory so far: of the GPU's allocator, else of this process; None where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     try:
         import resource  # not on Windows
     except ImportError:
-        return 0
+        return None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that memory ran out."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in _OUT_OF_MEMORY)
 
 
 def pipeline_bytes(source: Source, *, in_one_window: bool = False) -> int:

@@ -3,11 +3,10 @@
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from pixelwise.data.labels import LabelSpec
 from pixelwise.data.layouts import DataFolder, Pair, open_data
 from pixelwise.errors import DataError, PixelwiseError, UsageError
 from pixelwise.files import write_json
@@ -52,12 +51,11 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """The evaluation as values that JSON can hold (undefined scores are None)."""
-        keys = ("split", "matrix", "images", "seconds", "precision", "statistics", "batch", "examples")
-        plain = {key: getattr(self, key) for key in keys}
         per_image = [
             {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in entry.items()}
             for entry in self.per_image
         ]
+        plain = {item.name: getattr(self, item.name) for item in fields(self)}
         return plain | {"names": list(self.names), "scores": self.scores.to_dict(), "per_image": per_image}
 
 
@@ -92,6 +90,7 @@ def evaluate(
 
     Example:
         >>> import tempfile
+        >>> from pixelwise.data.labels import LabelSpec
         >>> from pixelwise.infer.bundle import ModelCard
         >>> from pixelwise.models import create_model
         >>> spec = LabelSpec(names=("sky", "road"), colors=((0, 0, 255), (90, 90, 90)), values=((0,), (1,)))
@@ -110,7 +109,7 @@ def evaluate(
     started = time.perf_counter()
     predictor = run if isinstance(run, Predictor) else load(run)
     folder = data if isinstance(data, DataFolder) else open_for(predictor, data)
-    check_labels(predictor.labels, folder)
+    _check_classes(predictor.labels.names, folder)
     pairs = _pairs(folder, split)
     if batch is None:
         batch = BATCH if predictor.batch_statistics else 1
@@ -178,16 +177,18 @@ def open_for(
     return open_data(root, classes=classes, ignore=tuple(ignore), group_by=group_by, labels=known)
 
 
-def check_labels(labels: LabelSpec, folder: DataFolder) -> None:
+def _check_classes(wanted: tuple[str, ...], folder: DataFolder) -> None:
     """The data's classes are those of the network: the same names in the same order."""
-    given, wanted = folder.labels.names, labels.names
+    given = folder.labels.names
     if given == wanted:
         return
     if len(given) != len(wanted):
         what = f"{len(given)} classes, but the network knows {len(wanted)}"
     else:
-        index = next(index for index, pair in enumerate(zip(given, wanted, strict=True)) if pair[0] != pair[1])
-        what = f"class {index} is {given[index]!r}, but the network's is {wanted[index]!r}"
+        index, (one, other) = next(
+            item for item in enumerate(zip(given, wanted, strict=True)) if item[1][0] != item[1][1]
+        )
+        what = f"class {index} is {one!r}, but the network's is {other!r}"
     raise DataError(
         f"{folder.root}: {what}. The data has: {_listed(given)}. The network has: {_listed(wanted)}. Write a "
         f"{CLASSES_NAME} with the network's names in its order and this data's mask values, and pass it with --classes."
@@ -198,11 +199,10 @@ def choose_examples(per_image: Sequence[ImageScore], count: int = EXAMPLES) -> d
     """The indices of the best, worst and median images by mIoU, none twice; images without labels are left out."""
     scored = [index for index, entry in enumerate(per_image) if not math.isnan(entry["miou"])]
     ranked = sorted(scored, key=lambda index: (-per_image[index]["miou"], per_image[index]["name"]))
-    best, rest = ranked[:count], ranked[count:]
-    worst, middle = rest[::-1][:count], rest[:-count]
+    rest = ranked[count:]
+    middle = rest[:-count]
     start = max(0, (len(middle) - count + 1) // 2)
-    median = middle[start : start + count]
-    groups = {"best": best, "worst": worst, "median": median}
+    groups = {"best": ranked[:count], "worst": rest[::-1][:count], "median": middle[start : start + count]}
     return {f"{kind}-{rank}": index for kind, group in groups.items() for rank, index in enumerate(group, 1)}
 
 

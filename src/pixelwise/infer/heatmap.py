@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import timm
 import torch
 import torch.nn.functional as F
 import torchvision.models as tv
@@ -22,9 +21,10 @@ from torch import Tensor, nn
 from pixelwise.data.samples import to_tensor
 from pixelwise.errors import DataError, PixelwiseError, UsageError
 from pixelwise.formats import open_source
-from pixelwise.infer.network import is_out_of_memory, resolve_device
+from pixelwise.infer.estimates import is_out_of_memory
 from pixelwise.infer.overlay import displayable
-from pixelwise.models.backbones import backbone_normalisation, resolve_backbone, torchvision_classifier
+from pixelwise.infer.predictor import resolve_device
+from pixelwise.models.backbones import backbone_normalisation, create_classifier, resolve_backbone
 from pixelwise.models.matching import match_state
 from pixelwise.models.pretrained import library_weights, read_state
 from pixelwise.models.registry import suggestion
@@ -45,16 +45,6 @@ class ClassScores:
         extent: Height and width that the cells divide evenly, in pixels, from the photo's top left corner on.
         size: Height and width of the photo as it was scored, in pixels.
         source: The photo as it was read, (C, H, W).
-
-    Example:
-        >>> logits = torch.tensor([[[4.0, 0.0]], [[0.0, 4.0]]])
-        >>> photo = torch.zeros(3, 2, 4, dtype=torch.uint8)
-        >>> at = {"stride": 2, "extent": (2, 4), "size": (2, 4)}
-        >>> labels = ClassScores(names=("tabby", "fire truck"), logits=logits, source=photo, **at)
-        >>> [round(float(share), 2) for share in labels.heatmap("tabby")[0]]
-        [0.98, 0.74, 0.26, 0.02]
-        >>> [(name, round(share, 2)) for name, share in labels.best(1)]
-        [('tabby', 0.98)]
     """
 
     names: tuple[str, ...]
@@ -106,22 +96,18 @@ class ClassScores:
         """
         if isinstance(name, int) or (name.isdecimal() and name not in self.names):
             if not 0 <= int(name) < len(self.names):
-                raise UsageError(
-                    f"class {name}: the classifier knows {len(self.names)}, from 0 to {len(self.names) - 1}."
-                )
+                count = len(self.names)
+                raise UsageError(f"class {name}: the classifier knows {count}, from 0 to {count - 1}.")
             return int(name)
-        folded = [known.casefold() for known in self.names]
-        wanted = name.casefold()
-        for found in (
-            [at for at, known in enumerate(self.names) if known == name],
-            [at for at, known in enumerate(folded) if known == wanted],
-            [
-                at
-                for at, known in enumerate(folded)
-                if wanted in re.split(r"\W+", known) or f" {wanted} " in f" {known} "
-            ],
-            [at for at, known in enumerate(folded) if wanted in known],
+        folded, wanted = [known.casefold() for known in self.names], name.casefold()
+        word = re.compile(rf"(?<!\w){re.escape(wanted)}(?!\w)")
+        for is_meant in (
+            lambda at: self.names[at] == name,
+            lambda at: folded[at] == wanted,
+            lambda at: word.search(folded[at]),
+            lambda at: wanted in folded[at],
         ):
+            found = [at for at in range(len(folded)) if is_meant(at)]
             if len(found) == 1:
                 return found[0]
             if found:
@@ -267,19 +253,18 @@ def open_classifier(
         (60, 50)
     """
     library, bare = resolve_backbone(name)
-    classifier = timm.create_model(bare) if library == "timm" else torchvision_classifier(bare)
+    classifier = create_classifier(name)
     if weights != "random":
         _fill(classifier, name, weights)
     mean, std = backbone_normalisation(name)
+    if library == "timm":
+        px = int(classifier.default_cfg["input_size"][-1])  # type: ignore[index]
+    else:
+        choices = list(tv.get_model_weights(bare))
+        px = int(choices[0].transforms.keywords["crop_size"]) if choices else 224
+    names = _class_names(classifier, library)
     return WindowClassifier(
-        classifier,
-        names=_class_names(classifier, library),
-        mean=mean,
-        std=std,
-        input_px=_input_px(classifier, library, bare),
-        dense=dense,
-        head=head,
-        device=device,
+        classifier, names=names, mean=mean, std=std, input_px=px, dense=dense, head=head, device=device
     )
 
 
@@ -313,10 +298,3 @@ def _class_names(classifier: nn.Module, library: str) -> tuple[str, ...]:
     if edition is None:
         return tuple(f"class {index}" for index in range(int(channels)))  # type: ignore[arg-type]
     return tuple(str(item) for item in ImageNetInfo(edition).label_descriptions())
-
-
-def _input_px(classifier: nn.Module, library: str, name: str) -> int:
-    if library == "timm":
-        return int(classifier.default_cfg["input_size"][-1])  # type: ignore[index]
-    choices = list(tv.get_model_weights(name))
-    return int(choices[0].transforms.keywords["crop_size"]) if choices else 224

@@ -1,6 +1,6 @@
 """What a user may ask of a prediction: how it is computed and what comes out; and how scores become labels and maps."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from pixelwise.data.labels import IGNORE_INDEX, LabelSpec
 from pixelwise.errors import PixelwiseError, UsageError
 from pixelwise.formats.base import LABELS, MAPS
-from pixelwise.infer.network import Scores
+from pixelwise.infer.tiling import Scores
 from pixelwise.models.registry import suggestion
 
 Blend = Literal["gaussian", "cosine", "uniform"]
@@ -54,16 +54,20 @@ class Tiling:
         for key, allowed in (("blend", get_args(Blend)), ("tta", get_args(TTA))):
             if getattr(self, key) not in (None, *allowed):
                 raise UsageError(f"{key} is one of {', '.join(allowed)}, not {getattr(self, key)!r}.")
-        if self.tile_px is not None and self.tile_px < 1:
-            raise UsageError(f"tile must be at least 1 px, not {self.tile_px}.")
-        if not 0 <= self.overlap <= 0.9:
-            raise UsageError(f"overlap must be a share from 0 to 0.9, not {self.overlap}.")
-        if not 0 <= self.tolerance < 1:
-            raise UsageError(f"tolerance must be a share from 0 to less than 1, not {self.tolerance}.")
-        if self.memory_bytes is not None and self.memory_bytes < 1:
-            raise UsageError(f"memory must be a positive number of bytes, not {self.memory_bytes}.")
-        if self.samples < 1:
-            raise UsageError(f"samples must be at least 1, not {self.samples}.")
+        for name, value, is_allowed, rule in (
+            ("tile", self.tile_px, self.tile_px is None or self.tile_px >= 1, "at least 1 px"),
+            ("overlap", self.overlap, 0 <= self.overlap <= 0.9, "a share from 0 to 0.9"),
+            ("tolerance", self.tolerance, 0 <= self.tolerance < 1, "a share from 0 to less than 1"),
+            (
+                "memory",
+                self.memory_bytes,
+                self.memory_bytes is None or self.memory_bytes >= 1,
+                "a number of bytes above 0",
+            ),
+            ("samples", self.samples, self.samples >= 1, "at least 1"),
+        ):
+            if not is_allowed:
+                raise UsageError(f"{name} must be {rule}, not {value}.")
         if self.tta and self.samples > 1:
             raise UsageError("tta and samples cannot be combined; choose one.")
         if self.tolerance and (self.tta or self.samples > 1):
@@ -151,7 +155,7 @@ class Decision:
     probability is at least p, and nowhere else. Of several such classes, the one whose probability is the largest
     multiple of its threshold is given (the first, if equal); where there is none, the most probable of the classes
     without a threshold. Where all classes have one and none reaches its own, the most probable is given nevertheless:
-    every pixel has a label.
+    every pixel has a label. Pixels without data get 255, and NaN in the maps.
 
     The maps are float32: "entropy" of the probabilities in nats, 0 to log K; "mutual_information" of class and pass, the
     part of the entropy on which the averaged passes disagree, in nats, 0 to log K; "max_probability", 1/K to 1.
@@ -160,72 +164,43 @@ class Decision:
         num_classes: K.
         thresholds: probability by class index, above 0 and at most 1.
         maps: which maps are made.
-        nodata: label of the pixels without data, which is no class; the maps are NaN there.
         precision: in which the network computed, for error messages.
-
-    Raises:
-        UsageError: a value that is not allowed.
     """
 
     num_classes: int
     thresholds: Mapping[int, float] = field(default_factory=dict)
     maps: tuple[str, ...] = ()
-    nodata: int | None = None
     precision: str = "float32"
-
-    def __post_init__(self) -> None:
-        for index, share in self.thresholds.items():
-            if not 0 <= index < self.num_classes:
-                raise UsageError(f"threshold: there is no class {index}; there are 0 to {self.num_classes - 1}.")
-            if not 0 < share <= 1:
-                raise UsageError(f"a threshold is a probability above 0 and at most 1, not {share}.")
-        for name in self.maps:
-            if name not in MAPS:
-                raise UsageError(f"there is no map {name!r}; there are {', '.join(MAPS)}.")
-        if self.nodata is not None and not self.num_classes <= self.nodata < 1 << 16:
-            raise UsageError(
-                f"the label of pixels without data must be a number from {self.num_classes} to 65535, which is no class, "
-                f"not {self.nodata}."
-            )
 
     @classmethod
     def of(cls, spec: LabelSpec, options: JobOptions, precision: str) -> "Decision":
-        """The decision for classes and options; pixels without data get 255."""
-        return cls(
-            num_classes=spec.num_classes,
-            thresholds={_class_index(name, spec): share for name, share in options.thresholds},
-            maps=tuple(options.maps),
-            nodata=IGNORE_INDEX,
-            precision=precision,
-        )
-
-    @property
-    def label_dtype(self) -> np.dtype[Any]:
-        """uint8 where all labels fit, else uint16."""
-        largest = max(self.num_classes - 1, -1 if self.nodata is None else self.nodata)
-        return np.dtype(np.uint8 if largest < 1 << 8 else np.uint16)
+        """The decision for classes and options."""
+        thresholds = {}
+        for name, share in options.thresholds:
+            if name not in spec.names:
+                listed = ", ".join(spec.names[:20]) + (", …" if len(spec.names) > 20 else "")
+                hint = suggestion(name, spec.names)
+                raise UsageError(f"threshold: there is no class {name!r}.{hint} The classes: {listed}.")
+            thresholds[spec.names.index(name)] = share
+        return cls(num_classes=len(spec.names), thresholds=thresholds, maps=tuple(options.maps), precision=precision)
 
     def __call__(self, scores: Scores, valid: NDArray[np.bool_] | None = None) -> dict[str, NDArray[Any]]:
         """Labels and maps of a window, by name, each (height, width)."""
-        if scores.spread is None and "mutual_information" in self.maps:
-            raise UsageError(
-                "mutual information compares several passes; ask for some by samples (--samples 20) or tta (--tta d4)."
-            )
-        _, height, width = scores.values.shape
-        arrays: dict[str, NDArray[Any]] = {LABELS: np.empty((height, width), dtype=self.label_dtype)}
+        classes, height, width = scores.values.shape
+        arrays: dict[str, NDArray[Any]] = {LABELS: np.empty((height, width), dtype=np.uint8)}
         arrays |= {name: np.empty((height, width), dtype=np.float32) for name in self.maps}
-        for rows in _row_bands(scores.values):
+        step = max(1, _CHUNK // max(1, classes * width))
+        for rows in (slice(top, top + step) for top in range(0, height, step)):
             spread = None if scores.spread is None else scores.spread[rows]
             part = self._decide(scores.values[:, rows].float(), spread, None if valid is None else valid[rows])
             for name, array in arrays.items():
-                array[rows] = part[name]
+                array[rows] = part[name].cpu().numpy()
         if valid is not None and not valid.all():
-            self._blank(arrays, valid)
+            for name, array in arrays.items():
+                array[~valid] = IGNORE_INDEX if name == LABELS else np.nan
         return arrays
 
-    def _decide(
-        self, values: Tensor, spread: Tensor | None, valid: NDArray[np.bool_] | None
-    ) -> dict[str, NDArray[Any]]:
+    def _decide(self, values: Tensor, spread: Tensor | None, valid: NDArray[np.bool_] | None) -> dict[str, Tensor]:
         best, labels = values.max(dim=0)  # (h, w)
         fine = torch.isfinite(best)
         if not bool(fine.all()) and (valid is None or not fine.cpu().numpy()[valid].all()):
@@ -233,13 +208,12 @@ class Decision:
                 f"the network's scores overflow ({self.precision}). Check the values of the image, or use precision "
                 "float32."
             )
-        results = {}
+        maps = {}
         if self.thresholds or self.maps:
             probabilities = values.softmax(dim=0)  # (K, h, w)
             labels = self._above_thresholds(labels, values, probabilities) if self.thresholds else labels
-            results = {name: self._map(name, probabilities, spread) for name in self.maps}
-        narrow = labels.to(torch.uint8 if self.label_dtype == np.uint8 else torch.int32)
-        return {LABELS: narrow.cpu().numpy()} | {name: item.cpu().numpy() for name, item in results.items()}
+            maps = {name: self._map(name, probabilities, spread) for name in self.maps}
+        return {LABELS: labels.to(torch.uint8)} | maps
 
     def _above_thresholds(self, labels: Tensor, values: Tensor, probabilities: Tensor) -> Tensor:
         free = [index for index in range(self.num_classes) if index not in self.thresholds]
@@ -260,23 +234,3 @@ class Decision:
         if name == "entropy" or spread is None:
             return entropy
         return (entropy - spread.float()).clamp_(min=0)  # rounding can put it just below 0
-
-    def _blank(self, arrays: dict[str, NDArray[Any]], valid: NDArray[np.bool_]) -> None:
-        if self.nodata is None:
-            raise UsageError("there are pixels without data, but no label for them; give nodata a number.")
-        for name, array in arrays.items():
-            array[~valid] = self.nodata if name == LABELS else np.nan
-
-
-def _class_index(name: str, spec: LabelSpec) -> int:
-    if name not in spec.names:
-        listed = ", ".join(spec.names[:20]) + (", …" if len(spec.names) > 20 else "")
-        raise UsageError(f"threshold: there is no class {name!r}.{suggestion(name, spec.names)} The classes: {listed}.")
-    return spec.names.index(name)
-
-
-def _row_bands(values: Tensor) -> Iterator[slice]:
-    """Slices of the rows of (K, h, w) that hold about `_CHUNK` scores each."""
-    classes, height, width = values.shape
-    step = max(1, _CHUNK // max(1, classes * width))
-    return (slice(top, top + step) for top in range(0, height, step))

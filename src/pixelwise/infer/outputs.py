@@ -11,7 +11,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -69,8 +69,10 @@ class OutFolder:
         """Where an output is written at first: its own place, or one on this disk from where it is sent."""
         if isinstance(output, Path):
             return output
+        # What is sent must outlive a restart until then, so it lies in no temporary folder.
+        cache = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA") or Path.home() / ".cache"
         place = hashlib.sha256(str(self.out).encode()).hexdigest()[:16]
-        return _cache_folder() / place / self.name(output)
+        return Path(cache) / "pixelwise" / place / self.name(output)
 
     def write(
         self,
@@ -89,29 +91,24 @@ class OutFolder:
             if not isinstance(output, Path):
                 staged = self.stage(output)
                 publish(staged, output)
-                _remove(staged)
+                shutil.rmtree(staged, ignore_errors=True) if staged.is_dir() else staged.unlink(missing_ok=True)
         self._write_record(record, outputs, provenance, stamps=True)
 
     def is_finished(self, outputs: Mapping[str, Location], provenance: Mapping[str, Any]) -> bool:
         """Whether all outputs are there, with this provenance (network, input, options)."""
-        record, wanted = self._record(outputs), json.loads(json.dumps(provenance))  # a pair has become a list
-        if all(self._has(record, output, wanted) for output in outputs.values()):
-            return True
+        record, wanted, finished = self._record(outputs), json.loads(json.dumps(provenance)), True
         for output in outputs.values():
             known = record.get(self.name(output).as_posix())
-            if self._exists(output) and (known is None or not (known["stamp"] is None or self._is_same(output, known))):
+            is_there = os.path.lexists(output) if isinstance(output, Path) else exists(output)
+            is_same = is_there and known is not None and self._is_same(output, known["stamp"])
+            if is_there and not is_same and (known is None or known["stamp"] is not None):
                 raise DataError(
                     f"{output}: exists and was not written by pixelwise, or was changed since, so it is kept. Choose "
                     "another --out folder, or pass --overwrite to replace it."
                 )
-        return False
-
-    def _has(self, record: Mapping[str, Any], output: Location, wanted: Mapping[str, Any]) -> bool:
-        """Whether an output is there, as it was recorded."""
-        known = record.get(self.name(output).as_posix())
-        if known is None or any(known["provenance"].get(key) != wanted.get(key) for key in _COMPARED):
-            return False
-        return self._exists(output) and self._is_same(output, known)
+            made_of = known["provenance"] if known and is_same else {}
+            finished &= bool(made_of) and all(made_of.get(key) == wanted.get(key) for key in _COMPARED)
+        return finished
 
     def _record_place(self, outputs: Mapping[str, Location]) -> Location:
         name = self.name(outputs[LABELS])
@@ -145,9 +142,6 @@ class OutFolder:
             part.unlink(missing_ok=True)
             raise PixelwiseError(f"{place}: cannot be written ({error.strerror or error}).") from error
 
-    def _exists(self, output: Location) -> bool:
-        return os.path.lexists(output) if isinstance(output, Path) else exists(output)
-
     def _stamp(self, output: Location) -> list[Any]:
         """What differs when a file, or one in a folder, was changed: on a disk its size, time and checksum."""
         if isinstance(output, Path):
@@ -157,11 +151,10 @@ class OutFolder:
         except PixelwiseError:
             return ["folder"]  # an object store has no stamp for it
 
-    def _is_same(self, output: Location, known: Mapping[str, Any]) -> bool:
+    def _is_same(self, output: Location, stamp: list[Any] | None) -> bool:
         """Whether an output is the one that was recorded; one that was copied has another time."""
-        stamp = known["stamp"]
-        if not isinstance(output, Path) or stamp is None:
-            return bool(stamp == self._stamp(output))
+        if stamp is None or not isinstance(output, Path):
+            return stamp is not None and stamp == self._stamp(output)
         try:
             found = _size_and_time(output)
             return stamp[:2] == found or (stamp[:1] == found[:1] and stamp[2:] == [_checksum(output)])
@@ -173,7 +166,7 @@ def write_outputs(
     pipeline: Pipeline, store: Store, outputs: Mapping[str, tuple[Path, Writer]], provenance: Mapping[str, Any]
 ) -> None:
     """Write outputs from a finished store; the labels come last, so where they are, all are."""
-    if store.is_on_disk:  # small images were read at once
+    if isinstance(store, DiskStore):  # small images were read at once
         with pipeline.dropping_damaged(store):
             return_freed_memory()
     labels = _label_rows(pipeline, store)
@@ -185,31 +178,28 @@ def _label_rows(pipeline: Pipeline, store: Store) -> Rows:
     """(plane, top, bottom) -> the final labels; small areas are looked for once, when a plane is first asked for."""
     if pipeline.options.min_area_px <= 1:
         return partial(store.rows, LABELS)
-    clean: dict[int, Callable[[int, int], NDArray[Any]]] = {}
 
-    def rows(plane: int, top: int, bottom: int) -> NDArray[Any]:
-        if plane not in clean:
-            clean.clear()  # one plane at a time
-            clean[plane] = remove_small(
-                partial(store.rows, LABELS, plane), store.height, store.width, pipeline.options.min_area_px,
-                nodata=pipeline.nodata, folder=store.folder if isinstance(store, DiskStore) else None,
-            )  # fmt: skip
-        return clean[plane](top, bottom)
+    @lru_cache(1)  # one plane at a time
+    def cleaned(plane: int) -> Callable[[int, int], NDArray[Any]]:
+        return remove_small(
+            partial(store.rows, LABELS, plane), store.height, store.width, pipeline.options.min_area_px,
+            nodata=pipeline.nodata, folder=store.folder if isinstance(store, DiskStore) else None,
+        )  # fmt: skip
 
-    return rows
+    return lambda plane, top, bottom: cleaned(plane)(top, bottom)
 
 
 def _result(pipeline: Pipeline, store: Store, kind: str, provenance: Mapping[str, Any], labels: Rows) -> Result:
     """What a writer takes; pictures and polygons are made of the labels."""
     info, spec = pipeline.source.info, pipeline.network.labels
-    rows: Rows = partial(store.rows, kind) if kind in pipeline.options.maps else labels
+    is_float = kind == "probabilities" or kind in pipeline.options.maps
+    rows: Rows = partial(store.rows, kind) if is_float else labels
     if kind == "probabilities":  # its planes are the classes of the first plane, then those of the next
         info = replace(info, planes=info.planes * spec.num_classes)
 
         def rows(plane: int, top: int, bottom: int) -> NDArray[Any]:
             return store.rows(f"p{plane % spec.num_classes}", plane // spec.num_classes, top, bottom)
 
-    is_float = kind == "probabilities" or kind in pipeline.options.maps
     return Result(
         kind=kind if is_float else LABELS,
         spec=spec,
@@ -245,16 +235,3 @@ def _checksum(path: Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     digests = [(file.relative_to(path).as_posix(), _checksum(file)) for file in _files(path)]
     return hashlib.sha256(repr(digests).encode()).hexdigest()
-
-
-def _cache_folder() -> Path:
-    """Where work for other places lies meanwhile; it must outlive a restart, so it is no temporary folder."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA") or Path.home() / ".cache"
-    return Path(base) / "pixelwise"
-
-
-def _remove(staged: Path) -> None:
-    if staged.is_dir():
-        shutil.rmtree(staged, ignore_errors=True)
-    else:
-        staged.unlink(missing_ok=True)

@@ -7,11 +7,11 @@ was killed goes on where it was; the outputs appear whole or not at all.
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,15 +20,20 @@ from torch import Tensor
 
 from pixelwise.data.labels import IGNORE_INDEX
 from pixelwise.errors import DataError, PixelwiseError, UsageError
-from pixelwise.formats.base import LABELS, Source
+from pixelwise.formats.base import LABELS, Source, SourceInfo
 from pixelwise.infer import estimates
-from pixelwise.infer.network import Network, Region, Scorer, Scores, is_out_of_memory
 from pixelwise.infer.options import Decision, JobOptions, Tiling
-from pixelwise.infer.prefetch import ONE_PASS_PX, WindowReader
+from pixelwise.infer.prefetch import WindowReader
 from pixelwise.infer.store import DiskStore, Store, store_folder
+from pixelwise.infer.tiling import Note, Region, Scorer, Scores, choose_scorer, default_budget
+
+if TYPE_CHECKING:
+    from pixelwise.infer.predictor import Predictor
+
+ONE_PASS_PX = 1 << 20
+"""Images of no more pixels are labelled in one pass, and kept in memory."""
 
 LOGITS = "logits"
-Note = Callable[[str], None]
 Progress = Callable[[int, int], None]
 """(pixels done, pixels in all)."""
 
@@ -37,50 +42,91 @@ _LEAST_TILE_PX = 8
 _PLAIN = Tiling()
 
 
-def choose_scorer(network: Network, height: int, width: int, tiling: Tiling, note: Note) -> Scorer:
-    """The strategy for images of a size; the search for it is imported when an image is large enough to need it."""
-    from pixelwise.infer.tiling import plan
+class ArraySource(Source):
+    """An image in memory; of a small file that was read as a whole, with what else the file knows (it may change now).
 
-    return plan.choose_scorer(network, height, width, tiling, note)
+    Args:
+        pixels: (H, W, C).
+        origin: the open file that they are from, which is closed with this.
+        name: for errors, where there is no file.
+        valid: where there is data, (H, W); None is everywhere.
+    """
+
+    pixels_in_memory = True
+
+    def __init__(
+        self,
+        pixels: NDArray[Any],
+        origin: Source | None = None,
+        *,
+        name: str = "the image",
+        valid: NDArray[np.bool_] | None = None,
+    ) -> None:
+        height, width, channels = pixels.shape
+        self.pixels, self.origin, self._valid = pixels, origin, valid
+        self.info = origin.info if origin else SourceInfo(
+            location=name, format="array", height=height, width=width, channels=channels, dtype=pixels.dtype.name
+        )  # fmt: skip
+        self.metadata = origin.metadata if origin else {}
+
+    def read(self, top: int, left: int, height: int, width: int, plane: int = 0) -> NDArray[Any]:
+        return self.pixels[top : top + height, left : left + width]
+
+    def valid(self, top: int, left: int, height: int, width: int, plane: int = 0) -> NDArray[np.bool_] | None:
+        return None if self._valid is None else self._valid[top : top + height, left : left + width]
+
+    def fingerprint(self) -> str:
+        return self.origin.fingerprint() if self.origin else hashlib.sha256(self.pixels.tobytes()).hexdigest()
+
+    def check_unchanged(self) -> None:
+        if self.origin:
+            self.origin.check_unchanged()
+
+    def close(self) -> None:
+        if self.origin:
+            self.origin.close()
+
+
+def in_memory(source: Source) -> Source:
+    """The same image, read as a whole if it is small, so that this thread decodes it."""
+    if not is_small(source.info):
+        return source
+    whole = (0, 0, source.info.height, source.info.width)
+    return ArraySource(source.read(*whole), source, valid=source.valid(*whole))
+
+
+def is_small(info: SourceInfo) -> bool:
+    """Whether an image is labelled in one pass."""
+    return info.planes == 1 and info.height * info.width <= ONE_PASS_PX
+
+
+def check_channels(info: SourceInfo, wanted: int) -> None:
+    """Raise `DataError` if an image does not suit a network for so many channels; one is repeated for three."""
+    found = info.channels
+    if found != wanted and (found, wanted) != (1, 3):
+        text = f"it has {found} channel{'s' * (found != 1)}, but {wanted} are wanted. Only one can be repeated."
+        raise DataError(f"{info.location}: {text}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pipeline:
-    """One open image on its way through a network.
+    """One open image on its way through a network; how scores become labels and maps follows from the options."""
 
-    Attributes:
-        network: the network.
-        source: the image.
-        options: how it is computed, and what is wanted.
-        decision: how scores become labels and maps; None follows from the options.
-        with_logits: whether the class scores are kept as well, for images in memory.
-        note: takes what the user should know, one line each.
-        state: takes the statement of way, cost and memory before the start.
-        progress: takes the pixels that are done, and how many there are.
-    """
-
-    network: Network
+    network: "Predictor"
     source: Source
     options: JobOptions = field(default_factory=JobOptions)
-    decision: Decision | None = None
-    with_logits: bool = False
-    note: Note = lambda text: None
-    state: Note = lambda text: None
+    with_logits: bool = False  # keep the class scores as well, of images in memory
+    note: Note = lambda text: None  # takes what the user should know, one line each
+    state: Note = lambda text: None  # takes the statement of way, cost and memory before the start
     progress: Progress = lambda done, total: None
 
     def __post_init__(self) -> None:
-        self.network.check_channels(self.source.info.channels, self.source.info.location)
+        check_channels(self.source.info, self.network.in_channels)
 
     @cached_property
     def decide(self) -> Decision:
         """How scores become labels and maps."""
-        return self.decision or Decision.of(self.network.labels, self.options, self.network.precision)
-
-    @property
-    def is_small(self) -> bool:
-        """Whether the results are kept in memory."""
-        info = self.source.info
-        return info.planes == 1 and info.height * info.width <= ONE_PASS_PX
+        return Decision.of(self.network.labels, self.options, self.network.precision)
 
     @property
     def kinds(self) -> dict[str, np.dtype[Any]]:
@@ -90,7 +136,7 @@ class Pipeline:
 
     @property
     def _probabilities(self) -> list[str]:
-        return [f"p{index}" for index in range(self.network.labels.num_classes)] if self.options.probabilities else []
+        return [f"p{index}" for index in range(len(self.network.labels.names))] if self.options.probabilities else []
 
     @property
     def total_px(self) -> int:
@@ -105,19 +151,17 @@ class Pipeline:
 
     def store(self) -> Store:
         """A store in memory."""
-        info = self.source.info
-        return Store(info.height, info.width, info.planes, self.kinds)
+        return Store(self.source.info, self.kinds)
 
-    def store_on_disk(self, folder: str | Path, only: tuple[int, Region] | None = None) -> DiskStore:
-        """The store in a folder, or what it holds near a rectangle of a plane."""
-        info = self.source.info
-        return DiskStore(folder, info.height, info.width, info.planes, self.kinds, only=only)
+    def store_on_disk(
+        self, output: Path, provenance: Mapping[str, Any], only: tuple[int, Region] | None = None
+    ) -> DiskStore:
+        """The store of an image that becomes `output`, or what it holds near a rectangle of a plane."""
+        return DiskStore(store_folder(output, self.key(provenance)), self.source.info, self.kinds, only)
 
     def store_for(self, output: Path, provenance: Mapping[str, Any]) -> Store:
         """The store of an image that becomes `output`: in memory if it is small."""
-        if self.is_small:
-            return self.store()
-        return self.store_on_disk(store_folder(output, self.key(provenance)))
+        return self.store() if is_small(self.source.info) else self.store_on_disk(output, provenance)
 
     def key(self, provenance: Mapping[str, Any]) -> str:
         """Hexadecimal text that differs where windows must not be mixed: network, input, options, precision."""
@@ -129,16 +173,15 @@ class Pipeline:
         }
         return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
 
-    def label(self, store: Store, folder: Path | None = None) -> None:
+    def label(self, store: Store) -> None:
         """Compute what is missing; what was computed of an image that is damaged or has changed is dropped."""
-        if not store.is_on_disk:
+        if not isinstance(store, DiskStore):
             self.compute(store)
             return self.source.check_unchanged()
         with self.dropping_damaged(store):
-            if folder is not None:
-                each = sum(dtype.itemsize for dtype in self.kinds.values())
-                missing, outputs = (self.total_px - store.done_px) * each, self.total_px * each
-                estimates.refuse_without_room(self.source.info.location, folder, missing, outputs)
+            each = sum(dtype.itemsize for dtype in self.kinds.values())
+            missing, outputs = (self.total_px - store.done_px) * each, self.total_px * each
+            estimates.refuse_without_room(self.source.info.location, store.folder.parent, missing, outputs)
             self.compute(store)
 
     def compute(
@@ -149,30 +192,26 @@ class Pipeline:
         Where memory runs out, half of it is tried from then on, and the user is told.
         """
         planes = range(self.source.info.planes) if plane is None else [plane]
-        if not any(store.missing(number, region) for number in planes):
+        tiling, is_retry, total = self._tiling(store), False, self.total_px
+        in_one_pass = is_small(self.source.info) and tiling == _PLAIN and not in_windows
+        if not in_one_pass and not any(store.missing(number, region) for number in planes):
             return
-        tiling, is_retry = self._tiling(store), False
-        if self.is_small and tiling == _PLAIN and not in_windows:
-            try:
-                _one_pass([self], [store])
-                return self.progress(self.total_px, self.total_px)
-            except (MemoryError, RuntimeError) as error:
-                if not is_out_of_memory(error):
-                    raise
-            tiling, is_retry = self._halved(tiling, None), True
         while True:
             scorer = None
             try:
+                if in_one_pass:
+                    _one_pass([self], [store])
+                    return self.progress(total, total)
                 scorer = self._scorer(tiling, in_windows=in_windows)
                 self._tell(scorer, is_retry)
                 for number in planes:
                     self._score(store, scorer, number, region)
                 return
             except (MemoryError, RuntimeError) as error:
-                if not is_out_of_memory(error):
+                if not estimates.is_out_of_memory(error):
                     raise
             # The traceback, which holds the tensors of the pass, is gone by here.
-            tiling, is_retry = self._halved(tiling, scorer), True
+            tiling, is_retry, in_one_pass = self._halved(tiling, scorer), True, False
 
     def _tiling(self, store: Store) -> Tiling:
         tiling = self.options.tiling
@@ -194,7 +233,7 @@ class Pipeline:
         if network.batch_statistics and not scorer.is_whole:
             raise UsageError(
                 f"{info.location}: batch statistics are those of the whole image, but {info.width} x {info.height} px "
-                f"need {scorer.way}. Give more --memory, or leave batch statistics out."
+                f"need {scorer.way}. Give more --memory and no --tile, or leave batch statistics out."
             )
         return scorer
 
@@ -211,7 +250,8 @@ class Pipeline:
 
     def _score(self, store: Store, scorer: Scorer, plane: int, region: Region | None) -> None:
         done, total = store.done_px, self.total_px
-        with WindowReader(self.source, plane) as reader, store.adding(plane) as add, torch.inference_mode():
+        reader = WindowReader(self.source, plane)
+        with closing(reader), store.adding(plane) as add, torch.inference_mode():
 
             def read(top: int, left: int, height: int, width: int) -> Tensor:
                 return self.network.window(reader.read(top, left, height, width))
@@ -224,9 +264,9 @@ class Pipeline:
 
     def arrays(self, scores: Scores, plane: int = 0) -> dict[str, NDArray[Any]]:
         """What the scores of a window become, by kind."""
-        found = scores.region
+        valid = self.source.valid(*scores.region, plane)
         try:
-            arrays = self.decide(scores, self.source.valid(found.top, found.left, found.height, found.width, plane))
+            arrays = self.decide(scores, valid)
         except DataError:
             raise
         except PixelwiseError as error:  # scores that overflow: the file is not to be blamed, but must be named
@@ -239,11 +279,7 @@ class Pipeline:
         return arrays
 
     def _halved(self, tiling: Tiling, scorer: Scorer | None) -> Tiling:
-        limit = tiling.memory_bytes or (scorer.memory_bytes if scorer else 0)
-        if not limit:
-            from pixelwise.infer.tiling.plan import default_budget
-
-            limit = default_budget(self.network.device)
+        limit = tiling.memory_bytes or (scorer and scorer.memory_bytes) or default_budget(self.network.device)
         tile = None if tiling.tile_px is None else tiling.tile_px // 2
         is_least = limit // 2 < _LEAST_MEMORY if tile is None else tile < _LEAST_TILE_PX
         if self.network.batch_statistics or is_least:
@@ -274,7 +310,7 @@ def compute_together(pipelines: Sequence[Pipeline], stores: Sequence[Store]) -> 
     try:
         _one_pass(pipelines, stores)
     except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
+        if not estimates.is_out_of_memory(error):
             raise
         raise PixelwiseError(
             f"{info.location} and {len(pipelines) - 1} more: {info.width} x {info.height} px with {info.channels} channels "
@@ -285,8 +321,8 @@ def compute_together(pipelines: Sequence[Pipeline], stores: Sequence[Store]) -> 
 def _one_pass(pipelines: Sequence[Pipeline], stores: Sequence[Store]) -> None:
     """Label whole images of one size in a single pass."""
     network, info = pipelines[0].network, pipelines[0].source.info
-    windows = [network.window(pipeline.source.read(0, 0, info.height, info.width)) for pipeline in pipelines]
-    values = network.scores(torch.stack(windows))  # (N, K, H, W)
     whole = Region(0, 0, info.height, info.width)
+    windows = [network.window(pipeline.source.read(*whole)) for pipeline in pipelines]
+    values = network.scores(torch.stack(windows))  # (N, K, H, W)
     for pipeline, store, scores in zip(pipelines, stores, values, strict=True):
         store.add(0, whole, pipeline.arrays(Scores(whole, scores)))

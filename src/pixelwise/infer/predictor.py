@@ -4,28 +4,36 @@ Nothing is resized: a prediction is exactly what one forward pass over the whole
 are computed window by window (`infer.tiling`), with the same scores where the network allows it.
 """
 
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from pixelwise.data import samples
 from pixelwise.data.labels import LabelSpec
 from pixelwise.data.samples import to_tensor
 from pixelwise.errors import DataError, UsageError
 from pixelwise.formats.base import LABELS, Source
 from pixelwise.formats.image import label_image, write_png
 from pixelwise.infer.bundle import ModelCard, load_bundle
-from pixelwise.infer.network import Network, resolve_device, resolve_precision
 from pixelwise.infer.options import JobOptions, Tiling
 from pixelwise.infer.overlay import blend, displayable
-from pixelwise.infer.pipeline import LOGITS, Pipeline
-from pixelwise.infer.prefetch import ArraySource, open_image
+from pixelwise.infer.pipeline import LOGITS, ArraySource, Pipeline, check_channels
+from pixelwise.infer.tiling import Scorer
+from pixelwise.ops.batch_statistics import batch_statistics as statistics_of_the_batch
+from pixelwise.ops.cost import PassMemory
+from pixelwise.ops.receptive_field import ReceptiveField, receptive_field
+
+PRECISIONS = ("auto", "bf16", "float32")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -81,7 +89,7 @@ class Prediction:
         write_png(path, label_image(self.labels, self.spec), {"model": self.weights_sha256})
 
 
-class Predictor(Network):
+class Predictor:
     """A trained network, ready to label images. Make one with `load`.
 
     Args:
@@ -118,8 +126,77 @@ class Predictor(Network):
         folder: Path | None = None,
         batch_statistics: bool = False,
     ) -> None:
-        super().__init__(model, card, device=device, precision=precision, batch_statistics=batch_statistics)
-        self.folder = folder
+        if batch_statistics and not any(isinstance(module, _BatchNorm) for module in model.modules()):
+            raise UsageError(
+                f"batch statistics: {card.model} has no batch norm, so they change nothing. Leave them out."
+            )
+        self.batch_statistics = batch_statistics
+        self.device = resolve_device(device)
+        self.precision = resolve_precision(precision, self.device)
+        self.card, self.labels, self.in_channels, self.folder = card, card.labels, len(card.mean), folder
+        self.model = model.to(self.device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+        self.cut_radii: dict[float, tuple[int, int, int, int]] = {}  # by tolerance
+        self.scorers: dict[tuple[Any, ...], Scorer] = {}  # by size and options, so that the search is done once
+        shape = (1, -1, 1, 1)
+        self._mean = torch.tensor(card.mean, device=self.device).reshape(shape)
+        self._std = torch.tensor(card.std, device=self.device).reshape(shape)
+
+    def open(self, location: str | Path, reading: Mapping[str, Any] | None = None) -> Source:
+        """Open an image as those of the training were read, as far as its format can be so; `reading` comes first."""
+        try:
+            return samples.open_image(location, {**self.card.reading, **(reading or {})}, self.in_channels)
+        except UsageError:
+            if not self.card.reading:
+                raise
+            return samples.open_image(location, reading, self.in_channels)
+
+    def window(self, pixels: NDArray[Any]) -> Tensor:
+        """The network's input of a window (H, W, C) of an image: float32 (C, H, W), normalised, on the device."""
+        with torch.inference_mode(), np.errstate(over="ignore"):  # numbers beyond float32 become infinite
+            return self.normalised(to_tensor(pixels, self.in_channels)[None])[0]
+
+    @torch.inference_mode()
+    def scores(self, x: Tensor, model: nn.Module | None = None) -> Tensor:
+        """Class scores of normalised input: float32 (N, C, H, W) on the device -> float32 (N, K, H, W).
+
+        They are those of the network, or of a `model` made of it.
+        """
+        norms = statistics_of_the_batch(self.model) if self.batch_statistics else nullcontext()
+        with norms, self.autocast():
+            run = self.model if model is None else model
+            return run(x.contiguous(memory_format=torch.channels_last)).float()  # (N, K, H, W)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The context in which the network computes."""
+        if self.precision != "bf16":
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+
+    @torch.inference_mode()
+    def logits(self, image: Tensor) -> Tensor:
+        """Class scores of a batch: (N, C, H, W), uint8 or float in unit scale -> (N, K, H, W) float32 on the device."""
+        channels = self.in_channels
+        if image.ndim != 4 or image.shape[1] != channels or 0 in image.shape:
+            raise DataError(f"the network takes (N, {channels}, H, W), got {tuple(image.shape)}.")
+        if image.dtype != torch.uint8 and not image.is_floating_point():
+            raise DataError(f"a batch must be uint8 or float in unit scale (0..1), got {image.dtype}.")
+        return self.scores(self.normalised(image))
+
+    def normalised(self, image: Tensor) -> Tensor:
+        """(N, C, H, W), uint8 or float in unit scale -> float32 as the network wants it, on the device."""
+        unit = image.to(self.device).float()
+        unit = unit / 255 if image.dtype == torch.uint8 else unit
+        return (unit - self._mean) / self._std
+
+    @cached_property
+    def pass_memory(self) -> PassMemory:
+        """What a pass takes, measured when a large image needs it."""
+        return PassMemory.of(self.scores, self.in_channels, self.device)
+
+    @cached_property
+    def receptive_field(self) -> ReceptiveField:
+        """How far the network looks."""
+        return receptive_field(self.model, in_channels=self.in_channels)
 
     def predict(
         self,
@@ -152,16 +229,14 @@ class Predictor(Network):
             PixelwiseError: the image does not fit into memory, or the result is not finite.
         """
         tiling = tiling or Tiling()
-        if tile_px is not None:
-            tiling = replace(tiling, tile_px=tile_px)
+        options = JobOptions(tiling=tiling if tile_px is None else replace(tiling, tile_px=tile_px))
         source = self._source(image, plane)
-        options = JobOptions(tiling=tiling)
         pipeline = Pipeline(network=self, source=source, options=options, with_logits=probabilities)
         store = pipeline.store()
         pipeline.label(store)
         height, width = source.info.height, source.info.width
         with np.errstate(over="ignore"):
-            pixels = to_tensor(source.read(0, 0, height, width), self.card.in_channels)
+            pixels = to_tensor(source.read(0, 0, height, width), self.in_channels)
         return Prediction(
             labels=store.rows(LABELS, 0, 0, height),
             spec=self.labels,
@@ -173,13 +248,13 @@ class Predictor(Network):
     def _source(self, image: Any, plane: int) -> Source:
         """The image in memory."""
         if isinstance(image, str | Path):
-            with open_image(image, self.card) as source:
+            with self.open(image) as source:
                 info = source.info
-                self.check_channels(info.channels, info.location)
+                check_channels(info, self.in_channels)
                 if not 0 <= plane < info.planes:
                     raise UsageError(f"{image}: there is no plane {plane}; it has {info.planes}, counted from 0.")
-                pixels = source.read(0, 0, info.height, info.width, plane)
-                return ArraySource(pixels, name=info.location, valid=source.valid(0, 0, info.height, info.width, plane))
+                window = (0, 0, info.height, info.width, plane)
+                return ArraySource(source.read(*window), name=info.location, valid=source.valid(*window))
         if isinstance(image, Tensor):
             if image.ndim != 3:
                 raise DataError(f"the image tensor must have shape (C, H, W), got {tuple(image.shape)}.")
@@ -221,3 +296,38 @@ def load(
     return Predictor(
         model, card, device=target, precision=precision, folder=Path(run), batch_statistics=batch_statistics
     )
+
+
+def resolve_device(name: str | torch.device) -> torch.device:
+    """The device meant by `name`; "auto" is the first GPU, else the CPU."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"device {str(name)!r} cannot be used here ({reason}). Use auto, cpu or cuda.") from error
+    if device.type == "meta":
+        raise UsageError("device 'meta' computes nothing. Use auto, cpu or cuda.")
+    return device
+
+
+def resolve_precision(name: str, device: torch.device) -> Literal["bf16", "float32"]:
+    """The precision meant by `name` on `device`; "auto" is bf16 where the hardware multiplies in it."""
+    if name not in PRECISIONS:
+        raise UsageError(f"precision {name!r} is unknown; use one of {', '.join(PRECISIONS)}.")
+    if name == "float32":
+        return "float32"
+    return "bf16" if name == "bf16" or computes_in_bf16(device) else "float32"
+
+
+def computes_in_bf16(device: torch.device) -> bool:
+    """Whether the hardware of `device` multiplies in bfloat16 (CUDA since Ampere; CPUs with AVX512-BF16 or AMX)."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu":
+        return False
+    # torch has no public question for this; where a version lacks these, float32 is always right.
+    questions = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return any(question() for question in questions if question is not None)

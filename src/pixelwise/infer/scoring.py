@@ -4,9 +4,9 @@ import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,18 +14,17 @@ from PIL import Image
 
 from pixelwise.data.labels import IGNORE_INDEX, LabelSpec
 from pixelwise.data.layouts import DataFolder, Pair
-from pixelwise.data.samples import OpenPair, OpenPairs
+from pixelwise.data.samples import OpenPair, OpenPairs, mask_values
 from pixelwise.errors import DataError
 from pixelwise.formats.base import LABELS, Source
 from pixelwise.formats.image import label_image, write_png
-from pixelwise.infer.network import Region
 from pixelwise.infer.overlay import displayable, thinned
-from pixelwise.infer.pipeline import Pipeline, compute_together
+from pixelwise.infer.pipeline import ONE_PASS_PX, Pipeline, compute_together, in_memory, is_small
 from pixelwise.infer.predictor import Predictor
-from pixelwise.infer.prefetch import ONE_PASS_PX, OnePlane, in_memory, prefetch
-from pixelwise.infer.regions import Arrays
-from pixelwise.infer.store import Store
-from pixelwise.metrics.confusion import ConfusionMatrix, Scores
+from pixelwise.infer.prefetch import prefetch
+from pixelwise.infer.store import Arrays, Store
+from pixelwise.infer.tiling import Region
+from pixelwise.metrics.confusion import ConfusionMatrix
 
 EXAMPLE_PX = 1024  # the long side of an example picture, at most
 THINNED_PX = 16 * ONE_PASS_PX  # larger images are thinned out as they are read for an example
@@ -38,6 +37,26 @@ class ImageScore(TypedDict):
     miou: float
     global_accuracy: float
     pixels: int
+
+
+class _OnePlane(Source):
+    """A single plane of an open volume, which is not closed with this."""
+
+    def __init__(self, source: Source, plane: int) -> None:
+        self._source, self._plane = source, plane
+        self.info, self.metadata = replace(source.info, planes=1), source.metadata
+
+    def read(self, top: int, left: int, height: int, width: int, plane: int = 0) -> NDArray[Any]:
+        return self._source.read(top, left, height, width, self._plane)
+
+    def valid(self, top: int, left: int, height: int, width: int, plane: int = 0) -> NDArray[np.bool_] | None:
+        return self._source.valid(top, left, height, width, self._plane)
+
+    def fingerprint(self) -> str:
+        return f"{self._source.fingerprint()}-{self._plane}"
+
+    def check_unchanged(self) -> None:
+        self._source.check_unchanged()
 
 
 @dataclass(frozen=True)
@@ -56,26 +75,20 @@ class _Labelled:
         if mask is None:
             raise DataError(f"{pair.image}: has no mask.")
         if pair.plane is not None:
-            image, mask = OnePlane(image, pair.plane), OnePlane(mask, pair.plane)
+            image, mask = _OnePlane(image, pair.plane), _OnePlane(mask, pair.plane)
         return cls(pair, in_memory(image), in_memory(mask), opened.labels)
-
-    @property
-    def is_small(self) -> bool:
-        """Whether it may share a pass."""
-        return self.image.info.planes == 1 and self.image.info.height * self.image.info.width <= ONE_PASS_PX
 
     def is_like(self, other: "_Labelled") -> bool:
         """Whether both may share a pass."""
         mine, its = self.image.info, other.image.info
-        return (mine.height, mine.width, mine.channels, mine.dtype, mine.planes) == (
-            its.height, its.width, its.channels, its.dtype, its.planes
-        )  # fmt: skip
+        keys = ("height", "width", "channels", "dtype", "planes")
+        return is_small(mine) and all(getattr(mine, key) == getattr(its, key) for key in keys)
 
     def truth(self, plane: int, region: Region, step: int = 1) -> NDArray[np.uint8]:
         """Class ids in a region, or of every `step`-th row and column of it, and void."""
-        raw = self.mask.read(region.top, region.left, region.height, region.width, plane)[::step, ::step]
+        raw = mask_values(self.mask.read(*region, plane)[::step, ::step])
         try:
-            return np.asarray(self.spec.encode(raw[:, :, 0] if raw.shape[2] == 1 else raw), dtype=np.uint8)
+            return self.spec.encode(raw)
         except DataError as error:
             raise DataError(f"{self.pair.mask}: the mask {error}") from error
 
@@ -84,8 +97,7 @@ class _Counting(Store):
     """Keeps nothing of the labels but how often they are right, class by class."""
 
     def __init__(self, labelled: _Labelled, classes: int) -> None:
-        info = labelled.image.info
-        super().__init__(info.height, info.width, info.planes, {LABELS: np.dtype(np.uint8)})
+        super().__init__(labelled.image.info, {LABELS: np.dtype(np.uint8)})
         self.labelled, self.confusion = labelled, ConfusionMatrix(classes)
 
     def add(self, plane: int, region: Region, arrays: Arrays) -> None:
@@ -101,9 +113,8 @@ class _Thinned(Store):
     """Keeps the labels of every `step`-th row and column."""
 
     def __init__(self, labelled: _Labelled, step: int) -> None:
-        info = labelled.image.info
-        super().__init__(info.height, info.width, info.planes, {LABELS: np.dtype(np.uint8)})
-        self.step, self.labels = step, np.zeros((-(-info.height // step), -(-info.width // step)), dtype=np.uint8)
+        super().__init__(labelled.image.info, {LABELS: np.dtype(np.uint8)})
+        self.step, self.labels = step, np.zeros((-(-self.height // step), -(-self.width // step)), dtype=np.uint8)
 
     def add(self, plane: int, region: Region, arrays: Arrays) -> None:
         """Keep some pixels of a window."""
@@ -130,7 +141,15 @@ def score_pairs(
         _label(predictor, group, stores)
         for labelled, store in zip(group, stores, strict=True):
             confusion += store.confusion
-            per_image.append(_image_score(labelled.pair.name, store.confusion.scores()))
+            found = store.confusion.scores()
+            per_image.append(
+                ImageScore(
+                    name=labelled.pair.name,
+                    miou=found.miou if found.pixels else math.nan,
+                    global_accuracy=found.global_accuracy,
+                    pixels=found.pixels,
+                )
+            )
             if on_progress is not None:
                 on_progress(len(per_image), len(pairs))
     return confusion, per_image, groups
@@ -139,12 +158,12 @@ def score_pairs(
 def _groups(predictor: Predictor, folder: DataFolder, pairs: Sequence[Pair], batch: int) -> Iterator[list[_Labelled]]:
     """The images that share a pass: neighbours of one size; their files are open until the next group."""
     card = predictor.card
-    files = OpenPairs(lambda pair: OpenPair(pair, folder.labels, card.in_channels, card.reading))
+    files = OpenPairs(lambda pair: OpenPair(pair, folder.labels, predictor.in_channels, card.reading))
     group: list[_Labelled] = []
     with closing(files), closing(prefetch(lambda pair: _Labelled.of(files.get(pair), pair), pairs)) as coming:
         for _, future in coming:
             labelled = future.result()
-            if group and not (group[0].is_like(labelled) and labelled.is_small):
+            if group and not group[0].is_like(labelled):
                 yield group
                 group = []
             group.append(labelled)
@@ -162,15 +181,6 @@ def _label(predictor: Predictor, group: Sequence[_Labelled], stores: Sequence[St
         compute_together(pipelines, stores)
     else:
         pipelines[0].compute(stores[0], plane=plane)
-
-
-def _image_score(name: str, scores: Scores) -> ImageScore:
-    return {
-        "name": name,
-        "miou": scores.miou if scores.pixels else math.nan,
-        "global_accuracy": scores.global_accuracy,
-        "pixels": scores.pixels,
-    }
 
 
 def write_examples(
@@ -200,18 +210,15 @@ def write_examples(
 
 def _write_example(folder: Path, labelled: _Labelled, store: _Thinned, plane: int) -> None:
     info, spec, step = labelled.image.info, labelled.spec, store.step
+    band = info.height if step == 1 else step
+    bands = [Region(top, 0, min(band, info.height - top), info.width) for top in range(0, info.height, band)]
+    truth = np.concatenate([labelled.truth(plane, region, step) for region in bands])
     image = Image.fromarray(displayable(thinned(labelled.image, step, plane)))
-    bands = [Region(top, 0, min(step, info.height - top), info.width) for top in range(0, info.height, step)]
-    truth = labelled.truth(plane, Region(0, 0, info.height, info.width)) if step == 1 else np.concatenate(
-        [labelled.truth(plane, band, step) for band in bands]
-    )  # fmt: skip
     write_png(folder / "image.png", _shrunk(image, Image.Resampling.BOX))
-    write_png(folder / "truth.png", _shrunk(label_image(truth, spec), Image.Resampling.NEAREST))
-    write_png(folder / "prediction.png", _shrunk(label_image(store.labels, spec), Image.Resampling.NEAREST))
+    for name, labels in (("truth", truth), ("prediction", store.labels)):
+        write_png(folder / f"{name}.png", _shrunk(label_image(labels, spec), Image.Resampling.NEAREST))
 
 
 def _shrunk(picture: Image.Image, how: Image.Resampling) -> Image.Image:
-    scale = EXAMPLE_PX / max(picture.size)
-    if scale >= 1:
-        return picture
+    scale = min(1.0, EXAMPLE_PX / max(picture.size))
     return picture.resize((max(1, round(picture.width * scale)), max(1, round(picture.height * scale))), how)

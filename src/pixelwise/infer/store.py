@@ -10,19 +10,33 @@ import os
 import re
 import shutil
 import threading
+import time
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from bisect import bisect_left
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pixelwise.errors import PixelwiseError
 from pixelwise.files import atomic_path, cannot_write
-from pixelwise.infer.network import Region
-from pixelwise.infer.regions import Add, Arrays, Joiner, touches, uncovered
+from pixelwise.formats.base import SourceInfo
+from pixelwise.infer.tiling import Region
+
+Arrays = Mapping[str, NDArray[Any]]
+Add = Callable[[Region, Arrays], None]
+"""Takes what was found in a window, (height, width) of each kind."""
+
+FLUSH_BYTES = 16 << 20
+FLUSH_S = 30.0
+"""What a killed run may lose, in bytes of results and in seconds."""
+
+MOST_BYTES = 4 * FLUSH_BYTES  # what grows, two times what waits to be written, and one of these as it is joined
 
 _NAME = re.compile(r"([a-z_0-9]{1,40})-(\d{1,9})-(\d{1,9})-(\d{1,9})-(\d{1,9})-(\d{1,9})\.npy")
 _FOOTER = b"PWPART"  # before the checksum, 4 bytes, little-endian
@@ -33,26 +47,22 @@ class Store:
     """Takes the windows of a prediction in any order and knows which are missing; this one keeps them in memory.
 
     Args:
-        height: rows of a plane.
-        width: columns of a plane.
-        planes: how many there are.
+        info: of the image, which has as many rows, columns and planes.
         kinds: what every window holds ("labels", maps), and its type of numbers.
     """
 
-    is_on_disk = False
-
-    def __init__(self, height: int, width: int, planes: int, kinds: Mapping[str, np.dtype[Any]]) -> None:
-        self.height, self.width, self.planes, self.kinds = height, width, planes, dict(kinds)
-        self._regions: list[list[Region]] = [[] for _ in range(planes)]
+    def __init__(self, info: SourceInfo, kinds: Mapping[str, np.dtype[Any]]) -> None:
+        self.height, self.width, self.planes, self.kinds = info.height, info.width, info.planes, dict(kinds)
+        self.whole = Region(0, 0, info.height, info.width)
+        self._regions: list[list[Region]] = [[] for _ in range(info.planes)]
         self._arrays: dict[tuple[str, int], NDArray[Any]] = {}
         self._lock = threading.Lock()
 
     def missing(self, plane: int, region: Region | None = None) -> list[Region]:
         """The rectangles of a plane (or of a region of it) that are not there yet, from top to bottom."""
+        region = region or self.whole
         with self._lock:
-            if not self._regions[plane]:
-                return [region or Region(0, 0, self.height, self.width)]
-            return uncovered(region or Region(0, 0, self.height, self.width), self._regions[plane])
+            return uncovered(region, self._regions[plane]) if self._regions[plane] else [region]
 
     @property
     def done_px(self) -> int:
@@ -68,13 +78,12 @@ class Store:
         """Take one window of every kind."""
         for kind, dtype in self.kinds.items():
             values = arrays[kind].astype(dtype, copy=False)
-            if values.shape[-2:] == (self.height, self.width):
+            if values.shape[-2:] == self.whole[2:]:
                 self._arrays[kind, plane] = values
                 continue
             if (kind, plane) not in self._arrays:
-                self._arrays[kind, plane] = np.empty((*values.shape[:-2], self.height, self.width), dtype=dtype)
-            rows, columns = slice(region.top, region.bottom), slice(region.left, region.right)
-            self._arrays[kind, plane][..., rows, columns] = values
+                self._arrays[kind, plane] = np.empty((*values.shape[:-2], *self.whole[2:]), dtype=dtype)
+            self._arrays[kind, plane][..., *region.within(self.whole)] = values
         self._note(plane, region)
 
     def rows(self, kind: str, plane: int, top: int, bottom: int) -> NDArray[Any]:
@@ -87,34 +96,23 @@ class Store:
 
     def _note(self, plane: int, region: Region) -> None:
         with self._lock:
-            self._regions[plane] = sorted({*self._regions[plane], region}, key=lambda item: (item.top, item.left))
+            self._regions[plane] = sorted({*self._regions[plane], region})
 
 
 class DiskStore(Store):
     """A store in a folder, which is made when the first window is written.
 
-    Args:
-        folder: where the files lie.
-        height: rows of a plane.
-        width: columns of a plane.
-        planes: how many there are.
-        kinds: what every window holds, and its type of numbers.
-        only: a plane and a rectangle of it; files elsewhere are not looked at, which is faster. None is all.
+    `only` is a plane and a rectangle of it: files elsewhere are not looked at, which is faster.
     """
-
-    is_on_disk = True
 
     def __init__(
         self,
         folder: str | Path,
-        height: int,
-        width: int,
-        planes: int,
+        info: SourceInfo,
         kinds: Mapping[str, np.dtype[Any]],
-        *,
         only: tuple[int, Region] | None = None,
     ) -> None:
-        super().__init__(height, width, planes, {kind: dtype.newbyteorder("<") for kind, dtype in kinds.items()})
+        super().__init__(info, kinds)
         self.folder, self._only = Path(folder), only
         self.scan()
 
@@ -123,14 +121,14 @@ class DiskStore(Store):
 
         Every file is read once and its checksum compared.
         """
-        known = {(plane, region) for plane, regions in enumerate(self._regions) for region in regions}
-        found: dict[tuple[int, Region], set[str]] = {}
+        found: dict[tuple[int, Region], set[str]] = defaultdict(set)
         for name in _names(self.folder):
             kind, plane, region = self._meaning(name)
-            if not kind or region is None or (plane, region) in known or not touches(plane, region, self._only):
+            if not kind or region in self._regions[plane]:
                 continue
-            if self._is_sound(self.folder / name, kind, region):
-                found.setdefault((plane, region), set()).add(kind)
+            near = self._only is None or (plane == self._only[0] and region.overlap(self._only[1]).height)
+            if near and self._is_sound(self.folder / name, kind, region):
+                found[plane, region].add(kind)
         for (plane, region), kinds in found.items():
             if kinds == set(self.kinds):
                 self._note(plane, region)
@@ -138,11 +136,12 @@ class DiskStore(Store):
     @contextmanager
     def adding(self, plane: int) -> Iterator[Add]:
         """As `Store.adding`; windows are joined and written by another thread, at least every 16 MiB and 30 s."""
-        joiner = Joiner(lambda region, arrays: self.add(plane, region, arrays))
+        joiner = _Joiner(lambda region, arrays: self.add(plane, region, arrays))
         try:
             yield joiner.add
         except BaseException:
-            joiner.close(quietly=True)  # the first error is the one to tell
+            with suppress(PixelwiseError):  # the first error is the one to tell
+                joiner.close()
             raise
         joiner.close()
 
@@ -155,21 +154,23 @@ class DiskStore(Store):
                 raise ValueError(f"{kind}: {values.shape} for {region}")
             try:
                 with atomic_path(path) as part, part.open("wb") as file:
-                    _dump(file, values)
+                    file.write(_header(dtype, region))
+                    file.write(values.data)
+                    # Readers of .npy do not look behind the values.
+                    file.write(_FOOTER + zlib.crc32(values.data).to_bytes(4, "little"))
             except OSError as error:
                 raise cannot_write(path, error, "what is finished is kept") from error
         self._note(plane, region)
 
     def rows(self, kind: str, plane: int, top: int, bottom: int) -> NDArray[Any]:
         """As `Store.rows`; only the bytes of these rows are read."""
-        if self.missing(plane, Region(top, 0, bottom - top, self.width)):
+        wanted = Region(top, 0, bottom - top, self.width)
+        if self.missing(plane, wanted):
             raise PixelwiseError(f"{self.folder}: rows {top}..{bottom} of plane {plane} are not finished. Run again.")
-        result = np.empty((bottom - top, self.width), dtype=self.kinds[kind].newbyteorder("="))
+        result = np.empty(wanted[2:], dtype=self.kinds[kind])
         for region in self._regions[plane]:
-            first, last = max(top, region.top), min(bottom, region.bottom)
-            if first < last:
-                part = self._read(kind, plane, region, first, last)
-                result[first - top : last - top, region.left : region.right] = part
+            if (part := region.overlap(wanted)).height:
+                result[part.within(wanted)] = self._read(kind, plane, region, part)
         return result
 
     def remove(self) -> None:
@@ -177,41 +178,121 @@ class DiskStore(Store):
         for folder in (self.folder, *_stale(self.folder)):
             shutil.rmtree(folder, ignore_errors=True)
 
-    def _meaning(self, name: str) -> tuple[str, int, Region | None]:
+    def _meaning(self, name: str) -> tuple[str, int, Region]:
         """Kind, plane and rectangle of a file name; no kind if it is none of ours."""
         match = _NAME.fullmatch(name)
-        if match is None or match[1] not in self.kinds:
-            return "", 0, None
-        plane, top, bottom, left, right = (int(text) for text in match.groups()[1:])
-        inside = plane < self.planes and 0 <= top < bottom <= self.height and 0 <= left < right <= self.width
-        return (match[1], plane, Region(top, left, bottom - top, right - left)) if inside else ("", 0, None)
+        if match is not None and match[1] in self.kinds:
+            plane, top, bottom, left, right = (int(text) for text in match.groups()[1:])
+            if plane < self.planes and 0 <= top < bottom <= self.height and 0 <= left < right <= self.width:
+                return match[1], plane, Region(top, left, bottom - top, right - left)
+        return "", 0, Region(0, 0, 0, 0)
 
     def _is_sound(self, path: Path, kind: str, region: Region) -> bool:
-        header, dtype = _header(self.kinds[kind], region), self.kinds[kind]
-        size = region.height * region.width * dtype.itemsize
+        header, checksum = _header(self.kinds[kind], region), 0
+        size = region.height * region.width * self.kinds[kind].itemsize
         try:
             with path.open("rb") as file:
                 if os.fstat(file.fileno()).st_size != len(header) + size + len(_FOOTER) + 4:
                     return False
                 if file.read(len(header)) != header:
                     return False
-                checksum = 0
-                for chunk in _chunks(file, size):
-                    checksum = zlib.crc32(chunk, checksum)
+                for start in range(0, size, _CHUNK_BYTES):
+                    checksum = zlib.crc32(file.read(min(_CHUNK_BYTES, size - start)), checksum)
                 return file.read() == _FOOTER + checksum.to_bytes(4, "little")
         except OSError:
             return False
 
-    def _read(self, kind: str, plane: int, region: Region, first: int, last: int) -> NDArray[Any]:
+    def _read(self, kind: str, plane: int, region: Region, part: Region) -> NDArray[Any]:
+        """The rows of a rectangle that `part` has."""
         path, dtype = self.folder / _file_name(kind, plane, region), self.kinds[kind]
-        start = len(_header(dtype, region)) + (first - region.top) * region.width * dtype.itemsize
+        start = len(_header(dtype, region)) + (part.top - region.top) * region.width * dtype.itemsize
         try:
             with path.open("rb") as file:
                 file.seek(start)
-                values = np.fromfile(file, dtype=dtype, count=(last - first) * region.width)
-            return values.reshape(last - first, region.width)
+                values = np.fromfile(file, dtype=dtype, count=part.height * region.width)
+            return values.reshape(part.height, region.width)
         except (OSError, ValueError) as error:
             raise PixelwiseError(f"{path}: a finished window cannot be read any more ({error}). Run again.") from error
+
+
+class _Joiner:
+    """Joins windows to large ones and writes them in a thread of its own; at most two times `FLUSH_BYTES` wait for it."""
+
+    def __init__(self, write: Add) -> None:
+        self._write = write
+        self._windows: list[tuple[Region, Arrays]] = []
+        self._bytes, self._since = 0, time.monotonic()
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pixelwise-write")
+        self._waiting: deque[Future[None]] = deque()
+
+    def add(self, region: Region, arrays: Arrays) -> None:
+        """Take a window."""
+        self._windows.append((region, arrays))
+        self._bytes += sum(array.nbytes for array in arrays.values())
+        if self._bytes >= FLUSH_BYTES or time.monotonic() - self._since >= FLUSH_S:
+            self._flush()
+
+    def close(self) -> None:
+        """Write the rest."""
+        try:
+            self._flush()
+            while self._waiting:
+                self._waiting.popleft().result()
+        finally:
+            self._pool.shutdown()
+
+    def _flush(self) -> None:
+        while len(self._waiting) >= 2:
+            self._waiting.popleft().result()
+        self._waiting.append(self._pool.submit(self._write_all, self._windows))
+        self._windows, self._bytes, self._since = [], 0, time.monotonic()
+
+    def _write_all(self, windows: list[tuple[Region, Arrays]]) -> None:
+        for axis in (1, 0):  # side by side, then below each other
+            windows = [_joined(group, axis) for group in _neighbours(windows, axis)]
+        for region, arrays in windows:
+            self._write(region, arrays)
+
+
+def _neighbours(windows: list[tuple[Region, Arrays]], axis: int) -> list[list[tuple[Region, Arrays]]]:
+    """Windows that follow each other to the right (axis 1) or downwards (0), together."""
+    groups: list[list[tuple[Region, Arrays]]] = []
+    for region, arrays in windows:
+        before = groups[-1][-1][0] if groups else Region(0, 0, 0, 0)
+        beside = (before.top, before.right, before.height) == (region.top, region.left, region.height)
+        below = (before.bottom, before.left, before.width) == (region.top, region.left, region.width)
+        if groups and (beside if axis else below):
+            groups[-1].append((region, arrays))
+        else:
+            groups.append([(region, arrays)])
+    return groups
+
+
+def _joined(windows: list[tuple[Region, Arrays]], axis: int) -> tuple[Region, Arrays]:
+    if len(windows) == 1:
+        return windows[0]
+    first, last = windows[0][0], windows[-1][0]
+    region = Region(first.top, first.left, last.bottom - first.top, last.right - first.left)
+    return region, {kind: np.concatenate([found[kind] for _, found in windows], axis=axis) for kind in windows[0][1]}
+
+
+def uncovered(target: Region, done: Iterable[Region]) -> list[Region]:
+    """What is left of `target` without `done`, as rectangles that do not overlap, from top to bottom."""
+    near = [both for region in done if (both := region.overlap(target)).height]
+    tops = sorted({target.top, target.bottom, *(edge for region in near for edge in (region.top, region.bottom))})
+    lefts = sorted({target.left, target.right, *(edge for region in near for edge in (region.left, region.right))})
+    free = np.ones((len(tops) - 1, len(lefts) - 1), dtype=bool)  # the cells between these edges
+    for region in near:
+        rows = slice(bisect_left(tops, region.top), bisect_left(tops, region.bottom))
+        free[rows, bisect_left(lefts, region.left) : bisect_left(lefts, region.right)] = False
+    left, start = [], 0
+    for row in range(1, len(tops)):
+        if row == len(free) or (free[row] != free[start]).any():  # rows with the same gaps are one
+            ends = np.flatnonzero(np.diff(free[start], prepend=False, append=False)).reshape(-1, 2)
+            height = tops[row] - tops[start]
+            left += [Region(tops[start], lefts[one], height, lefts[end] - lefts[one]) for one, end in ends]
+            start = row
+    return left
 
 
 def store_folder(output: str | Path, key: str) -> Path:
@@ -222,45 +303,29 @@ def store_folder(output: str | Path, key: str) -> Path:
 
 def _stale(folder: Path) -> list[Path]:
     """The folders beside that of a store with windows of the same output by other settings."""
-    start, digits = folder.name[:-16], re.compile(r"[0-9a-f]{16}")
-    names = []
-    if start.endswith(".store-") and folder.parent.is_dir():
-        names = [path.name for path in folder.parent.iterdir() if path.name.startswith(start)]
-    names = [name for name in names if name != folder.name and digits.fullmatch(name.removeprefix(start))]
-    return [folder.with_name(name) for name in sorted(names)]
+    start = folder.name[:-16]
+    if not start.endswith(".store-") or not folder.parent.is_dir():
+        return []
+    known = re.compile(re.escape(start) + r"[0-9a-f]{16}")
+    return [path for path in folder.parent.iterdir() if path != folder and known.fullmatch(path.name)]
 
 
 def _file_name(kind: str, plane: int, region: Region) -> str:
     return f"{kind}-{plane}-{region.top}-{region.bottom}-{region.left}-{region.right}.npy"
 
 
-def _names(folder: Path) -> Sequence[str]:
+def _names(folder: Path) -> list[str]:
     """The names of the plain files in a folder; links are not followed."""
     try:
         with os.scandir(folder) as entries:
             return sorted(entry.name for entry in entries if entry.is_file(follow_symlinks=False))
     except OSError:
-        return ()
+        return []
 
 
 def _header(dtype: np.dtype[Any], region: Region) -> bytes:
+    """What `np.save` writes before the values."""
     buffer = io.BytesIO()
-    shape = (region.height, region.width)
-    np.lib.format.write_array_header_1_0(
-        buffer, {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
-    )
+    description = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": region[2:]}
+    np.lib.format.write_array_header_1_0(buffer, description)
     return buffer.getvalue()
-
-
-def _dump(file: BinaryIO, values: NDArray[Any]) -> None:
-    """An array as .npy and, behind it where readers of .npy do not look, its checksum."""
-    file.write(_header(values.dtype, Region(0, 0, *values.shape)))
-    data = memoryview(values).cast("B")  # type: ignore[arg-type]
-    file.write(data)
-    file.write(_FOOTER + zlib.crc32(data).to_bytes(4, "little"))
-
-
-def _chunks(file: BinaryIO, size: int) -> Iterator[bytes]:
-    while size > 0 and (chunk := file.read(min(size, _CHUNK_BYTES))):
-        size -= len(chunk)
-        yield chunk

@@ -11,7 +11,6 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pixelwise.errors import UsageError
 from pixelwise.infer.tiling import Region
 from pixelwise.infer.tiling.blend import BlendedTiles, starts, window_weights
 from pixelwise.ops.cost import PassMemory
@@ -243,9 +242,3 @@ def test_columns_in_groups_keep_to_the_budget(budget):
     one = tiles_of(lambda x: x, (3000, 32), classes=10, window_px=32)
     assert tiles.memory_bytes <= max(budget, one.memory_bytes)
     assert tiles.group_px < 40_000
-
-
-@pytest.mark.parametrize("options", [{"window_px": 0}, {"overlap": 0.95}, {"overlap": -0.1}, {"weights": "linear"}])
-def test_options_that_are_not_allowed(options):
-    with pytest.raises(UsageError):
-        tiles_of(lambda x: x, (50, 50), **options)

@@ -9,8 +9,7 @@ from pixelwise.errors import UsageError
 from pixelwise.infer.bundle import ModelCard
 from pixelwise.infer.options import Tiling
 from pixelwise.infer.predictor import Predictor
-from pixelwise.infer.tiling import Region
-from pixelwise.infer.tiling.plan import choose_scorer
+from pixelwise.infer.tiling import Region, choose_scorer
 from pixelwise.models import create_model
 
 SPEC = LabelSpec(names=("a", "b", "c"), colors=((0, 0, 0), (9, 9, 9), (5, 5, 5)), values=((0,), (1,), (2,)))
@@ -119,7 +118,7 @@ def test_wishes_that_cannot_be_met():
     with pytest.raises(UsageError, match="tolerance cannot be combined"):
         Tiling(tolerance=1e-3, tta="flips")
     with pytest.raises(UsageError, match="statistics"):
-        scores_of(predictor_of("segnet", batch_statistics=True), Tiling(tile_px=50))
+        predictor_of("segnet", batch_statistics=True).predict(torch.zeros(3, HEIGHT, WIDTH), tile_px=50)
 
 
 def test_what_was_found_is_kept_for_images_of_the_same_size():

@@ -1,6 +1,7 @@
 """Stripes against one pass over the whole image, for every network of the registry."""
 
 import threading
+from contextlib import closing
 from types import SimpleNamespace
 
 import pytest
@@ -238,7 +239,7 @@ def test_rows_come_as_asked_for_whatever_was_expected(rows):
         return image[:, top : top + height, left : left + width]
 
     top = 0
-    with NextRows(read, bottom=12) as ahead:
+    with closing(NextRows(read, bottom=12)) as ahead:
         for height in rows:
             assert torch.equal(ahead(top, 1, height, 2), image[:, top : top + height, 1:])
             top += height
@@ -254,7 +255,7 @@ def test_reading_goes_on_while_the_network_works():
             reading.set()
         return torch.zeros(3, height, width)
 
-    with NextRows(read, bottom=20) as ahead:
+    with closing(NextRows(read, bottom=20)) as ahead:
         ahead(0, 0, 10, 4)
         assert reading.wait(10)  # the next rows, which were not yet asked for
     assert len(threads) == 2

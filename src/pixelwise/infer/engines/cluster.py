@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 from pixelwise.errors import PixelwiseError, UsageError
 from pixelwise.files import extra
@@ -28,19 +29,12 @@ _ALONE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_TOKEN": secrets.to
 
 @dataclass(frozen=True)
 class Cluster:
-    """Ray, and what it has.
-
-    Attributes:
-        ray: the package.
-        workers: how many hold the network.
-        cpus: cores of each.
-        gpus: of each; a share if several use one.
-    """
+    """Ray, and what it has."""
 
     ray: ModuleType
-    workers: int
-    cpus: float
-    gpus: float
+    workers: int  # that hold the network
+    cpus: float  # cores of each
+    gpus: float  # of each; a share if several use one
 
 
 @contextmanager
@@ -53,47 +47,25 @@ def started(address: str | None, workers: int | None, *, use_gpus: bool = True) 
     address = address or os.environ.get("RAY_ADDRESS") or None
     if address is not None:
         _check_address(address)  # before Ray is imported, which settles where a Ray that is started here listens
-    with _environment(_ENVIRONMENT | (_ALONE if address is None else {})):
+    before = set(os.environ)
+    for name, value in (_ENVIRONMENT | (_ALONE if address is None else {})).items():
+        os.environ.setdefault(name, value)
+    try:
         ray = extra("ray", "cluster", "--engine ray")
         is_ours = not ray.is_initialized()
         try:
             with warnings.catch_warnings():  # Ray warns of its own obsolete settings
                 warnings.simplefilter("ignore")
                 if is_ours:
-                    _start(ray, workers, use_gpus) if address is None else _connect(ray, address)
+                    _connect(ray, address, workers, use_gpus)
                 cluster = _measured(ray, workers)
             yield cluster
         finally:
             if is_ours:
                 ray.shutdown()
-
-
-@contextmanager
-def _environment(values: dict[str, str]) -> Iterator[None]:
-    """The environment with these values, where it has none of its own; what Ray adds goes again as well."""
-    before = set(os.environ)
-    for name, value in values.items():
-        os.environ.setdefault(name, value)
-    try:
-        yield
     finally:
-        for name in {name for name in os.environ if name.startswith("RAY_")} - before:
+        for name in {name for name in os.environ if name.startswith("RAY_")} - before:  # what Ray added too
             del os.environ[name]
-
-
-def _start(ray: ModuleType, workers: int | None, use_gpus: bool) -> None:
-    try:
-        ray.init(
-            address="local",  # else it would join whatever Ray of anybody runs on this machine
-            num_cpus=max(os.cpu_count() or 1, workers or 1),
-            num_gpus=None if use_gpus else 0,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            object_store_memory=_STORE_BYTES,
-        )
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        raise PixelwiseError(f"engine ray: Ray cannot be started on this machine ({_line(error)}).") from error
 
 
 def _check_address(address: str) -> None:
@@ -114,11 +86,19 @@ def _check_address(address: str) -> None:
         raise _no_answer(address, error) from error
 
 
-def _connect(ray: ModuleType, address: str) -> None:
+def _connect(ray: ModuleType, address: str | None, workers: int | None, use_gpus: bool) -> None:
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if address is None:
+        options |= {
+            "num_cpus": max(os.cpu_count() or 1, workers or 1), "num_gpus": None if use_gpus else 0,
+            "include_dashboard": False, "object_store_memory": _STORE_BYTES,
+        }  # fmt: skip
     try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        ray.init(address=address or "local", **options)  # without "local", it would join whatever Ray runs here
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        raise _no_answer(address, error) from error
+        if address is not None:
+            raise _no_answer(address, error) from error
+        raise PixelwiseError(f"engine ray: Ray cannot be started on this machine ({_line(error)}).") from error
 
 
 def _no_answer(address: str, error: BaseException) -> PixelwiseError:

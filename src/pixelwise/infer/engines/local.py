@@ -9,9 +9,10 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,13 @@ from pixelwise.formats.base import LABELS, MAPS, Source, Writer
 from pixelwise.formats.npy import write_probabilities
 from pixelwise.formats.registry import choose_writer, stem_of, suffix_of
 from pixelwise.infer.batch import Batch, Outcome, OutputError, Task, real
-from pixelwise.infer.network import Network
 from pixelwise.infer.options import Decision
-from pixelwise.infer.outputs import Location, OutFolder
+from pixelwise.infer.outputs import Location
 from pixelwise.infer.overlay import write_overlay
-from pixelwise.infer.pipeline import Note, Pipeline, Progress
-from pixelwise.infer.prefetch import in_memory, open_image, prefetch
-from pixelwise.infer.store import Store
+from pixelwise.infer.pipeline import Pipeline, Progress, in_memory
+from pixelwise.infer.predictor import Predictor
+from pixelwise.infer.store import DiskStore, Store
+from pixelwise.infer.tiling import Note
 from pixelwise.ops.spatial_dropout import with_spatial_dropout
 
 MOST_THREADS = 8
@@ -36,8 +37,8 @@ MOST_THREADS = 8
 class Opened:
     """A task whose image is open, with what the content says about its outputs."""
 
-    task: Task
     pipeline: Pipeline
+    staged: Path  # where the labels are written at first, and their store beside
     outputs: Mapping[str, Location]
     writers: Mapping[str, Writer]
     provenance: Mapping[str, Any]
@@ -45,67 +46,65 @@ class Opened:
 
 @dataclass(kw_only=True)
 class Labeller:
-    """Labels the images of a batch with one network; `prepare` may run in other threads than `label`.
+    """Labels the images of a batch with one network; `prepare` may run in other threads than `label`."""
 
-    Attributes:
-        network: the network.
-        batch: the work.
-        overwrite: do finished images again, and replace whatever has the name of an output.
-        note: takes what the user should know.
-        progress: takes the pixels done of the present image, and how many it has.
-    """
-
-    network: Network
+    network: Predictor
     batch: Batch
-    overwrite: bool = False
-    note: Note = lambda text: None
-    progress: Progress = lambda done, total: None
+    overwrite: bool = False  # do finished images again, and replace whatever has the name of an output
+    note: Note = lambda text: None  # takes what the user should know
+    progress: Progress = lambda done, total: None  # of the present image
 
     def __post_init__(self) -> None:
         self.options, trained = self.batch.options, self.network.card.reading
         if trained:
             reading = trained | dict(self.options.reading)
             self.options = replace(self.options, reading=tuple(sorted(reading.items())))
-        self.folder = OutFolder(self.batch.out)
+        self.folder = self.batch.folder
         self.changes = self.options.changes()
-        # An unknown class is an error once, not for each image.
-        self.decision = Decision.of(self.network.labels, self.options, self.network.precision)
-        self._stated: set[tuple[int, int]] = set()
-        self._told: set[str] = set()
-        if self.options.tiling.samples > 1:  # a network without dropout is an error once, not for each image
+        self._told: set[object] = set()
+        # An unknown class, and a network without dropout, is an error once, not for each image.
+        Decision.of(self.network.labels, self.options, self.network.precision)
+        if self.options.tiling.samples > 1:
             with_spatial_dropout(self.network.model, self.options.tiling.seed)
 
     def prepare(self, task: Task, *, fingerprint: str | None = None) -> Opened | None:
         """Open an image, and read it if it is small; None if its outputs are finished."""
-        source = open_image(str(task.path), self.network.card, dict(self.batch.options.reading))
+        source = self.network.open(str(task.path), dict(self.batch.options.reading))
         with ExitStack() as stack:
             stack.callback(source.close)
             outputs, writers = self._outputs(task, source)
-            provenance = self._provenance(fingerprint or source.fingerprint(), outputs)
+            provenance: dict[str, Any] = {
+                "model": self.network.card.weights_sha256, "input": fingerprint or source.fingerprint(),
+                "with": sorted(outputs),
+            }  # fmt: skip
+            if self.network.batch_statistics:
+                provenance["statistics"] = "batch"
+            if self.changes:
+                provenance["options"] = self.changes
             if fingerprint is None:
                 if not self.overwrite and self.folder.is_finished(outputs, provenance):
                     return None
                 for warning in source.metadata.get("warnings", ()):
                     self.note(f"{source.info.location}: {warning}.")
+            staged = self.folder.stage(outputs[LABELS])
             small, info = in_memory(source), source.info
             if "overlay" in writers:
                 writers["overlay"] = partial(write_overlay, source=small)
             pipeline = Pipeline(
-                network=self.network, source=small, options=self.options, decision=self.decision,
-                note=self._tell, state=partial(self._state, (info.height, info.width)), progress=self.progress,
+                network=self.network, source=small, options=self.options, progress=self.progress,
+                note=self._tell, state=partial(self._tell, key=(info.height, info.width)),
             )  # fmt: skip
             stack.pop_all()
-        return Opened(task=task, pipeline=pipeline, outputs=outputs, writers=writers, provenance=provenance)
+        return Opened(pipeline=pipeline, staged=staged, outputs=outputs, writers=writers, provenance=provenance)
 
     def label(self, opened: Opened) -> Callable[[], None]:
         """Label an open image; gives what is left to do, to put its outputs in place, which another thread may do."""
         with ExitStack() as stack:
             stack.callback(opened.pipeline.source.close)
-            staged = self.folder.stage(opened.outputs[LABELS])
-            store = opened.pipeline.store_for(staged, opened.provenance)
-            opened.pipeline.label(store, staged.parent)
+            store = opened.pipeline.store_for(opened.staged, opened.provenance)
+            opened.pipeline.label(store)
             finish = partial(self._finish, opened, store, stack.pop_all())
-        if not store.is_on_disk:
+        if not isinstance(store, DiskStore):
             return finish
         finish()  # it may take as much memory as the labelling
         return lambda: None
@@ -118,7 +117,8 @@ class Labeller:
                 raise
             except PixelwiseError as error:
                 raise OutputError(str(error)) from error
-            store.remove()
+            if isinstance(store, DiskStore):
+                store.remove()
 
     def _outputs(self, task: Task, source: Source) -> tuple[dict[str, Location], dict[str, Writer]]:
         """Where the outputs of an image go, and what writes them."""
@@ -127,42 +127,24 @@ class Labeller:
             places[kind] = planned
             if kind in (LABELS, *MAPS):
                 suffix, writers[kind] = choose_writer(source.info, kind, self.options.format, source.metadata)
-                if suffix_of(str(planned)) != suffix:  # the content decides
+                if suffix_of(str(planned)) != suffix:  # the content decides, so it is known only now
                     name = self.folder.name(planned)
                     places[kind] = self.folder.at(name.with_name(stem_of(name.name) + suffix))
-                    _refuse_input(task, places[kind])
+                    if real(places[kind]) == real(task.path):
+                        raise UsageError(f"the result of {task.path} would replace it. Choose another --out folder.")
             else:
                 writers[kind] = _writer(kind)
         return places, writers
 
-    def _provenance(self, fingerprint: str, outputs: Mapping[str, Location]) -> dict[str, Any]:
-        """What an output is made of: the network, the input, how, and what was written with it."""
-        found: dict[str, Any] = {
-            "model": self.network.card.weights_sha256,
-            "input": fingerprint,
-            "with": sorted(outputs),
-        }
-        if self.network.batch_statistics:
-            found["statistics"] = "batch"
-        if self.changes:
-            found["options"] = self.changes
-        return found
-
-    def _tell(self, text: str) -> None:
-        """What holds for the network is said of every image; once is enough."""
-        if text not in self._told:
-            self._told.add(text)
-            self.note(text)
-
-    def _state(self, size: tuple[int, int], text: str) -> None:
-        """Images of one size are labelled in one way; it is told once."""
-        if size not in self._stated:
-            self._stated.add(size)
+    def _tell(self, text: str, key: object = None) -> None:
+        """What holds for the network, or for images of one size (`key`), is said of every image; once is enough."""
+        if (key or text) not in self._told:
+            self._told.add(key or text)
             self.note(text)
 
 
 def run_batch(
-    network: Network,
+    network: Predictor,
     batch: Batch,
     *,
     overwrite: bool = False,
@@ -207,38 +189,47 @@ def run_batch(
 def run_local(labeller: Labeller, tasks: Sequence[Task], *, threads: int | None = None) -> Iterator[Outcome]:
     """Label images one after the other, one outcome each, in their order."""
     count = threads or min(MOST_THREADS, os.cpu_count() or 1)
+    waiting = iter(tasks)
+    reading: deque[tuple[Task, Future[Opened | None]]] = deque()  # each reader has one image, and one is ready
     writing: deque[Future[Outcome]] = deque()
-    pool = ThreadPoolExecutor(max_workers=count, thread_name_prefix="pixelwise-results")
+    readers = ThreadPoolExecutor(count, thread_name_prefix="pixelwise-read")
+    writers = ThreadPoolExecutor(count, thread_name_prefix="pixelwise-results")
     try:
-        with closing(prefetch(labeller.prepare, tasks, threads=count, discard=_close)) as coming:
-            for task, opened in coming:
-                writing.append(_labelled(labeller, task, opened, pool))
-                while writing and (len(writing) > count or writing[0].done()):
-                    yield writing.popleft().result()
-            while writing:
+        while True:
+            for task in islice(waiting, count + 1 - len(reading)):
+                reading.append((task, readers.submit(labeller.prepare, task)))
+            if not reading:
+                break
+            writing.append(_labelled(labeller, *reading.popleft(), writers))
+            while writing and (len(writing) > count or writing[0].done()):
                 yield writing.popleft().result()
+        while writing:
+            yield writing.popleft().result()
     finally:
-        pool.shutdown()  # what was computed is written
+        readers.shutdown(cancel_futures=True)
+        for _, future in reading:
+            if not future.cancelled() and future.exception() is None and (opened := future.result()) is not None:
+                opened.pipeline.source.close()
+        writers.shutdown()  # what was computed is written
 
 
 def _labelled(
-    labeller: Labeller, task: Task, opened: "Future[Opened | None]", pool: ThreadPoolExecutor
+    labeller: Labeller, task: Task, opened: "Future[Opened | None]", writers: ThreadPoolExecutor
 ) -> "Future[Outcome]":
     """Label an image when it is open; its outcome is there when its outputs are."""
-    known: Future[Outcome] = Future()
     try:
         found = opened.result()
-        if found is not None:
-            return pool.submit(_finished, task, labeller.label(found))
-        known.set_result(Outcome(task.path, "skipped"))
+        finish = None if found is None else labeller.label(found)
     except OutputError:
         raise
     except PixelwiseError as error:
-        known.set_result(Outcome(task.path, "failed", str(error)))
-    return known
+        return writers.submit(Outcome, task.path, "failed", str(error))
+    return writers.submit(_finished, task, finish)
 
 
-def _finished(task: Task, finish: Callable[[], None]) -> Outcome:
+def _finished(task: Task, finish: Callable[[], None] | None) -> Outcome:
+    if finish is None:
+        return Outcome(task.path, "skipped")
     try:
         finish()
     except OutputError:
@@ -246,20 +237,6 @@ def _finished(task: Task, finish: Callable[[], None]) -> Outcome:
     except PixelwiseError as error:
         return Outcome(task.path, "failed", str(error))
     return Outcome(task.path, "done")
-
-
-def _close(opened: Opened | None) -> None:
-    if opened is not None:
-        opened.pipeline.source.close()
-
-
-def _refuse_input(task: Task, output: Location) -> None:
-    """The content of an image may change the suffix of its output, so this is known only now."""
-    same = task.path == output
-    if isinstance(task.path, Path) and isinstance(output, Path):
-        same = real(task.path) == real(output)
-    if same:
-        raise UsageError(f"the result of {task.path} would replace it. Choose another --out folder.")
 
 
 def _writer(kind: str) -> Writer:

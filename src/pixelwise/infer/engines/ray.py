@@ -16,15 +16,13 @@ from typing import Any
 
 from pixelwise.errors import PixelwiseError, UsageError
 from pixelwise.files import cannot_write, write_bytes
-from pixelwise.formats.base import LABELS, SourceInfo
 from pixelwise.infer.batch import Outcome, OutputError, Task
 from pixelwise.infer.engines.cluster import Cluster, started
 from pixelwise.infer.engines.local import MOST_THREADS, Labeller, run_local
-from pixelwise.infer.engines.worker import Found, Job, Setting, Worker
-from pixelwise.infer.outputs import RECORDS
-from pixelwise.infer.regions import blocks_of
-from pixelwise.infer.store import DiskStore, store_folder
-from pixelwise.infer.tiling.plan import default_budget
+from pixelwise.infer.engines.worker import Found, Job, Setting, Worker, blocks_of
+from pixelwise.infer.outputs import RECORDS, Location, OutFolder
+from pixelwise.infer.store import DiskStore
+from pixelwise.infer.tiling import default_budget
 
 SPREAD_BYTES = 16 << 20
 """Local files from this size on are opened before the start, to see whether their image is worth to be spread."""
@@ -42,7 +40,7 @@ def run_on_ray(
     spread_bytes: int = SPREAD_BYTES,
 ) -> Iterator[Outcome]:
     """Label the images of a batch on the workers of a cluster, one outcome each, in the order in which they end."""
-    if getattr(labeller.network, "folder", None) is None:
+    if labeller.network.folder is None:
         raise UsageError("engine ray: every worker loads the network itself; load it from a run folder.")
     use_gpus = labeller.network.device.type == "cuda"
     with started(address, workers, use_gpus=use_gpus) as cluster, _token(labeller) as token:
@@ -57,13 +55,14 @@ class _Driver:
     def __init__(self, labeller: Labeller, cluster: Cluster, token: str) -> None:
         self.labeller, self.cluster = labeller, cluster
         network, batch = labeller.network, labeller.batch
-        out = batch.out.absolute() if isinstance(batch.out, Path) else batch.out
+        device = "cuda" if cluster.gpus else "cpu"
         self.setting = Setting(
-            folder=str(Path(network.folder).absolute()),  # type: ignore[attr-defined]
-            weights_sha256=network.card.weights_sha256, device="cuda" if cluster.gpus else "cpu",
-            precision=network.precision, batch_statistics=network.batch_statistics,
-            batch=replace(batch, tasks=(), missing=(), out=out), overwrite=labeller.overwrite, token=token,
-            threads=max(1, min(MOST_THREADS, int(cluster.cpus))),
+            folder=str(Path(network.folder or "").absolute()), weights_sha256=network.card.weights_sha256,
+            options={
+                "device": device, "precision": network.precision, "batch_statistics": network.batch_statistics
+            },
+            batch=replace(batch, tasks=(), missing=(), folder=OutFolder(_absolute(batch.folder.out))),
+            overwrite=labeller.overwrite, token=token, threads=max(1, min(MOST_THREADS, int(cluster.cpus))),
         )  # fmt: skip
         self.jobs: deque[Job] = deque()
         self.left: dict[int, int] = {}  # blocks of an image, by the identity of its task
@@ -102,20 +101,15 @@ class _Driver:
         with opened.pipeline.source as source:
             info = source.info
             blocks = blocks_of(info.height, info.width, info.planes, self.cluster.workers, block_px, info.block_px)
-            if len(blocks) == 1 or self._fits(info):
+            network = self.labeller.network
+            budget = self.labeller.options.tiling.memory_bytes or default_budget(network.device)
+            fits = info.planes == 1 and network.pass_memory(1, info.height, info.width) <= budget
+            if len(blocks) == 1 or fits:  # one pass over the whole is what one worker does best
                 return []
             if self.labeller.folder.is_remote:
-                staged = self.labeller.folder.stage(opened.outputs[LABELS])
-                key = opened.pipeline.key(opened.provenance)
-                self.stores[id(task)] = opened.pipeline.store_on_disk(store_folder(staged, key))
+                self.stores[id(task)] = opened.pipeline.store_on_disk(opened.staged, opened.provenance)
             self.left[id(task)] = len(blocks)
             return [Job(tasks=[task], block=block, fingerprint=opened.provenance["input"]) for block in blocks]
-
-    def _fits(self, info: SourceInfo) -> bool:
-        """Whether one pass takes a plane as a whole, which is what one worker does best."""
-        network = self.labeller.network
-        budget = self.labeller.options.tiling.memory_bytes or default_budget(network.device)
-        return info.planes == 1 and network.pass_memory()(1, info.height, info.width) <= budget
 
     def run(self) -> Iterator[Outcome]:
         """All jobs."""
@@ -126,8 +120,11 @@ class _Driver:
             while self.jobs or running:
                 while idle and self.jobs:
                     worker, job = idle.pop(), self.jobs.popleft()
-                    sent = replace(job, tasks=[_absolute(task) for task in job.tasks])
-                    running[worker.run.remote(sent)] = worker, job
+                    sent = [
+                        Task(_absolute(task.path), {kind: _absolute(place) for kind, place in task.outputs.items()})
+                        for task in job.tasks
+                    ]
+                    running[worker.run.remote(replace(job, tasks=sent))] = worker, job
                 ended, _ = ray.wait(list(running), num_returns=1)
                 worker, job = running.pop(ended[0])
                 try:
@@ -177,7 +174,7 @@ class _Driver:
                 "object store (s3://, gs://, az://)."
             )
         if job.block is None:
-            given = {str(_absolute(task).path): task.path for task in job.tasks}
+            given = {str(_absolute(task.path)): task.path for task in job.tasks}
             yield from (replace(outcome, path=given[str(outcome.path)]) for outcome in found.outcomes)
         elif id(job.tasks[0]) in self.left:
             yield from self._take_block(job.tasks[0], found)
@@ -209,10 +206,9 @@ class _Driver:
                 self.labeller.note(text)
 
 
-def _absolute(task: Task) -> Task:
-    """Workers have other working directories."""
-    outputs = {kind: place.absolute() if isinstance(place, Path) else place for kind, place in task.outputs.items()}
-    return Task(task.path.absolute() if isinstance(task.path, Path) else task.path, outputs)
+def _absolute(place: Location) -> Location:
+    """A path for workers, which have other working directories."""
+    return place.absolute() if isinstance(place, Path) else place
 
 
 def _may_be_large(task: Task, spread_bytes: int) -> bool:

@@ -7,16 +7,15 @@ size of the image.
 
 from collections.abc import Iterator
 from contextlib import closing
+from itertools import islice, pairwise
 from math import ceil
-from typing import get_args
 
 import torch
 from torch import Tensor
 
-from pixelwise.errors import UsageError
-from pixelwise.infer.network import Read, Region, Scorer, Scores
 from pixelwise.infer.options import Blend
 from pixelwise.infer.prefetch import prefetch, read_batch
+from pixelwise.infer.tiling import Read, Region, Scorer, Scores
 from pixelwise.ops.cost import PassMemory, Run
 
 LEAST_WEIGHT = 1e-3  # of a pixel in its window, so that sums of weights are far from zero
@@ -30,25 +29,15 @@ class BlendedTiles(Scorer):
     what the last step would overshoot goes into all overlaps alike. A side shorter than the window is taken as it is. Logits
     are averaged, not probabilities; weights fall from the middle of a window to its border, never below 0.001.
 
-    Where the band does not fit into the budget, the columns are done in groups; windows across a seam between groups are
-    computed for either.
-
-    Cost: pixels of all windows that are computed, over those of the image.
+    Where the band does not fit into `budget_bytes`, the columns are done in groups; windows across a seam between groups are
+    computed for either. The cost is that of the pixels of all windows that are computed.
 
     Args:
         run: images (N, C, h, w) -> logits (N, K, h, w) of any float type; one window at a time.
         memory: what a pass takes.
-        in_channels: C.
-        num_classes: K.
-        height: H of the image.
-        width: W.
         window_px: side of the windows.
         overlap: share of a window that the next one repeats at least, 0 to 0.9.
         weights: "gaussian" (deviation: an eighth of the side), "cosine" (half a period of it) or "uniform".
-        budget_bytes: what blending may take; None for no limit.
-
-    Raises:
-        UsageError: an option that is not allowed.
     """
 
     def __init__(
@@ -65,10 +54,6 @@ class BlendedTiles(Scorer):
         weights: Blend = "gaussian",
         budget_bytes: int | None = None,
     ) -> None:
-        if window_px < 1 or not 0 <= overlap <= 0.9:
-            raise UsageError(
-                f"windows must be at least 1 px wide and overlap by a share of 0 to 0.9, not {window_px} px and {overlap}."
-            )
         self.run, self.memory, self.in_channels, self.num_classes = run, memory, in_channels, num_classes
         self.size = (min(window_px, height), min(window_px, width))
         self.way = f"blended tiles of {self.size[0]} x {self.size[1]} px"
@@ -92,23 +77,31 @@ class BlendedTiles(Scorer):
         """The scores of a region whose columns are done together."""
         height, width = self.size
         rows = [top for top in self.tops if top < region.bottom and top + height > region.top]
-        lefts = self._reaching(region.left, region.right)
+        lefts, step = self._reaching(region.left, region.right), self._rows_given(region.width)
         windows = [Region(top, left, height, width) for top in rows for left in lefts]
-        band: _Band | None = None
-        done = region.top
+        sums = torch.empty(0)  # (K + 1, height, columns) of weighted logits, and of the weights
         with closing(prefetch(lambda window: read_batch(read, [window]), windows)) as coming:
-            for index, (window, image) in enumerate(coming, start=1):
-                with torch.no_grad():
-                    logits = self.run(image.result())[0].float()  # (K, h, w)
-                if band is None:  # only now is the device known
-                    band = _Band(region, height, self.num_classes, logits.device)
-                band.add(window, logits, self.weight.to(logits.device))
-                del logits, image
-                line, rest = divmod(index, len(lefts))
-                final = min(rows[line], region.bottom) if line < len(rows) else region.bottom
-                if not rest and final > done:
-                    yield from band.give(done, final)
-                    done = final
+            for top, after in pairwise([*rows, region.bottom]):
+                band = Region(max(top, region.top), region.left, height, region.width)
+                for window, image in islice(coming, len(lefts)):
+                    with torch.no_grad():
+                        logits = self.run(image.result())[0].float()  # (K, h, w)
+                    if not sums.numel():  # only now is the device known
+                        sums = torch.zeros(self.num_classes + 1, height, region.width, device=logits.device)
+                        weight = self.weight.to(logits.device)
+                    both = window.overlap(region)
+                    part, inner = sums[:, *both.within(band)], both.within(window)
+                    part[:-1].addcmul_(logits[:, *inner], weight[inner])
+                    part[-1].add_(weight[inner])
+                    del logits, image
+                done = max(0, after - band.top)  # rows that no further window reaches
+                for start in range(0, done, step):
+                    final = sums[:, start : min(start + step, done)]
+                    given = Region(band.top + start, region.left, final.shape[1], region.width)
+                    yield Scores(given, final[:-1] / final[-1])
+                for plane in sums if done else ():  # one after the other, so that the copy is small
+                    plane[: height - done] = plane[done:].clone()
+                    plane[height - done :] = 0
 
     def _reaching(self, left: int, right: int) -> list[int]:
         """First columns of the windows that cover any of the columns left ... right - 1."""
@@ -118,11 +111,14 @@ class BlendedTiles(Scorer):
         """A pass, the windows read meanwhile, the band with its weights, and two of the pieces that are given away."""
         height, width = self.size
         window = height * width
-        band = (self.num_classes + 1) * height * group_px
-        given = 2 * _rows_given(self.num_classes, group_px) * self.num_classes * group_px
+        band = (self.num_classes + 2) * height * group_px  # one of its maps is copied to move its rows
+        given = 2 * self._rows_given(group_px) * self.num_classes * group_px
         logits = window * self.num_classes  # weighted, in float32
         read = window * self.in_channels
         return self.memory(1, height, width) + 4 * (read + band + given + logits)
+
+    def _rows_given(self, width: int) -> int:
+        return max(1, GIVEN_BYTES // (4 * self.num_classes * width))
 
     def _group_px(self, height: int, width: int, budget_bytes: int | None) -> int:
         """Columns to do together: all, or as many as the budget allows, a window at least."""
@@ -132,44 +128,6 @@ class BlendedTiles(Scorer):
                 break
             count += 1
         return ceil(width / count)
-
-
-class _Band:
-    """Sums of weighted logits over as many rows as a window has; rows lie in it in turn, so that none is ever moved."""
-
-    def __init__(self, region: Region, height: int, num_classes: int, device: torch.device) -> None:
-        self.region, self.height = region, height
-        self.sums = torch.zeros(num_classes + 1, height, region.width, device=device)  # the last one: of the weights
-
-    def add(self, window: Region, logits: Tensor, weight: Tensor) -> None:
-        """Add what of a window's logits (K, h, w) lies in the region."""
-        top, bottom = max(window.top, self.region.top), min(window.bottom, self.region.bottom)
-        left, right = max(window.left, self.region.left), min(window.right, self.region.right)
-        columns = slice(left - self.region.left, right - self.region.left)
-        inner = slice(left - window.left, right - window.left)
-        for start, stop, slot in self._pieces(top, bottom):
-            rows = slice(start - window.top, stop - window.top)
-            part, shares = self.sums[:, slot : slot + stop - start, columns], weight[rows, inner]
-            part[:-1].addcmul_(logits[:, rows, inner], shares)
-            part[-1].add_(shares)
-
-    def give(self, top: int, bottom: int) -> Iterator[Scores]:
-        """The averages of rows top ... bottom - 1, in pieces; their places are then free."""
-        step = _rows_given(len(self.sums) - 1, self.region.width)
-        for piece in range(top, bottom, step):
-            for start, stop, slot in self._pieces(piece, min(piece + step, bottom)):
-                rows = self.sums[:, slot : slot + stop - start]
-                values = rows[:-1] / rows[-1]
-                rows.zero_()
-                yield Scores(Region(start, self.region.left, stop - start, self.region.width), values)
-
-    def _pieces(self, top: int, bottom: int) -> Iterator[tuple[int, int, int]]:
-        """First row, last + 1, and the place of the first, of the one or two runs in which the rows lie."""
-        while top < bottom:
-            slot = top % self.height
-            stop = min(bottom, top + self.height - slot)
-            yield top, stop, slot
-            top = stop
 
 
 def starts(length: int, window: int, overlap: float) -> list[int]:
@@ -190,8 +148,6 @@ def window_weights(size: tuple[int, int], kind: Blend) -> Tensor:
     "gaussian" is the importance map of MONAI: the product of exp(-x^2 / (2 (side / 8)^2)) over rows and columns, x from the
     middle of the window, and no less than 0.001.
     """
-    if kind not in get_args(Blend):
-        raise UsageError(f"blend is one of {', '.join(get_args(Blend))}, not {kind!r}.")
     sides = []
     for side in size:
         middle = torch.arange(side, dtype=torch.float64) - (side - 1) / 2
@@ -200,7 +156,3 @@ def window_weights(size: tuple[int, int], kind: Blend) -> Tensor:
         else:
             sides.append(torch.cos(middle / side * torch.pi) if kind == "cosine" else torch.ones_like(middle))
     return (sides[0][:, None] * sides[1]).float().clamp(min=LEAST_WEIGHT)
-
-
-def _rows_given(num_classes: int, width: int) -> int:
-    return max(1, GIVEN_BYTES // (4 * num_classes * width))

@@ -5,46 +5,37 @@ pixels as in one pass; halos reach as far as the receptive field and end where t
 the border as in one pass. Of the scores only the core's are kept.
 """
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from dataclasses import dataclass
+from functools import lru_cache
 from itertools import groupby
 
 import torch
-from torch import Tensor
 
 from pixelwise.errors import UsageError
-from pixelwise.infer.network import Read, Region, Scorer, Scores
 from pixelwise.infer.prefetch import prefetch, read_batch
+from pixelwise.infer.tiling import BUDGET_BYTES, Read, Region, Scorer, Scores
 from pixelwise.ops.cost import PassMemory, Run
 from pixelwise.ops.receptive_field import ReceptiveField
 
 Radius = tuple[int, int, int, int]
 """Pixels above, below, left and right."""
 
-BUDGET_BYTES = 2**30
 BATCH_PX = 1024**2  # more pixels at a time do not go through a network any faster
 MOST_TILES = 1024  # along a side, where the tile's size is chosen
 
 
 @dataclass(frozen=True)
 class Axis:
-    """Rows or columns of the image, and how tiles lie along them.
-
-    Attributes:
-        length: of the image, in pixels.
-        stride: multiples of it are where cores and crops may begin.
-        before: pixels of halo above (or left), at least.
-        after: pixels of halo below (or right), at least.
-        shortest: of the crops at the border, if the image is that long; the halos and a stride where these are longer.
-    """
+    """Rows or columns of the image, and how tiles lie along them; in pixels."""
 
     length: int
-    stride: int
-    before: int
-    after: int
-    shortest: int = 0
+    stride: int  # multiples of it are where cores and crops may begin
+    before: int  # halo above (or left), at least
+    after: int  # halo below (or right), at least
+    shortest: int = 0  # of the crops at the border, as far as the image goes
 
     def cores(self, tile: int) -> list[tuple[int, int]]:
         """First and last + 1 of each core: as many as tiles of `tile` px (a multiple of the stride) need, evenly spread."""
@@ -85,24 +76,18 @@ class Axis:
 class HaloTiles(Scorer):
     """Exact tiles; see the module.
 
-    Cost: the areas of all crops over the area of the image, that is (sum of crop heights) (sum of crop widths) / (H W).
-    With tiles of t px and radius r it is about (1 + 2 r / t) ** 2.
+    The cost is that of the areas of all crops; with tiles of t px and radius r it is about (1 + 2 r / t) ** 2.
 
     Args:
         run: images (N, C, h, w) -> logits (N, K, h, w); of one image of a batch, whatever the others are.
         receptive: of the network.
         memory: what a pass takes.
-        in_channels: C.
-        num_classes: K.
-        height: H of the image.
-        width: W.
         tile_px: the side of the cores at most, rounded up to the stride; None chooses height and width for the least cost
-            that the budget allows.
+            that `budget_bytes` allow.
         radius_px: the halo above, below, left and right, if it is not the whole of the network's.
         batch: crops of equal size that go through the network together, at most. More than one changes scores by no more
             than rounding. None: as many as 1024 x 1024 px hold, if the budget does (a larger tile saves more than a
             larger batch of small ones).
-        budget_bytes: what tiles may take where their size or their number is chosen.
 
     Raises:
         UsageError: the receptive field has no end, or the smallest tile takes more than the budget.
@@ -121,7 +106,7 @@ class HaloTiles(Scorer):
         tile_px: int | None = None,
         radius_px: Radius | None = None,
         batch: int | None = None,
-        budget_bytes: int | None = None,
+        budget_bytes: int = BUDGET_BYTES,
     ) -> None:
         if not receptive.bounded or receptive.stride is None or receptive.radius_px is None:
             raise UsageError(
@@ -129,20 +114,26 @@ class HaloTiles(Scorer):
                 "whole image, or farther than was tried). Use blended tiles: --blend gaussian."
             )
         self.run, self.memory, self.in_channels, self.num_classes = run, memory, in_channels, num_classes
-        budget = BUDGET_BYTES if budget_bytes is None else budget_bytes
-        whole, cut = receptive.radius_px, radius_px or receptive.radius_px
-        self.rows = _axis(height, receptive.stride, whole[:2], cut[:2])
-        self.columns = _axis(width, receptive.stride, whole[2:], cut[2:])
+        (above, below, left, right), stride = receptive.radius_px, receptive.stride
+        # Crops are never shorter than those that the whole of the network's halo would make.
+        shortest = Axis(height, stride, above, below).field_px, Axis(width, stride, left, right).field_px
+        above, below, left, right = radius_px or receptive.radius_px
+        self.rows = Axis(height, stride, above, below, shortest[0])
+        self.columns = Axis(width, stride, left, right, shortest[1])
         self.batch = max(1, batch or 1)
         if tile_px is None:
-            self.tile = self._choose(budget)
+            self.tile = self._choose(budget_bytes)
         else:
             self.tile = (self.rows.up(tile_px), self.columns.up(tile_px))
         (tall, crop_height), (wide, crop_width) = (
             axis.sums(tile) for axis, tile in zip((self.rows, self.columns), self.tile, strict=True)
         )
         self.cost = tall * wide / (height * width)
-        while batch is None and self._may_grow(crop_height, crop_width, budget):
+        tiles = len(self.rows.cores(self.tile[0])) * len(self.columns.cores(self.tile[1]))
+        most = min(tiles, BATCH_PX // (crop_height * crop_width))
+        while batch is None and self.batch < most:  # one crop more at a time, while it fits
+            if self._bytes(crop_height, crop_width, *self.tile, batch=self.batch + 1) > budget_bytes:
+                break
             self.batch += 1
         self.memory_bytes = self._bytes(crop_height, crop_width, *self.tile)
         halo = max(self.rows.before, self.rows.after, self.columns.before, self.columns.after)
@@ -150,23 +141,33 @@ class HaloTiles(Scorer):
 
     def score(self, read: Read, region: Region) -> Iterator[Scores]:
         """As `Scorer.score`: every tile that touches the region, row by row, cropped to the region."""
-        cores = [core for core in self._cores() if _touch(core, region)]
-        with closing(prefetch(partial(self._read, read), self._batches(cores))) as coming:
+        columns = self.columns.cores(self.tile[1])
+        cores = [
+            Region(top, left, bottom - top, right - left)
+            for top, bottom in self.rows.cores(self.tile[0])
+            for left, right in columns
+        ]
+        cores = [core for core in cores if core.overlap(region).height]
+        with closing(prefetch(lambda batch: read_batch(read, map(self.crop, batch)), self._batches(cores))) as coming:
             for batch, images in coming:
                 with torch.no_grad():
                     logits = self.run(images.result())  # (N, K, h, w)
                 del images
-                parts = [_cut(logits[index], self.crop(core), core) for index, core in enumerate(batch)]
+                # In memory of their own, so that the scores of the halo are freed.
+                parts = [
+                    logits[index][:, *core.within(self.crop(core))].to(
+                        torch.float32, copy=True, memory_format=torch.contiguous_format
+                    )
+                    for index, core in enumerate(batch)
+                ]
                 del logits
                 for core in batch:
-                    yield _within(region, core, parts.pop(0))
-
-    def _read(self, read: Read, cores: Sequence[Region]) -> Tensor:
-        return read_batch(read, [self.crop(core) for core in cores])
+                    inner = core.overlap(region)
+                    yield Scores(inner, parts.pop(0)[:, *inner.within(core)])
 
     def _batches(self, cores: Sequence[Region]) -> Iterator[list[Region]]:
         """Neighbours whose crops have one size, as many as a batch takes."""
-        for _, alike in groupby(cores, key=lambda core: _size(self.crop(core))):
+        for _, alike in groupby(cores, key=lambda core: self.crop(core)[2:]):
             waiting = list(alike)
             for start in range(0, len(waiting), self.batch):
                 yield waiting[start : start + self.batch]
@@ -177,12 +178,6 @@ class HaloTiles(Scorer):
         left, right = self.columns.crop(core.left, core.right)
         return Region(top, left, bottom - top, right - left)
 
-    def _cores(self) -> Iterator[Region]:
-        columns = self.columns.cores(self.tile[1])
-        for top, bottom in self.rows.cores(self.tile[0]):
-            for left, right in columns:
-                yield Region(top, left, bottom - top, right - left)
-
     def _bytes(
         self, crop_height: int, crop_width: int, core_height: int, core_width: int, batch: int | None = None
     ) -> int:
@@ -192,42 +187,30 @@ class HaloTiles(Scorer):
         given = 4 * self.num_classes * min(core_height, crop_height) * min(core_width, crop_width)
         return self.memory(count, crop_height, crop_width) + count * (read + given)
 
-    def _may_grow(self, crop_height: int, crop_width: int, budget_bytes: int) -> bool:
-        """Whether one crop more at a time is worth it, and fits."""
-        many = self.batch + 1
-        tiles = len(self.rows.cores(self.tile[0])) * len(self.columns.cores(self.tile[1]))
-        if many > tiles or many * crop_height * crop_width > BATCH_PX:
-            return False
-        return self._bytes(crop_height, crop_width, *self.tile, batch=many) <= budget_bytes
-
     def _choose(self, budget_bytes: int) -> tuple[int, int]:
         """The height and width of the cores that cost least within the budget."""
         best: tuple[float, tuple[int, int]] | None = None
         columns = [(tile, *self.columns.sums(tile)) for tile in _sizes(self.columns)]  # widest first
+
+        def widest(tall: int, crop_height: int) -> int:
+            """The place of the widest that fits."""
+            return bisect_left(
+                columns, True, key=lambda item: self._bytes(crop_height, item[2], tall, item[0]) <= budget_bytes
+            )
+
         for tall in _sizes(self.rows):
             area, crop_height = self.rows.sums(tall)
-            low, high = 0, len(columns)
-            while low < high:  # the widest that fits
-                middle = (low + high) // 2
-                wide, _, crop_width = columns[middle]
-                fits = self._bytes(crop_height, crop_width, tall, wide) <= budget_bytes
-                low, high = (low, middle) if fits else (middle + 1, high)
-            if low < len(columns) and (best is None or area * columns[low][1] < best[0]):
-                best = (area * columns[low][1], (tall, columns[low][0]))
+            place = widest(tall, crop_height)
+            if place < len(columns) and (best is None or area * columns[place][1] < best[0]):
+                best = (area * columns[place][1], (tall, columns[place][0]))
         if best is None:
             (_, crop_height), (wide, _, crop_width) = self.rows.sums(self.rows.stride), columns[-1]
             needed = self._bytes(crop_height, crop_width, self.rows.stride, wide)
             raise UsageError(
-                f"the smallest exact tile takes {_mib(needed)} ({crop_height} x {crop_width} px with its halo), and "
-                f"{_mib(budget_bytes)} are allowed. Allow more memory, or cut the halo with --tolerance 1e-3."
+                f"the smallest exact tile takes {needed / 2**20:,.0f} MiB ({crop_height} x {crop_width} px with its halo), "
+                f"and {budget_bytes / 2**20:,.0f} MiB are allowed. Allow more memory, or cut the halo with --tolerance 1e-3."
             )
         return best[1]
-
-
-def _axis(length: int, stride: int, whole: tuple[int, int], cut: tuple[int, int]) -> Axis:
-    """With halos of `cut`, and crops no shorter than those that the `whole` of the network's halo would make."""
-    axis = Axis(length, stride, *whole)
-    return replace(axis, before=cut[0], after=cut[1], shortest=axis.field_px)
 
 
 @lru_cache(maxsize=16)
@@ -236,32 +219,3 @@ def _sizes(axis: Axis) -> tuple[int, ...]:
     counts = range(1, min(-(-axis.length // axis.stride), MOST_TILES) + 1)
     sizes = {axis.up(-(-axis.length // count)) for count in counts} | {axis.stride}
     return tuple(sorted(sizes, reverse=True))
-
-
-def _cut(logits: Tensor, crop: Region, core: Region) -> Tensor:
-    """The scores of the core, in memory of their own, so that those of the halo are freed."""
-    top, left = core.top - crop.top, core.left - crop.left
-    return logits[:, top : top + core.height, left : left + core.width].to(
-        torch.float32, copy=True, memory_format=torch.contiguous_format
-    )
-
-
-def _within(region: Region, core: Region, values: Tensor) -> Scores:
-    """What of a core's scores lies in the region."""
-    top, left = max(core.top, region.top), max(core.left, region.left)
-    bottom, right = min(core.bottom, region.bottom), min(core.right, region.right)
-    part = Region(top, left, bottom - top, right - left)
-    return Scores(part, values[:, top - core.top : bottom - core.top, left - core.left : right - core.left])
-
-
-def _touch(one: Region, other: Region) -> bool:
-    rows = one.top < other.bottom and other.top < one.bottom
-    return rows and one.left < other.right and other.left < one.right
-
-
-def _size(region: Region) -> tuple[int, int]:
-    return region.height, region.width
-
-
-def _mib(count: int) -> str:
-    return f"{count / 2**20:,.0f} MiB"

@@ -5,7 +5,7 @@ whole, and again cut off, and the scores on this side of the cut are compared, b
 what a derivative leaves out, such as the zeros with which every layer pads at the cut.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -36,7 +36,7 @@ class Influence:
     """
 
     stride: int
-    sides: tuple[Tensor, Tensor, Tensor, Tensor]
+    sides: tuple[Tensor, ...]
 
     def radius(self, tolerance: float, most: Radius) -> Radius:
         """The fewest whole strides for each side whose change is at most half of the tolerance, and never more than `most`.
@@ -57,7 +57,6 @@ def cut_radius(
     device: str | torch.device = "cpu",
     memory: PassMemory | None = None,
     budget_bytes: int | None = None,
-    seed: int = 0,
 ) -> Radius:
     """The halo above, below, left and right that tiles need for scores that are right but for a tolerance.
 
@@ -77,7 +76,7 @@ def cut_radius(
     def fits(height: int, width: int) -> bool:
         return memory is None or budget_bytes is None or memory(1, height, width) <= budget_bytes
 
-    found = influence(run, field, in_channels=in_channels, device=device, fits=fits, seed=seed)
+    found = influence(run, field, in_channels=in_channels, device=device, fits=fits)
     return found.radius(tolerance, radius)
 
 
@@ -101,73 +100,55 @@ def influence(
     images: int = IMAGES,
     broad_px: int = BROAD_PX,
     draw: Draw | None = None,
-    seed: int = 0,
 ) -> Influence:
     """Measure what cuts change; see `cut_radius`."""
-    stride, (*rows, left_px, right_px) = _with_an_end(field)
-    sides: list[Tensor] = []
-    for turned, (before, after) in ((False, rows), (True, (left_px, right_px))):
-        axis = _Axis(run, stride, before, after, turned)
-        axis.narrow(broad_px, fits)
-        generator = torch.Generator().manual_seed(seed)
-        for _ in range(images):
-            axis.add((draw or like_a_photo)(in_channels, axis.length, axis.broad, generator).to(device))
-        sides += axis.result()
-    above, below, left, right = sides
-    return Influence(stride, (above, below, left, right))
+    stride, (above, below, left, right) = _with_an_end(field)
+    generator = torch.Generator()
 
-
-class _Axis:
-    """Sums over images of what two cuts across the rows change (of columns, where the images are `turned`)."""
-
-    def __init__(self, run: Run, stride: int, before: int, after: int, turned: bool) -> None:
-        self.run, self.stride, self.turned = run, stride, turned
-        self.before, self.after = (-(-px // stride) * stride for px in (before, after))
+    def sides(before: int, after: int, turned: bool) -> Iterator[Tensor]:
+        """For a cut after the first rows and one before the last: the largest change k strides or more away."""
+        before, after = (-(-px // stride) * stride for px in (before, after))
         # Each part is as long as a field, as networks that pad what is shorter would see something else.
-        self.length = self.before + self.after + stride + max(self.before, self.after)
-        self.broad = stride
-        self.changed = [torch.zeros(self.before + stride), torch.zeros(self.after + stride)]  # by distance from the cut
-        self.variance, self.count = torch.zeros(()), 0
+        length = before + after + stride + max(before, after)
+        broad = _breadth(length, stride, broad_px, fits)
+        changed = [torch.zeros(before + stride), torch.zeros(after + stride)]  # by distance from the cut
+        variance = torch.zeros(())
+        generator.manual_seed(0)
+        for _ in range(images):
+            image = (draw or like_a_photo)(in_channels, length, broad, generator).to(device)
+            whole = _scores(run, image, turned)  # (K, length, broad)
+            variance = variance + whole.var((1, 2), correction=0).mean().cpu()
+            below_cut = _scores(run, image[:, before:], turned) - whole[:, before:]
+            above_cut = (_scores(run, image[:, : length - after], turned) - whole[:, : length - after]).flip(1)
+            for near, change in zip(changed, (below_cut, above_cut), strict=True):
+                near += change[:, : len(near)].square().mean((0, 2)).cpu()
+        for near in changed:
+            rows = (near / variance).nan_to_num(0.0 if variance == 0 else torch.inf).sqrt()
+            yield rows.view(-1, stride).amax(1).flip(0).cummax(0).values.flip(0)
 
-    def narrow(self, broad_px: int, fits: Callable[[int, int], bool]) -> None:
-        """Choose the breadth of the images."""
-        strides = -(-broad_px // self.stride)
-        while not fits(self.length, strides * self.stride) and strides > 1:
-            strides //= 2
-        self.broad = strides * self.stride
-        if not fits(self.length, self.broad):
+    return Influence(stride, (*sides(above, below, False), *sides(left, right, True)))
+
+
+def _breadth(length: int, stride: int, broad_px: int, fits: Callable[[int, int], bool]) -> int:
+    """Of the images: whole strides, as many as wished if the memory allows it."""
+    strides = -(-broad_px // stride)
+    while not fits(length, strides * stride):
+        if strides == 1:
             raise UsageError(
-                f"tolerance: {self.length} x {self.broad} px must go through the network at once to measure how far it "
-                "looks, which is more than the memory that is allowed. Give more --memory."
+                f"tolerance: {length} x {stride} px must go through the network at once to measure how far it looks, which "
+                "is more than the memory that is allowed. Give more --memory."
             )
+        strides //= 2
+    return strides * stride
 
-    def add(self, image: Tensor) -> None:
-        """Take in one image (C, length, broad)."""
-        whole = self._scores(image)  # (K, length, broad)
-        self.variance = self.variance + whole.var((1, 2), correction=0).mean().cpu()
-        self.count += 1
-        top, bottom = self.before, self.length - self.after
-        below_cut = self._scores(image[:, top:]) - whole[:, top:]
-        above_cut = (self._scores(image[:, :bottom]) - whole[:, :bottom]).flip(1)
-        for index, change in enumerate((below_cut, above_cut)):
-            near = self.changed[index]
-            self.changed[index] = near + change[:, : len(near)].square().mean((0, 2)).cpu()
 
-    def result(self) -> list[Tensor]:
-        """For both cuts, the largest change k strides or more away."""
-        found = []
-        for changed in self.changed:
-            rows = (changed / self.variance).nan_to_num(0.0 if self.variance == 0 else torch.inf).sqrt()
-            blocks = rows.view(-1, self.stride).amax(1)
-            found.append(blocks.flip(0).cummax(0).values.flip(0))
-        return found
-
-    def _scores(self, image: Tensor) -> Tensor:
-        # Numbers of 10 bits (TF32), which a GPU may take for float32, would change more than the cut.
-        with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            x = (image.transpose(1, 2) if self.turned else image)[None]
-            scores = self.run(x.contiguous(memory_format=torch.channels_last))[0].float()
-        return scores.transpose(1, 2) if self.turned else scores
+def _scores(run: Run, image: Tensor, turned: bool) -> Tensor:
+    """(K, H, W); where the images are `turned`, the network sees rows as columns."""
+    # Numbers of 10 bits (TF32), which a GPU may take for float32, would change more than the cut.
+    with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        x = (image.transpose(1, 2) if turned else image)[None]
+        scores = run(x.contiguous(memory_format=torch.channels_last))[0].float()
+    return scores.transpose(1, 2) if turned else scores
 
 
 def like_a_photo(channels: int, height: int, width: int, generator: torch.Generator) -> Tensor:

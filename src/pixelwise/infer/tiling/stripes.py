@@ -7,7 +7,7 @@ neighbours; only that is computed twice. Where that is much, rows that wait for 
 import contextlib
 import shutil
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -18,15 +18,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from pixelwise.infer.network import Read, Region, Scorer, Scores
 from pixelwise.infer.prefetch import NextRows
+from pixelwise.infer.tiling import BUDGET_BYTES, Read, Region, Scorer, Scores
 from pixelwise.ops.streaming import WindowedNetwork
 from pixelwise.ops.streaming.allocator import MemoryLimit
 from pixelwise.ops.streaming.forecast import Peaks, cost_of, item_sizes, peaks, scratch_bytes
 from pixelwise.ops.streaming.spill import SpillFile
 from pixelwise.ops.streaming.windows import Span, Window
 
-BUDGET_BYTES = 2**30
 _STRIPE_PX = 2**19  # pixels of a stripe that keep the cores busy; more only take memory
 _LEAST_ROWS, _MOST_ROWS = 8, 512
 _COLUMNS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 20, 24, 32, 48, 64, 96, 128)
@@ -44,19 +43,11 @@ _CHEAP = 1.1  # a cost that is not worth to be slower for
 
 @dataclass(frozen=True)
 class _Plan:
-    """How an image streams.
+    """How an image streams."""
 
-    Attributes:
-        factor: memory of the process over that of the maps.
-        has_shelf: whether rows that wait for long lie on the disk.
-        cuts: where the columns begin and end.
-        stripe_px: rows of a stripe.
-        cost: multiply-adds over those of one pass.
-    """
-
-    factor: float
-    has_shelf: bool
-    cuts: tuple[int, ...] = ()
+    factor: float  # memory of the process over that of the maps
+    has_shelf: bool  # whether rows that wait for long lie on the disk
+    cuts: tuple[int, ...] = ()  # where the columns begin and end
     stripe_px: int = 0
     cost: float = 1.0
 
@@ -70,27 +61,17 @@ class Stripes(Scorer):
 
     Args:
         model: in eval mode; maps (1, C, H, W) to (1, K, H, W).
-        height: H of the image.
-        width: W of the image.
-        in_channels: C.
         budget_bytes: what the maps may take.
         tile_px: width of the columns and most rows of a stripe, where the user chose.
         autocast: a context to run the network's operations in.
         compute_bytes: per number that convolutions give in that context.
-        device: of the model.
         scratch: an existing folder, on whose disk rows may wait where memory is short (on CPUs); None: nowhere.
-
-    Attributes:
-        way: "stripes of R rows", and in how many columns.
-        stripe_px: R.
-        cuts: where the columns begin and end.
-        disk_bytes: what the rows that wait on the disk of `scratch` take there.
-        beside_bytes: what else may grow in this process meanwhile (pixels read ahead, results that wait), which is not taken
-            from what the maps may hold.
 
     Raises:
         NotWindowed: the network has an operation that cannot be computed window by window.
     """
+
+    is_kept = True
 
     def __init__(
         self,
@@ -123,8 +104,9 @@ class Stripes(Scorer):
 
     def score(self, read: Read, region: Region) -> Iterator[Scores]:
         """As `Scorer.score`: column by column, from top to bottom."""
-        if self._heap is None and self._is_cpu:
-            self._heap = MemoryLimit(self._heap_bytes() + self.beside_bytes)
+        if self._heap is None and self._is_cpu:  # the process is held to what was stated
+            maps = int((self.memory_bytes - self._reordered) * (1 - _SLACK / self._plan.factor))
+            self._heap = MemoryLimit(maps + self._reordered + self.beside_bytes)
         for left, right in pairwise(self.cuts):
             left, right = max(left, region.left), min(right, region.right)
             if left < right:
@@ -135,7 +117,7 @@ class Stripes(Scorer):
         place = {"top": part.top, "left": part.left, "height": part.height, "width": part.width}
         # A file for each column, for its rows are of other sizes than those of the next.
         on_disk = SpillFile(self.scratch) if self.scratch and self._plan.has_shelf else contextlib.nullcontext()
-        with NextRows(read, needed.rows.stop) as ahead, on_disk as shelf:
+        with contextlib.closing(NextRows(read, needed.rows.stop)) as ahead, on_disk as shelf:
             parts = self.network.stripes(
                 ahead, **place, stripe_px=self.stripe_px, memory_limit=self._heap, spill_file=shelf
             )
@@ -162,12 +144,14 @@ class Stripes(Scorer):
         """The first way that fits and computes hardly anything twice; else the cheapest that fits; else the least."""
         found: list[tuple[int, float, _Plan]] = []  # bytes too much, cost
         rows = min(_LEAST_ROWS if tile_px is None else tile_px, self.height)
+        # Half of the disk is left to the results, and to others.
+        room = shutil.disk_usage(self.scratch).free // 2 if self.scratch else 0
         for factor, has_shelf in _CPU_WAYS if self._is_cpu else _GPU_WAYS:
             if has_shelf and self.scratch is None:
                 break
             plan = self._in_columns(_Plan(factor, has_shelf), budget_bytes, tile_px)
             needed = self._forecast(plan, plan.widest, rows)
-            if has_shelf and needed.disk > _room(self.scratch):
+            if has_shelf and needed.disk > room:
                 continue
             found.append((max(0, needed.memory - budget_bytes), plan.cost, plan))
             if needed.memory <= budget_bytes and (plan.cost <= _CHEAP or tile_px is not None):
@@ -177,7 +161,9 @@ class Stripes(Scorer):
         return replace(best, stripe_px=min(rows, self.height))
 
     def _in_columns(self, plan: _Plan, budget_bytes: int, tile_px: int | None) -> _Plan:
-        cuts = _cuts(self.width, self._columns(plan, budget_bytes) if tile_px is None else 0, tile_px)
+        """In columns of `tile_px`, or in as many of equal widths as the budget asks for."""
+        step = tile_px or -(-self.width // self._columns(plan, budget_bytes))
+        cuts = (*range(0, self.width, step), self.width)
         bands = [Window(Span(0, self.height), Span(*band)) for band in pairwise(cuts)]
         return replace(plan, cuts=cuts, cost=cost_of(self.network.graph, bands) if len(bands) > 1 else 1.0)
 
@@ -194,7 +180,9 @@ class Stripes(Scorer):
             known[place] = self._forecast(plan, widths[place], _LEAST_ROWS).memory
             low, high = (low, place) if known[place] <= budget_bytes else (place, high)
             line = [(0, 0), *((widths[place], size) for place, size in known.items())][-2:]
-            place = min(max(_first_below(widths, _width_for(budget_bytes, *line)), low + 1), high - 1)
+            fitting = _width_for(budget_bytes, *line)
+            place = next((place for place, wide in enumerate(widths) if wide <= fitting), len(widths) - 1)
+            place = min(max(place, low + 1), high - 1)
         if high == len(possible):  # nothing fits: narrow columns are mostly surroundings, and hardly take less
             return self._columns(plan, int(_HARDLY_MORE * min(known.values())))
         return possible[high]
@@ -223,15 +211,6 @@ class Stripes(Scorer):
         logits = 4 * self.network.num_classes * rows * window.columns.length
         return maps._replace(memory=maps.memory + 3 * logits)  # they, and what is made of them
 
-    def _heap_bytes(self) -> int:
-        """What the process is held to, so that it stays within what was stated."""
-        return int((self.memory_bytes - self._reordered) * (1 - _SLACK / self._plan.factor)) + self._reordered
-
-
-def _room(folder: Path | None) -> int:
-    """How much of the disk rows may take: the other half is left to the results, and to others."""
-    return shutil.disk_usage(folder).free // 2 if folder else 0
-
 
 def _width_for(budget: int, one: tuple[int, int], other: tuple[int, int]) -> float:
     """The width that takes so many bytes, on the line through two widths with their bytes."""
@@ -239,14 +218,3 @@ def _width_for(budget: int, one: tuple[int, int], other: tuple[int, int]) -> flo
     if more <= less:
         return narrow / 2
     return narrow + (budget - less) * (wide - narrow) / (more - less)
-
-
-def _first_below(widths: Sequence[int], most: float) -> int:
-    """The place of the first (and widest) that is no wider; the last if there is none."""
-    return next((place for place, wide in enumerate(widths) if wide <= most), len(widths) - 1)
-
-
-def _cuts(width: int, columns: int, tile_px: int | None) -> tuple[int, ...]:
-    """Where columns begin and end: of `tile_px`, or of equal widths."""
-    step = -(-width // columns) if tile_px is None else tile_px
-    return (*range(0, width, step), width)

@@ -1,4 +1,5 @@
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -6,21 +7,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-import pixelwise.infer.tiling.ensemble as module
-from pixelwise.errors import UsageError
+import pixelwise.infer.tiling.averages as module
 from pixelwise.infer.options import Decision
 from pixelwise.infer.tiling import Region, Scores
-from pixelwise.infer.tiling.ensemble import (
+from pixelwise.infer.tiling.averages import (
+    TRANSFORMS,
     Average,
     Ensemble,
-    EnsembleModule,
+    Transform,
+    Transformed,
     average_bytes,
-    member_of,
     on_sample,
-    split_spread,
+    scored,
     tiles,
 )
-from pixelwise.infer.tta import Transformed, transforms_of
+from pixelwise.infer.tiling.averages import averaged as averaged_function
 from pixelwise.models import create_model
 from pixelwise.ops.spatial_dropout import set_sample, spatial_dropout, with_spatial_dropout
 
@@ -161,25 +162,24 @@ def test_windows_of_a_scorer_are_joined():
                 yield Scores(Region(top, region.left, 1, region.width), read(top, region.left, 1, region.width))
 
     image = torch.randn(3, 7, 8)
-    assert torch.equal(member_of(Rows())(reader(image), Region(2, 1, 4, 5)), image[:, 2:6, 1:6])
-    ensemble = Ensemble([member_of(Rows())] * 2, num_classes=3, tile_px=3)
+    member = partial(scored, Rows(), Transform(), (7, 8))
+    assert torch.equal(member(reader(image), Region(2, 1, 4, 5)), image[:, 2:6, 1:6])
+    ensemble = Ensemble([member] * 2, num_classes=3, tile_px=3)
     values, _ = joined(ensemble, reader(image), Region(0, 0, 7, 8))
     assert torch.allclose(values.softmax(0), image.softmax(0), atol=1e-6)
-    with pytest.raises(UsageError, match="nothing to score"):
-        member_of(Rows())(reader(image), Region(0, 0, 0, 5))
 
 
-def test_a_network_of_members_does_the_same_maths():
+def test_a_function_of_members_does_the_same_maths():
     torch.manual_seed(0)
     model, image = create_model("unet", tiny=True, num_classes=3).eval(), torch.rand(2, 3, 17, 22)
-    members = [Transformed(model, item) for item in transforms_of("d4")]
-    network = EnsembleModule(members).eval()
+    members = [Transformed(model, item) for item in TRANSFORMS["d4"]]
+    found = averaged_function(members)(image)
+    values, spread = found[:, :-1], found[:, -1]
     with torch.no_grad():
-        values, spread = split_spread(network(image))
         wanted = averaged([member(image) for member in members])
     assert values.shape == (2, 3, 17, 22) and spread.shape == (2, 17, 22)
     assert torch.equal(values, wanted[0]) and torch.equal(spread, wanted[1])
-    assert not values.requires_grad and len(list(network.parameters())) == len(list(model.parameters()))
+    assert not values.requires_grad
 
 
 class Masked(nn.Module):
@@ -207,20 +207,9 @@ def test_dropout_over_tiles_equals_dropout_over_the_image():
 
     tiled = Ensemble([on_sample(model, sample, window) for sample in range(6)], num_classes=3, tile_px=5)
     values, spread = joined(tiled, reader(image), Region(0, 0, 13, 18))
-    whole = EnsembleModule([on_sample(model, sample, model) for sample in range(6)])
-    wanted_values, wanted_spread = split_spread(whole(image[None])[0])
+    whole = averaged_function([on_sample(model, sample, model) for sample in range(6)])(image[None])[0]
+    wanted_values, wanted_spread = whole[:-1], whole[-1]
     assert torch.allclose(values, wanted_values, atol=1e-5) and torch.allclose(spread, wanted_spread, atol=1e-5)
     with torch.no_grad():
         set_sample(model, 3)
         assert not torch.allclose(model(image[None])[0].softmax(0), values.softmax(0), atol=1e-2)
-
-
-def test_nothing_to_average_is_refused():
-    for make in (
-        lambda: Ensemble([], num_classes=2, tile_px=4),
-        lambda: Ensemble([window_of(torch.zeros(2, 4, 4))], num_classes=2, tile_px=0),
-        lambda: EnsembleModule([]),
-        lambda: Average().result(),
-    ):
-        with pytest.raises(UsageError, match="an average needs"):
-            make()

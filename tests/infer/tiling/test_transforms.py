@@ -3,9 +3,8 @@ import torch
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from pixelwise.errors import UsageError
 from pixelwise.infer.tiling import Region
-from pixelwise.infer.tta import TRANSFORMS, Transform, Transformed, transforms_of
+from pixelwise.infer.tiling.averages import TRANSFORMS, Transform, Transformed
 from pixelwise.models import create_model
 
 EXACT = [
@@ -35,22 +34,20 @@ def test_what_is_undone_is_what_was(transform, size):
 @pytest.mark.parametrize("size", [(4, 4), (3, 5)])
 def test_the_sets_hold_each_symmetry_once(name, count, size):
     image = torch.arange(size[0] * size[1], dtype=torch.float32).reshape(1, 1, *size)
-    seen = {
-        (tuple(item.shape), tuple(item.flatten().tolist())) for item in (t.apply(image) for t in transforms_of(name))
-    }
-    assert len(seen) == count == len(transforms_of(name))
+    seen = {(tuple(item.shape), tuple(item.flatten().tolist())) for item in (t.apply(image) for t in TRANSFORMS[name])}
+    assert len(seen) == count == len(TRANSFORMS[name])
     wanted = [image, image.flip(-1), image.flip(-2), image.flip(-1, -2)]
     if name == "d4":
         wanted += [torch.rot90(image, turn, (-2, -1)) for turn in range(4)]
     assert all((tuple(item.shape), tuple(item.flatten().tolist())) in seen for item in wanted)
-    assert transforms_of(name)[0].is_identity
+    assert TRANSFORMS[name][0] == Transform()
 
 
 def test_scales():
     image = torch.rand(1, 3, 10, 7)
-    sizes = [tuple(item.apply(image).shape[2:]) for item in transforms_of("scales")]
+    sizes = [tuple(item.apply(image).shape[2:]) for item in TRANSFORMS["scales"]]
     assert sizes == [(8, 5), (10, 7), (13, 9)]
-    assert transforms_of("scales")[1].apply(image) is image
+    assert TRANSFORMS["scales"][1].apply(image) is image
     half = Transform(scale=0.5).apply(torch.tensor([[[[0.0, 2.0, 4.0, 6.0]] * 4]]))
     assert torch.equal(half, torch.tensor([[[[1.0, 5.0]] * 2]]))
 
@@ -80,7 +77,7 @@ def test_a_turned_image_gives_the_turned_scores_of_the_other_transform():
     image = torch.rand(1, 3, 6, 9)
 
     def mean(x):
-        return torch.stack([Transformed(model, item)(x) for item in transforms_of("d4")]).mean(0)
+        return torch.stack([Transformed(model, item)(x) for item in TRANSFORMS["d4"]]).mean(0)
 
     for turn in range(4):
         assert torch.allclose(mean(torch.rot90(image, turn, (2, 3))), torch.rot90(mean(image), turn, (2, 3)), atol=1e-6)
@@ -103,11 +100,6 @@ def test_half_precision_and_the_mode_stay():
     assert model(torch.rand(1, 2, 8, 8, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
-def test_an_unknown_set_is_refused():
-    with pytest.raises(UsageError, match="tta is one of flips, d4, scales, not 'flip'"):
-        transforms_of("flip")
-
-
 @pytest.mark.parametrize("transform", EXACT)
 def test_windows_of_the_transformed_image_are_read_and_placed(transform):
     image = torch.arange(35.0).reshape(1, 5, 7)
@@ -121,9 +113,3 @@ def test_windows_of_the_transformed_image_are_read_and_placed(transform):
         window = whole[:, found.top : found.bottom, found.left : found.right]
         back = transform.undo(window, (region.height, region.width))
         assert torch.equal(back, image[:, region.top : region.bottom, region.left : region.right])
-
-
-def test_scales_do_not_move_windows():
-    for call in (lambda t: t.place(Region(0, 0, 1, 1), (4, 4)), lambda t: t.reader(None, (4, 4))):
-        with pytest.raises(UsageError, match="only flips"):
-            call(Transform(scale=0.75))
