@@ -237,6 +237,29 @@ def test_the_run_remembers_axis_and_slices(tmp_path: Path) -> None:
     assert pixelwise.train(tmp_path / "data", out=run.folder, resume=True).steps == 2
 
 
+def test_the_run_remembers_bands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network of two of five bands labels all images of five bands as one of two bands labels those two."""
+    for root, kept in (("five", [0, 1, 2, 3, 4]), ("two", [3, 0])):
+        for seed, split in enumerate(("train", "val", "test")):
+            bands = np.random.default_rng(seed).integers(0, 255, (5, 40, 50), dtype=np.uint8)
+            for kind, array in (("images", bands[kept]), ("masks", bands[3] // 128)):
+                path = tmp_path / root / split / kind / f"{seed}.tif"
+                path.parent.mkdir(parents=True)
+                write_raster(path, array)
+    runs = {}
+    for root, more in (("five", {"bands": (4, 1)}), ("two", {})):
+        run = pixelwise.train(tmp_path / root, make_config(TINY | more), out=tmp_path / f"run-{root}")
+        image = tmp_path / root / "test" / "images" / "2.tif"
+        predict(monkeypatch, run.folder, image, "--out", tmp_path / f"out-{root}")
+        with rasterio.open(tmp_path / f"out-{root}" / "2.tif") as file:
+            runs[root] = file.read(), pixelwise.evaluate(run.folder, tmp_path / root).matrix, load_card(run.folder)
+    assert runs["five"][0].any() and np.array_equal(runs["five"][0], runs["two"][0])
+    assert runs["five"][1] == runs["two"][1] and runs["five"][2].mean == runs["two"][2].mean
+    assert runs["five"][2].reading == {"bands": (4, 1)}
+    with pytest.raises(DataError, match="has 2 bands, counted from 1 and without opacity, but band 4 is wanted"):
+        pixelwise.load(tmp_path / "run-five").predict(tmp_path / "two" / "test" / "images" / "2.tif")
+
+
 def test_labels_inside_an_ome_zarr_image(tmp_path: Path) -> None:
     lines = ["image,mask,split"]
     for seed, split in enumerate(("train", "val", "test")):

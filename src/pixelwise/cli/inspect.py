@@ -25,6 +25,7 @@ def inspect(
     classes: options.Classes = None,
     ignore: options.Ignore = None,
     group_by: options.GroupBy = None,
+    bands: options.Bands = None,
     axis: options.Axis = None,
     level: options.Level = None,
     series: options.Series = None,
@@ -45,7 +46,7 @@ def inspect(
     from pixelwise.data.check import inspect_data
     from pixelwise.data.layouts import open_data
 
-    reading = reading_options(axis, level, series, intensity, allow_no_affine)
+    reading = reading_options(bands, axis, level, series, intensity, allow_no_affine)
     folder = open_data(data, classes=classes, ignore=tuple(ignore or ()), group_by=group_by)
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("Reading", total=len(folder.pairs))

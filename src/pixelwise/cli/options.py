@@ -19,6 +19,10 @@ GroupBy = Annotated[
     str | None,
     typer.Option(metavar="REGEX", help="Regular expression: images with the same group 1 stay in one split."),
 ]
+Bands = Annotated[
+    str | None,
+    typer.Option(metavar="N,…", help="The bands of each image to use, counted from 1, in this order: 4,3,2."),
+]
 Axis = Annotated[int | None, typer.Option(help="NIfTI: voxel axis that slices are cut along; 2.")]
 Level = Annotated[int | None, typer.Option(help="Slides, OME-Zarr: level of the pyramid; 0 is the finest.")]
 Series = Annotated[str | None, typer.Option(help="DICOM: SeriesInstanceUID; OME-Zarr: number of the image.")]

@@ -71,6 +71,7 @@ def predict(
     samples: Annotated[int, typer.Option(metavar="N", help="Average N passes with dropout.")] = 1,
     seed: Annotated[int, typer.Option(help="Dropout seed.")] = 0,
     maps: Annotated[list[str] | None, typer.Option(metavar="A,B", help=_MAPS)] = None,
+    bands: options.Bands = None,
     axis: options.Axis = None,
     level: options.Level = None,
     series: options.Series = None,
@@ -95,7 +96,7 @@ def predict(
     Example: pixelwise predict runs/land scene.tif --out labels --memory 2GiB --maps entropy --geojson
     """
     _check_engine(engine, address, workers)
-    reading = reading_options(axis, level, series, intensity, allow_no_affine)
+    reading = reading_options(bands, axis, level, series, intensity, allow_no_affine)
     if overlap is not None and blend is None:
         raise UsageError("--overlap is that of blended tiles; add --blend gaussian, or leave it out.")
     if seed and samples == 1:
@@ -174,14 +175,22 @@ def _parse_list(texts: Sequence[str]) -> tuple[str, ...]:
 
 
 def reading_options(
-    axis: int | None, level: int | None, series: str | None, intensity: str | None, allow_no_affine: bool
+    bands: str | None,
+    axis: int | None,
+    level: int | None,
+    series: str | None,
+    intensity: str | None,
+    allow_no_affine: bool,
 ) -> dict[str, Any]:
     """What was typed of how images are read.
 
     Raises:
-        UsageError: the intensity is neither auto, type nor two numbers.
+        UsageError: bands are no numbers from 1 on, or the intensity is neither auto, type nor two numbers.
     """
+    if bands is not None and not re.fullmatch(r"\s*0*[1-9]\d{0,5}\s*(,\s*0*[1-9]\d{0,5}\s*)*", bands, re.ASCII):
+        raise UsageError(f"--bands {bands}: write the numbers of the bands, counted from 1, such as 4,3,2.")
     given: dict[str, Any] = {
+        "bands": None if bands is None else tuple(map(int, bands.split(","))),
         "axis": axis,
         "level": level,
         "series": int(series) if series is not None and series.isascii() and series.isdigit() else series,

@@ -43,6 +43,7 @@ def train(
     classes: options.Classes = None,
     ignore: options.Ignore = None,
     group_by: options.GroupBy = None,
+    bands: options.Bands = None,
     axis: options.Axis = None,
     slices: Annotated[
         int | None, typer.Option(metavar="N", help="Volumes: N neighbouring slices as channels, an odd number; 1.")
@@ -86,6 +87,7 @@ def train(
         "minutes": minutes,
         "epochs": epochs,
         "steps": steps,
+        "bands": bands,
         "axis": axis,
         "slices": slices,
     }

@@ -3,9 +3,9 @@
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,15 @@ from pixelwise.data.pairs import Pair
 from pixelwise.errors import DataError, PixelwiseError, UsageError
 from pixelwise.files import extra
 from pixelwise.formats import FORMATS, Source, open_source
+from pixelwise.formats.base import View
 from pixelwise.formats.local import printable
-from pixelwise.formats.registry import suffix_of
 
-_PICTURES = {suffix for known in FORMATS.values() if known.opens == FORMATS["png"].opens for suffix in known.suffixes}
+_PICTURES = tuple(
+    suffix for known in FORMATS.values() if known.opens == FORMATS["png"].opens for suffix in known.suffixes
+)
 
 Reading = Mapping[str, Any]
-"""Options of `open_source` (axis, level, series, intensity, ...) and `slices`; what a model card stores as `reading`."""
+"""Options of `open_source` (axis, level, series, intensity, ...), `bands` and `slices`; a model card stores them."""
 
 
 @dataclass(frozen=True)
@@ -191,26 +193,44 @@ def load_sample(pair: Pair, labels: LabelSpec, channels: int | None = None, read
 
 def is_picture(path: str | Path) -> bool:
     """Whether a file is named as one of the formats that are decoded as a whole, in this process: PNG, JPEG, ..."""
-    return suffix_of(str(path)) in _PICTURES
+    return str(path).lower().endswith(_PICTURES)
 
 
 def open_image(path: str | Path, reading: Reading | None = None, channels: int | None = None) -> Source:
     """Open an image as the network of a run sees it, which takes so many `channels`, neighbouring planes included."""
     options = dict(reading or {})
-    slices = options.pop("slices", None) or 1
-    source = open_source(path, channels=channels and channels // slices, **options)
+    bands, slices = options.pop("bands", None), options.pop("slices", None) or 1
+    source = open_source(path, channels=None if bands else channels and channels // slices, **options)
+    if bands:
+        source = SelectedBands(source, bands)
     return source if slices == 1 else SliceStack(source, slices)
 
 
-class SliceStack(Source):
+class SelectedBands(View):
+    """Some channels of an image, counted from 1, in any order."""
+
+    def __init__(self, source: Source, bands: Sequence[int]) -> None:
+        super().__init__(source, channels=len(bands))
+        if missing := [band for band in bands if not 1 <= band <= source.info.channels]:
+            wanted = ", ".join(map(str, missing))
+            raise DataError(
+                f"{source.info.location}: has {source.info.channels} bands, counted from 1 and without opacity, but band "
+                f"{wanted} is wanted."
+            )
+        self._indices = [band - 1 for band in bands]
+
+    def read(self, top: int, left: int, height: int, width: int, plane: int = 0) -> NDArray[Any]:
+        return self.source.read(top, left, height, width, plane)[:, :, self._indices]
+
+
+class SliceStack(View):
     """A volume of which each plane has its neighbours as further channels; at both ends the last plane is repeated."""
 
     def __init__(self, source: Source, slices: int) -> None:
         if slices < 1 or slices % 2 == 0:
             raise UsageError(f"slices must be an odd number such as 3 (a plane and one on each side), not {slices}.")
-        self._source, self._around = source, slices // 2
-        self.info = replace(source.info, channels=source.info.channels * slices)
-        self.metadata = source.metadata
+        super().__init__(source, channels=source.info.channels * slices)
+        self._around = slices // 2
         shape, axis = source.metadata.get("shape"), source.metadata.get("axis", 2)
         is_series = shape is not None and len(shape) == 4  # points in time: neighbours belong to one volume
         self._depth = int(shape[axis]) if shape and is_series else source.info.planes
@@ -221,20 +241,8 @@ class SliceStack(Source):
             min(max(other, first), first + self._depth - 1)
             for other in range(plane - self._around, plane + self._around + 1)
         ]
-        planes = {number: self._source.read(top, left, height, width, number) for number in dict.fromkeys(wanted)}
+        planes = {number: self.source.read(top, left, height, width, number) for number in dict.fromkeys(wanted)}
         return np.concatenate([planes[number] for number in wanted], axis=2)
-
-    def valid(self, top: int, left: int, height: int, width: int, plane: int = 0) -> NDArray[np.bool_] | None:
-        return self._source.valid(top, left, height, width, plane)
-
-    def fingerprint(self) -> str:
-        return self._source.fingerprint()
-
-    def check_unchanged(self) -> None:
-        self._source.check_unchanged()
-
-    def close(self) -> None:
-        self._source.close()
 
 
 def are_pictures(pair: Pair) -> bool:

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any, BinaryIO, Protocol, Self
@@ -90,6 +90,25 @@ class Source(ABC):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+class View(Source):
+    """Other pixels of an open image, `source`, which is closed with this; `changes` are those of its info."""
+
+    def __init__(self, source: Source, **changes: Any) -> None:
+        self.source, self.info, self.metadata = source, replace(source.info, **changes), source.metadata
+
+    def valid(self, top: int, left: int, height: int, width: int, plane: int = 0) -> NDArray[np.bool_] | None:
+        return self.source.valid(top, left, height, width, plane)
+
+    def fingerprint(self) -> str:
+        return self.source.fingerprint()
+
+    def check_unchanged(self) -> None:
+        self.source.check_unchanged()
+
+    def close(self) -> None:
+        self.source.close()
 
 
 class Classes(Protocol):

@@ -124,7 +124,9 @@ class ImageSource(Source):
         with readable(info.location):
             image, self._image = self._image or self._opened(info.location), None
             with self._file:
-                pixels = orient(_pixels(image, info, self._is_wide, self._labels), self._orientation)
+                pixels = _pixels(image, info, self._is_wide, self._labels)
+            if self._orientation != 1:
+                pixels = orient(pixels, self._orientation)
             self.identity.check()  # while it was decoded
             if pixels.shape != (info.height, info.width, info.channels):
                 raise DataError(

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from pixelwise.errors import DataError, PixelwiseError
 from pixelwise.formats import remote
 from pixelwise.formats.base import Opener, Source
-from pixelwise.formats.local import Identity, Stamp, is_url, local_path, readable, shown
+from pixelwise.formats.local import Identity, Stamp, local_path, readable, shown
 from pixelwise.formats.registry import FORMATS, HEAD_BYTES, format_of, named_format, open_as, reads_parts
 from pixelwise.formats.urls import NoSuchObject, is_web
 
@@ -23,7 +23,7 @@ def open_in_process(location: str | Path, *, format: str | None = None, **option
     name = str(location)
     given = {key: value for key, value in options.items() if value is not None}
     forced = None if format is None else named_format(format)
-    path = local_path(name) if is_url(name) else name
+    path = local_path(name)
     if path is None:
         return _open_remote(name, forced, given)
     if forced is None and os.path.isdir(path):  # noqa: PTH112  (also of names that no file can have)

@@ -73,7 +73,9 @@ def protocol_of(location: str) -> str:
 
 
 def local_path(location: str) -> str | None:
-    """The path that a `file://` URL means; None for every other URL."""
+    """The path that a name or a `file://` URL means; None for every other URL."""
+    if not is_url(location):
+        return location
     if protocol_of(location) != "file":
         return None
     rest = location.partition("://")[2].removeprefix("localhost")

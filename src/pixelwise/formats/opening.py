@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from pixelwise.errors import DataError
 from pixelwise.formats.base import Source
-from pixelwise.formats.local import Stamp, is_url, local_path, printable
+from pixelwise.formats.local import Stamp, local_path, printable
 from pixelwise.formats.registry import open_as, picture_format
 
 MAX_DECODED_BYTES = 4 * 2**30
@@ -43,7 +43,7 @@ def open_source(location: str | Path, *, format: str | None = None, **options: A
     """
     name = str(location)
     given = {key: value for key, value in options.items() if value is not None}
-    path = local_path(name) if is_url(name) else name
+    path = local_path(name)
     if path is not None and format is None:
         head = _first_bytes(path)
         if key := picture_format(head):

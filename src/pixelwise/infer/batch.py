@@ -13,7 +13,7 @@ from pixelwise.data.matching import is_series, is_zarr
 from pixelwise.errors import PixelwiseError, UsageError
 from pixelwise.files import extra
 from pixelwise.formats.base import LABELS
-from pixelwise.formats.local import is_url, local_path, protocol_of, shown
+from pixelwise.formats.local import local_path, protocol_of, shown
 from pixelwise.formats.registry import FORMATS, SOURCE_SUFFIXES, WRITERS, likely_suffix, stem_of
 from pixelwise.formats.remote import list_images
 from pixelwise.infer.options import JobOptions
@@ -141,7 +141,7 @@ class Finder:
 
     def add(self, given: str) -> None:
         """Take what one argument means."""
-        path = local_path(given) if is_url(given) else given
+        path = local_path(given)
         try:
             self._add_url(given) if path is None else self._add(Path(path))
         except OSError as error:

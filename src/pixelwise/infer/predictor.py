@@ -143,12 +143,14 @@ class Predictor:
 
     def open(self, location: str | Path, reading: Mapping[str, Any] | None = None) -> Source:
         """Open an image as those of the training were read, as far as its format can be so; `reading` comes first."""
+        trained, given = self.card.reading, reading or {}
         try:
-            return samples.open_image(location, {**self.card.reading, **(reading or {})}, self.in_channels)
+            return samples.open_image(location, {**trained, **given}, self.in_channels)
         except UsageError:
-            if not self.card.reading:
+            if not trained:
                 raise
-            return samples.open_image(location, reading, self.in_channels)
+            of_all = {key: trained[key] for key in ("bands",) if key in trained}  # every format has bands
+            return samples.open_image(location, {**of_all, **given}, self.in_channels)
 
     def window(self, pixels: NDArray[Any]) -> Tensor:
         """The network's input of a window (H, W, C) of an image: float32 (C, H, W), normalised, on the device."""

@@ -4,7 +4,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -16,7 +16,7 @@ from pixelwise.data.labels import IGNORE_INDEX, LabelSpec
 from pixelwise.data.layouts import DataFolder, Pair
 from pixelwise.data.samples import OpenPair, OpenPairs, mask_values
 from pixelwise.errors import DataError
-from pixelwise.formats.base import LABELS, Source
+from pixelwise.formats.base import LABELS, Source, View
 from pixelwise.formats.image import label_image, write_png
 from pixelwise.infer.overlay import displayable, thinned
 from pixelwise.infer.pipeline import ONE_PASS_PX, Pipeline, compute_together, in_memory, is_small
@@ -39,24 +39,24 @@ class ImageScore(TypedDict):
     pixels: int
 
 
-class _OnePlane(Source):
+class _OnePlane(View):
     """A single plane of an open volume, which is not closed with this."""
 
     def __init__(self, source: Source, plane: int) -> None:
-        self._source, self._plane = source, plane
-        self.info, self.metadata = replace(source.info, planes=1), source.metadata
+        super().__init__(source, planes=1)
+        self._plane = plane
 
     def read(self, top: int, left: int, height: int, width: int, plane: int = 0) -> NDArray[Any]:
-        return self._source.read(top, left, height, width, self._plane)
+        return self.source.read(top, left, height, width, self._plane)
 
     def valid(self, top: int, left: int, height: int, width: int, plane: int = 0) -> NDArray[np.bool_] | None:
-        return self._source.valid(top, left, height, width, self._plane)
+        return self.source.valid(top, left, height, width, self._plane)
 
     def fingerprint(self) -> str:
-        return f"{self._source.fingerprint()}-{self._plane}"
+        return f"{self.source.fingerprint()}-{self._plane}"
 
-    def check_unchanged(self) -> None:
-        self._source.check_unchanged()
+    def close(self) -> None:
+        pass
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from pixelwise.data.transforms import Flips
 from pixelwise.errors import DataError, UsageError
@@ -72,6 +82,9 @@ class RunConfig(BaseModel):
     )
     elastic: float = Field(default=0.0, ge=0, description="elastic deformation: deviation of its 3x3 vectors in pixels")
 
+    bands: tuple[Annotated[int, Field(ge=1)], ...] | None = Field(
+        default=None, min_length=1, description="the bands of each image to use, counted from 1, in this order; all"
+    )
     axis: Literal[0, 1, 2] | None = Field(default=None, description="NIfTI: voxel axis along which slices are cut; 2")
     slices: int = Field(default=1, ge=1, description="neighbouring slices of a volume read as channels, an odd number")
     intensity: Literal["auto", "type"] | tuple[float, float] | None = Field(
@@ -137,11 +150,14 @@ class RunConfig(BaseModel):
         """`fcn32s,fcn16s` as it is typed."""
         return tuple(name.strip() for name in value.split(",") if name.strip()) if isinstance(value, str) else value
 
-    @field_validator("intensity", mode="before")
+    @field_validator("intensity", "bands", mode="before")
     @classmethod
-    def _range(cls, value: Any) -> Any:
-        """`-160,240` as it is typed."""
-        return tuple(value.split(",")) if isinstance(value, str) and "," in value else value
+    def _numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        """`-160,240` as it is typed, and `4` for a single band."""
+        if info.field_name == "bands" and isinstance(value, int):
+            return (value,)
+        is_list = isinstance(value, str) and ("," in value or info.field_name == "bands")
+        return tuple(value.split(",")) if is_list else value
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -173,7 +189,7 @@ class RunConfig(BaseModel):
     @property
     def reading(self) -> dict[str, Any]:
         """The options with which images are read, as far as they are set; kept in the model card."""
-        keys = ("axis", "slices", "intensity", "level", "series", "allow_no_affine")
+        keys = ("bands", "axis", "slices", "intensity", "level", "series", "allow_no_affine")
         return {key: getattr(self, key) for key in keys if getattr(self, key) != type(self).model_fields[key].default}
 
     @property

@@ -17,7 +17,7 @@ from typing import Any
 from pixelwise.errors import DataError
 from pixelwise.files import ZARR_DOCUMENTS, extra
 from pixelwise.formats import remote
-from pixelwise.formats.local import WHOLE_BYTES, Identity, Stamp, fingerprint, is_url, local_path, shown, silence
+from pixelwise.formats.local import WHOLE_BYTES, Identity, Stamp, fingerprint, local_path, shown, silence
 from pixelwise.formats.remote import RemoteStamp, read_range
 from pixelwise.formats.urls import NoSuchObject, bounded, filesystem, is_web, remote_errors
 
@@ -44,7 +44,7 @@ class Place:
 def open_place(location: str) -> Place:
     """The store at a path or URL."""
     storage = extra("zarr.storage", "zarr", "Zarr")
-    path = local_path(location) if is_url(location) else location
+    path = local_path(location)
     if path is not None and Path(path).is_dir():
         root = Path(path)
         store = storage.LocalStore(root, read_only=True)
