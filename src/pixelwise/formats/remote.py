@@ -57,7 +57,9 @@ class RemoteStamp:
     def from_info(cls, info: dict[str, Any], location: str) -> Self:
         """The stamp that one entry of a listing stands for."""
         if info.get("type") == "directory":
-            raise DataError(f"{shown(location)}: this is a folder, not an object.")
+            raise DataError(
+                f"{shown(location)}: this is a folder, not an object. End it with / to mean all images in it."
+            )
         size = info.get("size")
         if not isinstance(size, int) or size < 0:
             raise DataError(f"{shown(location)}: the server does not say how large it is. Download it first.")
