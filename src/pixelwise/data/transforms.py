@@ -17,7 +17,7 @@ from torchvision.transforms.v2 import functional as F
 
 from pixelwise.data.elastic import RandomElastic
 from pixelwise.data.labels import IGNORE_INDEX
-from pixelwise.ops.mirror import mirror_crop
+from pixelwise.ops.resize import mirror_crop
 
 Flips = Literal["none", "horizontal", "both", "dihedral"]
 

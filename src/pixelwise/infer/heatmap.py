@@ -25,8 +25,7 @@ from pixelwise.formats import open_source
 from pixelwise.infer.network import is_out_of_memory, resolve_device
 from pixelwise.infer.overlay import displayable
 from pixelwise.models.backbones import backbone_normalisation, resolve_backbone, torchvision_classifier
-from pixelwise.models.matching import match_state
-from pixelwise.models.pretrained import library_weights, read_state
+from pixelwise.models.pretrained import library_weights, match_state, read_state
 from pixelwise.models.registry import suggestion
 from pixelwise.ops.convolutionalize import HeadKind, convolutionalize
 

@@ -22,7 +22,7 @@ from pixelwise.infer.tiling.ensemble import (
 )
 from pixelwise.infer.tta import Transformed, transforms_of
 from pixelwise.models import create_model
-from pixelwise.ops.spatial_dropout import set_sample, spatial_dropout, with_spatial_dropout
+from pixelwise.ops.dropout import set_sample, spatial_dropout, with_spatial_dropout
 
 
 def averaged(passes):

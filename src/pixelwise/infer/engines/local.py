@@ -27,7 +27,7 @@ from pixelwise.infer.overlay import write_overlay
 from pixelwise.infer.pipeline import Note, Pipeline, Progress
 from pixelwise.infer.prefetch import in_memory, open_image, prefetch
 from pixelwise.infer.store import Store
-from pixelwise.ops.spatial_dropout import with_spatial_dropout
+from pixelwise.ops.dropout import with_spatial_dropout
 
 MOST_THREADS = 8
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pixelwise.errors import UsageError
 from pixelwise.infer.network import Read, Region, Scorer, Scores
-from pixelwise.ops.spatial_dropout import set_sample
+from pixelwise.ops.dropout import set_sample
 
 Member = Callable[[Read, Region], Tensor]
 """(read, region) -> scores of the region by one of the passes, (K, height, width)."""

@@ -9,7 +9,7 @@ from pixelwise.infer.network import Read, Region, Scorer, Scores
 from pixelwise.infer.options import Tiling
 from pixelwise.infer.tiling.ensemble import EnsembleModule, Member, member_of, on_sample, split_spread
 from pixelwise.infer.tta import Transform, Transformed, transforms_of
-from pixelwise.ops.spatial_dropout import with_spatial_dropout
+from pixelwise.ops.dropout import with_spatial_dropout
 
 Build = Callable[[nn.Module, int, int], Scorer]
 """(network, height, width) -> what scores images of that size with it."""
