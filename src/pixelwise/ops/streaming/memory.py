@@ -30,7 +30,7 @@ _STATM = Path("/proc/self/statm")
 _MARGIN = 0.05  # of the limit: how much is freed in vain before the next attempt
 _STEPS = 8  # sizes between one power of two and the next
 _LEAST_BYTES = 1 << 9
-_MAPPED_BYTES = 1 << 24  # at once, at least; what is not used of it takes no memory
+_MAPPED_BYTES = 1 << 26  # at once, at least; what is not used of it takes no memory
 _OWN_MEMORY = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
 
 
@@ -80,14 +80,16 @@ class RowMemory:
 
     def __init__(self) -> None:
         self._free: dict[int, list[tuple[mmap.mmap, int]]] = defaultdict(list)  # (mapping, offset), by size
+        self._last, self._used = mmap.mmap(-1, 1, **_OWN_MEMORY), 1  # the last mapping, and how much of it is given
 
     def copy(self, rows: Tensor) -> Tensor:
         """A copy whose axes lie in memory in the same order, without gaps."""
         size = rounded(rows.nbytes)
         if not (free := self._free[size]):
-            count = max(1, _MAPPED_BYTES // size)
-            memory = mmap.mmap(-1, count * size, **_OWN_MEMORY)
-            free += [(memory, index * size) for index in range(count)]
+            if self._used + size > len(self._last):
+                self._last, self._used = mmap.mmap(-1, max(size, _MAPPED_BYTES), **_OWN_MEMORY), 0
+            free.append((self._last, self._used))
+            self._used += size
         memory, offset = free.pop()
         place = torch.frombuffer(memory, dtype=torch.uint8, count=size, offset=offset)
         weakref.finalize(place.untyped_storage(), free.append, (memory, offset))  # when no tensor lies there any more
