@@ -167,7 +167,7 @@ def _narrow_nodes(graph: Graph) -> set[str]:
 
 def smallest_px(network: nn.Module, stride: int, in_channels: int, backbone: str) -> int:
     """The least multiple of `stride` that a network on `backbone` takes; unpadded ones (AlexNet) need more than one."""
-    hollow, reason = without_memory(network), ""
+    hollow, reason = without_memory(network).eval(), ""
     for size_px in range(stride, PROBE_PX + 1, stride):
         try:
             for width_px in (size_px, size_px + stride):

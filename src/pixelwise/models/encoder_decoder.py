@@ -118,7 +118,7 @@ class EncoderDecoder(nn.Module):
 def _remember_pools(encoder: Backbone, in_channels: int) -> dict[int, MaxPoolKeepingIndices]:
     """Let the encoder's max poolings keep their indices; returns them by the stride of the map they give."""
     found: dict[str, tuple[int, int]] = {}
-    hollow = without_memory(encoder)
+    hollow = without_memory(encoder).eval()
     for name, module in hollow.named_modules():
         if isinstance(module, nn.MaxPool2d) and module.kernel_size == module.stride == 2:
             module.register_forward_hook(

@@ -22,14 +22,14 @@ FIT_PX = (512, 1024, 2048)  # sides of the images that a `PassMemory` is fitted 
 
 
 def without_memory(module: nn.Module) -> nn.Module:
-    """A copy in evaluation mode whose parameters and buffers have shapes only."""
+    """A copy whose parameters and buffers have shapes only."""
     parameters = {
         id(item): nn.Parameter(torch.empty_like(item, device="meta"), requires_grad=False)
         for item in module.parameters()
     }
     buffers = {id(item): torch.empty_like(item, device="meta") for item in module.buffers()}
     memo: dict[int, Any] = {**parameters, **buffers}
-    return copy.deepcopy(module, memo).eval()
+    return copy.deepcopy(module, memo)
 
 
 def multiply_adds(model: nn.Module, shape: tuple[int, int, int, int]) -> int:

@@ -116,11 +116,11 @@ def spatial_dropout(
     columns = _mix(_count(left, maps.shape[3], x.device).add_(keys[2]))
     lines = _mix(channels[:, None] + rows)[:, :, None]  # (C, H, 1)
     order = (1, 2, 0) if maps.is_contiguous(memory_format=torch.channels_last) and maps.shape[1] > 1 else (0, 1, 2)
-    lines, columns = lines.permute(order).contiguous(), columns.view(1, 1, -1).permute(order)
     maps, kept = (item.permute(0, *(axis + 1 for axis in order)) for item in (maps, kept))
+    lines = lines.permute(order).contiguous().expand(maps.shape[1:])
+    columns = columns.view(1, 1, -1).permute(order).expand(maps.shape[1:])
     for first, second in _chunks(maps.shape[1:], _CHUNK.get(x.device.type, _CHUNK_ELSEWHERE)):
-        # An axis of length 1 is repeated, so it is not cut.
-        noise = _cut(lines, first, second) + _cut(columns, first, second)
+        noise = lines[first, second] + columns[first, second]
         factor = _factor(_mix(noise, last=False), threshold, scale, x.dtype)
         for image, result in zip(maps, kept, strict=True):
             torch.mul(image[first, second], factor, out=result[first, second])
@@ -232,10 +232,6 @@ def _chunks(shape: torch.Size, values: int) -> Iterator[tuple[slice, slice]]:
     for plane in range(0, shape[0], planes):
         for line in range(0, shape[1], lines):
             yield slice(plane, plane + planes), slice(line, line + lines)
-
-
-def _cut(x: Tensor, first: slice, second: slice) -> Tensor:
-    return x[first if x.shape[0] > 1 else slice(None), second if x.shape[1] > 1 else slice(None)]
 
 
 def _factor(noise: Tensor, threshold: int, scale: float, dtype: torch.dtype) -> Tensor:

@@ -58,7 +58,7 @@ class Capture:
         followed: Collection[type] = (),  # classes to follow though timm keeps them from fx
     ) -> None:
         self.classifier, self.input_size, self.leaves, self.followed = classifier, input_size, set(leaves), followed
-        self.twin = without_memory(classifier)
+        self.twin = without_memory(classifier).eval()
         channels, height, width = input_size
         sizes = {
             "own": (OWN_BATCH, channels, height, width),

@@ -121,7 +121,7 @@ def _check_removal(conversion: "_Conversion", scorer: nn.Module) -> None:
     channels, height, width = conversion.capture.input_size
     try:
         with torch.no_grad():
-            hollow = _Hollow(without_memory(scorer))
+            hollow = _Hollow(without_memory(scorer).eval())
             for steps in (0, 1):
                 size = (1, channels, height + steps * conversion.own_stride, width + 2 * steps * conversion.own_stride)
                 hollow.run(conversion.capture.image.meta["own"].new_empty(size))

@@ -268,8 +268,6 @@ class Graph:
 def _export(model: nn.Module, shape: tuple[int, int, int, int]) -> Any:
     """The model captured on the device "meta", where weights and maps take no memory."""
     twin = without_memory(model)
-    for module, hollow in zip(model.modules(), twin.modules(), strict=True):
-        hollow.training = module.training
     dtype = next((item.dtype for item in model.parameters() if item.is_floating_point()), torch.float32)
     try:
         with torch.no_grad():

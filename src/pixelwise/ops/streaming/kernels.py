@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pixelwise.ops.streaming.graph import Axis, Call, Rule
 from pixelwise.ops.streaming.memory import Span, Window
-from pixelwise.ops.streaming.places import Lookups, Placewise, cut_enlarged, scaled_sizes
+from pixelwise.ops.streaming.places import Lookups, Placewise, cut, enlarged, scaled_sizes
 
 Pair = tuple[int, int]
 MODES = {
@@ -88,16 +88,6 @@ class Slides(Rule):
         (above, below), (left, right) = self.pads(out)
         return F.pad(x, (left, right, above, below), value=self.fill) if above or below or left or right else x
 
-    def cut(self, y: Tensor, out: Window, given: list[Span]) -> Tensor:
-        """The window `out` of a result that has the places `given`; zeros where it has none."""
-        for axis, (wanted, all_) in zip((2, 3), zip(out, given, strict=True), strict=True):
-            inside = Span(max(wanted.start, all_.start), min(wanted.stop, all_.stop))
-            y = y.narrow(axis, inside.start - all_.start, inside.length) if inside != all_ else y
-            before, after = inside.start - wanted.start, wanted.stop - inside.stop
-            if before or after:
-                y = F.pad(y, (0, 0, before, after) if axis == 2 else (before, after))
-        return y
-
 
 class Convolution(Slides):
     """conv2d."""
@@ -143,7 +133,7 @@ class TransposedConvolution(Convolution):
         beyond = any(span.start < all_.start or span.stop > all_.stop for span, all_ in zip(out, given, strict=True))
         bias = None if beyond else self.bias
         y = F.conv_transpose2d(x, self.weight, bias, self.stride, 0, 0, self.groups, self.dilation)
-        y = self.cut(y, out, given)
+        y = cut(y, out, given)
         return y + self.bias[:, None, None].to(y.dtype) if beyond and self.bias is not None else y
 
 
@@ -200,7 +190,7 @@ class MaxUnpooling(Slides):
         height, width = given[0].length, given[1].length
         local = (places // self.size[1] - given[0].start) * width + places % self.size[1] - given[1].start
         y = torch.ops.aten.max_unpool2d(values.contiguous(), local.contiguous(), [height, width])
-        return self.cut(y, out, given)
+        return cut(y, out, given)
 
 
 class AveragePooling(Pooling):
@@ -326,7 +316,7 @@ class BilinearResampling(Rule):
         if self.sides and all(factors):
             size = (x.shape[2] * factors[0], x.shape[3] * factors[1])
             y = F.interpolate(x, size=size, mode="bilinear", align_corners=False)
-            return cut_enlarged(y, out, windows[0], factors)
+            return cut(y, out, enlarged(windows[0], factors))
         for axis, side in enumerate(self.sides):
             x = side.run(x, axis + 2, out[axis], windows[0][axis])
         return x

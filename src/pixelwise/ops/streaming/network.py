@@ -26,7 +26,7 @@ _SOON_PX = 64  # rows that are needed before so many rows of the image have come
 _NARROW = 0.9  # of the columns; what saves less is not worth a copy
 
 _MAKERS: dict[Callable[[Call], Rule], str] = {
-    places.Identity: "dropout.default feature_dropout.default alpha_dropout.default dropout_.default",
+    places.at_rest: "dropout.default feature_dropout.default alpha_dropout.default dropout_.default",
     places.along_channels: "softmax.int _softmax.default log_softmax.int _log_softmax.default sum.dim_IntList mean.dim "
     "amax.default logsumexp.default chunk.default split.Tensor split_with_sizes.default",
     places.Reshaped: "view.default reshape.default squeeze.dim squeeze.dims unsqueeze.default",

@@ -114,18 +114,6 @@ class DroppedByPlace(Placewise):
         return self.call.op(tensors[0], p, seed, sample, layer, *place, channelwise)
 
 
-class Identity(Rule):
-    """Gives what it takes: dropout in evaluation."""
-
-    def __init__(self, call: Call) -> None:
-        if call.argument(2, "train"):
-            raise call.refusal("its random numbers would depend on the windows")
-        self.axes = call.inputs[0].axes
-
-    def run(self, out: Window, tensors: list[Tensor], windows: list[Window], owned: bool = False) -> Tensor:
-        return tensors[0]
-
-
 class Reshaped(Rule):
     """view, reshape, squeeze, unsqueeze: other axes change, those of rows and columns stay the last two."""
 
@@ -161,6 +149,13 @@ class Permuted(Rule):
 
     def run(self, out: Window, tensors: list[Tensor], windows: list[Window], owned: bool = False) -> Tensor:
         return tensors[0].permute(self._order)
+
+
+def at_rest(call: Call) -> Rule:
+    """Dropout in evaluation, which gives what it takes."""
+    if call.argument(2, "train"):
+        raise call.refusal("its random numbers would depend on the windows")
+    return Placewise(call, call.inputs[0].axes)
 
 
 def normalised(call: Call) -> Rule:
@@ -266,14 +261,23 @@ class PixelShuffle(Rule):
         self.rows, self.columns = (Lookup(torch.arange(length) // self.factor) for length in call.shape[2:])
 
     def run(self, out: Window, tensors: list[Tensor], windows: list[Window], owned: bool = False) -> Tensor:
-        return cut_enlarged(F.pixel_shuffle(tensors[0], self.factor), out, windows[0], (self.factor, self.factor))
+        return cut(F.pixel_shuffle(tensors[0], self.factor), out, enlarged(windows[0], (self.factor, self.factor)))
 
 
-def cut_enlarged(y: Tensor, out: Window, window: Window, factors: Sequence[int]) -> Tensor:
-    """The window `out` of a result that has `factors` times the rows and columns of the input's window."""
-    for axis, factor, span, given in zip((2, 3), factors, out, window, strict=True):
-        y = y.narrow(axis, span.start - given.start * factor, span.length)
+def cut(y: Tensor, out: Window, given: Sequence[Span]) -> Tensor:
+    """The window `out` of a result (N, C, H, W) that has the places `given`; zeros where it has none."""
+    for axis, (wanted, all_) in enumerate(zip(out, given, strict=True), 2):
+        inside = Span(max(wanted.start, all_.start), min(wanted.stop, all_.stop))
+        y = y.narrow(axis, inside.start - all_.start, inside.length) if inside != all_ else y
+        before, after = inside.start - wanted.start, wanted.stop - inside.stop
+        if before or after:
+            y = F.pad(y, (0, 0, before, after) if axis == 2 else (before, after))
     return y
+
+
+def enlarged(window: Window, factors: Sequence[int]) -> list[Span]:
+    """The places of a result that has `factors` times the rows and columns of the input's window."""
+    return [Span(span.start * factor, span.stop * factor) for span, factor in zip(window, factors, strict=True)]
 
 
 def slicing(call: Call) -> Rule:
