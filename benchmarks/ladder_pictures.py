@@ -16,7 +16,7 @@ from PIL import Image
 import pixelwise
 from pixelwise.data.scenes import SCENE_LABELS, draw_scene
 from pixelwise.data.separation import separation_weights
-from pixelwise.ops.unpool import max_pool_keeping_indices, max_unpool
+from pixelwise.ops.pooling import max_pool_keeping_indices, max_unpool
 
 LECTURE = ((1, 5, 4, 2), (3, 9, 8, 0), (10, 2, 7, 15), (6, 1, 3, 2))  # block maxima 9, 8, 10, 15
 

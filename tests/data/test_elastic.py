@@ -5,7 +5,7 @@ from torchvision import tv_tensors
 
 from pixelwise.data.transforms import RandomElastic
 from pixelwise.errors import UsageError
-from pixelwise.ops.mirror import mirror_pad
+from pixelwise.ops.resize import mirror_pad
 
 
 def apply(transform, image, mask, seed=0):

@@ -14,8 +14,7 @@ from pixelwise import open_classifier
 from pixelwise.errors import DataError, UsageError
 from pixelwise.formats.opening import read_image
 from pixelwise.infer.heatmap import ClassScores, WindowClassifier
-from pixelwise.models.matching import match_state
-from pixelwise.models.pretrained import read_state
+from pixelwise.models.pretrained import match_state, read_state
 
 DATA = Path(os.environ.get("PIXELWISE_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
 MOBILENET = DATA.parent / "weights" / "mobilenet_v2-b0353104.pth"

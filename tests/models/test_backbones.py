@@ -1,12 +1,12 @@
 import pytest
 import torch
 import torchvision.models as tv
+from timm.models import adapt_input_conv
 from torch import nn
 from torchvision.transforms import v2
 
 from pixelwise.errors import UsageError
 from pixelwise.models.backbones import (
-    adapt_first_conv,
     backbone_normalisation,
     classifier_state,
     create_backbone,
@@ -111,10 +111,10 @@ def test_weights_from_tensorflow_see_what_torchvision_would_make_of_the_image(na
 
 def test_rgb_weights_for_other_channels():
     weight = torch.randn(4, 3, 5, 5)
-    assert torch.equal(adapt_first_conv(weight, 3), weight)
-    assert torch.allclose(adapt_first_conv(weight, 1), weight.sum(1, keepdim=True))
+    assert torch.equal(adapt_input_conv(3, weight), weight)
+    assert torch.allclose(adapt_input_conv(1, weight), weight.sum(1, keepdim=True))
     for channels in (2, 4, 7):  # the same grey in all channels gives what it gave in RGB
-        adapted = adapt_first_conv(weight, channels)
+        adapted = adapt_input_conv(channels, weight)
         assert adapted.shape == (4, channels, 5, 5)
         kept = weight[:, [index % 3 for index in range(channels)]]
         assert torch.allclose(adapted, kept * 3 / channels, atol=1e-6)

@@ -5,7 +5,7 @@ from torch import nn
 
 from pixelwise.errors import UsageError
 from pixelwise.models import create_model
-from pixelwise.ops.unpool import MaxPoolKeepingIndices
+from pixelwise.ops.pooling import MaxPoolKeepingIndices
 
 SKIPS = ["none", "add", "concat", "reduce"]
 BACKBONES = ["resnet10t", "mobilenetv3_small_050", "convnext_atto", "alexnet", "torchvision/squeezenet1_1", "vgg11"]

@@ -7,7 +7,7 @@ from torch import nn
 
 from pixelwise.errors import UsageError
 from pixelwise.models import create_model, describe_model
-from pixelwise.models.fcn_alexnet import FCNAlexNetConfig
+from pixelwise.models.fcn import FCNAlexNetConfig
 
 
 def filled(**config):

@@ -7,7 +7,7 @@ from torch import nn
 
 from pixelwise.errors import UsageError
 from pixelwise.models import create_model, describe_model
-from pixelwise.models.fcn_googlenet import FCNGoogLeNetConfig, Inception
+from pixelwise.models.fcn import FCNGoogLeNetConfig, Inception
 
 WITH_A_WINDOW = ["conv1", "pool", "conv2", "pool", "3a", "3b", "pool", "4a", "4b", "4c", "4d", "4e", "pool", "5a", "5b"]
 BLOCKS = [f"inception_{name}" for name in WITH_A_WINDOW if name[0] in "345"]

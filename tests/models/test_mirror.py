@@ -13,7 +13,7 @@ from torch.export import Dim
 from pixelwise.errors import UsageError
 from pixelwise.models import count_parameters, create_model
 from pixelwise.models.pretrained import load_pretrained
-from pixelwise.ops.unpool import MaxPoolKeepingIndices
+from pixelwise.ops.pooling import MaxPoolKeepingIndices
 
 SKIPS = ["none", "add", "concat", "reduce"]
 # Families that pool, pool with overlap, average; widen with and without a shortcut; pad, pad as they need, do not pad.

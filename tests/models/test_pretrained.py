@@ -12,8 +12,14 @@ from safetensors.torch import save_file
 
 from pixelwise.errors import UsageError
 from pixelwise.models import create_model, list_models, model_info
-from pixelwise.models.matching import match_state
-from pixelwise.models.pretrained import library_weights, load_classifier, load_network, load_pretrained, read_state
+from pixelwise.models.pretrained import (
+    library_weights,
+    load_classifier,
+    load_network,
+    load_pretrained,
+    match_state,
+    read_state,
+)
 
 DATA = Path(os.environ.get("PIXELWISE_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
 MOBILENET = DATA.parent / "weights" / "mobilenet_v2-b0353104.pth"

@@ -7,7 +7,7 @@ from torch import nn
 
 from pixelwise.errors import UsageError
 from pixelwise.models import create_model, describe_model
-from pixelwise.models.segnet_basic import SegNetBasic, SegNetBasicConfig
+from pixelwise.models.segnet import SegNetBasic, SegNetBasicConfig
 
 
 def test_parameters_of_the_paper():

@@ -4,7 +4,7 @@ import torchvision.models as tv
 from torch import nn
 
 from pixelwise.errors import UsageError
-from pixelwise.models.vgg_encoder import WIDTHS, check_widths, encoder_weights, vgg_encoder
+from pixelwise.models.vgg_encoder import WIDTHS, check_widths, vgg16_weights, vgg_encoder
 
 
 def filled(name):
@@ -24,6 +24,12 @@ def run(encoder, image):
     for stage in encoder:
         x = nn.functional.max_pool2d(stage(x), 2)
     return x
+
+
+def encoder_weights(network, encoder, classifier):
+    model = nn.ModuleDict({"encoder": encoder})
+    model.classifiers = ("torchvision/vgg16_bn", "torchvision/vgg16")
+    return vgg16_weights(network, model, ("encoder.",), classifier)
 
 
 def test_with_the_weights_it_is_the_classifiers_trunk():

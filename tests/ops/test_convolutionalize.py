@@ -9,7 +9,7 @@ from torch import nn
 
 from pixelwise import convolutionalize
 from pixelwise.errors import UsageError
-from pixelwise.ops.convolutionalize.windows import PooledConv2d, WindowPool
+from pixelwise.ops.convolutionalize.head import PooledConv2d, WindowPool
 
 # Classifiers of both libraries, each at a small image size of its own choice; "dense" is a finer stride to try besides.
 TORCHVISION = {

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.export import Dim, export
 
-from pixelwise.ops.mirror import mirror_pad
+from pixelwise.ops.resize import mirror_pad
 
 
 @pytest.mark.parametrize("size", [(5, 7), (2, 3), (6, 6)])

@@ -7,8 +7,7 @@ from torch import nn
 
 from pixelwise.errors import UsageError
 from pixelwise.models import create_model
-from pixelwise.ops.nan_propagation import structure
-from pixelwise.ops.receptive_field import ReceptiveField, receptive_field
+from pixelwise.ops.receptive_field import ReceptiveField, receptive_field, structure
 
 
 class Cells(nn.Module):

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from pixelwise.errors import UsageError
-from pixelwise.ops.sampling import sample_with_dropout, seeded
+from pixelwise.ops.dropout import sample_with_dropout, seeded
 
 
 def network(dropout=0.5):

@@ -11,8 +11,7 @@ from torch import nn
 
 from pixelwise.errors import UsageError
 from pixelwise.models import create_model
-from pixelwise.ops.sampling import sample_with_dropout
-from pixelwise.ops.spatial_dropout import SpatialDropout, set_sample, spatial_dropout, with_spatial_dropout
+from pixelwise.ops.dropout import SpatialDropout, sample_with_dropout, set_sample, spatial_dropout, with_spatial_dropout
 
 
 def dropped(shape, p=0.5, seed=0, sample=0, layer=0, top=0, left=0, channelwise=False):

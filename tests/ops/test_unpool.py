@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.export import Dim
 
-from pixelwise.ops.unpool import MaxPoolKeepingIndices, max_pool_keeping_indices, max_unpool
+from pixelwise.ops.pooling import MaxPoolKeepingIndices, max_pool_keeping_indices, max_unpool
 
 
 def test_the_four_maxima_of_the_lecture_return_to_their_own_cells():

@@ -2,8 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pixelwise.ops.resize import crop_like
-from pixelwise.ops.upsampling import FixedBilinear, bilinear_upsampling
+from pixelwise.ops.resize import FixedBilinear, bilinear_upsampling, crop_like
 
 SHAPES = [(4, 2), (16, 8), (32, 16), (63, 32), (64, 32)]  # all that the FCN papers use
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from timm.models import adapt_input_conv
 from torch import nn
 
 from pixelwise.data.check import Inspection, inspect_data
@@ -14,7 +15,7 @@ from pixelwise.errors import DataError, UsageError
 from pixelwise.files import read_json, write_json
 from pixelwise.infer.bundle import load_bundle, load_card
 from pixelwise.models import create_model, registry
-from pixelwise.models.backbones import adapt_first_conv, backbone_normalisation
+from pixelwise.models.backbones import backbone_normalisation
 from pixelwise.train import RunConfig, make_config, train
 from pixelwise.train.network import network_config, normalisation, start_network
 
@@ -129,7 +130,7 @@ class Stem(nn.Module):
 
     def weights_from_classifier(self, classifier: nn.Module) -> dict[str, torch.Tensor]:
         first = next(module for module in classifier.modules() if isinstance(module, nn.Conv2d))
-        weight = adapt_first_conv(first.weight.detach(), self.first.in_channels)
+        weight = adapt_input_conv(self.first.in_channels, first.weight.detach())
         if weight.shape != self.first.weight.shape:
             raise UsageError(
                 f"stem: the classifier's first convolution has another width than {self.first.out_channels}."

@@ -18,7 +18,7 @@ from torchvision.transforms.v2 import functional as F
 
 from pixelwise.data.labels import IGNORE_INDEX
 from pixelwise.errors import UsageError
-from pixelwise.ops.mirror import mirror_crop
+from pixelwise.ops.resize import mirror_crop
 
 Flips = Literal["none", "horizontal", "both", "dihedral"]
 

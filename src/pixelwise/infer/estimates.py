@@ -13,7 +13,7 @@ from pixelwise.infer.overlay import OVERLAY_PX
 from pixelwise.infer.prefetch import kept_bytes
 from pixelwise.infer.store import MOST_BYTES
 from pixelwise.infer.tiling import Scorer
-from pixelwise.ops.streaming.allocator import resident_bytes
+from pixelwise.ops.streaming.memory import resident_bytes
 
 PROCESS_BYTES = 2 << 30
 """What a process may take in all on a CPU, unless the user says otherwise."""

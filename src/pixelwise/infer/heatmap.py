@@ -25,8 +25,7 @@ from pixelwise.infer.estimates import is_out_of_memory
 from pixelwise.infer.overlay import displayable
 from pixelwise.infer.predictor import resolve_device
 from pixelwise.models.backbones import backbone_normalisation, create_classifier, resolve_backbone
-from pixelwise.models.matching import match_state
-from pixelwise.models.pretrained import library_weights, read_state
+from pixelwise.models.pretrained import library_weights, match_state, read_state
 from pixelwise.models.registry import suggestion
 from pixelwise.ops.convolutionalize import HeadKind, convolutionalize
 

@@ -26,7 +26,7 @@ from pixelwise.formats.urls import check_package
 from pixelwise.infer.cleanup import remove_small
 from pixelwise.infer.pipeline import Pipeline
 from pixelwise.infer.store import DiskStore, Store
-from pixelwise.ops.streaming.allocator import return_freed_memory
+from pixelwise.ops.streaming.memory import return_freed_memory
 
 Location = Path | str
 """A path, or a URL as text."""

@@ -7,14 +7,11 @@ from pixelwise.models import (  # noqa: F401  (they register themselves)
     enet,
     fcdensenet,
     fcn,
-    fcn_alexnet,
-    fcn_googlenet,
     fullres_cnn,
     linknet,
     mirror,
     patch_classifier,
     segnet,
-    segnet_basic,
     unet,
 )
 from pixelwise.models.registry import (

@@ -7,14 +7,13 @@ from typing import Any, cast
 import timm
 import torch
 import torchvision.models as tv
-from timm.models import adapt_input_conv
 from torch import Tensor, nn
 from torch.fx import Graph
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 from pixelwise.errors import UsageError
 from pixelwise.models.registry import suggestion
-from pixelwise.ops.convolutionalize.capture import without_memory
+from pixelwise.ops.cost import without_memory
 
 PROBE_PX = 224  # every classifier of the two libraries takes this size, and its halvings tell the strides apart
 
@@ -126,34 +125,30 @@ def _stage_ends(name: str) -> dict[int, str]:
 
     The last one through which all goes, if there is such a node: the end of a stage, not the middle of the next block.
     """
-    (small, narrow), (large, _) = _node_sizes(name, PROBE_PX), _node_sizes(name, 2 * PROBE_PX)
-    ends: dict[int, str] = {}
-    for node, size in small.items():
-        # Adaptive pooling keeps its size when the image doubles, and a head's maps are scores, not features.
-        if size < 2 or large[node] < 2 * size - 1 or node.split(".")[0] in ("classifier", "fc", "head", "heads"):
-            continue
-        # AlexNet's maps of 55, 27, 13 stand for strides 4, 8, 16: the nearest power of two.
-        stride = 2 ** round(math.log2(PROBE_PX / size))
-        if stride >= max(ends, default=1) and (node in narrow or ends.get(stride) not in narrow):
-            ends[stride] = node
-    return ends
-
-
-def _node_sizes(name: str, image_px: int) -> tuple[dict[str, int], set[str]]:
-    """The width of every 4-d tensor in the classifier's graph, in order; and the nodes through which all goes."""
     with torch.device("meta"):
         model = torchvision_classifier(name).eval()
         names = get_graph_node_names(model)[1][1:]  # without the image itself
         extractor = create_feature_extractor(model, return_nodes=names)
         try:
-            outputs = extractor(torch.zeros(1, 3, image_px, image_px))
+            maps, large = (extractor(torch.zeros(1, 3, px, px)) for px in (PROBE_PX, 2 * PROBE_PX))
         except (AssertionError, RuntimeError) as error:
             raise UsageError(
-                f"backbone {name!r} does not take images of {image_px} px ({error}); it is made for one size. "
-                "Choose another."
+                f"backbone {name!r} does not take images of {2 * PROBE_PX} px ({error}); it is made for one size. Choose "
+                "another."
             ) from error
-    sizes = {node: out.shape[-1] for node, out in outputs.items() if isinstance(out, Tensor) and out.ndim == 4}
-    return sizes, _narrow_nodes(extractor.graph)
+    narrow = _narrow_nodes(extractor.graph)
+    ends: dict[int, str] = {}
+    for node, out in maps.items():
+        if not isinstance(out, Tensor) or out.ndim != 4 or node.split(".")[0] in ("classifier", "fc", "head", "heads"):
+            continue  # a head's maps are scores, not features
+        size = out.shape[-1]
+        if size < 2 or large[node].shape[-1] < 2 * size - 1:
+            continue  # adaptive pooling keeps its size when the image doubles
+        # AlexNet's maps of 55, 27, 13 stand for strides 4, 8, 16: the nearest power of two.
+        stride = 2 ** round(math.log2(PROBE_PX / size))
+        if stride >= max(ends, default=1) and (node in narrow or ends.get(stride) not in narrow):
+            ends[stride] = node
+    return ends
 
 
 def _narrow_nodes(graph: Graph) -> set[str]:
@@ -172,7 +167,7 @@ def _narrow_nodes(graph: Graph) -> set[str]:
 
 def smallest_px(network: nn.Module, stride: int, in_channels: int, backbone: str) -> int:
     """The least multiple of `stride` that a network on `backbone` takes; unpadded ones (AlexNet) need more than one."""
-    hollow, reason = without_memory(network), ""
+    hollow, reason = without_memory(network).eval(), ""
     for size_px in range(stride, PROBE_PX + 1, stride):
         try:
             for width_px in (size_px, size_px + stride):
@@ -206,8 +201,3 @@ def backbone_normalisation(name: str) -> tuple[tuple[float, ...], tuple[float, .
     if name in ("googlenet", "inception_v3"):  # their weights come from TensorFlow; torchvision converts images inside
         return (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
     return (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-def adapt_first_conv(weight: Tensor, in_channels: int) -> Tensor:
-    """RGB convolution weights (O, 3, h, w) for another channel count: summed for grey, repeated and rescaled for more."""
-    return adapt_input_conv(in_channels, weight)

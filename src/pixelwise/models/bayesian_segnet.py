@@ -14,10 +14,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from pixelwise.models.registry import check_fields, register_model
-from pixelwise.models.segnet import SegNet, SegNetConfig
-from pixelwise.models.segnet_basic import SegNetBasic, SegNetBasicConfig
-from pixelwise.ops.sampling import sample_with_dropout
-from pixelwise.ops.unpool import max_pool_keeping_indices, max_unpool
+from pixelwise.models.segnet import SegNet, SegNetBasic, SegNetBasicConfig, SegNetConfig, Unpooling
+from pixelwise.ops.dropout import sample_with_dropout
 
 DEEP = 3  # the first stage of the encoder that has dropout, and the last one of the decoder
 
@@ -44,13 +42,18 @@ class BayesianSegNetBasicConfig(SegNetBasicConfig):
         super().__post_init__()
 
 
-class _Sampled(nn.Module):
-    """What both networks add to their plain ones besides the places of dropout."""
+class _Sampled(Unpooling):
+    """What both networks add to their plain ones."""
+
+    dropout: nn.Dropout
+
+    def drop(self, x: Tensor, level: int) -> Tensor:
+        return self.dropout(x) if level >= DEEP else x
 
     def sample(self, image: Tensor, *, samples: int = 50, seed: int | None = None) -> tuple[Tensor, Tensor]:
         """Mean probabilities (N, K, H, W) and uncertainty (N, H, W) over `samples` passes with dropout.
 
-        Arguments, units and errors as in `pixelwise.ops.sampling.sample_with_dropout`.
+        Arguments, units and errors as in `pixelwise.ops.dropout.sample_with_dropout`.
         """
         return sample_with_dropout(self, image, samples=samples, seed=seed)
 
@@ -62,18 +65,6 @@ class BayesianSegNet(_Sampled, SegNet):
         super().__init__(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, image: Tensor) -> Tensor:
-        x, places = image, []
-        for level, stage in enumerate(self.encoder, start=1):
-            size = x.shape[-2:]
-            x, indices = max_pool_keeping_indices(stage(x))  # (N, 64, H/2, W/2) ... (N, 512, H/32, W/32)
-            x = self.dropout(x) if level >= DEEP else x
-            places.append((indices, size))
-        for level, stage in zip((5, 4, 3, 2, 1), self.decoder, strict=True):
-            x = stage(max_unpool(x, *places.pop()))  # (N, 512, H/16, W/16) ... (N, 64, H/2, W/2), (N, K, H, W)
-            x = self.dropout(x) if level >= DEEP else x
-        return x
-
 
 class BayesianSegNetBasic(_Sampled, SegNetBasic):
     """SegNet-Basic with dropout; its state is that of a SegNet-Basic, so that the weights of either serve the other."""
@@ -81,18 +72,6 @@ class BayesianSegNetBasic(_Sampled, SegNetBasic):
     def __init__(self, config: BayesianSegNetBasicConfig) -> None:
         super().__init__(config)
         self.dropout = nn.Dropout(config.dropout)
-
-    def forward(self, image: Tensor) -> Tensor:
-        x, places = self.norm(image), []
-        for level, stage in enumerate(self.encoder, start=1):
-            size = x.shape[-2:]
-            x, indices = max_pool_keeping_indices(stage(x))  # (N, 64, H/2, W/2) ... (N, 64, H/16, W/16)
-            x = self.dropout(x) if level >= DEEP else x
-            places.append((indices, size))
-        for level, stage in zip((4, 3, 2, 1), self.decoder, strict=True):
-            x = stage(max_unpool(x, *places.pop()))  # (N, 64, H/8, W/8) ... (N, 64, H, W)
-            x = self.dropout(x) if level >= DEEP else x
-        return self.conv_classifier(x)  # (N, K, H, W)
 
 
 PAPER = "Kendall, Badrinarayanan, Cipolla. Bayesian SegNet. BMVC 2017"

@@ -15,12 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pixelwise.errors import UsageError
 from pixelwise.models.registry import check_fields, register_model
-from pixelwise.models.vgg_encoder import DEPTHS, WIDTHS, check_shape, check_widths, encoder_weights, vgg_encoder
-from pixelwise.ops.convolutionalize import convolutionalize
+from pixelwise.models.vgg_encoder import DEPTHS, WIDTHS, check_widths, vgg16_weights, vgg_encoder
+from pixelwise.ops.pooling import max_pool_keeping_indices, max_unpool
 from pixelwise.ops.resize import crop_like, has_known_size, pad_to_multiple
-from pixelwise.ops.unpool import max_pool_keeping_indices, max_unpool
 
 WINDOW = 7  # cells that fc6 sees at once
 SMALLEST_PX = 224  # 32 * WINDOW: the paper's image size, of which fc6 sees all
@@ -93,20 +91,7 @@ class DeconvNet(nn.Module):
         Raises:
             UsageError: the classifier is no VGG-16, or its widths are not these.
         """
-        weights = encoder_weights("deconvnet", self.encoder, classifier)
-        linear = [path for path, layer in classifier.named_modules() if isinstance(layer, nn.Linear)]
-        if len(linear) != 3:
-            raise UsageError(
-                "deconvnet: fc6 and fc7 are the first two of VGG-16's three linear layers, and the "
-                f"{type(classifier).__name__} given has {len(linear)}. Start from torchvision/vgg16_bn or torchvision/vgg16."
-            )
-        dense = convolutionalize(classifier)
-        for name, path in zip(("fc6", "fc7"), linear, strict=False):
-            own = self.get_submodule(f"{name}.0").state_dict()
-            for key, tensor in dense.get_submodule(path).state_dict().items():
-                check_shape("deconvnet", f"{name}.{key}", own[key], tensor)
-                weights[f"{name}.0.{key}"] = tensor.detach()
-        return weights
+        return vgg16_weights("deconvnet", self, ("encoder.", "fc6.0", "fc7.0"), classifier)
 
 
 def _norm_relu(layer: nn.Conv2d | nn.ConvTranspose2d) -> nn.Sequential:

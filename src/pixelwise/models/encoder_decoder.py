@@ -17,10 +17,9 @@ from torch import Tensor, nn
 from pixelwise.errors import UsageError
 from pixelwise.models.backbones import PROBE_PX, Backbone, create_backbone, smallest_px
 from pixelwise.models.registry import check_fields, register_model
-from pixelwise.ops.convolutionalize.capture import without_memory
-from pixelwise.ops.resize import crop_like, pad_to_multiple, upsample_to
-from pixelwise.ops.unpool import MaxPoolKeepingIndices
-from pixelwise.ops.upsampling import learnt_bilinear
+from pixelwise.ops.cost import without_memory
+from pixelwise.ops.pooling import MaxPoolKeepingIndices
+from pixelwise.ops.resize import crop_like, learnt_bilinear, pad_to_multiple, upsample_to
 
 Skip = Literal["none", "add", "concat", "reduce"]
 Up = Literal["bilinear", "transposed", "unpool"]
@@ -119,7 +118,7 @@ class EncoderDecoder(nn.Module):
 def _remember_pools(encoder: Backbone, in_channels: int) -> dict[int, MaxPoolKeepingIndices]:
     """Let the encoder's max poolings keep their indices; returns them by the stride of the map they give."""
     found: dict[str, tuple[int, int]] = {}
-    hollow = without_memory(encoder)
+    hollow = without_memory(encoder).eval()
     for name, module in hollow.named_modules():
         if isinstance(module, nn.MaxPool2d) and module.kernel_size == module.stride == 2:
             module.register_forward_hook(

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from pixelwise.errors import UsageError
 from pixelwise.models.registry import register_model
+from pixelwise.ops.pooling import max_pool_keeping_indices, max_unpool
 from pixelwise.ops.resize import crop_like, pad_to_multiple, upsample_to
-from pixelwise.ops.unpool import max_pool_keeping_indices, max_unpool
 
 STRIDE = 8
 EPSILON = 1e-3  # of batch norm

@@ -23,8 +23,8 @@ from pixelwise.models.backbones import PROBE_PX, create_backbone, create_trunk, 
 from pixelwise.models.mirror_chain import Chain, Part
 from pixelwise.models.mirror_decoder import Level, at_width, has_width, plan
 from pixelwise.models.registry import check_fields, register_model
+from pixelwise.ops.pooling import MaxPoolKeepingIndices
 from pixelwise.ops.resize import crop_like, pad_to_multiple
-from pixelwise.ops.unpool import MaxPoolKeepingIndices
 
 Skip = Literal["none", "add", "concat", "reduce"]
 Up = Literal["unpool", "transposed"]

@@ -93,7 +93,10 @@ class Chain:
         self.graph, self.image = self.capture.graph, self.capture.image
         self._inputs = self._find_maps()  # of each map, those it is made of
         self.maps = self._pick(levels)
-        self._inputs = self._leading_to(self.maps[-1])
+        needed = {self.maps[-1]}
+        for node in reversed(self._inputs):
+            needed.update(self._inputs[node] if node in needed else ())
+        self._inputs = {node: inputs for node, inputs in self._inputs.items() if node in needed}
         steps = [node for node in self._inputs if node is not self.image]
         self.parts = _with_their_norms(_in_a_row(list(self._parts(steps, "")), self.image))
 
@@ -163,13 +166,6 @@ class Chain:
                 "convolutional one (resnet18, vgg16_bn, ...), or --model encoder_decoder."
             )
         return [node for node in maps if node]
-
-    def _leading_to(self, last: fx.Node) -> dict[fx.Node, tuple[fx.Node, ...]]:
-        """The maps without which the last one would not be."""
-        needed = {last}
-        for node in reversed(self._inputs):
-            needed.update(self._inputs[node] if node in needed else ())
-        return {node: inputs for node, inputs in self._inputs.items() if node in needed}
 
     def _parts(self, steps: list[fx.Node], prefix: str) -> Iterator[Part]:
         """The smallest pieces that stand as they are: layers, functions, and modules that keep their map."""
@@ -261,7 +257,7 @@ def _in_a_row(parts: list[Part], image: fx.Node) -> list[Part]:
         if len(waiting) == 1 and part.kind not in ("add", "cat"):
             chain.append(part)
         else:
-            path = _common([item.path for item in waiting])
+            path = posixpath.commonpath([item.path.replace(".", "/") for item in waiting]).replace("/", ".")
             chain.append(Part("ways", path, None, waiting[0].node, (start,), part.output, tuple(waiting)))
         waiting = []
     return chain
@@ -295,11 +291,6 @@ def _children(steps: list[fx.Node], prefix: str) -> Iterator[tuple[str, list[fx.
     depth = prefix.count(".") + 2 if prefix else 1
     for path, group in groupby(steps, lambda node: ".".join(_path(node).split(".")[:depth])):
         yield path, list(group)
-
-
-def _common(paths: list[str]) -> str:
-    """The innermost module that holds all."""
-    return posixpath.commonpath([path.replace(".", "/") for path in paths]).replace("/", ".")
 
 
 def _is_in(path: str, owner: str) -> bool:

@@ -33,8 +33,8 @@ from torch import fx, nn
 
 from pixelwise.models.mirror_chain import Chain, Part
 from pixelwise.ops.convolutionalize.tracer import is_settled
+from pixelwise.ops.pooling import MaxPoolKeepingIndices
 from pixelwise.ops.resize import bilinear_kernel, crop_like
-from pixelwise.ops.unpool import MaxPoolKeepingIndices
 
 Pair = tuple[int, int]
 SCORE_GAIN = 0.01  # in place of He's 2: at the start, no class is much likelier than another

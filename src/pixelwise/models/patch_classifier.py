@@ -24,9 +24,8 @@ from torch import Tensor, nn
 
 from pixelwise.errors import UsageError
 from pixelwise.models.registry import check_fields, register_model
-from pixelwise.ops.mirror import mirror_pad
 from pixelwise.ops.pooling import max_pool_dense
-from pixelwise.ops.resize import crop_like, upsample_to
+from pixelwise.ops.resize import crop_like, mirror_pad, upsample_to
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,8 +22,7 @@ from torch import Tensor, nn
 
 from pixelwise.errors import UsageError
 from pixelwise.models.registry import check_fields, register_model
-from pixelwise.ops.mirror import mirror_pad
-from pixelwise.ops.resize import crop_like, pad_to_multiple
+from pixelwise.ops.resize import crop_like, mirror_pad, pad_to_multiple
 
 Skip = Literal["concat", "add", "reduce"]
 Up = Literal["transposed", "bilinear"]

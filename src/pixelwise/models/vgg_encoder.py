@@ -1,4 +1,4 @@
-"""The thirteen convolutions of VGG-16 with batch norm: the encoder that SegNet and DeconvNet share, and its weights.
+"""The thirteen convolutions of VGG-16 with batch norm: the encoder that SegNet and DeconvNet share, and VGG-16's weights.
 
 Paper:  Simonyan, Zisserman. Very Deep Convolutional Networks for Large-Scale Image Recognition. ICLR 2015
         (arXiv:1409.1556), configuration D.
@@ -10,10 +10,11 @@ Shapes: N batch, C channels, H W image size.
 from collections import OrderedDict
 from itertools import pairwise
 
+from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from pixelwise.errors import UsageError
-from pixelwise.models.backbones import adapt_first_conv
+from pixelwise.ops.convolutionalize import convolutionalize
 
 WIDTHS = (64, 128, 256, 512, 512)
 DEPTHS = (2, 2, 3, 3, 3)  # convolutions in each stage
@@ -38,44 +39,53 @@ def vgg_encoder(in_channels: int, widths: tuple[int, ...]) -> nn.ModuleList:
     return stages
 
 
-def encoder_weights(network: str, encoder: nn.ModuleList, classifier: nn.Module) -> dict[str, Tensor]:
-    """Entries of a network's state for its `encoder`, from the convolutions and norms of torchvision's vgg16_bn or vgg16.
+def vgg16_weights(network: str, model: nn.Module, paths: tuple[str, ...], classifier: nn.Module) -> dict[str, Tensor]:
+    """Entries of a network's state from the layers of a VGG-16 of any library, which are told by their order.
+
+    They are for the convolutions and norms of `model` whose paths begin with one of `paths`: the thirteen, with norms or
+    without, and perhaps fc6 and fc7.
 
     Raises:
         UsageError: another architecture, or other widths.
     """
-    given = _trunk(network, classifier)
+    kinds = nn.Conv2d | nn.BatchNorm2d
+    own = [
+        (path, layer) for path, layer in model.named_modules() if path.startswith(paths) and isinstance(layer, kinds)
+    ]
+    has_norms = any(isinstance(layer, nn.BatchNorm2d) for _, layer in own)
+    has_head = sum(isinstance(layer, nn.Conv2d) for _, layer in own) > sum(DEPTHS)
+    given = [(path, letter) for path, layer in classifier.named_modules() if (letter := _letter(layer))]
+    order, trunk = "".join(letter for _, letter in given), "".join("c" * depth + "p" for depth in DEPTHS)
+    order = order.replace("cn", "c") if has_norms else order
+    if not order.startswith(trunk) or (has_head and order != trunk + "ccc"):
+        raise UsageError(
+            f"{network}: its encoder is that of VGG-16 (13 convolutions, 5 max poolings, 3 linear layers, "
+            f"{'' if has_norms else 'no '}batch norm), and the {type(classifier).__name__} given is another network. Start "
+            f"from {' or '.join(model.classifiers)}."  # type: ignore[arg-type]
+        )
+    layers = dict((convolutionalize(classifier) if has_head else classifier).named_modules())
+    sources = {kind: iter([layers[path] for path, letter in given if letter == kind]) for kind in "cn"}
     weights: dict[str, Tensor] = {}
-    for kind in (nn.Conv2d, nn.BatchNorm2d):
-        own = [(path, layer) for path, layer in encoder.named_modules() if isinstance(layer, kind)]
-        theirs = [layer for layer in given if isinstance(layer, kind)]
-        for (path, layer), source in zip(own, theirs, strict=False):  # a plain VGG-16 has no norms
-            for key, tensor in source.state_dict().items():
-                if path == "0.conv1_1" and key == "weight" and tensor.shape[1] == 3 and isinstance(layer, nn.Conv2d):
-                    tensor = adapt_first_conv(tensor, layer.in_channels)
-                check_shape(network, f"{path.partition('.')[2]}.{key}", layer.state_dict()[key], tensor)
-                weights[f"encoder.{path}.{key}"] = tensor.detach()
+    for path, layer in own:
+        source = next(sources[_letter(layer)], nn.Identity())  # a plain VGG-16 has no norms
+        name = path.removesuffix(".0").rpartition(".")[2]
+        for key, tensor in source.state_dict().items():
+            if name == "conv1_1" and key == "weight" and tensor.shape[1] == 3:
+                tensor = adapt_input_conv(layer.weight.shape[1], tensor)
+            wanted = layer.state_dict()[key].shape
+            if tensor.shape != wanted:
+                raise UsageError(
+                    f"{network}: {name}.{key} has the shape {tuple(wanted)}, and {tuple(tensor.shape)} in the classifier. "
+                    "Choose widths as the classifier has them; those of the libraries have the defaults."
+                )
+            weights[f"{path}.{key}"] = tensor.detach()
     return weights
 
 
-def _trunk(network: str, classifier: nn.Module) -> list[nn.Module]:
-    """The layers of the classifier's `features`, which must be those of VGG-16, with or without norms."""
-    layers = list(getattr(classifier, "features", nn.Sequential()).children())
-    counted = [item for item in layers if isinstance(item, nn.Conv2d | nn.MaxPool2d)]
-    kinds = "".join("c" if isinstance(item, nn.Conv2d) else "p" for item in counted)
-    norms = sum(isinstance(item, nn.BatchNorm2d) for item in layers)
-    if kinds != "".join("c" * depth + "p" for depth in DEPTHS) or norms not in (0, sum(DEPTHS)):
-        raise UsageError(
-            f"{network}: its encoder is that of VGG-16 (13 convolutions, 5 poolings), and the {type(classifier).__name__} "
-            "given is another network. Start from torchvision/vgg16_bn or torchvision/vgg16."
-        )
-    return layers
-
-
-def check_shape(network: str, name: str, own: Tensor, given: Tensor) -> None:
-    """Raises `UsageError` if the classifier's tensor has not the shape of the network's own."""
-    if own.shape != given.shape:
-        raise UsageError(
-            f"{network}: {name} has the shape {tuple(own.shape)}, and {tuple(given.shape)} in the classifier. Choose widths "
-            "as the classifier has them; those of the libraries have the defaults."
-        )
+def _letter(layer: nn.Module) -> str:
+    """(c)onvolution or linear layer, batch (n)orm, max (p)ooling, or another layer with weights."""
+    if isinstance(layer, nn.Conv2d | nn.Linear):
+        return "c"
+    if isinstance(layer, nn.BatchNorm2d | nn.MaxPool2d):
+        return "n" if isinstance(layer, nn.BatchNorm2d) else "p"
+    return "?" if any(True for _ in layer.parameters(recurse=False)) else ""

@@ -1,10 +1,12 @@
 """What one forward pass costs, in multiplications and in memory, counted from the operations it really runs."""
 
+import copy
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
@@ -17,6 +19,17 @@ Run = Callable[[Tensor], Tensor]
 
 MEASURED_PX = 256  # side of the image that is passed where shapes alone do not tell
 FIT_PX = (512, 1024, 2048)  # sides of the images that a `PassMemory` is fitted to
+
+
+def without_memory(module: nn.Module) -> nn.Module:
+    """A copy whose parameters and buffers have shapes only."""
+    parameters = {
+        id(item): nn.Parameter(torch.empty_like(item, device="meta"), requires_grad=False)
+        for item in module.parameters()
+    }
+    buffers = {id(item): torch.empty_like(item, device="meta") for item in module.buffers()}
+    memo: dict[int, Any] = {**parameters, **buffers}
+    return copy.deepcopy(module, memo)
 
 
 def multiply_adds(model: nn.Module, shape: tuple[int, int, int, int]) -> int:
@@ -73,18 +86,13 @@ class PassMemory:
         Where the network asks for the values of tensors, it is fitted to a small image that is really passed.
         """
         try:
-            return cls._fitted(run, channels, device)
+            peaks = [peak_bytes(run, (1, channels, px, px), device) for px in FIT_PX]
         except (DataDependentOutputException, DynamicOutputShapeException):
             return cls(measured_bytes(run, (1, channels, MEASURED_PX, MEASURED_PX), device) / MEASURED_PX**2)
-
-    @classmethod
-    def _fitted(cls, run: Run, channels: int, device: str | torch.device) -> "PassMemory":
-        sides = torch.tensor(FIT_PX, dtype=torch.float64)
-        peaks = torch.tensor([peak_bytes(run, (1, channels, px, px), device) for px in FIT_PX], dtype=torch.float64)
-        terms = torch.stack([sides**2, 2 * sides, torch.ones_like(sides)], dim=1)
-        per_px, per_side, fixed = torch.linalg.solve(terms, peaks).tolist()
+        terms = [[px**2, 2 * px, 1] for px in FIT_PX]
+        per_px, per_side, fixed = np.linalg.solve(terms, peaks).tolist()
         if min(per_side, fixed) < 0:  # another layer is the largest in small images
-            per_px, per_side, fixed = float((peaks / sides**2).max()), 0.0, 0.0
+            return cls(max(peak / px**2 for peak, px in zip(peaks, FIT_PX, strict=True)))
         return cls(per_px, per_side, fixed)
 
     def __call__(self, count: int, height: int, width: int) -> int:

@@ -18,32 +18,17 @@ class _Depthwise(torch.autograd.Function):
     """A depthwise convolution without bias; the forward pass is torch's, the backward pass runs in float32 where faster."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        stride: tuple[int, ...],
-        padding: tuple[int, ...],
-        dilation: tuple[int, ...],
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.geometry = (stride, padding, dilation, False, (0, 0), weight.shape[0])
         return F.conv2d(x, weight, None, stride, padding, dilation, groups=weight.shape[0])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        (grad,), (x, weight) = grads, ctx.saved_tensors
-        mask = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], False]
-        grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
-            grad.float(), x.float(), weight.float(), None, *ctx.geometry, mask
-        )
-        return (
-            None if grad_x is None else grad_x.to(x.dtype),
-            None if grad_weight is None else grad_weight.to(weight.dtype),
-            None,
-            None,
-            None,
-        )
+        grad, x, weight = (item.float() for item in (*grads, *ctx.saved_tensors))
+        mask = [*ctx.needs_input_grad[:2], False]
+        grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(grad, x, weight, None, *ctx.geometry, mask)
+        return grad_x, grad_weight, None, None, None  # autograd gives them the types of what came in
 
 
 def _forward(self: nn.Conv2d, x: Tensor) -> Tensor:

@@ -1,10 +1,10 @@
-"""Padding, cropping and bilinear upsampling, shared by every network."""
+"""Padding, cropping, mirroring and bilinear upsampling, shared by every network."""
 
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 
@@ -48,6 +48,30 @@ def crop_like(scores: Tensor, image: Tensor, offset: int = 0) -> Tensor:
     return scores[..., offset : offset + height, offset : offset + width]
 
 
+def mirror_pad(image: Tensor, left: int, right: int, top: int, bottom: int) -> Tensor:
+    """`image` (..., H, W) with mirrored margins of any width: (..., top + H + bottom, left + W + right); differentiable.
+
+    The border itself is not doubled: of (a, b, c) one sees ... c b a b c b a .... `torch.nn.functional.pad` mirrors once,
+    so margins as wide as the image are too much for it. Margins may depend on the size in an exported graph.
+    """
+    height, width = image.shape[-2:]
+    return mirror_crop(image, -top, -left, top + height + bottom, left + width + right)
+
+
+def mirror_crop(image: Tensor, top: int, left: int, height: int, width: int) -> Tensor:
+    """(..., height, width) pixels from row `top` and column `left` on, also negative ones; outside, `image` is mirrored."""
+    rows = _mirrored(top, height, image.shape[-2], image.device)
+    columns = _mirrored(left, width, image.shape[-1], image.device)
+    return image.index_select(-2, rows).index_select(-1, columns)
+
+
+def _mirrored(start: int, count: int, length: int, device: torch.device) -> Tensor:
+    """The places, in 0 ... `length` - 1, that a mirrored axis shows from `start` on; no branch on the length, for export."""
+    period = torch.sym_max(2 * (length - 1), 1)
+    place = torch.arange(start, start + count, device=device).remainder(period)
+    return torch.minimum(place, -place + period)
+
+
 def upsample_to(features: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
     """Bilinear resampling of (N, C, h, w) to `size` = (H, W) pixels, pixel areas aligned; unchanged if it has that size."""
     if has_known_size(features) and tuple(features.shape[-2:]) == tuple(size):
@@ -61,3 +85,45 @@ def bilinear_kernel(size: int) -> Tensor:
     centre = factor - 1 if size % 2 else factor - 0.5
     row = 1 - (torch.arange(size) - centre).abs() / factor
     return row[:, None] * row[None, :]
+
+
+class FixedBilinear(nn.Module):
+    """A transposed convolution of `channels` maps whose bilinear kernel never changes (FCN, arXiv:1411.4038, section 3.3).
+
+    It gives what a full (K, K, k, k) kernel with bilinear filters on its diagonal gives, from the k numbers of one row:
+    no channel mixes with another, and the filter is the product of a row and a column. They are no part of the state.
+    """
+
+    row: Tensor
+
+    def __init__(self, channels: int, *, kernel: int, stride: int) -> None:
+        super().__init__()
+        self.channels, self.stride = channels, stride
+        # The filter is row x row, so its diagonal is the row squared.
+        row = bilinear_kernel(kernel).diagonal().sqrt().repeat(channels, 1, 1, 1)
+        self.register_buffer("row", row, persistent=False)  # (K, 1, 1, k)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, K, h, w) -> (N, K, (h - 1) * stride + kernel, (w - 1) * stride + kernel)."""
+        x = F.conv_transpose2d(x, self.row, stride=(1, self.stride), groups=self.channels)
+        return F.conv_transpose2d(x, self.row.transpose(2, 3), stride=(self.stride, 1), groups=self.channels)
+
+
+def bilinear_upsampling(channels: int, *, kernel: int, stride: int, learnt: bool) -> nn.Module:
+    """An enlargement of (N, K, h, w) by `stride` that is bilinear, or starts so and may learn to mix the channels.
+
+    Its maps measure (h - 1) * stride + kernel, and the centre of cell i lies at i * stride + (kernel - 1) / 2. If `learnt`,
+    the filters are K * K * kernel * kernel parameters, bilinear on the diagonal, else zero.
+    """
+    make = learnt_bilinear if learnt else FixedBilinear
+    return make(channels, kernel=kernel, stride=stride)
+
+
+def learnt_bilinear(channels: int, *, kernel: int, stride: int, padding: int = 0) -> nn.ConvTranspose2d:
+    """A transposed convolution that starts as bilinear interpolation of each channel; `padding` is cut at each border."""
+    deconv = nn.ConvTranspose2d(channels, channels, kernel, stride=stride, padding=padding, bias=False)
+    diagonal = torch.arange(channels)
+    with torch.no_grad():
+        deconv.weight.zero_()
+        deconv.weight[diagonal, diagonal] = bilinear_kernel(kernel)
+    return deconv

@@ -16,8 +16,7 @@ from pixelwise.errors import UsageError
 from pixelwise.infer.bundle import CARD_NAME, load_bundle
 from pixelwise.models import create_model, model_config
 from pixelwise.models.backbones import backbone_normalisation
-from pixelwise.models.matching import Loaded
-from pixelwise.models.pretrained import is_classifier, load_classifier, load_network, load_pretrained
+from pixelwise.models.pretrained import Loaded, is_classifier, load_classifier, load_network, load_pretrained
 from pixelwise.train.config import RunConfig
 
 OF_CROPS = ("crop_px", "scale", "focus", "elastic", "separation")  # options that mean nothing for windows

@@ -23,7 +23,7 @@ from pixelwise.infer.tiling.averages import (
 )
 from pixelwise.infer.tiling.averages import averaged as averaged_function
 from pixelwise.models import create_model
-from pixelwise.ops.spatial_dropout import set_sample, spatial_dropout, with_spatial_dropout
+from pixelwise.ops.dropout import set_sample, spatial_dropout, with_spatial_dropout
 
 
 def averaged(passes):

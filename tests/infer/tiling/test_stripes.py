@@ -18,7 +18,7 @@ from pixelwise.infer.tiling.stripes import Stripes
 from pixelwise.models import create_model, list_models
 from pixelwise.ops.receptive_field import receptive_field
 from pixelwise.ops.streaming import NotWindowed
-from pixelwise.ops.streaming.spill import SpillFile
+from pixelwise.ops.streaming.memory import SpillFile
 
 CLASSES = 3
 

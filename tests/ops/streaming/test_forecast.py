@@ -12,9 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from pixelwise.models import create_model
 from pixelwise.ops.streaming import WindowedNetwork
 from pixelwise.ops.streaming.forecast import Forecast, cost_of, item_sizes, multiply_adds, peaks, scratch_bytes
+from pixelwise.ops.streaming.graph import whole
+from pixelwise.ops.streaming.memory import Span, SpillFile, Window
 from pixelwise.ops.streaming.network import LEAST_STEP_PX, Stream
-from pixelwise.ops.streaming.spill import SpillFile
-from pixelwise.ops.streaming.windows import Span, Window, whole
 
 
 class Live(TorchDispatchMode):
@@ -113,7 +113,7 @@ def test_multiply_adds_are_those_of_torch(name):
     torch.manual_seed(0)
     model = create_model(name, tiny=True, num_classes=3).eval()
     windowed = WindowedNetwork(model, 64, 96, in_channels=3)
-    told = multiply_adds(windowed.graph, windowed.windows(whole(64, 96)))
+    told = multiply_adds(windowed.graph, windowed.graph.windows(whole(64, 96)))
     with torch.no_grad():
         assert told == counted(lambda: model(torch.zeros(1, 3, 64, 96)))
     # Transposed convolutions whose windows overlap take a row again at each stripe; nothing else does.
@@ -134,7 +134,7 @@ def test_linear_layers_and_groups_count():
 
     windowed = WindowedNetwork(Mixed().eval(), 20, 30, in_channels=3)
     cells = 10 * 15
-    told = multiply_adds(windowed.graph, windowed.windows(whole(20, 30)))
+    told = multiply_adds(windowed.graph, windowed.graph.windows(whole(20, 30)))
     assert told == 8 * 3 * 9 * 600 + 8 * 2 * 25 * cells + 8 * 6 * cells + 6 * 2 * 4 * cells
 
 

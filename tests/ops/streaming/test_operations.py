@@ -14,9 +14,9 @@ from torch import nn
 
 import pixelwise.ops.streaming.network as network_module
 from pixelwise.ops.streaming import NotWindowed, WindowedNetwork
-from pixelwise.ops.streaming.pointwise import UNTAGGED
-from pixelwise.ops.streaming.rules import RULES
-from pixelwise.ops.streaming.spill import SpillFile
+from pixelwise.ops.streaming.memory import SpillFile
+from pixelwise.ops.streaming.network import RULES
+from pixelwise.ops.streaming.places import UNTAGGED
 
 aten = torch.ops.aten
 
@@ -567,7 +567,7 @@ def test_only_the_pixels_that_count_are_read():
     expected = whole_pass(model, image)
     blind = torch.full_like(image, math.nan)
     blind[:, 13:25, 5:17] = image[:, 13:25, 5:17]  # 16 ... 21: cells 8 ... 10, so 7 ... 11, so 14 ... 23, so 13 ... 24
-    found = network.window(reader(blind), top=16, left=8, height=6, width=6)
+    found = streamed(network, blind, 16, 8, 6, 6, 6)
     assert torch.allclose(found, expected[:, 16:22, 8:14], atol=1e-5)
 
 

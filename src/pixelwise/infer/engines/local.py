@@ -28,7 +28,7 @@ from pixelwise.infer.pipeline import Pipeline, Progress, in_memory
 from pixelwise.infer.predictor import Predictor
 from pixelwise.infer.store import DiskStore, Store
 from pixelwise.infer.tiling import Note
-from pixelwise.ops.spatial_dropout import with_spatial_dropout
+from pixelwise.ops.dropout import with_spatial_dropout
 
 MOST_THREADS = 8
 

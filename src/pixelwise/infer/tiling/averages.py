@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from pixelwise.infer.options import Tiling
 from pixelwise.infer.tiling import Read, Region, Scorer, Scores
-from pixelwise.ops.spatial_dropout import set_sample, with_spatial_dropout
+from pixelwise.ops.dropout import set_sample, with_spatial_dropout
 
 Strategy = TypeVar("Strategy", bound=Scorer)
 Member = Callable[[Read, Region], Tensor]

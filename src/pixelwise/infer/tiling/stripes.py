@@ -21,10 +21,8 @@ from torch import nn
 from pixelwise.infer.prefetch import NextRows
 from pixelwise.infer.tiling import BUDGET_BYTES, Read, Region, Scorer, Scores
 from pixelwise.ops.streaming import WindowedNetwork
-from pixelwise.ops.streaming.allocator import MemoryLimit
 from pixelwise.ops.streaming.forecast import Peaks, cost_of, item_sizes, peaks, scratch_bytes
-from pixelwise.ops.streaming.spill import SpillFile
-from pixelwise.ops.streaming.windows import Span, Window
+from pixelwise.ops.streaming.memory import MemoryLimit, Span, SpillFile, Window
 
 _STRIPE_PX = 2**19  # pixels of a stripe that keep the cores busy; more only take memory
 _LEAST_ROWS, _MOST_ROWS = 8, 512
@@ -113,7 +111,7 @@ class Stripes(Scorer):
                 yield from self._column(read, Region(region.top, left, region.height, right - left))
 
     def _column(self, read: Read, part: Region) -> Iterator[Scores]:
-        needed = self.network.windows(Window(Span(part.top, part.bottom), Span(part.left, part.right)))[0]
+        needed = self.network.graph.windows(Window(Span(part.top, part.bottom), Span(part.left, part.right)))[0]
         place = {"top": part.top, "left": part.left, "height": part.height, "width": part.width}
         # A file for each column, for its rows are of other sizes than those of the next.
         on_disk = SpillFile(self.scratch) if self.scratch and self._plan.has_shelf else contextlib.nullcontext()

@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 
 from pixelwise.errors import UsageError
 from pixelwise.ops.convolutionalize.tracer import CONTENT, REFUSALS, Tracer, first_line, refused_here
+from pixelwise.ops.cost import without_memory
 
 # The larger image is higher by GROWTH_PX and wider by twice as much: divisible by every usual stride (a power of two, 3, 5,
 # 7), so growth over growth of a map is its stride, whatever the padding; and it tells height from width.
@@ -57,7 +58,7 @@ class Capture:
         followed: Collection[type] = (),  # classes to follow though timm keeps them from fx
     ) -> None:
         self.classifier, self.input_size, self.leaves, self.followed = classifier, input_size, set(leaves), followed
-        self.twin = without_memory(classifier)
+        self.twin = without_memory(classifier).eval()
         channels, height, width = input_size
         sizes = {
             "own": (OWN_BATCH, channels, height, width),
@@ -83,7 +84,10 @@ class Capture:
             reason, around = broken.meta["own"].reason, [broken.meta["own"].path, broken.meta["path"]]
         except REFUSALS as error:
             reason, around = first_line(error), [path for path, _ in reversed(tracer.module_stack.values())] or [""]
-        if not _is_torch_s_own(self.twin.get_submodule(around[0])) and reason != CONTENT:
+        broken_in = self.twin.get_submodule(around[0])
+        # Torch's layers refuse what does not suit them; there is nothing to be gained by looking at them otherwise.
+        is_torch_s = type(broken_in).__module__.startswith("torch.nn") and not isinstance(broken_in, nn.Sequential)
+        if not is_torch_s and reason != CONTENT:
             path = next((path for path in around if path and path not in self.leaves), None)
             if path is not None:
                 self.leaves.add(path)
@@ -189,11 +193,6 @@ class NewNetwork:
         return path
 
 
-def _is_torch_s_own(module: nn.Module) -> bool:
-    """Torch's layers refuse what does not suit them; there is nothing to be gained by looking at them otherwise."""
-    return type(module).__module__.startswith("torch.nn") and not isinstance(module, nn.Sequential)
-
-
 def _optional_arguments(classifier: nn.Module) -> dict[str, Any]:
     """The defaults of what `forward` takes besides the image; a UsageError if it wants more than one image, or none."""
     parameters = list(inspect.signature(classifier.forward).parameters.values())
@@ -211,17 +210,6 @@ def share(module: nn.Module) -> nn.Module:
     """A copy of a module that has its own structure and settings, but the same parameters and buffers in memory."""
     tensors = [*module.parameters(), *module.buffers()]
     return copy.deepcopy(module, {id(item): item for item in tensors})
-
-
-def without_memory(module: nn.Module) -> nn.Module:
-    """A copy in evaluation mode whose parameters and buffers have shapes only."""
-    parameters = {
-        id(item): nn.Parameter(torch.empty_like(item, device="meta"), requires_grad=False)
-        for item in module.parameters()
-    }
-    buffers = {id(item): torch.empty_like(item, device="meta") for item in module.buffers()}
-    memo: dict[int, Any] = {**parameters, **buffers}
-    return copy.deepcopy(module, memo).eval()
 
 
 def holds_tensors(node: fx.Node) -> bool:

@@ -8,17 +8,18 @@ The classifier's code is captured as a graph (`capture`). Its trunk, which gives
 or loses its last strides (`trunk`). Its head is redone for windows (`head`). No class of network is known here by name.
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from pixelwise.errors import UsageError
-from pixelwise.ops.convolutionalize.capture import Capture, NewNetwork, holds_tensors, without_memory
+from pixelwise.ops.convolutionalize.capture import Capture, NewNetwork, holds_tensors
 from pixelwise.ops.convolutionalize.head import Head, Windows, starts_head, window_of
 from pixelwise.ops.convolutionalize.tracer import REFUSALS, Refused, first_line, is_settled
 from pixelwise.ops.convolutionalize.trunk import Trunk
-from pixelwise.ops.convolutionalize.windows import require_size, whole_windows
+from pixelwise.ops.cost import without_memory
 
 HeadKind = Literal["window", "cells"]
 DEFAULT_PX = 224
@@ -120,7 +121,7 @@ def _check_removal(conversion: "_Conversion", scorer: nn.Module) -> None:
     channels, height, width = conversion.capture.input_size
     try:
         with torch.no_grad():
-            hollow = _Hollow(without_memory(scorer))
+            hollow = _Hollow(without_memory(scorer).eval())
             for steps in (0, 1):
                 size = (1, channels, height + steps * conversion.own_stride, width + 2 * steps * conversion.own_stride)
                 hollow.run(conversion.capture.image.meta["own"].new_empty(size))
@@ -153,7 +154,7 @@ class _Conversion:
     def __init__(self, capture: Capture, per_cell: bool, stride: int | None) -> None:
         self.capture, self.new, self.per_cell = capture, NewNetwork(capture), per_cell
         self.wanted = stride
-        self.trunk, self.head = Trunk(self.new, stride), Head(self.new, per_cell)
+        self.trunk, self.head = Trunk(self.new, stride, self._value), Head(self.new, per_cell, self._value)
         self.done: dict[fx.Node, fx.Node] = {}  # the new step of each step outside the head
         self.windows: dict[fx.Node, Windows] = {}  # what each value of the head is
         self.strides: set[int] = set()  # of the last maps
@@ -170,24 +171,26 @@ class _Conversion:
             if node.op == "output":
                 self._finish(node)
             elif node in self.in_head:
-                self._convert_head(node)
+                given = {
+                    item: self._window(node, item) for item in node.all_input_nodes if self._is_tensor_of_image(item)
+                }
+                self.windows[node] = self.head.convert(node, given)
             elif node.op == "get_attr":
                 self.done[node] = self.new.value(node)
-            elif node not in self.done and self._is_needed(node):
-                maps = [item for item in node.all_input_nodes if item in self.of_image and holds_tensors(item)]
-                self.done[node] = self.trunk.convert(node, maps, self._value)
+            elif node not in self.done and node.op != "placeholder" and self.done.keys() >= set(node.all_input_nodes):
+                # Checks of other arguments go, and sizes of what is in the head, where its steps need them as numbers only.
+                maps = [item for item in node.all_input_nodes if self._is_tensor_of_image(item)]
+                self.done[node] = self.trunk.convert(node, maps)
         for node in self.new.graph.nodes:
             node.meta.clear()
         return fx.GraphModule(self.new.root, self.new.graph, class_name="FullyConvolutional")
 
-    def _is_needed(self, node: fx.Node) -> bool:
-        """Checks of other arguments go, and sizes of what is in the head, where its steps need them as numbers only."""
-        gone = [item for item in node.all_input_nodes if item not in self.done]
-        return node.op != "placeholder" and not gone
+    def _is_tensor_of_image(self, node: fx.Node) -> bool:
+        return node in self.of_image and holds_tensors(node)
 
     def _find_head(self) -> set[fx.Node]:
         """The tensors that depend on the image but are neither maps nor go into maps again."""
-        nodes = [node for node in self.capture.graph.nodes if node in self.of_image and holds_tensors(node)]
+        nodes = [node for node in self.capture.graph.nodes if self._is_tensor_of_image(node)]
         maps = {node for node in nodes if self.capture.grid(node)}
         for node in nodes:
             sources = [item for item in node.all_input_nodes if item in maps]
@@ -201,17 +204,10 @@ class _Conversion:
                 feeding.add(node)
         return {node for node in nodes if node not in feeding and node.op != "output"}
 
-    def _convert_head(self, node: fx.Node) -> None:
-        given = {}
-        for item in node.all_input_nodes:
-            if item in self.windows:
-                given[item] = self.windows[item]
-            elif item in self.of_image and holds_tensors(item):
-                given[item] = self._enter(node, item)
-        self.windows[node] = self.head.convert(node, given, self._value)
-
-    def _enter(self, node: fx.Node, source: fx.Node) -> Windows:
-        """The windows of a last map."""
+    def _window(self, node: fx.Node, source: fx.Node) -> Windows:
+        """What a step of the head takes from `source`, another one or a last map."""
+        if source in self.windows:
+            return self.windows[source]
         grid, value = self.capture.grid(source), source.meta["own"]
         if grid is None or value.ndim != 4:
             raise self.capture.size_refusal(node, "what goes into it is no map (N, C, H, W)")
@@ -257,3 +253,22 @@ def _downstream(graph: fx.Graph, start: fx.Node) -> set[fx.Node]:
         if any(item in found for item in node.all_input_nodes):
             found.add(node)
     return found
+
+
+def require_size(image: Tensor, least: Sequence[int]) -> Tensor:
+    """The image (N, C, H, W), if it has the channels of `least` = (C, H, W) and is not smaller; else a UsageError."""
+    channels, height, width = least
+    if image.ndim != 4 or image.shape[1] != channels:
+        raise UsageError(f"the image must have shape (N, {channels}, H, W), not {tuple(image.shape)}.")
+    if image.shape[2] < height or image.shape[3] < width:
+        raise UsageError(
+            f"the image of {image.shape[2]} x {image.shape[3]} px (height x width) is smaller than the classifier's window "
+            f"of {height} x {width} px. Pad or enlarge it."
+        )
+    return image
+
+
+def whole_windows(scores: Tensor, image: Tensor, window: Sequence[int], stride: int) -> Tensor:
+    """The scores (N, K, h, w) of windows within the image: padding and rounding let a network have a few cells more."""
+    rows, columns = ((length - own) // stride + 1 for length, own in zip(image.shape[2:], window, strict=True))
+    return scores[:, :, :rows, :columns]

@@ -6,19 +6,26 @@ becomes a pooling of windows at stride 1; a linear layer becomes a convolution; 
 stands, with the cells of the map as its batch.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial, reduce
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from pixelwise.errors import UsageError
 from pixelwise.ops.convolutionalize.capture import OWN_BATCH, Capture, Grid, NewNetwork
-from pixelwise.ops.convolutionalize.steps import is_adaptive_average, is_elementwise, is_linear, is_rearranging
-from pixelwise.ops.convolutionalize.tracer import REFUSALS, run_node
-from pixelwise.ops.convolutionalize.windows import PooledConv2d, WindowPool, cells_of, map_of
+from pixelwise.ops.convolutionalize.tracer import (
+    REFUSALS,
+    is_adaptive_average,
+    is_elementwise,
+    is_linear,
+    is_rearranging,
+    run_node,
+)
+from pixelwise.ops.convolutionalize.trunk import Spread
 
 Size = tuple[int, int]
 Run = Callable[[Tensor], Any]
@@ -72,13 +79,16 @@ def window_of(map_: fx.Node, value: Tensor, grid: Grid, dilation: int, graph: fx
 
 
 class Head:
-    """Turns the steps of a classifier's head, one by one; `per_cell` leaves poolings out, so that each cell gets scores."""
+    """Turns the steps of a classifier's head, one by one; `value` tells what stands for an input from outside of it.
 
-    def __init__(self, new: NewNetwork, per_cell: bool) -> None:
-        self.new, self.capture, self.graph, self.per_cell = new, new.capture, new.graph, per_cell
+    `per_cell` leaves poolings out, so that each cell gets scores.
+    """
 
-    def convert(self, node: fx.Node, given: dict[fx.Node, Windows], others: Callable[[fx.Node], Any]) -> Windows:
-        """The next step, whose inputs of the head are `given`; `others` tells what stands for every other input."""
+    def __init__(self, new: NewNetwork, per_cell: bool, value: Callable[[fx.Node], Any]) -> None:
+        self.new, self.capture, self.graph, self.per_cell, self.value = new, new.capture, new.graph, per_cell, value
+
+    def convert(self, node: fx.Node, given: dict[fx.Node, Windows]) -> Windows:
+        """The next step, whose inputs of the head are `given`."""
         module = self.capture.module(node)
         if len(given) == 1:
             source, windows = next(iter(given.items()))
@@ -86,7 +96,7 @@ class Head:
             if done:
                 return done
         if given and all(windows.is_cell for windows in given.values()):
-            return self._by_cells(node, given, others)
+            return self._by_cells(node, given)
         raise self._refusal(node, given)
 
     def _one_step(self, node: fx.Node, module: nn.Module | None, run: Run, windows: Windows) -> Windows | None:
@@ -170,13 +180,13 @@ class Head:
         scores = self.graph.call_module(path, (windows.map,))
         return Windows(scores, linear.out_features, numbered(linear.out_features)[..., 0, 0])
 
-    def _by_cells(self, node: fx.Node, given: dict[fx.Node, Windows], others: Callable[[fx.Node], Any]) -> Windows:
+    def _by_cells(self, node: fx.Node, given: dict[fx.Node, Windows]) -> Windows:
         """Any step on vectors, done as it stands with every cell of the map as a vector."""
         after = node.meta["own"]
         if not isinstance(after, Tensor) or after.ndim < 2 or after.shape[0] != OWN_BATCH:
             raise self._refusal(node, given)
         cells = {item: self.graph.call_function(cells_of, self._cells_of(windows)) for item, windows in given.items()}
-        step = self.graph.node_copy(node, lambda item: cells[item] if item in cells else others(item))
+        step = self.graph.node_copy(node, lambda item: cells[item] if item in cells else self.value(item))
         like = next(iter(given.values())).map
         channels = after[0].numel()
         result = self.graph.call_function(map_of, (step, like))
@@ -192,15 +202,11 @@ class Head:
             size = next(iter(given.values())).window
             why = f"it takes the whole {size[0]} x {size[1]} map, so that a cell has no scores of its own; use head='window'"
             return self.capture.refusal(node, why)
-        return self.capture.size_refusal(node, _why(node, given))
-
-
-def _why(node: fx.Node, given: dict[fx.Node, Windows]) -> str:
-    size = next((windows.window for windows in given.values() if not windows.is_cell), (1, 1))
-    step = "it" if node.op == "call_module" else f"its step {getattr(node.target, '__name__', str(node.target))!r}"
-    if size == (1, 1):
-        return f"{step} cannot be done for each cell of a map"
-    return f"{step} works on all cells of the {size[0]} x {size[1]} map at once, and is no pooling"
+        size = next((windows.window for windows in given.values() if not windows.is_cell), (1, 1))
+        step = "it" if node.op == "call_module" else f"its step {getattr(node.target, '__name__', str(node.target))!r}"
+        why = f"{step} works on all cells of the {size[0]} x {size[1]} map at once, and is no pooling"
+        why = f"{step} cannot be done for each cell of a map" if size == (1, 1) else why
+        return self.capture.size_refusal(node, why)
 
 
 def recognise_pooling(run: Run, windows: Windows) -> tuple[str | None, Tensor]:
@@ -235,3 +241,56 @@ def starts_head(capture: Capture, node: fx.Node, source: fx.Node, before: Grid) 
         return False
     windows = Windows(source, value.shape[1], numbered(value.shape[1], before.size), before.size)
     return recognise_pooling(partial(try_step, capture, node, source), windows)[0] == "mean"
+
+
+class WindowPool(nn.Module):
+    """The mean or the maximum over every window of a map, at stride 1; the cells of a window are `dilation` apart."""
+
+    def __init__(self, kind: str, window: tuple[int, int], dilation: int = 1) -> None:
+        super().__init__()
+        self.kind, self.window, self.dilation = kind, window, dilation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return Spread(spacing=self.dilation, least=self.window).run(self._pool, x)  # (N, C, h, w)
+
+    def _pool(self, x: Tensor) -> Tensor:
+        if self.kind == "max":
+            return F.max_pool2d(x, self.window, stride=1)
+        return F.avg_pool2d(x, self.window, stride=1, divisor_override=1 if self.kind == "sum" else None)
+
+    def extra_repr(self) -> str:
+        return f"{self.kind}, window={self.window}, dilation={self.dilation}"
+
+
+class PooledConv2d(nn.Module):
+    """A convolution over windows that are averaged to fewer cells first, as a linear layer after adaptive pooling is.
+
+    The weight (O, C, a, b) is for a x b averages of a window, whose cells are `dilation` apart.
+    """
+
+    def __init__(
+        self, weight: nn.Parameter, bias: nn.Parameter | None, window: tuple[int, int], dilation: int = 1
+    ) -> None:
+        super().__init__()
+        self.weight, self.bias, self.dilation = weight, bias, dilation
+        self.rows: Tensor
+        self.columns: Tensor
+        for name, bins, length in zip(("rows", "columns"), weight.shape[2:], window, strict=True):
+            shares = F.adaptive_avg_pool1d(torch.eye(length)[:, None], bins)[:, 0].T  # (bins, length)
+            self.register_buffer(name, shares.to(weight.device, weight.dtype), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        kernel = torch.einsum("ocab,ah,bw->ochw", self.weight, self.rows, self.columns)
+        return F.conv2d(x, kernel, self.bias, dilation=self.dilation)  # (N, O, h, w)
+
+
+def cells_of(x: Tensor, shape: Sequence[int], order: Sequence[int] | None = None) -> Tensor:
+    """The cells of a map (N, C, h, w) as a batch (N * h * w, *shape), their channels in the given order."""
+    cells = x.permute(0, 2, 3, 1).flatten(0, 2)  # (N * h * w, C)
+    cells = cells if order is None else cells[:, torch.as_tensor(order, device=x.device)]
+    return cells.reshape(-1, *shape)
+
+
+def map_of(cells: Tensor, like: Tensor) -> Tensor:
+    """A batch of cells (N * h * w, ...) as a map (N, C', h, w), for the map (N, C, h, w) that `cells_of` took apart."""
+    return cells.reshape(like.shape[0], like.shape[2], like.shape[3], -1).permute(0, 3, 1, 2)

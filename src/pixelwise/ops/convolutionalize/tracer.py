@@ -2,6 +2,9 @@
 
 With the shapes known, code that asks for a size that no image changes (the number of channels, of axes) can be followed
 where fx alone gives up. Whatever else cannot be followed is told to the caller, who may take that module as one step.
+
+Steps are of several kinds, told by the class of a layer or the name of a function or method: those that look at single
+values, at single cells, or that only rearrange.
 """
 
 from collections.abc import Callable, Collection, Iterator
@@ -9,13 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.layers import get_notrace_functions, get_notrace_modules
 from torch import Tensor, fx, nn
 from torch.fx._symbolic_trace import _maybe_revert_all_patches
 from torch.fx.proxy import Attribute, TraceError
+from torch.nn.modules import activation
 from torch.nn.modules.batchnorm import _BatchNorm
-
-from pixelwise.ops.convolutionalize.steps import ELEMENTWISE_MODULES, is_adaptive_pool
+from torch.nn.modules.dropout import _DropoutNd
 
 CONTENT = "it branches on the content of the image"
 # What forward methods and torch's operators raise when shapes or types do not suit them.
@@ -23,6 +27,80 @@ REFUSALS = (
     RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, NotImplementedError,
     ArithmeticError,
 )  # fmt: skip
+
+# Activations that look at single values; these look at more, or hold parameters.
+_OTHERS = {"MultiheadAttention", "Softmax", "Softmin", "Softmax2d", "LogSoftmax", "GLU", "PReLU", "RReLU"}
+_ELEMENTWISE_MODULES = (
+    nn.Identity,
+    _DropoutNd,
+    *(getattr(activation, name) for name in activation.__all__ if name not in _OTHERS),
+)
+_ELEMENTWISE = {
+    "relu", "relu6", "leaky_relu", "elu", "selu", "celu", "gelu", "silu", "mish", "hardtanh", "hardswish",
+    "hardsigmoid", "sigmoid", "tanh", "softplus", "softsign", "dropout", "dropout2d", "alpha_dropout",
+    "feature_dropout", "abs", "exp", "sqrt", "square", "pow", "clamp", "neg", "reciprocal", "rsqrt", "clone",
+    "contiguous", "detach", "float", "to", "type_as", "mul_", "add_", "div_", "sub_", "relu_", "sigmoid_", "clamp_",
+}  # fmt: skip
+# Of several maps, or of a map and a table by channels: each cell of the result depends on the same cell of the inputs.
+_BY_CELL_MODULES = (_BatchNorm, nn.PReLU, nn.LayerNorm, nn.Linear)
+_BY_CELL = {
+    "add", "sub", "mul", "div", "true_divide", "truediv", "iadd", "imul", "isub", "itruediv", "maximum", "minimum",
+    "cat", "concat", "addcmul", "lerp", "where", "batch_norm", "layer_norm", "prelu", "linear", "expand_as",
+}  # fmt: skip
+_MOVING = {"flip", "roll"}  # these put values elsewhere in the map
+_REARRANGING_MODULES = (nn.Flatten, nn.Unflatten, nn.ChannelShuffle)
+_REARRANGING = {
+    "flatten", "unflatten", "reshape", "view", "view_as", "permute", "transpose", "swapaxes", "movedim", "moveaxis",
+    "squeeze", "unsqueeze", "chunk", "split", "unbind", "narrow", "stack", "contiguous", "getitem", *_MOVING,
+}  # fmt: skip
+
+
+def is_elementwise(node: fx.Node, module: nn.Module | None) -> bool:
+    """Each value of the result depends on one value of the input, and all in the same way."""
+    return _is(node, module, _ELEMENTWISE_MODULES, _ELEMENTWISE)
+
+
+def is_by_cell(node: fx.Node, module: nn.Module | None) -> bool:
+    """Each cell of the resulting map depends on the same cell of the maps that go in, if all have the same size."""
+    if _is(node, module, (), _MOVING):
+        return False
+    by_cell = _is(node, module, _BY_CELL_MODULES, _BY_CELL)
+    return by_cell or is_elementwise(node, module) or is_rearranging(node, module)
+
+
+def is_rearranging(node: fx.Node, module: nn.Module | None) -> bool:
+    """Each value of the result is a value of the input."""
+    return _is(node, module, _REARRANGING_MODULES, _REARRANGING)
+
+
+def _is(node: fx.Node, module: nn.Module | None, modules: tuple[type, ...], names: set[str]) -> bool:
+    """Whether a step calls a module of one of these classes, or a function of torch or a method of one of these names."""
+    if node.op == "call_module":
+        return isinstance(module, modules)
+    if node.op == "call_method":
+        return node.target in names
+    home = str(getattr(node.target, "__module__", "")).partition(".")[0]
+    return home in ("torch", "_operator") and getattr(node.target, "__name__", "") in names
+
+
+def is_linear(module: nn.Module | None) -> bool:
+    """A linear layer with its own weights and torch's own forward."""
+    plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+    return plain and "weight" in module._parameters  # type: ignore[union-attr]  # not under a parametrisation
+
+
+def is_adaptive_average(node: fx.Node, module: nn.Module | None) -> bool:
+    """Average pooling to a number of cells that is given."""
+    return isinstance(module, nn.AdaptiveAvgPool2d) or node.target is F.adaptive_avg_pool2d
+
+
+def _is_adaptive_pool(node: fx.Node, module: nn.Module | None) -> bool:
+    """Pooling to a number of cells that is given, and is more than one."""
+    is_maximum = isinstance(module, nn.AdaptiveMaxPool2d) or node.target is F.adaptive_max_pool2d
+    if not is_maximum and not is_adaptive_average(node, module):
+        return False
+    size = module.output_size if module is not None else (*node.args[1:], *node.kwargs.values())
+    return size not in (1, (1, 1), (1,), ((1, 1),), ([1, 1],))
 
 
 @dataclass(frozen=True)
@@ -110,7 +188,7 @@ class Tracer(fx.Tracer):
         if kind == "call_method" and target.endswith("_") and not target.endswith("__"):
             args[0].node = node  # what works in place: from here on, its input is what it gives
         module = self.root.get_submodule(target) if kind == "call_module" else None
-        if is_adaptive_pool(node, module) and self._keeps_the_map(node):
+        if _is_adaptive_pool(node, module) and self._keeps_the_map(node):
             return _Proxy(node.args[0], self)  # type: ignore[arg-type]
         return proxy
 
@@ -144,7 +222,7 @@ class Tracer(fx.Tracer):
         if refused is not None:
             return refused
         module = self.root.get_submodule(str(node.target)) if node.op == "call_module" else None
-        if isinstance(module, (*ELEMENTWISE_MODULES, _BatchNorm)) and len(inputs) == 1:
+        if isinstance(module, (*_ELEMENTWISE_MODULES, _BatchNorm)) and len(inputs) == 1:
             return inputs[0]  # of the same shape; asking torch takes far longer
         try:
             value = run_node(node, self.root, lambda item: item.meta[size])

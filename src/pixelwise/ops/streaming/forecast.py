@@ -4,18 +4,17 @@ Nothing is computed: the stream is walked with tensors that have shapes only.
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from pixelwise.ops.streaming.graph import Graph
-from pixelwise.ops.streaming.kernels import Convolution, Slides
-from pixelwise.ops.streaming.network import LEAST_STEP_PX, Stream, windows_of
-from pixelwise.ops.streaming.pointwise import Chunk
-from pixelwise.ops.streaming.spill import EmptySpillFile
-from pixelwise.ops.streaming.windows import Span, Window, whole
+from pixelwise.ops.streaming.graph import Graph, whole
+from pixelwise.ops.streaming.kernels import Convolution, MaxPooling, Slides
+from pixelwise.ops.streaming.memory import Span, Spilled, SpillFile, Window
+from pixelwise.ops.streaming.network import LEAST_STEP_PX, Stream
 
 _TYPES = {2: torch.bfloat16, 4: torch.float32, 8: torch.int64}  # by bytes per number
 STEADY = 6  # stripes without a new peak, once rows have been let go of everywhere, tell that none will come
@@ -36,8 +35,8 @@ def cost_of(graph: Graph, regions: Sequence[Window]) -> float:
     A network without convolutions costs nothing either way: 1.
     """
     _, _, height, width = graph.shape
-    once = multiply_adds(graph, windows_of(graph, whole(height, width)))
-    return sum(multiply_adds(graph, windows_of(graph, region)) for region in regions) / once if once else 1.0
+    once = multiply_adds(graph, graph.windows(whole(height, width)))
+    return sum(multiply_adds(graph, graph.windows(region)) for region in regions) / once if once else 1.0
 
 
 def item_sizes(graph: Graph, compute_bytes: int) -> list[int]:
@@ -48,8 +47,8 @@ def item_sizes(graph: Graph, compute_bytes: int) -> list[int]:
             sizes.append(4)
         elif rule.macs or rule.macs_of_input:
             sizes.append(compute_bytes)
-        elif isinstance(rule, Chunk) and rule.index == 1 and isinstance(rule.whole, Slides):
-            sizes.append(8)  # places of maxima
+        elif isinstance(rule, MaxPooling) and rule.gives_places:
+            sizes.append(8)
         else:
             floats = [sizes[source] for source in call.sources if sizes[source] <= 4]
             sizes.append(max(floats, default=4))
@@ -68,11 +67,24 @@ class Peaks(NamedTuple):
     disk: int = 0
 
 
+class _EmptyFile(SpillFile):
+    """Counts what would be stored, of tensors without content."""
+
+    def __init__(self) -> None:
+        self.size, self._free = 0, defaultdict(list)
+
+    def _write(self, offset: int, rows: Tensor) -> None:
+        pass
+
+    def _read(self, item: Spilled) -> Tensor:
+        return torch.empty(item.shape, dtype=item.dtype, device="meta")
+
+
 class Forecast(Stream):
     """A stream that keeps account of the bytes and computes nothing."""
 
     def __init__(self, graph: Graph, region: Window, sizes: Sequence[int], *, has_spill_file: bool = False) -> None:
-        self.spill_file = EmptySpillFile() if has_spill_file else None
+        self.spill_file = _EmptyFile() if has_spill_file else None
         super().__init__(graph, region, spill_file=self.spill_file)
         self.sizes, self.peak, self.held = sizes, 0, [0] * len(graph.calls)
 
@@ -92,30 +104,26 @@ class Forecast(Stream):
 
     def _count(self, step: int, stop: int) -> None:
         call, rule, kept = self.graph.calls[step], self.graph.rules[step], self.kept[step]
-        if isinstance(rule, Chunk):
-            return
         new = Window(Span(kept.stop, stop), self.needed[step].columns)
         copied = 0
         for source, window in zip(call.sources, rule.need(new), strict=True) if call else ():
-            pads = rule.pads(new) if isinstance(rule, Slides) else ((0, 0), (0, 0))
-            uneven = any(before != after for before, after in pads)
+            pads = rule.pads(new) if isinstance(rule, Slides) else ()
+            is_uneven = any(before != after for before, after in pads)
             bases = self.graph.bases[source]
             for base in bases:
                 self.kept[base].fetch(window.rows)
                 self._weigh(base)
-                copies = uneven + (len(bases) > 1) + (not self.kept[base].is_whole(window))
-                if copies:
-                    copied += copies * self._rows(base, window).nbytes
-        steps = self.chunks.get(step, [step])
-        for item in steps:
+                copies = is_uneven + (len(bases) > 1) + (not self.kept[base].is_whole(window))
+                copied += copies * self._rows(base, window).nbytes if copies else 0
+        alike = self.graph.together.get(step, [step])
+        for item in alike:
             self.kept[item].append(self._rows(item, new))
             self._weigh(item)
-        if step in self.chunks:
-            kept.start = kept.stop = stop
         self.peak = max(self.peak, sum(self.held) + copied)
-        for source in self.sources(call) if call else ():
-            self.release(source, step)
-            self._weigh(source)
+        for item in alike:
+            for source in self.graph.sources(item):
+                self.release(source, item)
+                self._weigh(source)
 
     @property
     def peaks(self) -> Peaks:
@@ -133,7 +141,7 @@ class Forecast(Stream):
         return all(
             kept.start > needed.rows.start or not needed.rows.length
             for step, (kept, needed) in enumerate(zip(self.kept, self.needed, strict=True))
-            if step not in self.chunks and not self.graph.is_joined(step)
+            if not self.graph.is_joined(step)
         )
 
 

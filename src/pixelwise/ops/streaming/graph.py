@@ -5,8 +5,9 @@ other maps. Everything else (weights, tables, masks) is constant and is computed
 """
 
 import math
+import operator
 from collections import defaultdict
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +16,50 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from pixelwise.errors import PixelwiseError
-from pixelwise.ops.convolutionalize.capture import without_memory
-from pixelwise.ops.streaming.axes import Rule
+from pixelwise.ops.cost import without_memory
+from pixelwise.ops.streaming.memory import Span, Window
+
+NOTHING = Window(Span(0, 0), Span(0, 0))
+
+
+def whole(height: int, width: int) -> Window:
+    """The window that is a whole map."""
+    return Window(Span(0, height), Span(0, width))
 
 
 class NotWindowed(PixelwiseError):
     """The network has an operation whose windows cannot be computed from windows: unknown, or one over the whole image."""
+
+
+class Axis:
+    """How an operation maps one axis; here, place by place."""
+
+    def need(self, out: Span) -> Span:
+        """The places of the input that the places `out` of the output, at least one, depend on, within the input."""
+        return out
+
+
+class Rule:
+    """Computes windows of an operation's map; `run` takes the windows that `need` names, one of each of `count` inputs.
+
+    Of an operation that gives several maps, `run` gives them all. A map may be overwritten by an operation that alone needs
+    it (`owned`) if its rule `gives_new` memory. What only `joins` the channels of others is never kept.
+    """
+
+    axes: tuple[int, int] = (2, 3)  # those of rows and columns in the result
+    rows = Axis()
+    columns = Axis()
+    count = 1
+    gives_new = joins = False
+    macs = macs_of_input = 0  # multiply-adds for each place of the result, or of the input
+
+    def need(self, out: Window) -> list[Window]:
+        if 0 in out.size:
+            return [NOTHING] * self.count
+        return [Window(self.rows.need(out.rows), self.columns.need(out.columns))] * self.count
+
+    def run(self, out: Window, tensors: list[Tensor], windows: list[Window], owned: bool = False) -> Any:
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -57,7 +96,10 @@ class Input:
 
 @dataclass(eq=False)
 class Call:
-    """One operation: `op(*args, **kwargs)`, in which maps are `Input`s; `sources` are the steps that give them."""
+    """One operation: `op(*args, **kwargs)`, in which maps are `Input`s; `sources` are the steps that give them.
+
+    Of an operation that gives several maps, each is a call of its own, of that `index`.
+    """
 
     name: str
     op: Any
@@ -65,8 +107,9 @@ class Call:
     kwargs: dict[str, Any]
     sources: list[int]
     inputs: list[Map]
-    shapes: list[tuple[int, ...]]
-    source_rules: list[Any]
+    source_rules: list[Rule]
+    shape: tuple[int, ...]
+    index: int | None = None
 
     def argument(self, index: int, name: str, default: Any = None) -> Any:
         """An argument by its place, or by name."""
@@ -88,9 +131,6 @@ class Call:
         return NotWindowed(f"{self.op} ({self.name}) cannot be computed window by window: {why}.")
 
 
-RuleMaker = Callable[[Call], Any]
-
-
 class Graph:
     """The operations from the image (1, C, H, W) to the logits, each with the rule that computes its windows.
 
@@ -98,30 +138,48 @@ class Graph:
     batch norm and dropout in training mode.
     """
 
-    def __init__(self, model: nn.Module, shape: tuple[int, int, int, int], rule_of: RuleMaker) -> None:
+    def __init__(self, model: nn.Module, shape: tuple[int, int, int, int], rule_of: Callable[[Call], Rule]) -> None:
         self.device = next((item.device for item in (*model.parameters(), *model.buffers())), torch.device("cpu"))
         self.shape, self._rule_of = shape, rule_of
         program = _export(model, shape)
-        self._state = _state_of(program, model)
         self.calls: list[Call | None] = [None]  # the image comes first
-        self.rules: list[Any] = [Rule()]
-        self.maps: list[Map] = [Map(shape, (2, 3))]
-        self._constants: dict[fx.Node, Any] = {}
+        self.rules = [Rule()]
+        self.maps = [Map(shape, (2, 3))]
         self._steps: dict[fx.Node, int] = {}
-        self._aliases = Aliases(program.graph)
-        for node in program.graph.nodes:
-            self._add(node)
-        self._drop_unused()
+        self._constants: dict[fx.Node, Any] = {}
+        self.together: dict[int, list[int]] = {}  # the steps of an operation that gives several maps, at the first
+        self._read(program, _state_of(program, model))
         self.bases = self._bases()
         self.users: list[list[int]] = [[] for _ in self.calls]
         for step, call in enumerate(self.calls):
             if call is not None and not self.is_joined(step):
-                for source in {base for item in call.sources for base in self.bases[item]}:
+                for source in self.sources(step):
                     self.users[source].append(step)
 
     def is_joined(self, step: int) -> bool:
         """Whether a step only joins the channels of others; it is never kept, but joined where it is used."""
         return self.rules[step].joins and step != self.last
+
+    def sources(self, step: int) -> set[int]:
+        """The steps whose kept rows an operation takes."""
+        call = self.calls[step]
+        return {base for source in call.sources for base in self.bases[source]} if call else set()
+
+    def windows(self, region: Window) -> list[Window]:
+        """The window of each map that a window of the logits depends on; the image's is the first."""
+        needed = [NOTHING] * len(self.calls)
+        needed[self.last] = region
+        for step in range(self.last, 0, -1):
+            for item in (alike := self.together.get(step, [])):  # what is computed together has one window
+                needed[step] = needed[step].union(needed[item])
+            for item in alike:
+                needed[item] = needed[step]
+            call = self.calls[step]
+            if call is None or 0 in needed[step].size:
+                continue
+            for source, window in zip(call.sources, self.rules[step].need(needed[step]), strict=True):
+                needed[source] = needed[source].union(window)
+        return needed
 
     def _bases(self) -> list[list[int]]:
         """The steps whose maps, joined, are that of each step: itself, but for one that only joins others.
@@ -134,33 +192,32 @@ class Graph:
             bases.append([base for item in joined for base in bases[item]] or [step])
         return bases
 
-    def _add(self, node: fx.Node) -> None:
-        if node.name in self._state:
-            self._constants[node] = self._state[node.name]
-        elif node.op == "placeholder":
-            self._steps[node] = 0
-        elif node.op == "output":
-            self._finish(node)
-        elif node.op != "call_function":
-            raise NotWindowed(f"{node.op} {node.target} ({node.name}) cannot be computed window by window.")
-        elif str(node.target) == "aten._assert_tensor_metadata.default":
-            return
-        elif any(item in self._steps for item in node.all_input_nodes):
-            self._aliases.refuse_later_use(node, self._aliases.changed(node))
-            self._add_call(node)
-        elif self._is_for_itself(node):
-            args, kwargs = self._filled(node, self._constants.__getitem__)
-            self._constants[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-
-    def _is_for_itself(self, node: fx.Node) -> bool:
-        """Whether an operation on constants changes only what no map looks at otherwise."""
-        changed = self._aliases.changed(node)
-        self._aliases.refuse_use_by(node, changed, self._steps)
-        if not any(name.op == "placeholder" for name in changed):
-            return True
-        # It counts its calls, say: the network's own numbers stay as they are.
-        self._aliases.refuse_later_use(node, [*changed, node])
-        return False
+    def _read(self, program: Any, state: dict[str, Tensor]) -> None:
+        nodes = list(program.graph.nodes)
+        names = _Names(nodes)
+        needed = {nodes[-1]}  # for the logits
+        for node in reversed(nodes):
+            needed.update(node.all_input_nodes if node in needed else ())
+        of_image: set[fx.Node] = set()
+        for node in nodes:
+            if node.name in state:
+                self._constants[node] = state[node.name]
+            elif node.op == "placeholder":
+                self._steps[node] = 0
+                of_image.add(node)
+            elif node.op == "output":
+                self._finish(node)
+            elif node.op != "call_function":
+                raise NotWindowed(f"{node.op} {node.target} ({node.name}) cannot be computed window by window.")
+            elif of_image.intersection(node.all_input_nodes):
+                of_image.add(node)
+                names.refuse_later_use(node, names.changed(node))
+                # Of a step that gives several maps, those are added that are picked from it.
+                if node in needed and not isinstance(node.meta["val"], tuple | list):
+                    self._add_call(node)
+            elif names.is_for_itself(node, of_image) and node in needed:
+                args, kwargs = self._filled(node, self._constants.__getitem__)
+                self._constants[node] = node.target(*args, **kwargs)
 
     def _finish(self, node: fx.Node) -> None:
         leaves = pytree.tree_leaves(node.args)
@@ -182,6 +239,8 @@ class Graph:
         return pytree.tree_map(real, (node.args, dict(node.kwargs)), is_leaf=lambda item: isinstance(item, fx.Node))
 
     def _add_call(self, node: fx.Node) -> None:
+        picked: Any = node.args if node.target is operator.getitem else (node, None)
+        origin, index = picked
         sources: list[int] = []
 
         def bind(item: fx.Node) -> Any:
@@ -190,42 +249,25 @@ class Graph:
             sources.append(self._steps[item])
             return Input(len(sources) - 1)
 
-        args, kwargs = self._filled(node, bind)
-        values = pytree.tree_leaves(node.meta["val"])
-        shapes = [tuple(item.shape) for item in values]
+        args, kwargs = self._filled(origin, bind)
         maps, rules = [self.maps[item] for item in sources], [self.rules[item] for item in sources]
-        call = Call(node.name, node.target, args, kwargs, sources, maps, shapes, rules)
+        value, shape = node.meta["val"], tuple(node.meta["val"].shape)
+        call = Call(origin.name, origin.target, args, kwargs, sources, maps, rules, shape, index)
         rule = self._rule_of(call)
-        if math.prod(shapes[0]) == 0:
+        if math.prod(shape) == 0:
             raise call.refusal("it gives an empty map")
         self._steps[node] = len(self.calls)
+        if index is not None:
+            first = next(self._steps[item] for item in origin.users if item in self._steps)
+            self.together.setdefault(first, []).append(len(self.calls))
         self.calls.append(call)
         self.rules.append(rule)
-        self.maps.append(Map(shapes[0], rule.axes, values[0].dtype))
-
-    def _drop_unused(self) -> None:
-        """Leave out what the logits do not depend on."""
-        used = {self.last}
-        for step in range(self.last, 0, -1):
-            call = self.calls[step]
-            if step in used and call:
-                used.update(call.sources)
-        kept = sorted(used | {0})
-        number = {old: new for new, old in enumerate(kept)}
-        self.calls = [self.calls[old] for old in kept]
-        self.rules = [self.rules[old] for old in kept]
-        self.maps = [self.maps[old] for old in kept]
-        for call in self.calls:
-            if call:
-                call.sources = [number[item] for item in call.sources]
-        self.last = number[self.last]
+        self.maps.append(Map(shape, rule.axes, value.dtype))
 
 
 def _export(model: nn.Module, shape: tuple[int, int, int, int]) -> Any:
     """The model captured on the device "meta", where weights and maps take no memory."""
     twin = without_memory(model)
-    for module, hollow in zip(model.modules(), twin.modules(), strict=True):
-        hollow.training = module.training
     dtype = next((item.dtype for item in model.parameters() if item.is_floating_point()), torch.float32)
     try:
         with torch.no_grad():
@@ -244,58 +286,61 @@ def _state_of(program: Any, model: nn.Module) -> dict[str, Tensor]:
         for name, target in {**signature.inputs_to_parameters, **signature.inputs_to_buffers}.items()
     }
     for name, target in signature.inputs_to_lifted_tensor_constants.items():
-        constant = program.constants[target]
-        if constant.is_meta:
+        state[name] = program.constants[target]
+        if state[name].is_meta:
             raise NotWindowed(
                 f"{target}: the network makes this tensor while it runs; its content is not in the graph."
             )
-        state[name] = constant
     return state
 
 
-class Aliases:
+class _Names:
     """Which steps of a graph of torch.export are names for the same numbers: a map and its views.
 
     Here every operation gives a new map, in-place ones too. That is right as long as nobody looks at the old names again.
     """
 
-    def __init__(self, graph: fx.Graph) -> None:
-        self._order = {node: place for place, node in enumerate(graph.nodes)}
-        self._names: dict[int, list[fx.Node]] = defaultdict(list)
-        for node in graph.nodes:
+    def __init__(self, nodes: Sequence[fx.Node]) -> None:
+        self._order = {node: place for place, node in enumerate(nodes)}
+        self._of_storage: dict[int, list[fx.Node]] = defaultdict(list)
+        for node in nodes:
             for key in _storages(node):
-                self._names[key].append(node)
+                self._of_storage[key].append(node)
 
     def changed(self, node: fx.Node) -> list[fx.Node]:
         """The steps before an in-place operation whose numbers it changes; none for other operations."""
         if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
             return []
-        places = enumerate(node.target._schema.arguments)
         written = [
             node.args[place] if place < len(node.args) else node.kwargs.get(item.name)
-            for place, item in places
+            for place, item in enumerate(node.target._schema.arguments)
             if item.alias_info and item.alias_info.is_write
         ]
         leaves = [item for item in pytree.tree_leaves(written) if isinstance(item, fx.Node)]
         keys = {key for item in leaves for key in _storages(item)}
-        return [name for key in keys for name in self._names[key] if self._order[name] < self._order[node]]
+        return [name for key in keys for name in self._of_storage[key] if self._order[name] < self._order[node]]
 
-    def refuse_later_use(self, node: fx.Node, names: Sequence[fx.Node]) -> None:
+    def refuse_later_use(self, node: fx.Node, names: Iterable[fx.Node]) -> None:
         """Raise NotWindowed if a step behind `node` takes one of `names`."""
-        self._refuse(
-            node, (name for name in names if any(self._order[user] > self._order[node] for user in name.users))
-        )
+        self._refuse(node, names, lambda user: self._order[user] > self._order[node])
 
-    def refuse_use_by(self, node: fx.Node, names: Sequence[fx.Node], users: Container[fx.Node]) -> None:
-        """Raise NotWindowed if one of `users` takes one of `names`."""
-        self._refuse(node, (name for name in names if any(user in users for user in name.users)))
+    def is_for_itself(self, node: fx.Node, of_image: set[fx.Node]) -> bool:
+        """Whether an operation on constants changes only what no step on the image looks at otherwise."""
+        changed = self.changed(node)
+        self._refuse(node, changed, of_image.__contains__)
+        if not any(name.op == "placeholder" for name in changed):
+            return True
+        # It counts its calls, say: the network's own numbers stay as they are.
+        self.refuse_later_use(node, [*changed, node])
+        return False
 
-    def _refuse(self, node: fx.Node, names: Iterable[fx.Node]) -> None:
+    def _refuse(self, node: fx.Node, names: Iterable[fx.Node], is_amiss: Callable[[fx.Node], bool]) -> None:
         for name in names:
-            raise NotWindowed(
-                f"{node.target} ({node.name}) cannot be computed window by window: it changes {name.name} in place, "
-                "which is used otherwise too."
-            )
+            if any(is_amiss(user) for user in name.users):
+                raise NotWindowed(
+                    f"{node.target} ({node.name}) cannot be computed window by window: it changes {name.name} in place, "
+                    "which is used otherwise too."
+                )
 
 
 def _storages(node: fx.Node) -> set[int]:

@@ -1,21 +1,63 @@
-"""Rules of convolutions, their transposes, and pooling: windows of the output from slightly larger windows of the input.
+"""Rules of convolutions, their transposes, pooling, padding and interpolation: windows from slightly larger windows.
 
 At the border of the whole map the window is padded as the operation pads; elsewhere the neighbours are really there.
 """
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pixelwise.ops.streaming.axes import Rule, Sliding, Spreading
-from pixelwise.ops.streaming.graph import Call
-from pixelwise.ops.streaming.pointwise import Chunk
-from pixelwise.ops.streaming.windows import Span, Window
+from pixelwise.ops.streaming.graph import Axis, Call, Rule
+from pixelwise.ops.streaming.memory import Span, Window
+from pixelwise.ops.streaming.places import Lookups, Placewise, cut, enlarged, scaled_sizes
 
 Pair = tuple[int, int]
+MODES = {
+    "aten.constant_pad_nd.default": "constant",
+    "aten.replication_pad2d.default": "replicate",
+    "aten.reflection_pad2d.default": "reflect",
+}
+
+
+@dataclass(frozen=True)
+class Sliding(Axis):
+    """Windows of `kernel` places, `dilation` apart, that move by `stride`; `before` places of padding come first."""
+
+    length: int
+    kernel: int
+    stride: int = 1
+    before: int = 0
+    dilation: int = 1
+
+    def given(self, inside: Span) -> Span:
+        """The places, with those of the padding, that these windows cover."""
+        start = inside.start * self.stride - self.before
+        return Span(start, (inside.stop - 1) * self.stride - self.before + (self.kernel - 1) * self.dilation + 1)
+
+    def need(self, out: Span) -> Span:
+        return self.given(out).clip(self.length)
+
+    def padding(self, out: Span) -> Pair:
+        """How many places of padding come before and behind what is needed."""
+        padded, inside = self.given(out), self.need(out)
+        if inside.length == 0:
+            return padded.length, 0
+        return inside.start - padded.start, padded.stop - inside.stop
+
+
+class Spreading(Sliding):
+    """The transpose: a place of the input goes to `kernel` places of the output, `stride` further for the next."""
+
+    def need(self, out: Span) -> Span:
+        first = -(-(out.start + self.before - (self.kernel - 1) * self.dilation) // self.stride)
+        return Span(first, (out.stop - 1 + self.before) // self.stride + 1).clip(self.length)
+
+    def padding(self, out: Span) -> Pair:
+        return 0, 0  # the result is cut instead
 
 
 def pair(value: Any) -> Pair:
@@ -45,16 +87,6 @@ class Slides(Rule):
         """The window with its padding."""
         (above, below), (left, right) = self.pads(out)
         return F.pad(x, (left, right, above, below), value=self.fill) if above or below or left or right else x
-
-    def cut(self, y: Tensor, out: Window, given: list[Span]) -> Tensor:
-        """The window `out` of a result that has the places `given`; zeros where it has none."""
-        for axis, (wanted, all_) in zip((2, 3), zip(out, given, strict=True), strict=True):
-            inside = Span(max(wanted.start, all_.start), min(wanted.stop, all_.stop))
-            y = y.narrow(axis, inside.start - all_.start, inside.length) if inside != all_ else y
-            before, after = inside.start - wanted.start, wanted.stop - inside.stop
-            if before or after:
-                y = F.pad(y, (0, 0, before, after) if axis == 2 else (before, after))
-        return y
 
 
 class Convolution(Slides):
@@ -100,9 +132,8 @@ class TransposedConvolution(Convolution):
         # Beyond what the input reaches (torch's output_padding) there is nothing but the bias.
         beyond = any(span.start < all_.start or span.stop > all_.stop for span, all_ in zip(out, given, strict=True))
         bias = None if beyond else self.bias
-        y = self.cut(
-            F.conv_transpose2d(x, self.weight, bias, self.stride, 0, 0, self.groups, self.dilation), out, given
-        )
+        y = F.conv_transpose2d(x, self.weight, bias, self.stride, 0, 0, self.groups, self.dilation)
+        y = cut(y, out, given)
         return y + self.bias[:, None, None].to(y.dtype) if beyond and self.bias is not None else y
 
 
@@ -116,17 +147,18 @@ class Pooling(Slides):
 
 
 class MaxPooling(Pooling):
-    """max_pool2d, with ceil_mode, and with the places of the maxima (as in the whole map)."""
+    """max_pool2d, with ceil_mode, and with the places of the maxima in the whole map, where `gives_places`."""
 
     fill = float("-inf")
 
     def __init__(self, call: Call) -> None:
         super().__init__(call, pair(call.argument(4, "dilation", 1)))
-        self.with_places = len(call.shapes) > 1
+        self.index = call.index
+        self.gives_places = call.index == 1
 
     def run(self, out: Window, tensors: list[Tensor], windows: list[Window], owned: bool = False) -> Any:
         x = self.padded(tensors[0], out)
-        if not self.with_places:
+        if self.index is None:
             return F.max_pool2d(x, self.kernel, self.stride, 0, self.dilation)
         maxima, places = F.max_pool2d(x, self.kernel, self.stride, 0, self.dilation, return_indices=True)
         row, column = places // x.shape[3], places % x.shape[3]
@@ -141,9 +173,8 @@ class MaxUnpooling(Slides):
     kind, count = Spreading, 2
 
     def __init__(self, call: Call) -> None:
-        places = call.source_rules[1]
-        pooling = places.whole if isinstance(places, Chunk) else None
-        if not isinstance(pooling, MaxPooling):
+        pooling = call.source_rules[1]
+        if not isinstance(pooling, MaxPooling) or not pooling.gives_places:
             raise call.refusal("its places do not come straight from a pooling")
         self.size = pair(call.argument(2, "output_size"))
         if pooling.stride != pooling.kernel or pooling.dilation != (1, 1) or pooling.columns.length != self.size[1]:
@@ -159,7 +190,7 @@ class MaxUnpooling(Slides):
         height, width = given[0].length, given[1].length
         local = (places // self.size[1] - given[0].start) * width + places % self.size[1] - given[1].start
         y = torch.ops.aten.max_unpool2d(values.contiguous(), local.contiguous(), [height, width])
-        return self.cut(y, out, given)
+        return cut(y, out, given)
 
 
 class AveragePooling(Pooling):
@@ -168,10 +199,11 @@ class AveragePooling(Pooling):
     def __init__(self, call: Call) -> None:
         super().__init__(call)
         with_padding, self.divisor = call.argument(5, "count_include_pad", True), call.argument(6, "divisor_override")
-        self.counts = [
-            _counts(length, axis, with_padding)
-            for length, axis in zip(call.shapes[0][2:], (self.rows, self.columns), strict=True)
-        ]
+        self.counts = []  # for each window along an axis, how many places count
+        for outputs, axis in zip(call.shape[2:], (self.rows, self.columns), strict=True):
+            start = torch.arange(outputs) * axis.stride - axis.before
+            stop = (start + axis.kernel).clamp(max=axis.length + (axis.before if with_padding else 0))
+            self.counts.append(stop - (start if with_padding else start.clamp(min=0)))
 
     def run(self, out: Window, tensors: list[Tensor], windows: list[Window], owned: bool = False) -> Tensor:
         x = self.padded(tensors[0], out)
@@ -184,8 +216,107 @@ class AveragePooling(Pooling):
         return sums / (rows[:, None] * columns).to(sums.dtype)
 
 
-def _counts(outputs: int, axis: Sliding, with_padding: bool) -> Tensor:
-    """For each window along an axis, how many places count."""
-    start = torch.arange(outputs) * axis.stride - axis.before
-    stop = (start + axis.kernel).clamp(max=axis.length + (axis.before if with_padding else 0))
-    return stop - (start if with_padding else start.clamp(min=0))
+class ConstantPadding(Rule):
+    """pad with a constant: windows of one place. Padding may be negative, which cuts."""
+
+    rows: Sliding
+    columns: Sliding
+
+    def __init__(self, call: Call, amounts: list[Pair], value: float) -> None:
+        first = call.inputs[0]
+        self.axes, self.value, self._ndim = first.axes, value, len(first.shape)
+        sides = zip((first.height, first.width), amounts, strict=True)
+        self.rows, self.columns = (Sliding(length, kernel=1, before=before) for length, (before, _) in sides)
+
+    def run(self, out: Window, tensors: list[Tensor], windows: list[Window], owned: bool = False) -> Tensor:
+        pads = [0] * (2 * self._ndim)
+        for axis, rule, span in zip(self.axes, (self.rows, self.columns), out, strict=True):
+            place = 2 * (self._ndim - 1 - axis)
+            pads[place : place + 2] = rule.padding(span)
+        return F.pad(tensors[0], pads, value=self.value) if any(pads) else tensors[0]
+
+
+def padding(call: Call) -> Rule:
+    """pad and its kin."""
+    name, first = str(call.op), call.inputs[0]
+    amounts = list(call.argument(1, "pad") or call.argument(1, "padding"))
+    mode = call.argument(2, "mode", "constant") if name == "aten.pad.default" else MODES[name]
+    value = call.argument(3, "value") if name == "aten.pad.default" else call.argument(2, "value", 0)
+    last = len(first.shape) - 1
+    by_axis = {last - index: (amounts[2 * index], amounts[2 * index + 1]) for index in range(len(amounts) // 2)}
+    along = [by_axis.pop(axis, (0, 0)) for axis in first.axes]
+    if any(amount != (0, 0) for amount in by_axis.values()):
+        if any(amount != (0, 0) for amount in along):
+            raise call.refusal("it pads channels together with rows or columns")
+        return Placewise(call, first.axes)
+    if mode == "constant":
+        return ConstantPadding(call, along, 0.0 if value is None else value)
+    if mode not in ("replicate", "reflect"):
+        raise call.refusal(f"padding of mode {mode} brings rows from the other end of the image")
+    tables = {}
+    for axis, (before, after) in zip(first.axes, along, strict=True):
+        end = first.shape[axis] - 1
+        places = torch.arange(-before, end + 1 + after)
+        tables[axis] = places.clamp(0, end) if mode == "replicate" else end - (end - places.abs()).abs()
+    return Lookups(call, tables)
+
+
+class Interpolation(Axis):
+    """Linear between two places, as torch computes it (in float32, so that far from the start the same rounding comes out).
+
+    `align_corners` lets the ends fall together (else the areas of the outermost places do). `scale` is output over input,
+    where the caller of torch gave it; else it follows from the lengths.
+    """
+
+    def __init__(self, length: int, target: int, scale: float | None, align_corners: bool) -> None:
+        places = torch.arange(target, dtype=torch.float32)
+        if align_corners:
+            step = (length - 1) / (target - 1) if target > 1 else 0.0
+            source = places * torch.tensor(step, dtype=torch.float32)
+        else:
+            step = 1 / scale if scale else length / target
+            source = (torch.tensor(step, dtype=torch.float32) * (places + 0.5) - 0.5).clamp(min=0)
+        self.low = source.floor().long().clamp(max=length - 1)
+        self.high = (self.low + 1).clamp(max=length - 1)
+        self.share = (source - self.low).clamp(0, 1)  # of the higher place
+        factor = target // length
+        self.factor = factor if target == factor * length and not align_corners and scale in (None, factor) else 0
+        self.length = length
+
+    def need(self, out: Span) -> Span:
+        if self.factor:  # a place more on each side: torch's own kernel treats the ends of what it is given as borders
+            return Span(out.start // self.factor - 1, -(-out.stop // self.factor) + 1).clip(self.length)
+        return Span(int(self.low[out.start]), int(self.high[out.stop - 1]) + 1)
+
+    def run(self, x: Tensor, axis: int, out: Span, window: Span) -> Tensor:
+        """The places `out` from the window that they need."""
+        low, high = (table[out.start : out.stop] - window.start for table in (self.low, self.high))
+        share = self.share[out.start : out.stop].to(x.device)
+        share = share[:, None] if axis == 2 else share
+        lower, higher = (x.index_select(axis, places.to(x.device)) for places in (low, high))
+        return (lower * (1 - share) + higher * share).to(x.dtype)
+
+
+class BilinearResampling(Rule):
+    """upsample_bilinear2d to any size, larger or smaller."""
+
+    def __init__(self, call: Call) -> None:
+        align = bool(call.argument(2, "align_corners", False))
+        sizes = scaled_sizes(call, place=3, factors=() if align else (1,))
+        unchanged = not align and all(target == length and scale in (None, 1.0) for length, target, scale in sizes)
+        self.sides = (
+            [] if unchanged else [Interpolation(*size[:2], None if align else size[2], align) for size in sizes]
+        )
+        if self.sides:
+            self.rows, self.columns = self.sides
+
+    def run(self, out: Window, tensors: list[Tensor], windows: list[Window], owned: bool = False) -> Tensor:
+        x = tensors[0]
+        factors = [side.factor for side in self.sides]
+        if self.sides and all(factors):
+            size = (x.shape[2] * factors[0], x.shape[3] * factors[1])
+            y = F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+            return cut(y, out, enlarged(windows[0], factors))
+        for axis, side in enumerate(self.sides):
+            x = side.run(x, axis + 2, out[axis], windows[0][axis])
+        return x

@@ -14,20 +14,52 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pixelwise.ops.streaming.allocator import Allocator, MemoryLimit
-from pixelwise.ops.streaming.graph import Call, Graph
-from pixelwise.ops.streaming.pointwise import Chunk
-from pixelwise.ops.streaming.rules import rule_of
-from pixelwise.ops.streaming.spill import SpillFile
-from pixelwise.ops.streaming.windows import Kept, Span, Window
+from pixelwise.ops.streaming import kernels, places
+from pixelwise.ops.streaming.graph import Call, Graph, Rule
+from pixelwise.ops.streaming.memory import Kept, MemoryLimit, RowMemory, Span, SpillFile, Window
 
 ReadWindow = Callable[[int, int, int, int], Tensor]
 """(top, left, height, width) -> that part of the image, (C, height, width), on the network's device."""
 
-
 LEAST_STEP_PX = 32  # rows of the image that are taken at once, at least
 _SOON_PX = 64  # rows that are needed before so many rows of the image have come do not go to the disk
 _NARROW = 0.9  # of the columns; what saves less is not worth a copy
+
+_MAKERS: dict[Callable[[Call], Rule], str] = {
+    places.at_rest: "dropout.default feature_dropout.default alpha_dropout.default dropout_.default",
+    places.along_channels: "softmax.int _softmax.default log_softmax.int _log_softmax.default sum.dim_IntList mean.dim "
+    "amax.default logsumexp.default chunk.default split.Tensor split_with_sizes.default",
+    places.Reshaped: "view.default reshape.default squeeze.dim squeeze.dims unsqueeze.default",
+    places.Permuted: "permute.default transpose.int",
+    places.normalised: "batch_norm.default",
+    places.Joined: "cat.default",
+    places.norm_of_channels: "layer_norm.default",
+    places.linear_of_channels: "linear.default",
+    places.pooled_channels: "avg_pool3d.default",
+    places.slicing: "slice.Tensor narrow.default",
+    places.index_selecting: "index_select.default",
+    places.Flip: "flip.default",
+    places.nearest: "upsample_nearest2d.vec upsample_nearest2d.default",
+    places.PixelShuffle: "pixel_shuffle.default",
+    kernels.Convolution: "conv2d.default conv2d.padding",
+    kernels.TransposedConvolution: "conv_transpose2d.input",
+    kernels.MaxPooling: "max_pool2d.default max_pool2d_with_indices.default",
+    kernels.MaxUnpooling: "max_unpool2d.default",
+    kernels.AveragePooling: "avg_pool2d.default",
+    kernels.padding: "pad.default constant_pad_nd.default replication_pad2d.default reflection_pad2d.default",
+    kernels.BilinearResampling: "upsample_bilinear2d.vec upsample_bilinear2d.default",
+}
+RULES = {f"aten.{name}": maker for maker, names in _MAKERS.items() for name in names.split()}
+RULES["pixelwise.spatial_dropout.default"] = places.DroppedByPlace
+
+
+def rule_of(call: Call) -> Rule:
+    """The rule of an operation; NotWindowed if it has none, or its own does not suit it."""
+    if maker := RULES.get(str(call.op)):
+        return maker(call)
+    if call.index is None and places.is_placewise(call.op):
+        return places.Placewise(call)
+    raise call.refusal("it is not known here, or needs the whole image at once")
 
 
 class WindowedNetwork:
@@ -47,14 +79,8 @@ class WindowedNetwork:
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         self.graph = Graph(model, (1, in_channels, height, width), rule_of)
-        self.height, self.width, self.autocast = height, width, autocast
+        self.autocast = autocast
         self.num_classes = self.graph.maps[self.graph.last].shape[1]
-
-    @torch.inference_mode()
-    def window(self, read: ReadWindow, *, top: int, left: int, height: int, width: int) -> Tensor:
-        """The logits of a window at once, (K, height, width), from the pixels that they depend on."""
-        stripes = self.stripes(read, top=top, left=left, height=height, width=width, stripe_px=height)
-        return next(logits for _, logits in stripes)
 
     @torch.inference_mode()
     def stripes(
@@ -75,34 +101,12 @@ class WindowedNetwork:
         `spill_file`, if given (on CPUs).
         """
         region = Window(Span(top, top + height), Span(left, left + width))
-        stream = Stream(
-            self.graph, region, Allocator() if self.graph.device.type == "cpu" else None, memory_limit, spill_file
-        )
+        memory = RowMemory() if self.graph.device.type == "cpu" else None
+        stream = Stream(self.graph, region, memory, memory_limit, spill_file)
         for first in range(top, top + height, stripe_px):
             with self.autocast():
                 logits = stream.advance(min(first + stripe_px, top + height), read, max(stripe_px, LEAST_STEP_PX))
             yield first, logits[0]
-
-    def windows(self, region: Window) -> list[Window]:
-        """The window of each map that a window of the logits depends on; the image's is the first."""
-        return windows_of(self.graph, region)
-
-
-def windows_of(graph: Graph, region: Window) -> list[Window]:
-    """The window of each map that a window of the logits depends on; the image's is the first."""
-    nothing = Window(Span(0, 0), Span(0, 0))
-    needed = [nothing] * len(graph.calls)
-    needed[graph.last] = region
-    for step in range(graph.last, 0, -1):
-        call, rule = graph.calls[step], graph.rules[step]
-        if call is None or 0 in needed[step].size:
-            continue
-        for source, window in zip(call.sources, rule.need(needed[step]), strict=True):
-            needed[source] = needed[source].union(window)
-    for step, rule in enumerate(graph.rules):  # what is computed together has one window
-        if isinstance(rule, Chunk):
-            needed[step] = needed[graph.calls[step].sources[0]]  # type: ignore[union-attr]
-    return needed
 
 
 class Stream:
@@ -112,33 +116,28 @@ class Stream:
         self,
         graph: Graph,
         region: Window,
-        allocator: Allocator | None = None,
+        memory: RowMemory | None = None,
         memory_limit: MemoryLimit | None = None,
         spill_file: SpillFile | None = None,
     ) -> None:
         self.graph, self.region, self.memory_limit = graph, region, memory_limit
-        self.needed = windows_of(graph, region)
+        self.needed = graph.windows(region)
         self.kept = [
-            Kept(item.axes, window.columns, window.rows.start, window.rows.start, allocator, spill_file)
+            Kept(item.axes, window.columns, window.rows.start, window.rows.start, memory, spill_file)
             for item, window in zip(graph.maps, self.needed, strict=True)
         ]
-        self.chunks: dict[int, list[int]] = {}
-        for step, rule in enumerate(graph.rules):
-            if isinstance(rule, Chunk):
-                self.chunks.setdefault(graph.calls[step].sources[0], []).append(step)  # type: ignore[union-attr]
-
         self.waits: list[dict[int, Window | None]] = [
             {user: self._needs(source, user) for user in users} for source, users in enumerate(graph.users)
         ]
 
     def advance(self, row: int, read: ReadWindow, step_px: int) -> Tensor:
         """The logits down to `row` (exclusive), from where the last call ended, (1, K, rows, width)."""
-        first = self.kept[self.graph.last].stop
+        last = self.kept[self.graph.last]
+        first = last.stop
         for step, stop in self.schedule(row, step_px):
             self._compute(step, stop, read)
             if self.memory_limit is not None:
                 self.memory_limit.hold()
-        last = self.kept[self.graph.last]
         logits = last.take(Window(Span(first, row), self.region.columns))
         last.drop_before(row)
         return logits
@@ -149,8 +148,8 @@ class Stream:
         `step_px` rows of the image are taken at a time, and what they allow is computed before the next are: the first rows
         of the logits need many of the image, whose maps would be large all at once.
         """
-        targets = self.targets(row)
-        image = self.graph.calls.index(None)
+        targets = self._targets(row)
+        image = 0
         while True:
             targets_now = [*targets]
             targets_now[image] = min(targets[image], self.kept[image].stop + step_px)
@@ -167,7 +166,7 @@ class Stream:
     def _reachable(self, step: int, stop: int) -> int:
         """How far a map can be computed, at most to `stop`, from the rows that are there."""
         call, rule, kept = self.graph.calls[step], self.graph.rules[step], self.kept[step]
-        if call is None or isinstance(rule, Chunk):
+        if call is None:
             return stop
         columns = self.needed[step].columns
 
@@ -183,14 +182,15 @@ class Stream:
             return stop
         return kept.stop + bisect_left(range(kept.stop + 1, stop + 1), True, key=lambda row: not is_there(row))
 
-    def targets(self, row: int) -> list[int]:
+    def _targets(self, row: int) -> list[int]:
         """Down to which row each map has to be computed for the logits down to `row`."""
         graph, kept = self.graph, self.kept
         targets = [item.stop for item in kept]
         targets[graph.last] = row
         for step in range(graph.last, 0, -1):
-            for chunk in self.chunks.get(step, ()):
-                targets[step] = max(targets[step], targets[chunk])
+            alike = graph.together.get(step, [step])
+            for item in alike:
+                targets[item] = max(targets[item] for item in alike)
             call = graph.calls[step]
             if call is None or targets[step] <= kept[step].stop:
                 continue
@@ -198,17 +198,12 @@ class Stream:
             for source, window in zip(call.sources, graph.rules[step].need(new), strict=True):
                 for base in graph.bases[source] if 0 not in window.size else ():
                     targets[base] = max(targets[base], window.rows.stop)
-        for step, chunks in self.chunks.items():
-            for chunk in chunks:
-                targets[chunk] = targets[step]
         return targets
 
     def _compute(self, step: int, stop: int, read: ReadWindow) -> None:
         """The next rows of a map."""
         graph, kept = self.graph, self.kept[step]
         call, rule = graph.calls[step], graph.rules[step]
-        if isinstance(rule, Chunk):
-            return
         new = Window(Span(kept.stop, stop), self.needed[step].columns)
         if call is None:
             (top, _), (left, _) = new
@@ -216,16 +211,13 @@ class Stream:
             return
         windows = rule.need(new)
         tensors = [self._take(source, window) for source, window in zip(call.sources, windows, strict=True)]
-        result = rule.run(new, tensors, windows, self._owned(step, tensors))
+        result = rule.run(new, tensors, windows, self._is_owned(call, tensors))
         del tensors
-        if step in self.chunks:
-            for chunk in self.chunks[step]:
-                self.kept[chunk].append(result[graph.rules[chunk].index])
-            kept.start = kept.stop = stop
-        else:
-            kept.append(result)
-        for source in self.sources(call):
-            self.release(source, step)
+        for item in graph.together.get(step, [step]):
+            index = graph.calls[item].index  # type: ignore[union-attr]
+            self.kept[item].append(result if index is None else result[index])
+            for source in graph.sources(item):
+                self.release(source, item)
 
     def _take(self, source: int, window: Window) -> Tensor:
         bases = self.graph.bases[source]
@@ -235,13 +227,9 @@ class Stream:
             maps = [self.kept[base].take(window) for base in bases]
         return maps[0] if len(maps) == 1 else torch.cat(maps, dim=1)
 
-    def sources(self, call: Call) -> set[int]:
-        """The steps whose kept rows an operation takes."""
-        return {base for source in call.sources for base in self.graph.bases[source]}
-
-    def _owned(self, step: int, tensors: list[Tensor]) -> bool:
+    def _is_owned(self, call: Call, tensors: list[Tensor]) -> bool:
         """Whether the only input is of no use to anything else, so that it may be overwritten."""
-        graph, sources = self.graph, self.graph.calls[step].sources  # type: ignore[union-attr]
+        graph, sources = self.graph, call.sources
         if len(sources) != 1 or graph.bases[sources[0]] != sources or len(graph.users[sources[0]]) != 1:
             return False
         return graph.rules[sources[0]].gives_new and tensors[0]._base is None

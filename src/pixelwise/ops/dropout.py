@@ -1,9 +1,11 @@
-"""Dropout whose mask belongs to the place in the map: passes over tiles drop what one pass over the whole image drops.
+"""Dropout that acts in evaluation: Monte-Carlo dropout, and dropout whose mask belongs to the place in the map.
 
-Torch draws the mask of a map in the order of its memory, so tiles, batches and devices see different ones. Here, whether a
-value is dropped is a hash of (seed, sample, layer, channel, row, column of the whole map) and of nothing else.
+Torch draws the mask of a map in the order of its memory, so tiles, batches and devices see different ones. In
+`spatial_dropout`, whether a value is dropped is a hash of (seed, sample, layer, channel, row, column of the whole map) and
+of nothing else: passes over tiles drop what one pass over the whole image drops.
 """
 
+import contextlib
 import copy
 from collections.abc import Iterator
 from typing import Any
@@ -12,12 +14,77 @@ import torch
 from torch import Tensor, nn
 
 from pixelwise.errors import UsageError
-from pixelwise.ops.sampling import DROPOUTS
 
+DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 _MASK_64 = (1 << 64) - 1
 _CALLS_BITS = 16  # a layer's number is that of its module, then that of the call within the pass
 _CHUNK = {"cpu": 1 << 16}  # values at a time: their int32 and float buffers stay in the cache
 _CHUNK_ELSEWHERE = 1 << 24
+
+
+@torch.no_grad()
+def sample_with_dropout(
+    model: nn.Module, image: Tensor, *, samples: int = 50, seed: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Mean and variance of the softmax over passes in which dropout acts (Bayesian SegNet, arXiv:1511.02680, section 4).
+
+    All else is as in evaluation: batch norm uses its running statistics. Mean and variance are updated pass by pass
+    (Welford 1962), so that memory does not grow with `samples`. Modes and state of `model` are afterwards what they were.
+
+    Args:
+        model: maps images (N, C, H, W) to logits (N, K, H, W) and has dropout layers, else it is a UsageError.
+        image: (N, C, H, W).
+        samples: passes, at least 1; the paper takes 50.
+        seed: makes the result repeatable on one device (CPU or CUDA) and leaves torch's own random numbers as they are.
+
+    Returns:
+        mean probabilities (N, K, H, W), float32, and uncertainty (N, H, W): the variance of each class's probability over
+        the passes (divided by their number), averaged over the classes; 0 to 0.25.
+    """
+    if samples < 1:
+        raise UsageError(f"samples must be at least 1, not {samples}.")
+    modes = {module: module.training for module in model.modules()}
+    dropouts = [module for module in modes if isinstance(module, DROPOUTS)]
+    if not dropouts:
+        raise UsageError(
+            f"{type(model).__name__} has no dropout layers, so that all its passes are equal. Choose bayesian_segnet or "
+            "another network with dropout."
+        )
+    try:
+        model.eval()
+        for dropout in dropouts:
+            dropout.train()
+        with seeded(image.device, seed):
+            return _mean_and_variance(model, image, samples)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@contextlib.contextmanager
+def seeded(device: torch.device, seed: int | None) -> Iterator[None]:
+    """Random numbers on `device` that start from `seed`; afterwards they go on as if nothing had been drawn."""
+    if seed is None:
+        yield
+        return
+    generator = torch.cuda.default_generators[device.index] if device.type == "cuda" else torch.default_generator
+    state = generator.get_state()
+    generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        generator.set_state(state)
+
+
+def _mean_and_variance(model: nn.Module, image: Tensor, samples: int) -> tuple[Tensor, Tensor]:
+    mean = model(image).float().softmax(dim=1)  # (N, K, H, W)
+    squares = torch.zeros_like(mean[:, 0])  # (N, H, W): squared distances from the mean, averaged over the classes
+    for count in range(2, samples + 1):
+        probability = model(image).float().softmax(dim=1)
+        distance = probability - mean
+        mean += distance / count
+        squares += (distance * (probability - mean)).mean(dim=1)
+    return mean, squares / samples
 
 
 @torch.library.custom_op("pixelwise::spatial_dropout", mutates_args=())
@@ -36,8 +103,7 @@ def spatial_dropout(
     if out.numel() == 0:
         return out
     maps, kept = _as_maps(x), _as_maps(out)
-    kept_share = 1 - p
-    scale = 1 / kept_share if kept_share > 0 else 0.0
+    scale = 1 / (1 - p) if p < 1 else 0.0
     # Kept where the hash, a signed number, is not below this. At p = 1 the threshold is out of range and nothing is kept.
     threshold = round(p * 2**32) - 2**31
     keys = _keys(int(seed.item()), int(sample.item()), layer)
@@ -50,11 +116,11 @@ def spatial_dropout(
     columns = _mix(_count(left, maps.shape[3], x.device).add_(keys[2]))
     lines = _mix(channels[:, None] + rows)[:, :, None]  # (C, H, 1)
     order = (1, 2, 0) if maps.is_contiguous(memory_format=torch.channels_last) and maps.shape[1] > 1 else (0, 1, 2)
-    lines, columns = lines.permute(order).contiguous(), columns.view(1, 1, -1).permute(order)
     maps, kept = (item.permute(0, *(axis + 1 for axis in order)) for item in (maps, kept))
+    lines = lines.permute(order).contiguous().expand(maps.shape[1:])
+    columns = columns.view(1, 1, -1).permute(order).expand(maps.shape[1:])
     for first, second in _chunks(maps.shape[1:], _CHUNK.get(x.device.type, _CHUNK_ELSEWHERE)):
-        # An axis of length 1 is repeated, so it is not cut.
-        noise = _cut(lines, first, second) + _cut(columns, first, second)
+        noise = lines[first, second] + columns[first, second]
         factor = _factor(_mix(noise, last=False), threshold, scale, x.dtype)
         for image, result in zip(maps, kept, strict=True):
             torch.mul(image[first, second], factor, out=result[first, second])
@@ -166,10 +232,6 @@ def _chunks(shape: torch.Size, values: int) -> Iterator[tuple[slice, slice]]:
     for plane in range(0, shape[0], planes):
         for line in range(0, shape[1], lines):
             yield slice(plane, plane + planes), slice(line, line + lines)
-
-
-def _cut(x: Tensor, first: slice, second: slice) -> Tensor:
-    return x[first if x.shape[0] > 1 else slice(None), second if x.shape[1] > 1 else slice(None)]
 
 
 def _factor(noise: Tensor, threshold: int, scale: float, dtype: torch.dtype) -> Tensor:
