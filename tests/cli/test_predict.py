@@ -1,4 +1,5 @@
 import json
+import subprocess
 import sys
 
 import numpy as np
@@ -264,3 +265,14 @@ def test_help_shows_an_example(pixelwise):
     code, out, _ = pixelwise("predict", "--help")
     assert code == 0
     assert "Example: pixelwise predict" in " ".join(out.split())
+
+
+def test_the_decoder_starts_before_torch_is_imported(tmp_path):
+    """So that a single image that is no plain picture waits for no more than torch."""
+    code = (
+        "import sys; from pixelwise.formats import decoding; from pixelwise.cli import main\n"
+        "def start(): print('torch' in sys.modules); raise SystemExit(0)\n"
+        "decoding.start = start; main(['predict', 'run', 'a.tif', '--out', 'labels'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.stdout == "False\n", done.stderr

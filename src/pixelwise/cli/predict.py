@@ -218,8 +218,7 @@ def _check_engine(engine: str, address: str | None, workers: int | None) -> None
 
 def _start_decoder(inputs: Sequence[str]) -> None:
     """Start the process that decodes, if it will be needed, while this one imports torch."""
-    from pixelwise.data.samples import is_picture
-    from pixelwise.formats import SOURCE_SUFFIXES
+    from pixelwise.formats.registry import SOURCE_SUFFIXES, is_picture
 
     if any(name.lower().endswith(SOURCE_SUFFIXES) and not is_picture(name) for name in inputs):
         from pixelwise.formats import decoding

@@ -22,10 +22,7 @@ from pixelwise.files import extra
 from pixelwise.formats import FORMATS, Source, open_source
 from pixelwise.formats.base import View
 from pixelwise.formats.local import printable
-
-_PICTURES = tuple(
-    suffix for known in FORMATS.values() if known.opens == FORMATS["png"].opens for suffix in known.suffixes
-)
+from pixelwise.formats.registry import is_picture
 
 Reading = Mapping[str, Any]
 """Options of `open_source` (axis, level, series, intensity, ...), `bands` and `slices`; a model card stores them."""
@@ -189,11 +186,6 @@ def load_sample(pair: Pair, labels: LabelSpec, channels: int | None = None, read
             name = printable(pair.image)
             raise DataError(f"{name}: holds {opened.image.info.planes} planes and cannot be read as one image.")
         return opened.read(pair.plane or 0)
-
-
-def is_picture(path: str | Path) -> bool:
-    """Whether a file is named as one of the formats that are decoded as a whole, in this process: PNG, JPEG, ..."""
-    return str(path).lower().endswith(_PICTURES)
 
 
 def open_image(path: str | Path, reading: Reading | None = None, channels: int | None = None) -> Source:

@@ -23,7 +23,6 @@ from pixelwise.data.places import Places
 from pixelwise.data.samples import (
     Grid,
     Reading,
-    is_picture,
     mask_values,
     may_be_segmentation,
     open_image,
@@ -33,6 +32,7 @@ from pixelwise.errors import DataError
 from pixelwise.formats import Source
 from pixelwise.formats.base import Palette
 from pixelwise.formats.local import printable
+from pixelwise.formats.registry import is_picture
 
 MAX_VALUES = 4096
 MAX_VALUES_OF_LARGE = 256  # of each the places are counted

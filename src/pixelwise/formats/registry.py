@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from inspect import signature
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any, BinaryIO
 
 from pixelwise.errors import DataError, UsageError
@@ -115,7 +115,13 @@ WRITERS: Mapping[str, Format] = {name: known for name, known in FORMATS.items() 
 """The formats that results can be written in."""
 
 _READ_AS = {"ome-tiff": "tiff", "cog": "geotiff", "ome-zarr": "zarr", "dicom-seg": "dicom"}
+_PICTURE_SUFFIXES = tuple(suffix for known in FORMATS.values() if known.opens == _PILLOW for suffix in known.suffixes)
 _ALL_SUFFIXES = sorted({suffix for known in FORMATS.values() for suffix in known.suffixes}, key=len, reverse=True)
+
+
+def is_picture(path: str | Path) -> bool:
+    """Whether a file is named as one of the formats that are decoded as a whole, in this process: PNG, JPEG, ..."""
+    return str(path).lower().endswith(_PICTURE_SUFFIXES)
 
 
 def suffix_of(name: str) -> str:
