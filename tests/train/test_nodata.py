@@ -14,6 +14,7 @@ from pixelwise.data.layouts import open_data
 from pixelwise.data.scan import in_threads
 from pixelwise.formats import open_source
 from pixelwise.infer.bundle import load_card
+from pixelwise.infer.heatmap import WindowClassifier
 from pixelwise.train import make_config
 from pixelwise.train.network import start_network
 from pixelwise.train.plan import make_plan
@@ -145,7 +146,11 @@ def test_the_network_sees_the_mean_where_there_is_no_data(tmp_path):
     run = pixelwise.train(tmp_path / "data", make_config(TINY), out=tmp_path / "run")
     predictor = pixelwise.load(run.folder)
     pixels, _ = scene(7)
-    found = []
+    net = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 2, 3, stride=2), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()
+    ).eval()
+    classifier = WindowClassifier(net, names=("tabby", "lynx"), input_px=9, device="cpu")
+    found, hot = [], []
     for name, value in (("a", 0.0), ("b", 0.9)):
         path = tmp_path / f"{name}.tif"
         pixels[:, *HOLE] = value
@@ -154,7 +159,9 @@ def test_the_network_sees_the_mean_where_there_is_no_data(tmp_path):
         profile = {"driver": "GTiff", "width": SIDE, "height": SIDE, "count": 4, "dtype": "uint8", **UTM}
         with rasterio.open(path, "w", **profile, photometric="rgb", alpha="yes") as file:
             file.write(np.concatenate([(pixels * 255).astype(np.uint8), shown]))
+        hot += [classifier.classify(path, scale_px=scale).logits for scale in (None, 32)]
         found.append([predictor.predict(path, tile_px=tile).logits[:, :, :30] for tile in (None, 16)])
+    assert torch.equal(hot[0], hot[2]) and torch.equal(hot[1], hot[3])
     assert torch.equal(found[0][0], found[1][0])
     assert torch.allclose(found[0][0], found[0][1], atol=1e-4) and torch.allclose(found[0][0], found[1][1], atol=1e-4)
 
