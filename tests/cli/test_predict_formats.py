@@ -58,8 +58,14 @@ def predictor(folder):
 
 
 def same_labels(found, bundle, pixels, valid=None):
-    """Whether labels (H, W) are those of one pass over pixels (H, W, C), wherever that is no near tie."""
-    whole = predictor(bundle).predict(pixels)
+    """Whether labels (H, W) are those of one pass over pixels (H, W, C), wherever that is no near tie.
+
+    Where they are not `valid` the network sees the mean.
+    """
+    network = predictor(bundle)
+    if valid is not None:
+        pixels = np.where(valid[:, :, None], pixels / np.float32(255), np.float32(network.card.mean))
+    whole = network.predict(pixels)
     best, second = np.sort(whole.logits.numpy(), axis=0)[[-1, -2]]
     clear = (best - second > 1e-4) & (True if valid is None else valid)
     return clear.mean() > 0.3 and np.array_equal(found[clear], whole.labels[clear])

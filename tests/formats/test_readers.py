@@ -105,7 +105,8 @@ def test_16_bit_and_1_bit_png(tmp_path):
         (BANDS.transpose(2, 0, 1), BANDS, {"ome": True, "metadata": {"axes": "CYX"}}),
         (RGB, RGB, {"photometric": "rgb", "compression": "lzw"}),
         (RGB, RGB, {"photometric": "rgb", "compression": "zstd", "bigtiff": True}),
-        (BANDS[..., :4], RGB, {"photometric": "rgb"}),  # tifffile calls the fourth opacity
+        (BANDS[..., :4], BANDS[..., :4], {"photometric": "rgb"}),  # tifffile calls the fourth opacity, but it is none
+        (np.dstack([RGB, (GREY > 60) * np.uint8(255)]), RGB, {"photometric": "rgb"}),
         (BANDS[..., :4], BANDS[..., :4], {"photometric": "rgb", "extrasamples": ["unspecified"]}),
         (GREY, GREY[..., None], {"byteorder": ">"}),
         (GREY, 255 - GREY[..., None], {"photometric": "miniswhite"}),

@@ -88,8 +88,9 @@ def test_a_batch_larger_than_the_data_runs_over_several_epochs():
 def crops(toy_data):
     inspection = inspect_data(open_data(toy_data))
     transform = training_transform(
-        crop_px=24, scale=(0.5, 2.0), focus=0.5, flips="dihedral", photometric=0.3, fill=(0.4, 0.4, 0.4), is_uint8=True
-    )
+        crop_px=24, scale=(0.5, 2.0), focus=0.5, flips="dihedral", photometric=0.3,
+        mean=(0.4,) * 3, std=(0.2,) * 3, is_uint8=True,
+    )  # fmt: skip
 
     def make(*, seed=0, cache=True):
         return CropSet(inspection, 24, transform, seed=seed, cache=cache)

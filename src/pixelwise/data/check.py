@@ -159,7 +159,7 @@ def inspect_data(
         {'8x6': 4}
     """
     reading = {key: value for key, value in (reading or {}).items() if value is not None}
-    scans = in_threads(partial(scan_pair, reading=reading), folder.pairs, on_progress)
+    scans = _with_one_opacity(in_threads(partial(scan_pair, reading=reading), folder.pairs, on_progress), reading)
     images = [scan.image for scan in scans if scan.image is not None]
     channels = _common_channels(images)
     train = [scan.image for scan in scans if scan.image is not None and scan.pair.split == "train"]
@@ -184,6 +184,19 @@ def inspect_data(
     )
 
 
+def _with_one_opacity(scans: list[PairScan], reading: Mapping[str, Any]) -> list[PairScan]:
+    """A band that is marked as opacity and has one value may be both; where that of other images is a band, it is one."""
+    kinds = {scan.image.opacity_kind for scan in scans if scan.image}
+    if reading.get("bands") or not {"band", "constant"} <= kinds:
+        return scans
+    return [
+        scan_pair(scan.pair, reading, scan.image.channels + 1)
+        if scan.image and scan.image.opacity_kind == "constant"
+        else scan
+        for scan in scans
+    ]
+
+
 def _common_channels(images: Sequence[ImageScan]) -> int:
     """Grey can be shown as RGB, so 1 and 3 are 3; of other mixtures the most frequent, and the check objects."""
     counts = Counter(image.channels for image in images)
@@ -196,10 +209,11 @@ def _split_stats(scans: Sequence[PairScan], labels: LabelSpec) -> SplitStats:
     pixels, images_with, image_pixels = np.zeros((3, 256), dtype=np.int64)
     for scan in scans:
         here = np.zeros(256, dtype=np.int64)
-        for value, count in scan.mask.counts.items() if scan.mask else ():
+        for value, count in scan.counts.items():
             index = labels.class_of(value)
             if index is not None:
                 here[index] += count
+        here[IGNORE_INDEX] += scan.mask.grid.pixels - sum(scan.counts.values()) if scan.mask else 0
         pixels += here
         images_with += here > 0
         image_pixels += (here > 0) * (scan.mask.grid.pixels if scan.mask else 0)

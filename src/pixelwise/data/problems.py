@@ -29,7 +29,8 @@ def find_problems(folder: DataFolder, scans: Sequence[PairScan]) -> tuple[Proble
     for check in per_split:
         for split, there in by_split.items():
             problems += check(split, there, folder)
-    problems += [*_mixed_images(folder, scans), *_shared_images(folder, scans), *_divided_groups(folder)]
+    problems += [*_mixed_images(folder, scans), *_opacity(folder, scans), *_shared_images(folder, scans)]
+    problems += _divided_groups(folder)
     return tuple(sorted(problems, key=lambda problem: problem.severity != "fatal"))
 
 
@@ -111,12 +112,27 @@ def _mixed_images(folder: DataFolder, scans: Sequence[PairScan]) -> Iterator[Pro
         usual = channels.most_common(1)[0][0]
         rare = tuple(relative(path, folder.root) for path, image in images if image.channels != usual)
         message = f"images differ in their number of channels ({shown}), for example {rare[0]}."
-        yield Problem("fatal", f"{message} Only grey among RGB can be used together.", rare)
+        hint = "Only grey among RGB can be used together."
+        if any(image.opacity_kind for _, image in images):
+            bands = ",".join(str(band + 1) for band in range(min(channels)))
+            hint = f"In some the last band may be opacity or a measurement; --bands {bands} leaves it out of all."
+        yield Problem("fatal", f"{message} {hint}", rare)
     dtypes = Counter(image.dtype for _, image in images)
     if len(dtypes) > 1:
         shown = ", ".join(f"{count:,} x {name}" for name, count in dtypes.most_common())
         message = f"images differ in bit depth ({shown}); each is divided by the largest number of its own type."
         yield Problem("warning", message)
+
+
+def _opacity(folder: DataFolder, scans: Sequence[PairScan]) -> Iterator[Problem]:
+    """What became of a band that is marked as opacity, which is a guess."""
+    by_text: dict[str, list[str]] = defaultdict(list)
+    for scan in scans:
+        if scan.image and scan.image.opacity:
+            by_text[scan.image.opacity].append(relative(scan.pair.image, folder.root))
+    for text, files in by_text.items():
+        count = f"{len(files):,} image{'s' * (len(files) != 1)}"
+        yield Problem("warning", f"{count} ({first_of(files, 3)}): {text}.", tuple(files))
 
 
 def _shared_images(folder: DataFolder, scans: Sequence[PairScan]) -> Iterator[Problem]:
@@ -149,7 +165,7 @@ def _divided_groups(folder: DataFolder) -> Iterator[Problem]:
 
 
 def _classes(scan: PairScan, labels: LabelSpec) -> set[int]:
-    ids = {labels.class_of(value) for value in scan.mask.counts} if scan.mask else set()
+    ids = {labels.class_of(value) for value in scan.counts}
     return {index for index in ids if index is not None}
 
 

@@ -35,6 +35,7 @@ class Sample:
     image: Tensor  # (C, H, W), uint8, or float32 in unit scale
     mask: Tensor | None  # uint8 (H, W), class ids and 255 for void; None where the pair has no mask
     name: str  # the pair's name
+    valid: Tensor | None = None  # where the image has data, bool (H, W); None is everywhere
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +128,11 @@ class OpenPair:
         with _naming(self.pair.image):
             return to_tensor(array, self.channels)
 
+    def read_valid(self, top: int, left: int, height: int, width: int, plane: int = 0) -> Tensor | None:
+        """Where a window of the image has data, bool (height, width); None if it has data everywhere."""
+        valid = self.image.valid(top, left, height, width, plane)
+        return None if valid is None or valid.all() else from_numpy(np.array(valid))
+
     def read_mask(self, top: int, left: int, height: int, width: int, plane: int = 0) -> Tensor:
         """The labels of a window, uint8 (height, width); void where the image has no data."""
         if self.mask is None or self.pair.mask is None:
@@ -141,7 +147,7 @@ class OpenPair:
         """A whole plane."""
         window = (0, 0, self.image.info.height, self.image.info.width, plane)
         image, mask = self.read_image(*window), None if self.mask is None else self.read_mask(*window)
-        return Sample(image, mask, self.pair.name)
+        return Sample(image, mask, self.pair.name, self.read_valid(*window))
 
 
 class OpenPairs:
@@ -194,6 +200,9 @@ def open_image(path: str | Path, reading: Reading | None = None, channels: int |
     bands, slices = options.pop("bands", None), options.pop("slices", None) or 1
     source = open_source(path, channels=None if bands else channels and channels // slices, **options)
     if bands:
+        if max(bands) == source.info.channels + 1 and "opacity" in source.metadata:  # asked for, so it is a band
+            source.close()
+            source = open_source(path, channels=max(bands), **options)
         source = SelectedBands(source, bands)
     return source if slices == 1 else SliceStack(source, slices)
 
@@ -210,6 +219,7 @@ class SelectedBands(View):
                 f"{wanted} is wanted."
             )
         self._indices = [band - 1 for band in bands]
+        self.metadata = {key: value for key, value in source.metadata.items() if key != "opacity"}  # it was chosen
 
     def read(self, top: int, left: int, height: int, width: int, plane: int = 0) -> NDArray[Any]:
         return self.source.read(top, left, height, width, plane)[:, :, self._indices]

@@ -70,6 +70,8 @@ class ImageScan:
     format: str  # of the file
     spacing: str = ""  # size of a pixel or voxel with its unit, in words; "" if the file does not know it
     pixels: int = 0  # how many hold data
+    opacity: str = ""  # what became of a band that is marked as opacity, in words
+    opacity_kind: str = ""  # "opacity", "band" or "constant", by its numbers
     sums: tuple[float, ...] = ()  # per channel in unit scale, over the pixels that hold data; empty if nobody asked
     squares: tuple[float, ...] = ()  # likewise, of the squares
 
@@ -83,20 +85,33 @@ class PairScan:
     mask: MaskScan | None
     image_error: str | None = None
     mask_error: str | None = None
+    labelled: Mapping[Value, int] | None = None  # pixels per value where the image has data, if it has not everywhere
+
+    @property
+    def counts(self) -> Mapping[Value, int]:
+        """Pixels per value of the mask, where the image has data."""
+        return self.labelled if self.labelled is not None else self.mask.counts if self.mask else {}
 
 
-def scan_pair(pair: Pair, reading: Reading | None = None) -> PairScan:
-    """Read both files. Sums are taken of training images only, for the others nobody asks."""
-    image = mask = image_error = mask_error = None
+def scan_pair(pair: Pair, reading: Reading | None = None, channels: int | None = None) -> PairScan:
+    """Read both files, the image as a network for so many channels does.
+
+    Sums are taken of training images only, for the others nobody asks.
+    """
+    image = mask = image_error = mask_error = labelled = None
     try:
-        image = _scan_image(pair.image, reading, with_sums=pair.split == "train")
+        image = _scan_image(pair.image, reading, channels, with_sums=pair.split == "train")
     except DataError as error:
         image_error = _reason(error, pair.image)
     try:
         mask = scan_mask(pair, reading) if pair.mask is not None else None
     except DataError as error:
         mask_error = _reason(error, pair.mask)
-    return PairScan(pair=pair, image=image, mask=mask, image_error=image_error, mask_error=mask_error)
+    if image and mask and image.pixels < image.grid.pixels and not mask.grid.difference(image.grid):
+        labelled = _counts_with_data(pair, reading, channels)
+    return PairScan(
+        pair=pair, image=image, mask=mask, image_error=image_error, mask_error=mask_error, labelled=labelled
+    )
 
 
 def scan_mask(pair: Pair, reading: Reading | None = None) -> MaskScan:
@@ -176,8 +191,8 @@ def worker_count() -> int:
     return min(cores, 16)
 
 
-def _scan_image(path: Path, reading: Reading | None, *, with_sums: bool) -> ImageScan:
-    with open_image(path, reading) as source:
+def _scan_image(path: Path, reading: Reading | None, channels: int | None, *, with_sums: bool) -> ImageScan:
+    with open_image(path, reading, channels) as source:
         info = source.info
         sums, squares, pixels = np.zeros(info.channels), np.zeros(info.channels), 0
 
@@ -188,23 +203,37 @@ def _scan_image(path: Path, reading: Reading | None, *, with_sums: bool) -> Imag
                 if array.dtype.kind == "f" and not np.isfinite(array).all():
                     raise DataError(f"{info.location}: holds numbers that are NaN or infinite. Replace them.")
                 yield array
-                valid = source.valid(top, 0, bottom - top, info.width, plane) if with_sums else None
+                valid = source.valid(top, 0, bottom - top, info.width, plane)
                 pixels += int(valid.sum()) if valid is not None else (bottom - top) * info.width
                 if with_sums:
                     added = sums_in_unit_scale(array if valid is None else array[valid])
                     sums, squares = sums + added[0], squares + added[1]
 
+        digest = pixel_digest(source, arrays())
         return ImageScan(
             grid=Grid.of(source),
             channels=info.channels,
             dtype=info.dtype,
-            digest=pixel_digest(source, arrays()),
+            digest=digest,
+            opacity=source.metadata.get("opacity", ""),
+            opacity_kind=source.metadata.get("opacity_kind", ""),
             format=path.suffix.lower().lstrip(".") if is_picture(path) else info.format,
             spacing=_spacing(source.metadata),
             pixels=pixels,
             sums=tuple(sums.tolist()) if with_sums else (),
             squares=tuple(squares.tolist()) if with_sums else (),
         )
+
+
+def _counts_with_data(pair: Pair, reading: Reading | None, channels: int | None) -> dict[Value, int]:
+    """Pixels per value of a mask where its image has data, by ascending value."""
+    counts = Counter[Value]()
+    with open_image(pair.image, reading, channels) as image, open_mask(pair.mask or "", reading, pair.image) as mask:
+        for plane, top, bottom in strips(image):
+            window = (top, 0, bottom - top, image.info.width, plane)
+            raw, valid = mask_values(mask.read(*window)), image.valid(*window)
+            counts.update(value_counts(raw if valid is None else raw[valid][None]))
+    return dict(sorted(counts.items(), key=lambda item: pack_value(item[0])))
 
 
 @lru_cache(maxsize=50_000)

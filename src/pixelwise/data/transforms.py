@@ -3,6 +3,8 @@
 Masks are resampled by nearest neighbour only, and pixels that a crop takes from outside the image are void. Every transform
 draws from torch's global generator, so seeding that generator decides the result. The crop comes first and takes images
 and masks that lie in files too (`Windowed`), of which it reads no more than its window.
+
+Pixels without data, and what lies outside the image, come out with exactly the mean of the data (`data.photometric`).
 """
 
 import math
@@ -17,6 +19,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from pixelwise.data.labels import IGNORE_INDEX
+from pixelwise.data.photometric import FillNoData, RandomPhotometric, ToUnit, uniform, with_validity
 from pixelwise.errors import UsageError
 from pixelwise.ops.resize import mirror_crop
 
@@ -57,16 +60,13 @@ def _labels_of(inputs: list[Any]) -> Any:
     return next(item for item in inputs if type(item) is tv_tensors.Mask or getattr(item, "draw_pixel", None))
 
 
-def _uniform(low: float, high: float) -> float:
-    return float(torch.empty(()).uniform_(low, high))
-
-
 class RandomScaleCrop(_Crop):
     """A square crop of `crop_px` from the image magnified by a random factor, in one resampling of the needed window only.
 
     The factor is drawn log-uniformly from `scale`. With probability `focus` the window holds a pixel of a class drawn
     evenly from the classes of the mask, so that rare classes are seen as often as their images are; otherwise it is drawn
-    evenly over the image. What lies outside the image is `fill` in the image and void in the mask.
+    evenly over the image. What lies outside the image, or has no data, is `fill` in the image; what lies outside is void
+    in the mask. With `marks_outside` such pixels are told by one channel more, that of `with_validity`.
     """
 
     def __init__(
@@ -76,15 +76,17 @@ class RandomScaleCrop(_Crop):
         scale: tuple[float, float] = (1.0, 1.0),
         focus: float = 0.0,
         fill: tuple[float, ...] = (0,),
+        marks_outside: bool = False,
     ) -> None:
         super().__init__()
         self.crop_px, self.scale, self.focus, self.fill = crop_px, scale, focus, fill
+        self.marks_outside = marks_outside
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         mask = _labels_of(flat_inputs)
         height, width = mask.shape[-2:]
-        window = max(1, round(self.crop_px / math.exp(_uniform(*map(math.log, self.scale)))))
-        row, column = (_uniform(0, 1) < self.focus and _draw_labelled(mask)) or (None, None)
+        window = max(1, round(self.crop_px / math.exp(uniform(*map(math.log, self.scale)))))
+        row, column = (uniform(0, 1) < self.focus and _draw_labelled(mask)) or (None, None)
         return {"window": window, "top": _start(height, window, row), "left": _start(width, window, column)}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
@@ -103,7 +105,18 @@ class RandomScaleCrop(_Crop):
             out = _pad(out[None], padding, (0,) if isinstance(inpt, PixelWeight) else (IGNORE_INDEX,))
             out = F.resize(out, [self.crop_px] * 2, interpolation=v2.InterpolationMode.NEAREST_EXACT)
             return tv_tensors.wrap(out[0], like=inpt)
-        return tv_tensors.Image(F.resize(_pad(out, padding, self.fill), [self.crop_px] * 2, antialias=True))
+        return tv_tensors.Image(F.resize(self._filled(out, padding), [self.crop_px] * 2, antialias=True))
+
+    def _filled(self, image: Tensor, padding: tuple[int, int, int, int]) -> Tensor:
+        """The image padded, and `fill` where it has no data, so that resampling mixes nothing else into its neighbours."""
+        if self.marks_outside and len(image) == len(self.fill) + 1:
+            colors = torch.tensor(self.fill).to(image.dtype)[:, None, None]
+            return _pad(
+                torch.cat([torch.where(image[-1:] > 0, image[:-1], colors), image[-1:]]), padding, (*self.fill, 0)
+            )
+        if self.marks_outside and any(padding):
+            return _pad(with_validity(image, torch.ones(image.shape[1:], dtype=torch.bool)), padding, (*self.fill, 0))
+        return _pad(image, padding, self.fill)
 
 
 def _start(length: int, window: int, centre: int | None) -> int:
@@ -192,39 +205,6 @@ def _bilinear(image: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     return out if image.is_floating_point() else out.round().to(image.dtype)
 
 
-class RandomPhotometric(v2.Transform):
-    """Brightness, contrast and, for RGB, saturation, each times a factor drawn from [1 - strength, 1 + strength].
-
-    Works on float images of any number of channels and any range (torchvision's own needs RGB or grey in [0, 1] and clips).
-    """
-
-    def __init__(self, strength: float) -> None:
-        super().__init__()
-        self.strength = strength
-
-    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        return {name: _uniform(1 - self.strength, 1 + self.strength) for name in ("gain", "contrast", "saturation")}
-
-    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        if not isinstance(inpt, tv_tensors.Image):
-            return inpt
-        image = inpt.as_subclass(torch.Tensor) * params["gain"]
-        image = image.mean() + (image - image.mean()) * params["contrast"]
-        if image.shape[-3] == 3:
-            grey = F.rgb_to_grayscale(image)
-            image = grey + (image - grey) * params["saturation"]
-        return tv_tensors.Image(image)
-
-
-class ToUnit(v2.Transform):
-    """A float32 image in unit scale: uint8 is divided by 255 (torchvision would multiply by 1 / 255), floats stay."""
-
-    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        if not isinstance(inpt, tv_tensors.Image):
-            return inpt
-        return tv_tensors.Image(inpt.float() / 255 if inpt.dtype == torch.uint8 else inpt.float())
-
-
 def training_transform(
     *,
     crop_px: int,
@@ -232,28 +212,32 @@ def training_transform(
     focus: float,
     flips: Flips,
     photometric: float,
-    fill: tuple[float, ...],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
     is_uint8: bool,
     elastic: float = 0.0,
 ) -> v2.Transform:
     """The augmentation of training: scale and crop, elastic deformation, flips, photometric; float32 in unit scale.
 
     The deformation comes after the crop: the same in effect, and only what is trained on is deformed.
-    `fill` is what lies outside the image, per channel in unit scale; `elastic` the deviation of its vectors in crop pixels.
+    `mean` and `std` are those of the data, per channel in unit scale; what lies outside the image has the mean. `elastic` is
+    the deviation of the deformation's vectors in crop pixels.
     """
-    fill = tuple(value * 255 if is_uint8 else value for value in fill)
-    steps: list[v2.Transform] = [RandomScaleCrop(crop_px, scale=scale, focus=focus, fill=fill)]
+    fill = tuple(value * 255 if is_uint8 else value for value in mean)
+    steps: list[v2.Transform] = [RandomScaleCrop(crop_px, scale=scale, focus=focus, fill=fill, marks_outside=True)]
     if elastic:
         steps.append(RandomElastic(elastic))
-    return v2.Compose([*steps, *_in_place(flips, photometric)])
+    return v2.Compose([*steps, *_in_place(flips, photometric, mean, std)])
 
 
-def window_transform(*, window_px: int, flips: Flips, photometric: float) -> v2.Transform:
+def window_transform(
+    *, window_px: int, flips: Flips, photometric: float, mean: tuple[float, ...], std: tuple[float, ...]
+) -> v2.Transform:
     """The augmentation of training on windows: one around a pixel of an evenly drawn class, flips, photometric."""
-    return v2.Compose([RandomWindow(window_px), *_in_place(flips, photometric)])
+    return v2.Compose([RandomWindow(window_px), *_in_place(flips, photometric, mean, std)])
 
 
-def _in_place(flips: Flips, photometric: float) -> list[v2.Transform]:
+def _in_place(flips: Flips, photometric: float, mean: tuple[float, ...], std: tuple[float, ...]) -> list[v2.Transform]:
     """What changes no size: flips, then colours, on the way to unit scale."""
     steps: list[v2.Transform] = []
     if flips in ("horizontal", "both"):
@@ -264,8 +248,8 @@ def _in_place(flips: Flips, photometric: float) -> list[v2.Transform]:
         steps.append(RandomDihedral())
     steps.append(ToUnit())
     if photometric:
-        steps.append(RandomPhotometric(photometric))
-    return steps
+        steps.append(RandomPhotometric(photometric, mean, std))
+    return [*steps, FillNoData(mean)]
 
 
 class RandomWindow(_Crop):

@@ -184,7 +184,9 @@ class _DicomSource(Source):
             return scaling.apply(_meant(stored, frame))
         if header.inverted:
             stored = header.largest - stored if not header.signed else -1 - stored.astype(np.int64)
-        return np.ascontiguousarray(stored) if self._stays else by_type(stored, header.largest)
+        if self._stays:  # 8 bits may be stored in 16
+            return np.ascontiguousarray(stored, dtype=self.info.dtype)
+        return by_type(stored, header.largest)
 
     def close(self) -> None:
         """Forget the decoded frames."""

@@ -26,6 +26,7 @@ from pixelwise.files import cannot_write, extra, writing
 from pixelwise.formats.base import LABELS, TIFF_MAGIC, Opener, Result
 from pixelwise.formats.local import Identity, readable, silence
 from pixelwise.formats.ranges import Handles, opening
+from pixelwise.formats.tiff.opacity import look
 from pixelwise.formats.tiff.read import PLAIN, Rendering, TiffSource, check_pages
 from pixelwise.formats.tiff.windows import Span, Stack, arrange
 from pixelwise.formats.tiff.write import BIG_BYTES, BUFFER_BYTES, tiles
@@ -40,29 +41,8 @@ _GEO = {  # ModelPixelScale, ModelTiepoint, ModelTransformation, GeoKeyDirectory
     33550, 33922, 34264, 34735, 42112, 42113, 50844,
 }  # fmt: skip
 _OF_PIXELS = {
-    254,
-    256,
-    257,
-    258,
-    259,
-    262,
-    273,
-    277,
-    278,
-    279,
-    282,
-    283,
-    284,
-    296,
-    317,
-    320,
-    322,
-    323,
-    324,
-    325,
-    338,
-    339,
-}
+    254, 256, 257, 258, 259, 262, 273, 277, 278, 279, 282, 283, 284, 296, 317, 320, 322, 323, 324, 325, 338, 339,
+}  # fmt: skip
 """Tags that tifffile writes by itself: of size, type and place of the pixels, and the resolution."""
 _MAX_TAG_TEXT = 1 << 16
 _IDENTITY = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
@@ -102,9 +82,18 @@ def is_geotiff(head: bytes, name: str | os.PathLike[str], opener: Opener | None 
 
 
 def open_geotiff(
-    location: str, opener: Opener | None = None, *, identity: Identity | None = None, labels: bool = False
+    location: str,
+    opener: Opener | None = None,
+    *,
+    identity: Identity | None = None,
+    channels: int | None = None,
+    labels: bool = False,
 ) -> "GeoTIFF":
-    """Open a GeoTIFF by its path, or by what opens it anew at each call; only its tags are read."""
+    """Open a GeoTIFF by its path, or by what opens it anew at each call; only its tags are read.
+
+    Of a band that is marked as opacity some numbers are read too: they and `channels`, how many the network takes, decide
+    whether it is that (`tiff.opacity`).
+    """
     extra("rasterio", "geo", "GeoTIFF")
     with opening(location, opener, identity) as file:
         tiff = tifffile.TiffFile(file.buffered, name=file.name, **PLAIN)
@@ -116,7 +105,7 @@ def open_geotiff(
             memory.open(driver="GTiff", GEOREF_SOURCES="INTERNAL") as dataset,
         ):
             metadata = _metadata(dataset)
-        return GeoTIFF(location, file, tiff, metadata, labels)
+        return GeoTIFF(location, file, tiff, metadata, channels, labels)
 
 
 def _tags_alone(tiff: tifffile.TiffFile) -> bytes:
@@ -148,12 +137,26 @@ class GeoTIFF(TiffSource):
     """
 
     def __init__(
-        self, location: str, file: Handles, tiff: tifffile.TiffFile, metadata: Mapping[str, Any], labels: bool
+        self,
+        location: str,
+        file: Handles,
+        tiff: tifffile.TiffFile,
+        metadata: Mapping[str, Any],
+        channels: int | None,
+        labels: bool,
     ) -> None:
         page = tiff.pages.first
         self._bands = [band for band, color in enumerate(metadata["colors"]) if color != "alpha"]
         self._alpha = [band for band, color in enumerate(metadata["colors"]) if color == "alpha"]
         rendering = Rendering(page, np.dtype(page.dtype), len(self._bands), labels)
+        self._stack = _stack(page, file)
+        if len(self._alpha) == 1 and not labels:
+            opacity = look(self._stack, self._alpha[0], channels)
+            self._bands = [*range(len(metadata["colors"]))] if opacity.is_kept else self._bands
+            self._alpha = self._alpha if opacity.hides else []
+            metadata = {**metadata, **opacity.metadata}
+        if not labels:
+            rendering.has_opacity, rendering.channels = False, len(self._bands)  # GDAL's word comes first
         if rendering.orientation not in (0, 1):
             raise DataError(
                 f"its Orientation tag is {rendering.orientation}, which would turn the pixels but not their place on Earth. "
@@ -162,7 +165,6 @@ class GeoTIFF(TiffSource):
         size = page.imagelength, page.imagewidth
         pages: Any = tiff.pages
         masks = [other for other in pages if other.is_mask and (other.imagelength, other.imagewidth) == size]
-        self._stack = _stack(page, file)
         self._mask = _stack(masks[0], file) if masks and not self._alpha else None
         info = rendering.info(location, "geotiff", (1, *size), self._stack.block)
         super().__init__(file, self._colors, rendering, info, {**metadata, **rendering.metadata})
@@ -170,7 +172,7 @@ class GeoTIFF(TiffSource):
     def _colors(self, plane: int, rows: Span, columns: Span) -> NDArray[Any]:
         """All bands but opacity."""
         pixels = self._stack.read(0, rows, columns)
-        return pixels[:, :, self._bands] if self._alpha else pixels
+        return pixels[:, :, self._bands] if len(self._bands) < pixels.shape[2] else pixels
 
     def _unmasked(self, plane: int, rows: Span, columns: Span) -> NDArray[np.bool_] | None:
         if self._alpha:

@@ -44,6 +44,8 @@ _MODES = {  # Pillow's mode: channels of the image as read, number type
     "RGB": (3, "uint8"), "RGBA": (3, "uint8"), "RGBX": (3, "uint8"), "CMYK": (3, "uint8"), "YCbCr": (3, "uint8"),
     "I": (1, "int32"), "I;16": (1, "uint16"), "I;16B": (1, "uint16"), "I;16L": (1, "uint16"), "F": (1, "float32"),
 }  # fmt: skip
+_WITH_OPACITY = ("LA", "RGBA", "PA")
+_LEFT_OUT = "its opacity (alpha) is left out, and pixels that it hides count like all others"
 _TO_RGB = ("CMYK", "YCbCr", "RGBX")
 _WIDE_COLOR = ("RGB;16B", "RGBA;16B", "LA;16B")  # Pillow keeps the upper half of these only
 
@@ -124,6 +126,8 @@ class ImageSource(Source):
         with readable(info.location):
             image, self._image = self._image or self._opened(info.location), None
             with self._file:
+                if image.mode in _WITH_OPACITY and not self._labels and np.asarray(image.getchannel("A")).min() < 255:
+                    self.metadata = MappingProxyType({**self.metadata, "opacity": _LEFT_OUT})
                 pixels = _pixels(image, info, self._is_wide, self._labels)
             if self._orientation != 1:
                 pixels = orient(pixels, self._orientation)
@@ -162,7 +166,7 @@ def _pixels(image: Image.Image, info: SourceInfo, is_wide: bool, labels: bool) -
     else:
         array = np.asarray(image.convert("RGB") if image.mode in _TO_RGB else image)
     array = array if array.ndim == 3 else array[:, :, None]
-    if image.mode in ("LA", "RGBA", "PA"):
+    if image.mode in _WITH_OPACITY:
         array = array[:, :, :-1]
     if array.dtype == bool:
         return array * np.uint8(255)

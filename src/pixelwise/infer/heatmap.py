@@ -177,14 +177,17 @@ class WindowClassifier:
         if isinstance(image, str | Path):
             with open_source(image, channels=3) as opened:
                 array = opened.read(0, 0, opened.info.height, opened.info.width)
+                valid = opened.valid(0, 0, opened.info.height, opened.info.width)
         else:
-            array = np.asarray(image)
+            array, valid = np.asarray(image), None
         try:
             source = to_tensor(array[:, :, None] if array.ndim == 2 else array, 3)  # (3, H, W)
         except (DataError, IndexError) as error:
             raise DataError(f"{name}: {error}") from error
         try:
             unit = (source / 255 if source.dtype == torch.uint8 else source)[None].to(self.device)
+            if valid is not None:  # where the photo has no data it is as the mean
+                unit = torch.where(torch.from_numpy(np.array(valid)).to(self.device), unit, self._mean)
             if scale_px is not None:
                 height, width = source.shape[1:]
                 factor = scale_px / min(height, width)

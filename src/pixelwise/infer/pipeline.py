@@ -254,7 +254,8 @@ class Pipeline:
         with closing(reader), store.adding(plane) as add, torch.inference_mode():
 
             def read(top: int, left: int, height: int, width: int) -> Tensor:
-                return self.network.window(reader.read(top, left, height, width))
+                valid = self.source.valid(top, left, height, width, plane)
+                return self.network.window(reader.read(top, left, height, width), valid)
 
             for window in store.missing(plane, region):
                 for scores in scorer.score(read, window):
@@ -322,7 +323,8 @@ def _one_pass(pipelines: Sequence[Pipeline], stores: Sequence[Store]) -> None:
     """Label whole images of one size in a single pass."""
     network, info = pipelines[0].network, pipelines[0].source.info
     whole = Region(0, 0, info.height, info.width)
-    windows = [network.window(pipeline.source.read(*whole)) for pipeline in pipelines]
+    sources = [pipeline.source for pipeline in pipelines]
+    windows = [network.window(source.read(*whole), source.valid(*whole)) for source in sources]
     values = network.scores(torch.stack(windows))  # (N, K, H, W)
     for pipeline, store, scores in zip(pipelines, stores, values, strict=True):
         store.add(0, whole, pipeline.arrays(Scores(whole, scores)))

@@ -152,10 +152,14 @@ class Predictor:
             of_all = {key: trained[key] for key in ("bands",) if key in trained}  # every format has bands
             return samples.open_image(location, {**of_all, **given}, self.in_channels)
 
-    def window(self, pixels: NDArray[Any]) -> Tensor:
-        """The network's input of a window (H, W, C) of an image: float32 (C, H, W), normalised, on the device."""
+    def window(self, pixels: NDArray[Any], valid: NDArray[np.bool_] | None = None) -> Tensor:
+        """The network's input of a window (H, W, C) of an image: float32 (C, H, W), normalised, on the device.
+
+        It is 0, the mean of the training data, where the window is not `valid` (H, W).
+        """
         with torch.inference_mode(), np.errstate(over="ignore"):  # numbers beyond float32 become infinite
-            return self.normalised(to_tensor(pixels, self.in_channels)[None])[0]
+            window = self.normalised(to_tensor(pixels, self.in_channels)[None])[0]
+            return window if valid is None else window.masked_fill(torch.from_numpy(~valid).to(self.device), 0)
 
     @torch.inference_mode()
     def scores(self, x: Tensor, model: nn.Module | None = None) -> Tensor:

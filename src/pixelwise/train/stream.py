@@ -21,6 +21,7 @@ from torchvision.transforms import v2
 
 from pixelwise.data.check import Inspection
 from pixelwise.data.layouts import Pair
+from pixelwise.data.photometric import with_validity
 from pixelwise.data.places import ClassPlaces
 from pixelwise.data.samples import OpenPair, OpenPairs, Sample, are_pictures, load_sample
 from pixelwise.data.scan import in_threads
@@ -88,7 +89,7 @@ class CropSet(Dataset[tuple[Tensor, ...]]):
         weights = None
         if self.weigh is not None:
             sample, weights = self.weigh(pair, sample)
-        given = (tv_tensors.Image(sample.image), tv_tensors.Mask(sample.mask))
+        given = (tv_tensors.Image(with_validity(sample.image, sample.valid)), tv_tensors.Mask(sample.mask))
         return given if weights is None else (*given, PixelWeight(weights))
 
     def _windowed(self, opened: OpenPair, plane: int, places: ClassPlaces) -> tuple[Windowed, Windowed]:
@@ -100,7 +101,8 @@ class CropSet(Dataset[tuple[Tensor, ...]]):
         shape = opened.image.info.height, opened.image.info.width
 
         def read_image(top: int, left: int, height: int, width: int) -> Tensor:
-            return tv_tensors.Image(opened.read_image(top, left, height, width, plane))
+            window = (top, left, height, width, plane)
+            return tv_tensors.Image(with_validity(opened.read_image(*window), opened.read_valid(*window)))
 
         def read_mask(top: int, left: int, height: int, width: int) -> Tensor:
             return tv_tensors.Mask(opened.read_mask(top, left, height, width, plane))
@@ -194,12 +196,15 @@ def make_dataset(config: RunConfig, plan: Plan, inspection: Inspection, model: n
             focus=config.focus,
             flips=config.flips,
             photometric=config.photometric,
-            fill=plan.mean,
+            mean=plan.mean,
+            std=plan.std,
             is_uint8=is_uint8,
             elastic=config.elastic,
         )
     else:
-        transform = window_transform(window_px=plan.crop_px, flips=config.flips, photometric=config.photometric)
+        transform = window_transform(
+            window_px=plan.crop_px, flips=config.flips, photometric=config.photometric, mean=plan.mean, std=plan.std
+        )
     large = inspection.places()
     bytes_of_pixel = inspection.channels * (1 if is_uint8 else 4) + 1 + (4 if config.separation else 0)
     pixels = sum(

@@ -17,6 +17,7 @@ from pixelwise.errors import DataError
 from pixelwise.formats.base import Opener, Source, SourceInfo, orient, pixel_type, whole_numbers
 from pixelwise.formats.local import Identity, readable
 from pixelwise.formats.ranges import Handles, opening
+from pixelwise.formats.tiff import opacity
 from pixelwise.formats.tiff.windows import Span, Stack, arrange
 from pixelwise.formats.tiff.write import NODATA_TAG
 
@@ -47,7 +48,8 @@ def open_tiff(
 ) -> "TiffSource":
     """Open a TIFF by its path, or by what opens it anew at each call; only its tags are read.
 
-    `channels`, how many the network takes, decides where a file leaves open whether a stack of pages is channels or planes.
+    `channels`, how many the network takes, decides where a file leaves open whether a stack of pages is channels or planes,
+    and whether a band is opacity.
     """
     with opening(location, opener, identity) as file:
         tiff = tifffile.TiffFile(file.buffered, name=file.name, **PLAIN)
@@ -59,6 +61,7 @@ def open_tiff(
         planes, height, width, stored = layout.size
         rendering = Rendering(page, np.dtype(series.dtype), stored, labels)
         stack = Stack(series, layout, file)
+        rendering.look(stack, channels)
         info = rendering.info(location, "tiff" if ome is None else "ome-tiff", (planes, height, width), stack.block)
         metadata = {**_tag_metadata(page, rendering), **(ome or {})}
         if layout.planes:
@@ -181,11 +184,20 @@ class Rendering:
             self.palette = (page.colormap >> (8 if page.colormap.max() > 255 else 0)).T.astype(np.uint8)
         self.inverted = photometric == _WHITE_IS_ZERO
         self.orientation = page.tags.valueof(_ORIENTATION_TAG, 1)
+        self.opacity: opacity.Opacity | None = None
+
+    def look(self, stack: Stack, wanted: int | None) -> None:
+        """Decide by its numbers whether the last channel is the opacity that it is marked as (`tiff.opacity`)."""
+        if self.has_opacity and not self.labels:
+            self.opacity = opacity.look(stack, self.channels, wanted)
+            if self.opacity.is_kept:
+                self.has_opacity, self.channels = False, self.channels + 1
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """The palette, if there is one."""
-        return {} if self.palette is None else {"palette": tuple(map(tuple, self.palette.tolist()))}
+        """The palette, and what became of a channel that is marked as opacity, if there are."""
+        known: dict[str, Any] = {} if self.palette is None else {"palette": tuple(map(tuple, self.palette.tolist()))}
+        return known | (self.opacity.metadata if self.opacity else {})
 
     def info(self, location: str, form: str, size: tuple[int, int, int], block: Span) -> SourceInfo:
         """Of an image whose planes, rows and columns are stored so."""

@@ -34,6 +34,7 @@ def open_slide(
     opener: Opener | None = None,
     *,
     identity: Identity | None = None,
+    channels: int | None = None,
     labels: bool = False,
 ) -> "SlideSource":
     """Open a slide at one level (0 is the full resolution); only its tags are read. Otherwise as `open_tiff`."""
@@ -50,6 +51,7 @@ def open_slide(
             sizes = ", ".join(f"{number} ({width} x {height})" for number, (height, width) in enumerate(shapes))
             raise UsageError(f"{location}: it has no level {level}. Its levels are {sizes} pixels.")
         areas, renderings = _areas(slide, level, file, labels)
+        renderings[0].look(areas[0][2], channels)
         info = renderings[0].info(location, "slide", (1, *shapes[level]), areas[0][2].block)
         ome = ome_metadata(slide.ts_tifffile.ome_metadata) or {}
         metadata = _metadata(slide.properties, shapes, level, ome) | renderings[0].metadata
@@ -75,12 +77,14 @@ class SlideSource(TiffSource):
         self._is_full = any((y, x, *stack.size[1:3]) == (0, 0, info.height, info.width) for y, x, stack in areas)
 
     def _unmasked(self, plane: int, rows: Span, columns: Span) -> NDArray[np.bool_] | None:
-        if self._is_full and not self._rendering.has_opacity:
+        opacity = self._rendering.opacity
+        hides = self._rendering.has_opacity and (opacity is None or opacity.hides)
+        if self._is_full and not hides:
             return None
         there = np.zeros((rows[1] - rows[0], columns[1] - columns[0]), dtype=bool)
         for target, _, _, _ in self._overlaps(rows, columns):
             there[target] = True
-        return there & (self._stored(plane, rows, columns)[:, :, -1] > 0) if self._rendering.has_opacity else there
+        return there & (self._stored(plane, rows, columns)[:, :, -1] > 0) if hides else there
 
     def _composed(self, plane: int, rows: Span, columns: Span) -> NDArray[Any]:
         """A window as the file holds it; 0 where nothing was scanned."""

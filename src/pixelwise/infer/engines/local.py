@@ -103,6 +103,9 @@ class Labeller:
             stack.callback(opened.pipeline.source.close)
             store = opened.pipeline.store_for(opened.staged, opened.provenance)
             opened.pipeline.label(store)
+            source = opened.pipeline.source
+            if text := source.metadata.get("opacity"):  # of a picture it is known when it was read
+                self._tell(f"{source.info.location}: {text}.", text)
             finish = partial(self._finish, opened, store, stack.pop_all())
         if not isinstance(store, DiskStore):
             return finish
