@@ -45,6 +45,9 @@ def predict(
         ),
     ] = None,
     geojson: Annotated[bool, typer.Option("--geojson", help="Also write NAME.geojson, polygons.")] = False,
+    background: Annotated[
+        bool, typer.Option("--background", help="Polygons also of the class that is called background.")
+    ] = False,
     coco: Annotated[bool, typer.Option("--coco", help="Also write NAME_coco.json, run lengths.")] = False,
     min_area: Annotated[
         int, typer.Option(metavar="PX", help="Smaller connected areas take the label around them.")
@@ -73,6 +76,8 @@ def predict(
     maps: Annotated[list[str] | None, typer.Option(metavar="A,B", help=_MAPS)] = None,
     bands: options.Bands = None,
     axis: options.Axis = None,
+    axes: options.Axes = None,
+    nan_is_nodata: options.NanIsNodata = False,
     level: options.Level = None,
     series: options.Series = None,
     intensity: options.Intensity = None,
@@ -97,6 +102,8 @@ def predict(
     """
     _check_engine(engine, address, workers)
     reading = reading_options(bands, axis, level, series, intensity, allow_no_affine)
+    reading |= {"axes": axes} if axes is not None else {}
+    reading |= {"nan_is_nodata": True} if nan_is_nodata else {}
     if overlap is not None and blend is None:
         raise UsageError("--overlap is that of blended tiles; add --blend gaussian, or leave it out.")
     if seed and samples == 1:
@@ -117,6 +124,7 @@ def predict(
         "min_area_px": min_area,
         "format": format,
         "geojson": geojson,
+        "background": background,
         "coco": coco,
         "overlay": overlay,
         "probabilities": probabilities,
