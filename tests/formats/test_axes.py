@@ -119,3 +119,42 @@ def test_the_fourth_axis_of_nifti_is_the_channels_that_the_network_takes(tmp_pat
         assert len(known["intensity"]["channels"]) == 4
     with open_source(tmp_path / "a.nii", channels=1) as source:
         assert (source.info.planes, source.info.channels) == (20, 1)
+
+
+def ome(path, *images):
+    """An OME-Zarr as bioformats2raw writes it: images 0, 1, ... of two levels."""
+    root = zarr.open_group(str(path), mode="w", zarr_format=2)
+    root.attrs["bioformats2raw.layout"] = 3
+    for number, image in enumerate(images):
+        group = root.create_group(str(number))
+        axes = [{"name": name, "type": kind} for name, kind in (("c", "channel"), ("y", "space"), ("x", "space"))]
+        levels = []
+        for level, scale in enumerate((1.0, 2.0)):
+            pixels = image[:, :: 2**level, :: 2**level]
+            group.create_array(str(level), shape=pixels.shape, chunks=(1, 8, 8), dtype="u1")[:] = pixels
+            transform = [{"type": "scale", "scale": [1.0, scale, scale]}]
+            levels.append({"path": str(level), "coordinateTransformations": transform})
+        group.attrs["multiscales"] = [{"version": "0.4", "axes": axes, "datasets": levels}]
+    return path
+
+
+def test_further_images_of_ome_zarr_are_named(tmp_path):
+    image = IMAGE.transpose(2, 0, 1)
+    with open_source(ome(tmp_path / "two.zarr", image, image + 1)) as source:
+        assert "only the first is read" in source.metadata["warnings"][0]
+    with open_source(tmp_path / "two.zarr", series=1, level=1) as source:
+        assert "warnings" not in source.metadata
+        assert source.metadata["level_shapes"] == ((15, 18), (8, 9))
+        np.testing.assert_array_equal(planes(source)[0], IMAGE[::2, ::2] + 1)
+    with open_source(ome(tmp_path / "one.zarr", image)) as source:
+        assert "warnings" not in source.metadata
+
+
+@pytest.mark.parametrize("command", ["inspect", "predict"])
+def test_axes_is_an_option_of_the_commands(command):
+    from typer.testing import CliRunner
+
+    from pixelwise.cli import app
+
+    shown = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"}).output
+    assert "--axes" in shown and "--nan-is-nodata" in shown

@@ -101,9 +101,7 @@ def predict(
     Example: pixelwise predict runs/land scene.tif --out labels --memory 2GiB --maps entropy --geojson
     """
     _check_engine(engine, address, workers)
-    reading = reading_options(bands, axis, level, series, intensity, allow_no_affine)
-    reading |= {"axes": axes} if axes is not None else {}
-    reading |= {"nan_is_nodata": True} if nan_is_nodata else {}
+    reading = reading_options(bands, axis, axes, nan_is_nodata, level, series, intensity, allow_no_affine)
     if overlap is not None and blend is None:
         raise UsageError("--overlap is that of blended tiles; add --blend gaussian, or leave it out.")
     if seed and samples == 1:
@@ -185,6 +183,8 @@ def _parse_list(texts: Sequence[str]) -> tuple[str, ...]:
 def reading_options(
     bands: str | None,
     axis: int | None,
+    axes: str | None,
+    nan_is_nodata: bool,
     level: int | None,
     series: str | None,
     intensity: str | None,
@@ -200,6 +200,8 @@ def reading_options(
     given: dict[str, Any] = {
         "bands": None if bands is None else tuple(map(int, bands.split(","))),
         "axis": axis,
+        "axes": axes,
+        "nan_is_nodata": nan_is_nodata or None,
         "level": level,
         "series": int(series) if series is not None and series.isascii() and series.isdigit() else series,
         "intensity": intensity,

@@ -32,6 +32,7 @@ from pixelwise.data.samples import (
 from pixelwise.errors import DataError
 from pixelwise.formats import Source
 from pixelwise.formats.base import Palette
+from pixelwise.formats.beside import not_read
 from pixelwise.formats.local import printable
 
 MAX_VALUES = 4096
@@ -72,6 +73,7 @@ class ImageScan:
     pixels: int = 0  # how many hold data
     sums: tuple[float, ...] = ()  # per channel in unit scale, over the pixels that hold data; empty if nobody asked
     squares: tuple[float, ...] = ()  # likewise, of the squares
+    remarks: tuple[str, ...] = ()  # what of the file, or beside it, is not read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,6 +206,7 @@ def _scan_image(path: Path, reading: Reading | None, *, with_sums: bool) -> Imag
             pixels=pixels,
             sums=tuple(sums.tolist()) if with_sums else (),
             squares=tuple(squares.tolist()) if with_sums else (),
+            remarks=not_read(path, source.metadata),
         )
 
 

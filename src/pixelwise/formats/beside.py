@@ -34,6 +34,16 @@ def unread(location: str, metadata: Mapping[str, Any]) -> Iterator[tuple[str, st
                 yield name, ", ".join(dict.fromkeys(said))
 
 
+def not_read(location: str | Path, metadata: Mapping[str, Any]) -> tuple[str, ...]:
+    """What of an image is not read, in words without its name: what its "warnings" say, and files beside it."""
+    beside = [
+        f"a file *{name[name.rfind('.') :]} beside it is not read ({what}); write both into one GeoTIFF (gdal_translate IN "
+        "OUT.tif) to have it used"
+        for name, what in unread(str(location), metadata)
+    ]
+    return (*metadata.get("warnings", ()), *beside)
+
+
 def _candidates(path: Path) -> Iterator[tuple[str, str, str]]:
     suffix = path.suffix.lstrip(".")
     yield f"{path.name}.msk", "which pixels hold data", ""

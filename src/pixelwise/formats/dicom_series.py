@@ -156,7 +156,7 @@ def read_header(pydicom: Any, path: Path) -> Header | None:
         meta = (
             pydicom.filereader.read_file_meta_info(path)
             if marked
-            else pydicom.dcmread(path, True, force=True).file_meta
+            else pydicom.dcmread(path, stop_before_pixels=True, force=True).file_meta
         )
         syntax = pydicom.uid.UID(str(meta.TransferSyntaxUID if marked else meta.get("TransferSyntaxUID", "")))
         if syntax == _DEFLATED:

@@ -26,7 +26,7 @@ _KEPT_MASKS = 8
 
 
 def open_zarr(
-    location: str, *, level: int = 0, series: int = 0, axes: str | None = None, channels: int | None = None,
+    location: str, *, level: int = 0, series: int | None = None, axes: str | None = None, channels: int | None = None,
     labels: bool = False,
 ) -> "ZarrSource":  # fmt: skip
     """Open an array or an image: a folder, a ZIP archive of one, or its URL.
@@ -34,9 +34,10 @@ def open_zarr(
     Rows, columns and channels are found by the names that the file gives its axes, or as `axes` says ("tczyx"). An array
     without names is (H, W), (H, W, C) or (C, H, W) with as many `channels` as the network takes or up to four, else a
     stack of planes. All other axes (z, t) are planes, in order. `series` is the number of the image where a file holds
-    several, `level` that in its pyramid; as `labels` those of an OME-Zarr image are read, where it has any, not the image.
+    several (else the first is read, which "warnings" of the metadata tell), `level` that in its pyramid; as `labels` those
+    of an OME-Zarr image are read, where it has any, not the image.
     """
-    for option, value in (("level", level), ("series", series)):
+    for option, value in (("level", level), ("series", series or 0)):
         if value < 0:
             raise UsageError(f"{option} {value}: levels and series are counted from 0.")
     with readable(shown(location)):
@@ -53,19 +54,21 @@ class ZarrSource(Source):
     """An array of numbers in chunks; see `open_zarr`."""
 
     def __init__(
-        self, place: Place, level: int, series: int, axes: str | None, channels: int | None, labels: bool
+        self, place: Place, level: int, series: int | None, axes: str | None, channels: int | None, labels: bool
     ) -> None:
         self._place, self._labels = place, labels
-        prefix, node, image = _find(place, series, labels)
+        prefix, node, image = _find(place, series or 0, labels)
         attributes = node.attrs.asdict()
         if image is not None:
             levels = image["levels"]
             if level >= len(levels):
                 raise UsageError(f"level {level}: the image has {len(levels)} (0..{len(levels) - 1}).")
-            prefix = f"{prefix}/{levels[level][0]}".lstrip("/")
-            node = open_node(place, prefix)
-            if not hasattr(node, "shape"):
-                raise DataError(f"its level {prefix!r} is a group, not an array.")
+            nodes = []
+            for inner, *_ in levels[: level + 1]:
+                nodes.append(open_node(place, f"{prefix}/{inner}".lstrip("/")))
+                if not hasattr(nodes[-1], "shape"):
+                    raise DataError(f"its level {inner!r} is a group, not an array.")
+            prefix, node = f"{prefix}/{levels[level][0]}".lstrip("/"), nodes[-1]
         elif level or series:
             raise UsageError("this is a plain array; it has level 0 and series 0 only.")
         self._array = node
@@ -87,6 +90,12 @@ class ZarrSource(Source):
             block_px=(min(chunks["y"], sides["y"]), min(chunks["x"], sides["x"])),
         )  # fmt: skip
         self.metadata = _metadata(node, self._axes, image, level, attributes)
+        if image is not None:
+            y, x = self._axes.index("y"), self._axes.index("x")
+            self.metadata["level_shapes"] = tuple((item.shape[y], item.shape[x]) for item in nodes)
+            if image["has_others"] and series is None:
+                told = "it holds several images, of which only the first is read; take another by series (--series 1)"
+                self.metadata["warnings"] = (told,)
 
     def read(self, top: int, left: int, height: int, width: int, plane: int = 0) -> NDArray[Any]:
         """The window (height, width, C), unpacked as CF says (section 8.1: times scale_factor plus add_offset).
@@ -196,6 +205,9 @@ def _find(place: Place, series: int, labels: bool) -> tuple[str, Any, dict[str, 
         except DataError:
             raise UsageError(f"series {series}: there is no such image in it.") from None
         image = _multiscale_of(node.attrs.asdict())
+        if image is not None:
+            with suppress(DataError):
+                image["has_others"] = open_node(place, str(series + 1)) is not None
     if image is None:
         for kind in ("plate", "well"):
             if kind in ome:
@@ -278,7 +290,8 @@ def _multiscale_of(attributes: Mapping[str, Any], series: int = 0) -> dict[str, 
     ]
     version = str(within.get("version") or image.get("version") or "")
     name = str(image.get("name") or "")
-    return {"version": version, "name": name, "axes": names, "types": types, "units": units, "levels": levels}
+    found = {"version": version, "name": name, "axes": names, "types": types, "units": units, "levels": levels}
+    return found | {"has_others": len(images) > 1}
 
 
 def _inner_path(path: object) -> str:
