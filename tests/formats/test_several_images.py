@@ -70,6 +70,20 @@ def test_stacks_that_were_appended_keep_their_planes(tmp_path):
         np.testing.assert_array_equal(planes(source), stacks.reshape(6, 20, 24, 3))
 
 
+@pytest.mark.parametrize("options", [{}, {"metadata": None}], ids=["described", "plain"])
+def test_grey_pages_are_channels_where_the_network_takes_as_many(tmp_path, options):
+    bands = np.ascontiguousarray(pictures(1)[0].transpose(2, 0, 1))
+    for number, band in enumerate(bands):
+        tifffile.imwrite(tmp_path / "a.tif", band, append=number > 0, tile=(16, 16), **options)
+    with open_in_process(tmp_path / "a.tif", channels=3) as source:
+        assert (source.info.planes, source.info.channels) == (1, 3)
+        np.testing.assert_array_equal(planes(source)[0], pictures(1)[0])
+    with open_in_process(tmp_path / "a.tif", channels=1) as source:
+        np.testing.assert_array_equal(planes(source)[..., 0], bands)
+    with open_in_process(tmp_path / "a.tif", labels=True) as source:
+        assert source.info.planes == 3
+
+
 def test_images_that_differ_are_named_and_can_be_chosen(tmp_path):
     one, other = pictures(1)[0], pictures(1, 30, 10)[0]
     append(tmp_path / "a.tif", [one, other])

@@ -110,6 +110,8 @@ def check_channels(info: SourceInfo, wanted: int) -> None:
         text = f"it has {found} channel{'s' * (found != 1)}, but {wanted} are wanted. Only one can be repeated."
         if info.format in ("npy", "zarr"):
             text += " If its axes come in another order, say so: --axes cyx (planes z, rows y, columns x, channels c)."
+        elif info.format == "array" and info.height == wanted:
+            text += " An array is (H, W, C): transpose it."
         raise DataError(f"{info.location}: {text}")
 
 

@@ -55,19 +55,32 @@ def choose(
 
 
 class Stacks:
-    """Images of one size and layout, one after the other, as the planes of one stack; only the last two are kept open."""
+    """Images of one size and layout, one after the other, as the planes of one stack, or `as_channels` of one image.
 
-    def __init__(self, images: Sequence[Any], layout: Layout, handles: Handles) -> None:
+    Of planes only the last two images are kept open.
+    """
+
+    def __init__(self, images: Sequence[Any], layout: Layout, handles: Handles, *, as_channels: bool = False) -> None:
         lock = threading.RLock()  # of tifffile's handle, which all of them share
         self._lock = lock
-        self._stack = lru_cache(2)(lambda number: Stack(images[number], layout, handles, lock))
+        self._stack = lru_cache(len(images) if as_channels else 2)(
+            lambda number: Stack(images[number], layout, handles, lock)
+        )
         first = self._stack(0)
         self.block, self._each = first.block, first.size[0]
         self.size = (len(images) * self._each, *first.size[1:])
+        self._channels = len(images) if as_channels else 0
+        if as_channels:
+            self.size = (1, *first.size[1:3], len(images))
 
     def read(self, plane: int, rows: Span, columns: Span) -> NDArray[Any]:
         """A window (rows, columns, channels) of a plane."""
+        if self._channels:
+            return np.concatenate([self._read(number, 0, rows, columns) for number in range(self._channels)], axis=2)
         number, inner = divmod(plane, self._each)
+        return self._read(number, inner, rows, columns)
+
+    def _read(self, number: int, plane: int, rows: Span, columns: Span) -> NDArray[Any]:
         with self._lock:
             stack = self._stack(number)
-        return np.asarray(stack.read(inner, rows, columns))
+        return np.asarray(stack.read(plane, rows, columns))

@@ -62,17 +62,17 @@ def open_tiff(
         page = image.keyframe
         ome = ome_metadata(tiff.ome_metadata, series or 0)
         layout = arrange(image.axes, tuple(image.shape), channels)
-        rendering = Rendering(page, np.dtype(image.dtype), layout.size[3], labels)
-        stack = Stacks(images, layout, file)
-        planes, height, width, _ = stack.size
+        is_grey = layout.size[0] == layout.size[3] == 1 and ome is None
+        stack = Stacks(images, layout, file, as_channels=is_grey and channels == len(images) > 1 and not labels)
+        planes, height, width, count = stack.size
+        rendering = Rendering(page, np.dtype(image.dtype), count, labels)
         info = rendering.info(location, "tiff" if ome is None else "ome-tiff", (planes, height, width), stack.block)
         metadata = {**_tag_metadata(page, rendering), **(ome or {}), **({"warnings": warnings} if warnings else {})}
-        names = "I" * (len(images) > 1) + "".join(layout.axes[axis] for axis in layout.planes)
+        counts = [("I", len(images))] if planes > layout.size[0] else []
+        counts += [(layout.axes[axis], layout.shape[axis]) for axis in layout.planes]
+        names = "".join(name for name, _ in counts)
         if names and names.count("I") < 2:
-            metadata["plane_axes"] = names
-            metadata["plane_shape"] = (planes,) if len(names) == 1 else (
-                *[len(images)] * (len(images) > 1), *(layout.shape[axis] for axis in layout.planes)
-            )  # fmt: skip
+            metadata["plane_axes"], metadata["plane_shape"] = names, tuple(count for _, count in counts)
         return TiffSource(file, stack.read, rendering, info, metadata)
 
 
