@@ -108,7 +108,7 @@ def check_channels(info: SourceInfo, wanted: int) -> None:
     found = info.channels
     if found != wanted and (found, wanted) != (1, 3):
         text = f"it has {found} channel{'s' * (found != 1)}, but {wanted} are wanted. Only one can be repeated."
-        if info.format in ("npy", "zarr"):
+        if info.format in ("npy", "zarr") and found > wanted:
             text += " If its axes come in another order, say so: --axes cyx (planes z, rows y, columns x, channels c)."
         elif info.format == "array" and info.height == wanted:
             text += " An array is (H, W, C): transpose it."
