@@ -159,19 +159,32 @@ def test_places_are_longitude_and_latitude(tmp_path, crs, transform):
     assert np.array_equal(again, labels)
 
 
-def test_areas_are_true_square_metres_or_not_told(tmp_path):
+def test_areas_are_true_square_metres(tmp_path):
     labels = blobs(60, 60)
 
     def area(crs, transform):
         collection = geojson(tmp_path / "a.geojson", result_of(labels, crs=crs, transform=transform))
-        told = [feature["properties"].get("area_m2") for feature in collection["features"]]
-        return None if None in told else sum(told)
+        return sum(properties(collection, "area_m2"))
 
     assert area("EPSG:32633", NORTH) == pytest.approx(3600 * 100)
     assert area("EPSG:2263", (30, 0, 1e6, 0, -30, 2e5)) == pytest.approx(3600 * 900 * 0.3048006096**2, rel=1e-4)  # feet
     assert area("EPSG:3035", (10, 0, 4.5e6, 0, -10, 2.6e6)) == pytest.approx(3600 * 100)
-    assert area("EPSG:3857", (10, 0, 1.5e6, 0, -10, 6e6)) is None  # twice too large there
-    assert area("EPSG:4326", (0.001, 0, 14, 0, -0.001, 46)) is None
+    north, south = np.radians([46, 46 - 0.06])  # of WGS 84: the integral of M N cos(latitude)
+    steps = np.linspace(south, north, 10_001)
+    flat = 1 - 0.00669437999014 * np.sin(steps) ** 2
+    square = 6_378_137.0**2 * (1 - 0.00669437999014) / flat**2 * np.cos(steps)
+    true = np.trapezoid(square, steps) * np.radians(0.06)
+    assert area("EPSG:4326", (0.001, 0, 14, 0, -0.001, 46)) == pytest.approx(true, rel=1e-6)
+    # Web Mercator shows it 2.14 times too large at 46.9 degrees (1 / cos^2)
+    assert area("EPSG:3857", (10, 0, 1.5e6, 0, -10, 5.93e6)) == pytest.approx(3600 * 100 * 0.4665, rel=2e-3)
+
+
+def test_a_whole_globe_has_the_area_of_the_earth(tmp_path):
+    labels = np.zeros((180, 360), dtype=np.uint8)
+    labels[60:120, 100:260] = 1
+    collection = geojson(tmp_path / "a.geojson", result_of(labels, crs="EPSG:4326", transform=(1, 0, -180, 0, -1, 90)))
+    assert sum(properties(collection, "area_m2")) == pytest.approx(510_065_621_724_000, rel=2e-6)
+    assert shapely.area(geometries(collection)).sum() == pytest.approx(180 * 360)
 
 
 def test_polygons_across_the_antimeridian_are_cut_there(tmp_path):
@@ -184,6 +197,40 @@ def test_polygons_across_the_antimeridian_are_cut_there(tmp_path):
     for part in shapely.get_parts(found):
         west, _, east, _ = part.bounds
         assert east - west < 1 and abs(west) > 179
+
+
+@pytest.mark.parametrize(
+    "crs, transform",
+    [
+        ("EPSG:32701", (100, 0, 176500, 0, -100, 8190000)),
+        ("EPSG:3857", (100, 0, 20037508 - 4500, 0, -100, -1900000)),
+        ("EPSG:3031", (500, 0, -20000, 0, -500, -1080000)),
+        ("EPSG:3832", (100, 0, 3339584 - 4500, 0, -100, -1900000)),
+        ("EPSG:4326", (0.5, 0, 160, 0, -0.5, 20)),  # longitudes up to 200
+        ("EPSG:3031", (50_000, 0, -2_000_000, 0, -50_000, 1_900_000)),  # the pole inside
+        ("EPSG:3413", (50_000, 0, -1_990_000, 0, -50_000, 1_900_000)),
+    ],
+    ids=["utm", "web mercator", "antarctic", "pacific", "degrees to 200", "south pole", "north pole"],
+)
+def test_polygons_beyond_the_antimeridian_cover_their_image_once(tmp_path, crs, transform):
+    labels = blobs(80, 90)
+    labels[30:50, 30:60] = 1  # also around a pole
+    collection = geojson(tmp_path / "a.geojson", result_of(labels, crs=crs, transform=transform), simplify_px=0)
+    found = geometries(collection)
+    parts = shapely.get_parts(found)
+    bounds = shapely.bounds(parts)
+    assert shapely.is_valid(found).all()
+    assert bounds[:, 0].min() == -180 and bounds[:, 2].max() == 180 and np.abs(bounds[:, 1::2]).max() <= 90
+    assert shapely.area(shapely.union_all(found)) == pytest.approx(shapely.area(found).sum(), rel=1e-9)
+    middles = np.stack(np.meshgrid(np.arange(90) + 0.5, np.arange(80) + 0.5), axis=-1).reshape(-1, 2)
+    a, b, c, d, e, f = transform
+    x, y = a * middles[:, 0] + b * middles[:, 1] + c, d * middles[:, 0] + e * middles[:, 1] + f
+    lon, lat = (np.array(values) for values in rasterio.warp.transform(crs, "EPSG:4326", x, y))
+    points = shapely.points((lon + 180) % 360 - 180, lat)
+    tree = shapely.STRtree(found)
+    at, which = tree.query(points, predicate="within")
+    assert np.array_equal(np.sort(at), np.arange(len(points)))
+    assert np.array_equal(properties(collection, "class_id")[which][np.argsort(at)], labels.ravel())
 
 
 @pytest.mark.parametrize(
@@ -200,6 +247,31 @@ def test_control_points_are_named_as_not_followed(tmp_path):
     result = result_of(noise(9, 9), crs="EPSG:4326")
     result = replace(result, metadata={"crs": None, "transform": None, "gcps": ((0, 0, 1, 1, 0),)})
     assert "gdalwarp" in geojson(tmp_path / "a.geojson", result)["coordinates"]
+
+
+def test_qupath_reads_classes_at_level_0_of_a_slide(tmp_path):
+    labels = blobs(40, 50)
+    shapes = ((161, 201), (80, 100), (40, 50))
+    result = result_of(labels)
+    slide = replace(result.source, format="slide")
+    result = replace(result, source=slide, metadata={"level": 2, "level_shapes": shapes, "downsample": 4.02})
+    collection = geojson(tmp_path / "a.geojson", result)
+    west, north, east, south = shapely.total_bounds(geometries(collection))
+    assert (west, north, east, south) == pytest.approx((0, 0, 201, 161))
+    assert "level 0" in collection["coordinates"] and "level 2 was labelled" in collection["coordinates"]
+    for feature in collection["features"]:
+        known = feature["properties"]
+        assert known["objectType"] == "annotation"
+        index = SPEC.names.index(known["class"])
+        assert known["classification"] == {"name": known["class"], "color": list(SPEC.colors[index])}
+    assert properties(collection, "area_px").sum() == labels.size
+
+
+def test_background_is_no_object_unless_asked_for(tmp_path):
+    spec = LabelSpec(names=("Background", "cell"), colors=((0, 0, 0), (250, 0, 0)), values=((0,), (1,)))
+    result = replace(result_of(noise(20, 20, 2)), spec=spec)
+    assert set(properties(geojson(tmp_path / "a.geojson", result), "class")) == {"cell"}
+    assert len(set(properties(geojson(tmp_path / "a.geojson", result, background=True), "class"))) == 2
 
 
 def test_planes_are_told_and_rows_are_asked_for_in_bands(tmp_path):

@@ -27,6 +27,8 @@ def inspect(
     group_by: options.GroupBy = None,
     bands: options.Bands = None,
     axis: options.Axis = None,
+    axes: options.Axes = None,
+    nan_is_nodata: options.NanIsNodata = False,
     level: options.Level = None,
     series: options.Series = None,
     intensity: options.Intensity = None,
@@ -46,7 +48,7 @@ def inspect(
     from pixelwise.data.check import inspect_data
     from pixelwise.data.layouts import open_data
 
-    reading = reading_options(bands, axis, level, series, intensity, allow_no_affine)
+    reading = reading_options(bands, axis, axes, nan_is_nodata, level, series, intensity, allow_no_affine)
     folder = open_data(data, classes=classes, ignore=tuple(ignore or ()), group_by=group_by)
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("Reading", total=len(folder.pairs))

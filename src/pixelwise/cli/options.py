@@ -24,8 +24,19 @@ Bands = Annotated[
     typer.Option(metavar="N,…", help="The bands of each image to use, counted from 1, in this order: 4,3,2."),
 ]
 Axis = Annotated[int | None, typer.Option(help="NIfTI: voxel axis that slices are cut along; 2.")]
-Level = Annotated[int | None, typer.Option(help="Slides, OME-Zarr: level of the pyramid; 0 is the finest.")]
-Series = Annotated[str | None, typer.Option(help="DICOM: SeriesInstanceUID; OME-Zarr: number of the image.")]
+Axes = Annotated[
+    str | None,
+    typer.Option(
+        metavar="zyx", help="Zarr, .npy: a letter for each axis; y rows, x columns, c channels, others planes."
+    ),
+]
+NanIsNodata = Annotated[
+    bool, typer.Option("--nan-is-nodata", help="NIfTI: voxels that are NaN or infinite hold no data, and get no label.")
+]
+Level = Annotated[int | None, typer.Option(help="Slides, COG, OME-Zarr: level of the pyramid; 0 is the finest.")]
+Series = Annotated[
+    str | None, typer.Option(help="DICOM: SeriesInstanceUID; TIFF, OME-Zarr: number of the image, from 0.")
+]
 Intensity = Annotated[str | None, typer.Option(help="NIfTI, DICOM: auto, type or LOW,HIGH that become 0 and 1.")]
 AllowNoAffine = Annotated[bool, typer.Option("--allow-no-affine", help="NIfTI: accept volumes without an affine.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]

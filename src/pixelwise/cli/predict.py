@@ -45,6 +45,9 @@ def predict(
         ),
     ] = None,
     geojson: Annotated[bool, typer.Option("--geojson", help="Also write NAME.geojson, polygons.")] = False,
+    background: Annotated[
+        bool, typer.Option("--background", help="Polygons also of the class that is called background.")
+    ] = False,
     coco: Annotated[bool, typer.Option("--coco", help="Also write NAME_coco.json, run lengths.")] = False,
     min_area: Annotated[
         int, typer.Option(metavar="PX", help="Smaller connected areas take the label around them.")
@@ -73,6 +76,8 @@ def predict(
     maps: Annotated[list[str] | None, typer.Option(metavar="A,B", help=_MAPS)] = None,
     bands: options.Bands = None,
     axis: options.Axis = None,
+    axes: options.Axes = None,
+    nan_is_nodata: options.NanIsNodata = False,
     level: options.Level = None,
     series: options.Series = None,
     intensity: options.Intensity = None,
@@ -96,7 +101,7 @@ def predict(
     Example: pixelwise predict runs/land scene.tif --out labels --memory 2GiB --maps entropy --geojson
     """
     _check_engine(engine, address, workers)
-    reading = reading_options(bands, axis, level, series, intensity, allow_no_affine)
+    reading = reading_options(bands, axis, axes, nan_is_nodata, level, series, intensity, allow_no_affine)
     if overlap is not None and blend is None:
         raise UsageError("--overlap is that of blended tiles; add --blend gaussian, or leave it out.")
     if seed and samples == 1:
@@ -117,6 +122,7 @@ def predict(
         "min_area_px": min_area,
         "format": format,
         "geojson": geojson,
+        "background": background,
         "coco": coco,
         "overlay": overlay,
         "probabilities": probabilities,
@@ -177,6 +183,8 @@ def _parse_list(texts: Sequence[str]) -> tuple[str, ...]:
 def reading_options(
     bands: str | None,
     axis: int | None,
+    axes: str | None,
+    nan_is_nodata: bool,
     level: int | None,
     series: str | None,
     intensity: str | None,
@@ -192,6 +200,8 @@ def reading_options(
     given: dict[str, Any] = {
         "bands": None if bands is None else tuple(map(int, bands.split(","))),
         "axis": axis,
+        "axes": axes,
+        "nan_is_nodata": nan_is_nodata or None,
         "level": level,
         "series": int(series) if series is not None and series.isascii() and series.isdigit() else series,
         "intensity": intensity,

@@ -11,7 +11,7 @@ from pixelwise.data.pairs import SPLIT_ALIASES, Pair, Problem, counted, first_of
 from pixelwise.errors import DataError
 from pixelwise.files import ZARR_DOCUMENTS
 from pixelwise.formats import FORMATS, SOURCE_SUFFIXES
-from pixelwise.formats.local import printable
+from pixelwise.formats.local import HEAD_BYTES, is_dicom_head, printable
 from pixelwise.formats.registry import stem_of
 
 _MASK_SUFFIX = re.compile(
@@ -112,7 +112,7 @@ def _is_dicom(path: Path) -> bool:
         if not path.is_file():
             return False
         with path.open("rb") as file:
-            return file.read(132)[128:] == b"DICM"
+            return is_dicom_head(file.read(HEAD_BYTES))
     except OSError:
         return False
 

@@ -8,6 +8,7 @@ from pixelwise.data.labels import IGNORE_INDEX, LabelSpec, Value
 from pixelwise.data.matching import relative
 from pixelwise.data.pairs import SPLITS, DataFolder, Problem, counted, first_of
 from pixelwise.data.scan import PairScan
+from pixelwise.data.unread import left_out
 from pixelwise.formats.local import printable
 
 _LISTED = 20
@@ -25,6 +26,7 @@ def find_problems(folder: DataFolder, scans: Sequence[PairScan]) -> tuple[Proble
         _unknown_values,
         _empty_masks,
         _missing_classes,
+        left_out,
     )
     for check in per_split:
         for split, there in by_split.items():

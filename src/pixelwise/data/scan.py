@@ -31,6 +31,7 @@ from pixelwise.data.samples import (
 from pixelwise.errors import DataError
 from pixelwise.formats import Source
 from pixelwise.formats.base import Palette
+from pixelwise.formats.beside import not_read
 from pixelwise.formats.local import printable
 from pixelwise.formats.registry import is_picture
 
@@ -74,6 +75,7 @@ class ImageScan:
     opacity_kind: str = ""  # "opacity", "band" or "constant", by its numbers
     sums: tuple[float, ...] = ()  # per channel in unit scale, over the pixels that hold data; empty if nobody asked
     squares: tuple[float, ...] = ()  # likewise, of the squares
+    remarks: tuple[str, ...] = ()  # what of the file, or beside it, is not read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,6 +224,7 @@ def _scan_image(path: Path, reading: Reading | None, channels: int | None, *, wi
             pixels=pixels,
             sums=tuple(sums.tolist()) if with_sums else (),
             squares=tuple(squares.tolist()) if with_sums else (),
+            remarks=not_read(path, source.metadata),
         )
 
 

@@ -19,6 +19,8 @@ Opener = Callable[[], BinaryIO]
 
 LABELS = "labels"
 TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+BACKGROUND = ("background", "void", "unlabeled", "unlabelled")
+"""What classes are called, in lower case, that are no object; by name, because the first of two organs is none."""
 MAPS = ("entropy", "mutual_information", "max_probability")
 
 
@@ -199,9 +201,10 @@ def pixel_type(dtype: np.dtype[Any], channels: int, labels: bool) -> str:
     return "int64" if labels and dtype.kind == "f" else name
 
 
-def check_finite(array: NDArray[Any], where: str) -> None:
-    """Raise `DataError` if some numbers are NaN or infinite."""
+def check_finite(array: NDArray[Any], where: str, advice: str = "") -> None:
+    """Raise `DataError` if some numbers are NaN or infinite; `advice` is what else can be done."""
     if array.dtype.kind == "f" and (bad := int(np.count_nonzero(~np.isfinite(array)))):
         raise DataError(
-            f"{bad:,} of its numbers in {where} are NaN or infinite. Replace them, for example with numpy.nan_to_num."
+            f"{bad:,} of its numbers in {where} are NaN or infinite. Replace them, for example with numpy.nan_to_num"
+            f"{', or ' * bool(advice)}{advice}."
         )

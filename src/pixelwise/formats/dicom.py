@@ -23,20 +23,22 @@ from numpy.typing import NDArray
 from pixelwise.errors import DataError, UsageError
 from pixelwise.files import extra
 from pixelwise.formats.base import TIFF_MAGIC, Source, SourceInfo, check_finite, whole_numbers
+from pixelwise.formats.dicom_frame import Frame
 from pixelwise.formats.dicom_series import (
     SEGMENTATIONS,
-    Frame,
     Header,
     arrange,
     dicom_errors,
     has_mark,
+    is_marked,
     read_header,
     safe_text,
 )
-from pixelwise.formats.intensity import Intensity, Scaling, by_type, check_intensity
-from pixelwise.formats.local import Identity, printable, readable
+from pixelwise.formats.intensity import Intensity, LookUp, Scaling, by_type, check_intensity
+from pixelwise.formats.local import Identity, is_dicom_head, printable, readable
 
 _CACHE_BYTES = 64 * 2**20
+_DICOM_NAMES = (".dcm", ".dicom", ".ima")
 _TIFF_NAMES = (".tif", ".tiff", ".btf", ".tf8", ".svs", ".ndpi", ".scn", ".bif")
 
 DECODER_DEPENDENCIES = dict.fromkeys(
@@ -101,6 +103,13 @@ def read_headers(pydicom: Any, path: Path, series: str | None, labels: bool = Fa
         with readable(path):
             inside = sorted(path.iterdir())
         files = [file for file in inside if file.is_file() and has_mark(file)]
+        lost = [file.name for file in inside if _is_named_dicom(file) and file not in files]
+        if files and lost:
+            names = ", ".join(map(safe_text, lost[:5])) + (", ..." if len(lost) > 5 else "")
+            raise DataError(
+                f"{printable(path)}: of its files {len(lost)} are named as DICOM but are not, or are damaged: {names}. "
+                "Slices would be missing. Repair or remove them."
+            )
         found = [header for file in files if (header := read_header(pydicom, file)) is not None]
         found = [header for header in found if (header.class_uid in SEGMENTATIONS) == labels] or found
     if not found:
@@ -108,6 +117,10 @@ def read_headers(pydicom: Any, path: Path, series: str | None, labels: bool = Fa
         hint = f" It has the folders {', '.join(folders[:5])}; give the one of a series." if folders else ""
         raise DataError(f"{printable(path)}: there is no DICOM image in this folder.{hint}")
     return _one_series(path, found, series)
+
+
+def _is_named_dicom(path: Path) -> bool:
+    return path.suffix.lower() in _DICOM_NAMES and not path.name.startswith(".") and path.is_file()
 
 
 def _one_series(path: Path, headers: list[Header], series: str | None) -> tuple[Header, ...]:
@@ -138,7 +151,7 @@ def is_dicom(head: bytes, name: str) -> bool:
     The 128 bytes before the mark may be the start of a TIFF, in files that are both; of these the name decides.
     """
     is_named_tiff = head[:4] in TIFF_MAGIC and name.lower().endswith(_TIFF_NAMES)
-    return head[128:132] == b"DICM" and not is_named_tiff
+    return is_dicom_head(head) and not is_named_tiff
 
 
 class _DicomSource(Source):
@@ -197,7 +210,13 @@ class _DicomSource(Source):
         frame = self._volume.frames[plane]
         header, pixels, dataset = self._headers[frame.path], self._pydicom.pixels, self._pydicom.Dataset()
         with dicom_errors(frame.path):
-            array = pixels.pixel_array(frame.path, index=frame.index, ds_out=dataset)
+            if is_marked(frame.path):
+                array = pixels.pixel_array(frame.path, index=frame.index, ds_out=dataset)
+            else:
+                dataset = self._pydicom.dcmread(frame.path, force=True)
+                dataset.file_meta = self._pydicom.dataset.FileMetaDataset()
+                dataset.file_meta.TransferSyntaxUID = header.syntax
+                array = pixels.pixel_array(dataset, index=frame.index)
             if header.palette and not self._labels:
                 array = _colors(pixels, array, dataset)
             elif dataset.get("ModalityLUTSequence") and not self._labels:
@@ -209,7 +228,7 @@ class _DicomSource(Source):
             check_finite(array, f"frame {frame.index}")
         return np.asarray(array)
 
-    def _scaling(self, frame: Frame, header: Header) -> Scaling | None:
+    def _scaling(self, frame: Frame, header: Header) -> Scaling | LookUp | None:
         """The map to 0..1 of what a frame means; None where the type decides."""
         if self._stays or self._intensity == "type" or (self._intensity == "auto" and header.channels == 3):
             return None

@@ -19,12 +19,12 @@ from numpy.typing import NDArray
 
 from pixelwise.errors import DataError, PixelwiseError, UsageError
 from pixelwise.files import extra, writing
-from pixelwise.formats.base import Result, Source, SourceInfo
+from pixelwise.formats.base import BACKGROUND, Result, Source, SourceInfo
 from pixelwise.formats.dicom import read_headers
+from pixelwise.formats.dicom_frame import Frame
 from pixelwise.formats.dicom_series import (
     LPS_TO_RAS,
     PARALLEL,
-    Frame,
     Header,
     Volume,
     arrange,
@@ -38,9 +38,6 @@ from pixelwise.formats.dicom_series import (
 )
 from pixelwise.formats.local import Identity, Stamp, printable
 from pixelwise.formats.nifti import open_nifti
-
-NO_SEGMENT = ("background", "void", "unlabeled", "unlabelled")
-"""Classes of these names (in any case) get no segment."""
 
 _CACHE_BYTES = 64 * 2**20
 _NEAR = 0.05  # of the distance between planes, or of a pixel: what positions of a segmentation may differ by
@@ -128,7 +125,7 @@ def _on_planes(location: str, header: Header, volume: Volume) -> list[list[int]]
         raise DataError(f"{location}: the segmentation does not lie on the grid of {volume.name}: it has {differing}.")
     normal = np.cross(orientation[:3], orientation[3:])
     distances = positions @ normal
-    gaps = np.diff(np.unique(distances.round(4)))
+    gaps = np.diff([float(np.array(group[0].position) @ normal) for group in places_of(volume.frames, normal)])
     near = _NEAR * (gaps.min() if len(gaps) else min(spacing))
     found: list[list[int]] = [[] for _ in positions]
     for frame in header.frames:
@@ -231,7 +228,7 @@ def write_dicom_seg(path: Path, result: Result) -> None:
     path = Path(path)
     _check_size(path, result)
     highdicom, pydicom = extra("highdicom", "medical", "DICOM-SEG"), extra("pydicom", "medical", "DICOM-SEG")
-    classes = [k for k, name in enumerate(result.spec.names) if name.strip().casefold() not in NO_SEGMENT]
+    classes = [k for k, name in enumerate(result.spec.names) if name.strip().casefold() not in BACKGROUND]
     if not classes:
         raise UsageError(f"{path}: no class is left to be a segment: {', '.join(result.spec.names)} mean background.")
     images = _source_images(pydicom, result)

@@ -18,14 +18,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pixelwise.errors import DataError, UsageError
-from pixelwise.formats.intensity import Scaling, display_window
-from pixelwise.formats.local import Stamp, printable, readable, silence
+from pixelwise.formats.dicom_frame import Frame, frames_of, numbers
+from pixelwise.formats.local import HEAD_BYTES, Stamp, is_dicom_head, printable, readable, silence
 
 SEGMENTATIONS = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")
 PARALLEL = 1e-3  # what directions of slices may differ by
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 _SAME_PLACE_MM = 1e-4
 _EVEN = 0.02  # of the distance between slices; positions are written with few digits
+_SAME_PLACE = 0.01  # of the thickness of a slice
+_SAME_SPACING = 1e-3  # as a share
 
 _TAGS = [
     "SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "SeriesDescription", "FrameOfReferenceUID", "Modality",
@@ -33,29 +35,14 @@ _TAGS = [
     "Rows", "Columns", "SamplesPerPixel", "PhotometricInterpretation", "BitsAllocated", "BitsStored",
     "PixelRepresentation", "NumberOfFrames", "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing",
     "SliceThickness", "SpacingBetweenSlices", "RescaleSlope", "RescaleIntercept", "WindowCenter", "WindowWidth",
-    "VOILUTFunction", "PixelPaddingValue", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence",
+    "VOILUTFunction", "VOILUTSequence", "PixelPaddingValue", "SharedFunctionalGroupsSequence",
+    "PerFrameFunctionalGroupsSequence",
 ]  # fmt: skip
 _COLORS = {"RGB": 3, "YBR_FULL": 3, "YBR_FULL_422": 3, "YBR_ICT": 3, "YBR_RCT": 3}
 _GREYS = ("MONOCHROME1", "MONOCHROME2")
 _WHOLE_SLIDE = "1.2.840.10008.5.1.4.1.1.77.1.6"
 _DEFLATED = "1.2.840.10008.1.2.1.99"
 _UNCOMPRESSED = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Frame:
-    """One frame of a file, which becomes one plane; what the header does not say is None."""
-
-    path: Path
-    index: int  # in the file
-    position: tuple[float, ...] | None  # centre of the first pixel in mm: left, back and head of the patient (LPS)
-    orientation: tuple[float, ...] | None  # direction of the rows (x, y, z), then that of the columns
-    spacing_mm: tuple[float, ...] | None  # between rows, between columns
-    depth_mm: float | None = None  # to the next slice, as far as one slice can tell
-    slope: float = 1.0  # a stored number times this ...
-    intercept: float = 0.0  # ... plus this is in the file's unit
-    window: Scaling | None = None  # the display window as a map to 0..1
-    order: tuple[float, ...] = ()  # tells apart frames at one place, such as the time
 
 
 class Header:
@@ -92,9 +79,9 @@ class Header:
         self.bits = int(dataset.get("BitsStored") or self.allocated)
         self.signed = bool(dataset.get("PixelRepresentation"))
         self.largest = int(2 ** (self.bits - self.signed) - 1)
-        padding = _numbers(dataset.get("PixelPaddingValue"))
+        padding = numbers(dataset.get("PixelPaddingValue"))
         self.padding = None if padding is None else int(padding[0])
-        self.frames = tuple(_frames(dataset, path, count, self.inverted))
+        self.frames = tuple(frames_of(dataset, path, count, self.inverted))
 
 
 @contextmanager
@@ -127,10 +114,29 @@ def dicom_errors(path: Path) -> Iterator[None]:
 
 
 def has_mark(path: Path) -> bool:
-    """Whether a file starts as DICOM does: any 128 bytes, then DICM."""
+    """Whether a file starts as DICOM does."""
     Stamp.of(path)  # a pipe must not even be opened
     with readable(path), path.open("rb") as file:
+        return is_dicom_head(file.read(HEAD_BYTES))
+
+
+def is_marked(path: Path) -> bool:
+    """Whether a file has 128 bytes and DICM before its first element; those of old exports begin with that."""
+    with path.open("rb") as file:
         return file.read(132)[128:] == b"DICM"
+
+
+def plain_syntax(pydicom: Any, dataset: Any) -> Any:
+    """The transfer syntax of a file that does not name it, as its elements are written: these are not compressed."""
+    implicit, little = dataset.original_encoding
+    uid = pydicom.uid
+    return (
+        uid.ExplicitVRBigEndian
+        if not little
+        else uid.ImplicitVRLittleEndian
+        if implicit
+        else uid.ExplicitVRLittleEndian
+    )
 
 
 def safe_text(value: Any) -> str:
@@ -143,79 +149,30 @@ def read_header(pydicom: Any, path: Path) -> Header | None:
     stamp = Stamp.of(path)
     with dicom_errors(path):
         if not has_mark(path):
-            raise DataError("this is no DICOM file: the mark DICM is missing at byte 128.")
-        meta = pydicom.filereader.read_file_meta_info(path)
-        syntax = pydicom.uid.UID(str(meta.TransferSyntaxUID))
+            raise DataError(
+                "this is no DICOM file: the mark DICM is missing at byte 128, and so is a header without it."
+            )
+        marked = is_marked(path)
+        meta = (
+            pydicom.filereader.read_file_meta_info(path)
+            if marked
+            else pydicom.dcmread(path, stop_before_pixels=True, force=True).file_meta
+        )
+        syntax = pydicom.uid.UID(str(meta.TransferSyntaxUID if marked else meta.get("TransferSyntaxUID", "")))
         if syntax == _DEFLATED:
             raise DataError(
                 "it is deflated as a whole (Deflated Explicit VR Little Endian), so its header cannot be read alone. "
                 "Convert it, for example with `dcmconv +te`."
             )
-        dataset = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=_TAGS)
+        dataset = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=_TAGS, force=not marked)
+        if not syntax:
+            syntax = plain_syntax(pydicom, dataset)
         if "Rows" in dataset and "BitsAllocated" in dataset:
             return Header(dataset, path, stamp, syntax)
         kind = pydicom.uid.UID(str(meta.get("MediaStorageSOPClassUID", ""))).name
         if "Image" in kind:
             raise DataError(f"it is marked as {safe_text(kind)}, but has no size of an image. It is truncated.")
         return None
-
-
-def _frames(dataset: Any, path: Path, count: int, inverted: bool) -> Iterator[Frame]:
-    """Of enhanced objects each frame has its own values, or shares those of all frames."""
-    shared = (dataset.get("SharedFunctionalGroupsSequence") or [{}])[0]
-    own = dataset.get("PerFrameFunctionalGroupsSequence") or []
-    if own and len(own) != count:
-        raise DataError(f"it has {count} frames, but describes {len(own)}.")
-    top = {} if own else dataset
-    for index in range(count):
-        groups = (own[index] if own else {}, shared)
-
-        def find(group: str, keyword: str, length: int = 1, groups: Any = groups) -> tuple[float, ...] | None:
-            return _numbers(_value(groups, top, group, keyword), length)
-
-        spacing = find("PixelMeasuresSequence", "PixelSpacing", 2)
-        depth = find("PixelMeasuresSequence", "SpacingBetweenSlices") or (0.0,)
-        depth = depth if depth[0] else find("PixelMeasuresSequence", "SliceThickness") or (0.0,)
-        # a classic file of many frames has one position, that of its first
-        place = _value(groups, top if count == 1 else {}, "PlanePositionSequence", "ImagePositionPatient")
-        center, width = (find("FrameVOILUTSequence", keyword) for keyword in ("WindowCenter", "WindowWidth"))
-        function = str(_value(groups, top, "FrameVOILUTSequence", "VOILUTFunction") or "LINEAR")
-        yield Frame(
-            path=path,
-            index=index,
-            position=_numbers(place, 3),
-            orientation=find("PlaneOrientationSequence", "ImageOrientationPatient", 6),
-            spacing_mm=spacing if spacing and min(spacing) > 0 else None,
-            depth_mm=abs(depth[0]) or None,
-            slope=(find("PixelValueTransformationSequence", "RescaleSlope") or (1.0,))[0],
-            intercept=(find("PixelValueTransformationSequence", "RescaleIntercept") or (0.0,))[0],
-            window=display_window(center[0], width[0], function, inverted) if center and width else None,
-            order=_order(groups[0], dataset, index),
-        )
-
-
-def _value(groups: Sequence[Any], top: Any, group: str, keyword: str) -> Any:
-    """An element of a frame: in its own groups, in those of all frames, or (in classic files) at the top."""
-    found = (item[0].get(keyword) for place in groups if (item := place.get(group)))
-    return next((value for value in found if value is not None), top.get(keyword))
-
-
-def _numbers(value: Any, count: int = 1) -> tuple[float, ...] | None:
-    """So many finite numbers, the first of an element; None if it does not have them."""
-    if value is None or value == "":
-        return None
-    values = [value] if isinstance(value, str | float | int) else list(value)
-    found = tuple(float(part) for part in values[:count])
-    return found if len(found) == count and all(map(math.isfinite, found)) else None
-
-
-def _order(own: Any, dataset: Any, index: int) -> tuple[float, ...]:
-    """What tells apart frames at one place."""
-    keywords = ("TemporalPositionIdentifier", "AcquisitionNumber", "TriggerTime", "InstanceNumber")
-    values = [dataset.get(keyword) for keyword in keywords]
-    if content := own.get("FrameContentSequence"):
-        values = [content[0].get("TemporalPositionIndex")]
-    return (*((_numbers(value) or (0.0,))[0] for value in values), float(index))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -311,12 +268,14 @@ def normal_of(location: str, frames: Sequence[Frame]) -> NDArray[np.float64]:
 
 
 def places_of(frames: Sequence[Frame], normal: NDArray[np.float64]) -> list[list[Frame]]:
-    """Frames at the same distance along the normal together, by ascending distance."""
+    """Frames at the same distance along the normal together, by ascending distance; positions may have few digits."""
+    least = min((frame.depth_mm for frame in frames if frame.depth_mm), default=0.0)
+    same_mm = max(_SAME_PLACE_MM, _SAME_PLACE * least)
     distances = np.array([frame.position for frame in frames]) @ normal
     groups: list[list[Frame]] = []
     last = -math.inf
     for index in np.argsort(distances, kind="stable"):
-        if distances[index] - last > _SAME_PLACE_MM:
+        if distances[index] - last > same_mm:
             groups.append([])
             last = distances[index]
         groups[-1].append(frames[index])
@@ -329,7 +288,9 @@ def _space(frames: Sequence[Frame], normal: NDArray[np.float64]) -> tuple[dict[s
     A tilted gantry shifts each slice sideways, so the step is taken from the positions.
     """
     first, count = frames[0], len(frames)
-    if first.spacing_mm is None or any(frame.spacing_mm != first.spacing_mm for frame in frames):
+    if first.spacing_mm is None or not all(
+        frame.spacing_mm and np.allclose(frame.spacing_mm, first.spacing_mm, rtol=_SAME_SPACING) for frame in frames
+    ):
         return {}, ("PixelSpacing is missing or differs between slices",)
     positions, orientation = np.array([frame.position for frame in frames]), np.array(first.orientation)
     step = normal * (first.depth_mm or 1.0) if count == 1 else (positions[-1] - positions[0]) / (count - 1)

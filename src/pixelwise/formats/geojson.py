@@ -18,8 +18,10 @@ from numpy.typing import NDArray
 
 from pixelwise.errors import PixelwiseError
 from pixelwise.files import extra, writing
-from pixelwise.formats.base import Result
-from pixelwise.formats.geotiff import gdal, write_bands
+from pixelwise.formats.base import BACKGROUND, Result
+from pixelwise.formats.geotiff import write_bands
+from pixelwise.formats.geotiff_tags import gdal
+from pixelwise.formats.globe import ECCENTRICITY_2, EQUATOR_M, areas_m2, cut_at_antimeridian, made_valid
 from pixelwise.formats.local import silence
 
 MAX_CORNERS = 20_000_000
@@ -29,7 +31,7 @@ _WGS84 = "EPSG:4326"  # rasterio keeps the order longitude, latitude
 _STRAIGHT_PX = 256.0  # edges are cut into such pieces before they are bent: at 10 m per pixel they err by 0.02 px
 _PROBES = 17  # places along each side where it is tried whether the image has longitude and latitude
 _AREA_ERROR = 0.02
-_EQUATOR_M, _ECCENTRICITY_2 = 6_378_137.0, 0.00669437999014
+_LONGEST_DEGREES = 45.0  # of such a piece, so that it is known which way round the globe it goes
 _PIXELS = "pixels of the image: x to the right, y down, (0, 0) is its upper left corner"
 _DEGREES = "longitude and latitude in degrees, WGS 84"
 
@@ -41,21 +43,30 @@ class Place:
     coordinates: str  # what those of the polygons are, in words
     crs: Any = None  # rasterio's, of the image; None if the polygons stay in pixels
     transform: tuple[float, ...] = ()  # x = a column + b row + c, y = d column + e row + f
-    pixel_m2: float | None = None  # if the coordinate system has a unit of length
+    scale: tuple[float, float] = (1.0, 1.0)  # of the coordinates x and y, where they stay pixels
+    pixel_m2: float | None = None  # if the plane of the map shows areas true
+    straight_px: float = _STRAIGHT_PX  # longest piece of an edge that is bent
     decimals: int = 7  # of degrees: about a hundredth of a pixel, and at least the 7 that RFC 7946 names
 
     def to_world(self, rasterio: ModuleType, polygons: NDArray[Any]) -> NDArray[Any]:
         """Polygons in pixels, in the coordinates of the file; those that cross the antimeridian are cut there."""
+        shapely = extra("shapely", "geo", "GeoJSON")
         if self.crs is None or len(polygons) == 0:
-            return polygons
+            return polygons if self.scale == (1.0, 1.0) else shapely.transform(polygons, lambda p: p * self.scale)
+        world = cut_at_antimeridian(self._on_globe(polygons))
+        return made_valid(shapely.transform(world, lambda points: np.round(points, self.decimals)))
+
+    def areas_m2(self, polygons: NDArray[Any], areas_px: NDArray[np.int64]) -> NDArray[np.float64] | None:
+        """The true areas of polygons in pixels; None without a place on Earth."""
+        if self.crs is None or len(polygons) == 0:
+            return None
+        return areas_m2(self._on_globe(polygons)) if self.pixel_m2 is None else areas_px * np.float64(self.pixel_m2)
+
+    def _on_globe(self, polygons: NDArray[Any]) -> NDArray[Any]:
+        """Polygons in pixels, in longitude and latitude."""
         shapely, warp = (extra(name, "geo", "GeoJSON") for name in ("shapely", "rasterio.warp"))
-        local = shapely.transform(shapely.segmentize(polygons, _STRAIGHT_PX), self._to_crs)
-        world = shapely.transform(local, lambda points: np.stack(warp.transform(self.crs, _WGS84, *points.T), axis=1))
-        west, _, east, _ = shapely.bounds(world).T
-        for index in np.flatnonzero(east - west > 180):
-            cut = warp.transform_geom(self.crs, _WGS84, shapely.geometry.mapping(local[index]))
-            world[index] = shapely.geometry.shape(cut)
-        return shapely.transform(world, lambda points: np.round(points, self.decimals))
+        local = shapely.transform(shapely.segmentize(polygons, self.straight_px), self._to_crs)
+        return shapely.transform(local, lambda points: np.stack(warp.transform(self.crs, _WGS84, *points.T), axis=1))
 
     def _to_crs(self, points: NDArray[np.float64]) -> NDArray[np.float64]:
         a, b, c, d, e, f = self.transform
@@ -63,14 +74,17 @@ class Place:
         return np.stack([a * x + b * y + c, d * x + e * y + f], axis=1)
 
 
-def write_geojson(path: Path, result: Result, *, simplify_px: float = 1.0) -> None:
+def write_geojson(path: Path, result: Result, *, simplify_px: float = 1.0, background: bool = False) -> None:
     """Write one polygon, with its holes, for each connected region of a class (pixels that share an edge).
 
-    Each feature says its `class`, `class_id` and `area_px` (the exact number of pixels), `area_m2` where the coordinate
-    system has a unit of length and shows areas true to 2 %, and `plane` of images with several. Coordinates are longitude
-    and latitude (WGS 84) where the image has a place on Earth, else pixels; the member `coordinates` of the file says
-    which. Pixels without data become no polygon. Corners that make triangles smaller than about the square of
-    `simplify_px` are left out; 0 keeps the exact outlines of the pixels.
+    Each feature says its `class`, `class_id` and `area_px` (the exact number of pixels), `area_m2` where the image has a
+    place on Earth, and `plane` of images with several. Coordinates are longitude and latitude (WGS 84, cut at the 180th
+    meridian) where it has one, else pixels, of level 0 of a pyramid; the member `coordinates` of the file says which. In
+    pixels features also say what QuPath reads: `objectType` and `classification` with name and color. Pixels without data
+    become no polygon, nor do classes that are called background (`BACKGROUND`), unless `background`. Corners that make
+    triangles smaller than about the square of `simplify_px` are left out; 0 keeps the exact outlines of the pixels.
+
+    The area is that of the plane of the map where that shows areas true to 2 %, else that on the ellipsoid.
     """
     shapely = extra("shapely", "geo", "GeoJSON")
     head: dict[str, Any] = {"type": "FeatureCollection", "name": path.stem}
@@ -90,9 +104,15 @@ def write_geojson(path: Path, result: Result, *, simplify_px: float = 1.0) -> No
         for plane in range(result.source.planes):
             polygons, labels = trace(rasterio, raster, plane + 1)
             areas = np.rint(shapely.area(polygons)).astype(np.int64)
+            hidden = (
+                []
+                if background
+                else [id for id, name in enumerate(result.spec.names) if name.strip().casefold() in BACKGROUND]
+            )
+            keep = ~np.isin(labels, [*hidden, *([] if result.nodata is None else [result.nodata])])
+            true = place.areas_m2(polygons[keep], areas[keep])
             polygons = simplify(with_shared_corners(polygons), simplify_px)
-            keep = labels != (-1 if result.nodata is None else result.nodata)
-            found = (polygons[keep], labels[keep], areas[keep])
+            found = (polygons[keep], labels[keep], areas[keep], true)
             for feature in _features(rasterio, *found, plane, place, result):
                 file.write(separator + feature)
                 separator = ",\n"
@@ -104,6 +124,7 @@ def _features(
     polygons: NDArray[Any],
     labels: NDArray[np.int64],
     areas: NDArray[np.int64],
+    true_m2: NDArray[np.float64] | None,
     plane: int,
     place: Place,
     result: Result,
@@ -113,11 +134,16 @@ def _features(
     names = result.spec.names
     for chunk in np.array_split(np.arange(len(polygons)), -(-len(polygons) // 10_000) or 1):
         geometries = shapely.to_geojson(shapely.orient_polygons(place.to_world(rasterio, polygons[chunk])))
-        for geometry, label, area in zip(geometries, labels[chunk].tolist(), areas[chunk].tolist(), strict=True):
+        for index, geometry in zip(chunk.tolist(), geometries, strict=True):
+            label = int(labels[index])
             name = names[label] if label < len(names) else f"value {label}"
-            properties = {"class": name, "class_id": label, "area_px": area}
-            if place.pixel_m2 is not None:
-                properties["area_m2"] = float(f"{area * place.pixel_m2:.6g}")
+            properties: dict[str, Any] = {"class": name, "class_id": label, "area_px": int(areas[index])}
+            if true_m2 is not None:
+                properties["area_m2"] = float(f"{true_m2[index]:.6g}")
+            if place.crs is None:  # of a slide or a photo: as QuPath reads them
+                color = result.spec.colors[label] if label < len(names) else (127, 127, 127)
+                properties["objectType"] = "annotation"
+                properties["classification"] = {"name": name, "color": list(color)}
             if result.source.planes > 1:
                 properties["plane"] = plane
             text = json.dumps(properties, ensure_ascii=False)
@@ -203,11 +229,11 @@ def find_place(rasterio: ModuleType, result: Result) -> Place:
     if metadata.get("gcps") or metadata.get("rpcs"):
         return Place(coordinates=f"{_PIXELS}; its control points or RPCs are not followed, warp the image (gdalwarp)")
     if not crs_text or not transform:
-        level = result.metadata.get("level") if result.source.format == "slide" else None
-        if not level:
+        level, shapes = result.metadata.get("level"), result.metadata.get("level_shapes")
+        if not level or not shapes:
             return Place(coordinates=_PIXELS)
-        factor = f"times {result.metadata['downsample']:g} they are those of level 0"
-        return Place(coordinates=f"{_PIXELS}; of level {level} of the slide, {factor}")
+        y, x = (first / here for first, here in zip(shapes[0], shapes[level], strict=True))
+        return Place(coordinates=f"{_PIXELS}, at level 0 of its pyramid; level {level} was labelled", scale=(x, y))
     try:
         with gdal():
             crs = rasterio.crs.CRS.from_user_input(crs_text)
@@ -218,7 +244,9 @@ def find_place(rasterio: ModuleType, result: Result) -> Place:
     if not np.isfinite(pixel).all():
         return Place(coordinates=f"{_PIXELS}; parts of it have no longitude and latitude in its coordinate system")
     decimals = 2 - math.floor(math.log10(max(float(np.hypot(pixel[:, 0], pixel[:, 1]).min()), 1e-12)))
-    return replace(place, pixel_m2=_plane_area(crs, transform, pixel[:, 3]), decimals=min(12, max(7, decimals)))
+    straight_px = min(_STRAIGHT_PX, max(1.0, _LONGEST_DEGREES / max(float(np.abs(pixel[:, :2]).max()), 1e-12)))
+    true = _plane_area(crs, transform, pixel[:, 3])
+    return replace(place, pixel_m2=true, straight_px=straight_px, decimals=min(12, max(7, decimals)))
 
 
 def _pixels_of(place: Place, result: Result) -> NDArray[np.float64]:
@@ -246,8 +274,8 @@ def _pixels_of(place: Place, result: Result) -> NDArray[np.float64]:
 def _square_degree_m2(latitude: NDArray[np.float64]) -> NDArray[np.float64]:
     """The area of one by one degree near a latitude on the ellipsoid of WGS 84: M N cos(latitude), both its radii."""
     angle = np.radians(latitude)
-    flat = 1 - _ECCENTRICITY_2 * np.sin(angle) ** 2
-    return _EQUATOR_M**2 * (1 - _ECCENTRICITY_2) / flat**2 * np.cos(angle) * np.radians(1) ** 2
+    flat = 1 - ECCENTRICITY_2 * np.sin(angle) ** 2
+    return EQUATOR_M**2 * (1 - ECCENTRICITY_2) / flat**2 * np.cos(angle) * np.radians(1) ** 2
 
 
 def _plane_area(crs: Any, transform: tuple[float, ...], true_m2: NDArray[np.float64]) -> float | None:

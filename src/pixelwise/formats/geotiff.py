@@ -1,18 +1,15 @@
 """GeoTIFF: the place on Earth through rasterio (GDAL), pixels as those of any TIFF; labels and maps, also as COG.
 
-GDAL is given a copy of the tags in memory, never the file: no other driver, no file beside the image and no network is
-ever asked. Class names and colours, and the provenance record, are tags of written files: `CLASSES` and `PIXELWISE`.
+What the tags say is read in `geotiff_tags`. Class names and colours, and the provenance record, are tags of written
+files: `CLASSES` and `PIXELWISE`.
 """
 
 import json
-import math
 import os
-import re
 import shutil
-import struct
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,22 +18,19 @@ import numpy as np
 import tifffile
 from numpy.typing import NDArray
 
-from pixelwise.errors import DataError, PixelwiseError
+from pixelwise.errors import DataError, PixelwiseError, UsageError
 from pixelwise.files import cannot_write, extra, writing
 from pixelwise.formats.base import LABELS, TIFF_MAGIC, Opener, Result
+from pixelwise.formats.geotiff_tags import at_level, describe, gdal, raw
 from pixelwise.formats.local import Identity, readable, silence
 from pixelwise.formats.ranges import Handles, opening
+from pixelwise.formats.tiff.images import Stacks, choose, is_meant, main_page
 from pixelwise.formats.tiff.opacity import look
 from pixelwise.formats.tiff.read import PLAIN, Rendering, TiffSource, check_pages
-from pixelwise.formats.tiff.windows import Span, Stack, arrange
+from pixelwise.formats.tiff.windows import Span, arrange
 from pixelwise.formats.tiff.write import BIG_BYTES, BUFFER_BYTES, tiles
 
 MARK_TAG, CLASSES_TAG = "PIXELWISE", "CLASSES"
-_OPTIONS = {
-    "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR",
-    "GDAL_PAM_ENABLED": "NO",  # no .aux.xml, neither read nor written
-    "GDAL_CACHEMAX": 64,  # MiB of decoded blocks, for the whole process; GDAL would take 5 % of the memory
-}
 _GEO = {  # ModelPixelScale, ModelTiepoint, ModelTransformation, GeoKeyDirectory, GDAL_METADATA, GDAL_NODATA, RPCCoefficient
     33550, 33922, 34264, 34735, 42112, 42113, 50844,
 }  # fmt: skip
@@ -44,26 +38,10 @@ _OF_PIXELS = {
     254, 256, 257, 258, 259, 262, 273, 277, 278, 279, 282, 283, 284, 296, 317, 320, 322, 323, 324, 325, 338, 339,
 }  # fmt: skip
 """Tags that tifffile writes by itself: of size, type and place of the pixels, and the resolution."""
-_MAX_TAG_TEXT = 1 << 16
-_IDENTITY = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
 _BLOCK_PX, _COG_BLOCK_PX = 256, 512
 _NOT_KEPT = (
     "STATISTICS_", "TIFFTAG_SOFTWARE", "TIFFTAG_IMAGEDESCRIPTION", "TIFFTAG_DOCUMENTNAME", MARK_TAG, CLASSES_TAG,
 )  # fmt: skip
-
-
-@contextmanager
-def gdal(what: str = "GeoTIFF") -> Iterator[ModuleType]:
-    """The module rasterio, with these options in this thread; its errors become an `OSError` that says GDAL's reason."""
-    rasterio = extra("rasterio", "geo", what)
-    errors = (rasterio.errors.RasterioError, extra("rasterio._err", "geo", what).CPLE_BaseError)
-    session = extra("rasterio.session", "geo", what).DummySession()  # or boto3 would be asked for credentials
-    try:
-        with rasterio.Env(session=session, **_OPTIONS):
-            yield rasterio
-    except errors as error:
-        reason = str(getattr(error.__cause__, "errmsg", None) or error.__cause__ or error)
-        raise OSError(re.sub(r"/vsimem/\S+?: ", "", reason) or type(error).__name__) from error
 
 
 def is_geotiff(head: bytes, name: str | os.PathLike[str], opener: Opener | None = None) -> bool:
@@ -76,7 +54,7 @@ def is_geotiff(head: bytes, name: str | os.PathLike[str], opener: Opener | None 
             opener() if opener is not None else Path(name).open("rb") as file,
             tifffile.TiffFile(file, name="tiff", **PLAIN) as tiff,
         ):
-            return any(code in tiff.pages.first.tags for code in _GEO)
+            return any(code in main_page(tiff).tags for code in _GEO)
     except DataError:
         return False
 
@@ -86,54 +64,32 @@ def open_geotiff(
     opener: Opener | None = None,
     *,
     identity: Identity | None = None,
+    level: int = 0,
+    series: int | None = None,
     channels: int | None = None,
     labels: bool = False,
 ) -> "GeoTIFF":
     """Open a GeoTIFF by its path, or by what opens it anew at each call; only its tags are read.
 
-    Of a band that is marked as opacity some numbers are read too: they and `channels`, how many the network takes, decide
-    whether it is that (`tiff.opacity`).
+    `level` is that of its pyramid (overviews inside the file; 0 is the full resolution). Several images of one size, type
+    and place are planes, one after the other; of others the first is read, which "warnings" of the metadata tell, or that
+    of the number `series`. Of a band that is marked as opacity some numbers are read too: they and `channels`, how many the
+    network takes, decide whether it is that (`tiff.opacity`).
     """
     extra("rasterio", "geo", "GeoTIFF")
     with opening(location, opener, identity) as file:
         tiff = tifffile.TiffFile(file.buffered, name=file.name, **PLAIN)
         check_pages(tiff)
-        with (
-            gdal() as rasterio,
-            rasterio.MemoryFile(_tags_alone(tiff)) as memory,
-            silence(),  # rasterio warns of files without a place
-            memory.open(driver="GTiff", GEOREF_SOURCES="INTERNAL") as dataset,
-        ):
-            metadata = _metadata(dataset)
-        return GeoTIFF(location, file, tiff, metadata, channels, labels)
-
-
-def _tags_alone(tiff: tifffile.TiffFile) -> bytes:
-    """A BigTIFF that has all tags of the first page of a file, but no pixels."""
-    order, tags = tiff.byteorder, sorted(tiff.pages.first.tags, key=lambda tag: tag.code)
-    start = 16 + 8 + 20 * len(tags) + 8  # of the values that do not fit into their entry
-    entries, values = b"", b""
-    for tag in tags:
-        value = _raw(tiff, tag)
-        place = value.ljust(8, b"\0") if len(value) <= 8 else struct.pack(order + "Q", start + len(values))
-        values += value if len(value) > 8 else b""
-        entries += struct.pack(order + "HHQ", tag.code, int(tag.dtype), tag.count) + place
-    head = (b"II" if order == "<" else b"MM") + struct.pack(order + "HHHQQ", 43, 8, 0, 16, len(tags))
-    return head + entries + bytes(8) + values
-
-
-def _raw(tiff: tifffile.TiffFile, tag: tifffile.TiffTag) -> bytes:
-    """The value of a tag as it is stored."""
-    tiff.filehandle.seek(tag.valueoffset)
-    return bytes(tiff.filehandle.read(tag.valuebytecount))
+        return GeoTIFF(location, file, tiff, level, series, channels, labels)
 
 
 class GeoTIFF(TiffSource):
-    """The first image of a GeoTIFF.
+    """The first image of a GeoTIFF, or all of them as planes.
 
     `metadata` has "crs" (WKT, or None), "transform" (a, b, c, d, e, f: x = a column + b row + c, y = d column + e row + f;
-    or None), "gcps", "gcps_crs" and "rpcs" where the file has them, "nodata", "band_names", "colors", "tags" and "palette".
-    A pixel has data where the file's mask, opacity and nodata value all say so.
+    or None), "gcps", "gcps_crs" and "rpcs" where the file has them, "nodata", "band_names", "colors", "scales" and
+    "offsets" (stored numbers are read times the one plus the other, except of masks), "tags" and "palette". A pixel has
+    data where the file's mask, opacity and nodata value all say so.
     """
 
     def __init__(
@@ -141,20 +97,33 @@ class GeoTIFF(TiffSource):
         location: str,
         file: Handles,
         tiff: tifffile.TiffFile,
-        metadata: Mapping[str, Any],
+        level: int,
+        series: int | None,
         channels: int | None,
         labels: bool,
     ) -> None:
-        page = tiff.pages.first
+        pages: list[Any] = list(tiff.pages)
+        images = [page for page in pages if is_meant(page)] or pages[:1]
+        count = len(images)
+        images, warnings = choose(images, series, [_size(page) for page in images])
+        metadata = describe(images[0])
+        full = images
+        if level:
+            full = images[:1]
+            if len(images) > 1:
+                warnings = (f"it holds {count:,} images, of which only the first is read at level {level}",)
+            images, metadata = _at_level(images[0], pages, level, metadata)
+        page = images[0]
         self._bands = [band for band, color in enumerate(metadata["colors"]) if color != "alpha"]
         self._alpha = [band for band, color in enumerate(metadata["colors"]) if color == "alpha"]
-        rendering = Rendering(page, np.dtype(page.dtype), len(self._bands), labels)
-        self._stack = _stack(page, file)
+        self._stack = _stack(images, file)
         if len(self._alpha) == 1 and not labels:
             opacity = look(self._stack, self._alpha[0], channels)
             self._bands = [*range(len(metadata["colors"]))] if opacity.is_kept else self._bands
             self._alpha = self._alpha if opacity.hides else []
             metadata = {**metadata, **opacity.metadata}
+        meaning = [[metadata[name][band] for band in self._bands] for name in ("scales", "offsets")]
+        rendering = Rendering(page, np.dtype(page.dtype), len(self._bands), labels, meaning)
         if not labels:
             rendering.has_opacity, rendering.channels = False, len(self._bands)  # GDAL's word comes first
         if rendering.orientation not in (0, 1):
@@ -163,74 +132,69 @@ class GeoTIFF(TiffSource):
                 "Turn it for good (gdalwarp IN OUT), or remove that tag."
             )
         size = page.imagelength, page.imagewidth
-        pages: Any = tiff.pages
-        masks = [other for other in pages if other.is_mask and (other.imagelength, other.imagewidth) == size]
-        self._mask = _stack(masks[0], file) if masks and not self._alpha else None
-        info = rendering.info(location, "geotiff", (1, *size), self._stack.block)
-        super().__init__(file, self._colors, rendering, info, {**metadata, **rendering.metadata})
+        found = [_mask_of(image, pages, size) for image in full]
+        masks = [mask for mask in found if mask is not None]
+        if masks and len(full) != len(masks):
+            raise DataError(
+                f"of its {len(full)} images {len(masks)} have a mask of where there is data. Choose an image by series "
+                "(--series 0)."
+            )
+        self._mask = _stack(masks, file) if masks and not self._alpha else None
+        info = rendering.info(location, "geotiff", (len(images), *size), self._stack.block)
+        metadata |= rendering.metadata | ({"warnings": warnings} if warnings else {})
+        super().__init__(file, self._colors, rendering, info, metadata)
 
     def _colors(self, plane: int, rows: Span, columns: Span) -> NDArray[Any]:
         """All bands but opacity."""
-        pixels = self._stack.read(0, rows, columns)
+        pixels = self._stack.read(plane, rows, columns)
         return pixels[:, :, self._bands] if len(self._bands) < pixels.shape[2] else pixels
 
     def _unmasked(self, plane: int, rows: Span, columns: Span) -> NDArray[np.bool_] | None:
         if self._alpha:
-            return np.asarray((self._stack.read(0, rows, columns)[:, :, self._alpha] != 0).all(axis=2))
-        return None if self._mask is None else self._mask.read(0, rows, columns)[:, :, 0] != 0
+            return np.asarray((self._stack.read(plane, rows, columns)[:, :, self._alpha] != 0).all(axis=2))
+        return None if self._mask is None else self._mask.read(plane, rows, columns)[:, :, 0] != 0
 
 
-def _stack(page: Any, file: Handles) -> Stack:
-    """The pixels of one page, whatever pages of the same size follow."""
-    series = tifffile.TiffPageSeries([page], page.shape, page.dtype, page.axes)
-    return Stack(series, arrange(page.axes, page.shape), file)
+def _at_level(
+    image: Any, pages: Sequence[Any], level: int, metadata: Mapping[str, Any]
+) -> tuple[list[Any], dict[str, Any]]:
+    """The page of a smaller copy of an image, and what is said of it."""
+    copies = [page for page in _after(image, pages) if not page.is_mask]
+    levels = [image, *sorted(copies, key=lambda page: -page.imagewidth)]
+    if not 0 <= level < len(levels):
+        sizes = ", ".join(f"{number} ({page.imagewidth} x {page.imagelength})" for number, page in enumerate(levels))
+        raise UsageError(f"it has no level {level}. Its levels are {sizes} pixels.")
+    page = levels[level]
+    shrunk = page.imagelength / image.imagelength, page.imagewidth / image.imagewidth
+    shapes = tuple((page.imagelength, page.imagewidth) for page in levels)
+    return [page], at_level(metadata, level, shrunk) | {"level_shapes": shapes}
 
 
-def _metadata(dataset: Any) -> dict[str, Any]:
-    """What a dataset says besides its pixels; `DataError` if its place is unknown or its transform cannot be inverted."""
-    gcps, gcps_crs = dataset.gcps
-    rpcs = _texts(dataset, ns="RPC")
-    transform = tuple(float(value) for value in tuple(dataset.transform)[:6])
-    has_place = transform != _IDENTITY
-    if dataset.crs and not (has_place or gcps or rpcs):
-        raise DataError(
-            f"it has a coordinate system ({dataset.crs.to_string()[:80]}) but no transform, so where its pixels lie is "
-            "unknown. Add it (gdal_edit.py -a_ullr LEFT TOP RIGHT BOTTOM FILE), or remove the coordinate system "
-            "(gdal_edit.py -a_srs None FILE)."
-        )
-    if not all(map(math.isfinite, transform)) or transform[0] * transform[4] == transform[1] * transform[3]:
-        raise DataError(
-            f"its transform {transform} gives pixels no place or no area. Correct it: gdal_edit.py -a_ullr LEFT TOP RIGHT "
-            "BOTTOM FILE."
-        )
-    metadata = {
-        "crs": dataset.crs.to_wkt() if dataset.crs else None,
-        "transform": transform if has_place else None,
-        "nodata": dataset.nodata,
-        "band_names": _names(dataset),
-        "colors": tuple(color.name for color in dataset.colorinterp),
-        "tags": _texts(dataset),
-    }
-    if gcps:
-        metadata["gcps"] = tuple((gcp.row, gcp.col, gcp.x, gcp.y, gcp.z) for gcp in gcps)
-        metadata["gcps_crs"] = gcps_crs.to_wkt() if gcps_crs else None
-    return metadata | ({"rpcs": rpcs} if rpcs else {})
+def _after(image: Any, pages: Sequence[Any]) -> Iterator[Any]:
+    """The smaller copies and masks of an image: the pages up to the next image."""
+    return takewhile(lambda page: not is_meant(page), pages[pages.index(image) + 1 :])
 
 
-def _texts(dataset: Any, **where: Any) -> dict[str, str]:
-    """Tags of a domain that are UTF-8, as GDAL has them; older programs wrote other text, of which nobody knows which."""
-    try:
-        tags = dataset.tags(**where)
-    except UnicodeDecodeError:
-        return {}
-    return {str(key): str(value) for key, value in tags.items() if len(str(value)) <= _MAX_TAG_TEXT}
+def _mask_of(image: Any, pages: Sequence[Any], size: tuple[int, int]) -> Any:
+    """The page that says where an image, or its copy of this size, has data; None if there is none."""
+    found = (page for page in _after(image, pages) if page.is_mask and (page.imagelength, page.imagewidth) == size)
+    return next(found, None)
 
 
-def _names(dataset: Any) -> tuple[str, ...]:
-    try:
-        return tuple(name or "" for name in dataset.descriptions)
-    except UnicodeDecodeError:
-        return ("",) * dataset.count
+def _size(page: Any) -> tuple[str, Any]:
+    """Size, layout and number type of an image in words, and whatever else images of one stack have in common."""
+    place = [raw(page.parent, page.tags[code]) if code in page.tags else b"" for code in sorted(_GEO)]
+    return f"{' x '.join(map(str, page.shape))} ({page.axes}) {page.dtype}", (
+        page.photometric,
+        page.extrasamples,
+        place,
+    )
+
+
+def _stack(pages: Sequence[Any], file: Handles) -> Stacks:
+    """The pixels of pages, each of them one plane."""
+    images = [tifffile.TiffPageSeries([page], page.shape, page.dtype, page.axes) for page in pages]
+    return Stacks(images, arrange(pages[0].axes, pages[0].shape), file)
 
 
 def write_geotiff(path: Path, result: Result) -> None:
@@ -286,7 +250,7 @@ def _header(result: Result) -> dict[str, Any]:
             page = tiff.pages.first
             tags = [tag for tag in page.tags if tag.code not in _OF_PIXELS]
             return {
-                "extratags": [(tag.code, int(tag.dtype), tag.count, _raw(tiff, tag), True) for tag in tags],
+                "extratags": [(tag.code, int(tag.dtype), tag.count, raw(tiff, tag), True) for tag in tags],
                 "photometric": page.photometric,
                 "colormap": page.colormap,
                 "resolution": page.resolution,

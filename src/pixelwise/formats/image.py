@@ -81,7 +81,11 @@ class ImageSource(Source):
         height, width = image.height, image.width
         if self._orientation in (5, 6, 7, 8):
             height, width = width, height
-        self.metadata: Mapping[str, Any] = MappingProxyType({} if colors is None else {"palette": colors})
+        known: dict[str, Any] = {} if colors is None else {"palette": colors}
+        if (frames := _frames(image)) > 1:
+            text = f"it holds {frames:,} frames, of which only the first is read; save the others as files of their own"
+            known["warnings"] = (text,)
+        self.metadata: Mapping[str, Any] = MappingProxyType(known)
         self.info = SourceInfo(
             location=location,
             format=(image.format or "").lower(),
@@ -205,6 +209,11 @@ def _orientation(image: Image.Image, now: bool) -> int:
     with silence():
         found = Image.Image.getexif(image).get(_ORIENTATION_TAG, 1)
     return found if isinstance(found, int) else 1
+
+
+def _frames(image: Image.Image) -> int:
+    """How many pictures an animation has; further ones in a JPEG are previews and gain maps of cameras."""
+    return 1 if image.format not in ("GIF", "PNG", "WEBP") else int(getattr(image, "n_frames", 1))
 
 
 def _chunk_kinds(file: IO[bytes]) -> list[bytes]:

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from pixelwise.errors import DataError, PixelwiseError
 from pixelwise.formats import remote
 from pixelwise.formats.base import Opener, Source
-from pixelwise.formats.local import Identity, Stamp, local_path, readable, shown
-from pixelwise.formats.registry import FORMATS, HEAD_BYTES, format_of, named_format, open_as, reads_parts
+from pixelwise.formats.local import HEAD_BYTES, Identity, Stamp, is_dicom_head, local_path, readable, shown
+from pixelwise.formats.registry import FORMATS, format_of, named_format, open_as, reads_parts
 from pixelwise.formats.urls import NoSuchObject, is_web
 
 
@@ -44,7 +44,7 @@ def _folder_format(path: Path) -> str:
         for item in path.iterdir():
             if item.is_file() and not item.name.startswith("."):
                 with item.open("rb") as file:
-                    if file.read(132)[128:] == b"DICM":
+                    if is_dicom_head(file.read(HEAD_BYTES)):
                         return "dicom"
     except OSError as error:
         raise DataError(f"{path}: the folder cannot be read ({error.strerror or error}).") from error

@@ -6,6 +6,7 @@ changes the labels, so the range in use stands in the source's metadata.
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -18,7 +19,8 @@ Intensity = Literal["auto", "type"] | tuple[float, float]
 
 "type": stored integers over the largest of their type, before any slope; 8 bit stay as they are, and so do floats.
 (low, high): linear, low is 0, high is 1, beyond them clipped, in the file's own unit (Hounsfield units for CT).
-"auto": what the format suggests: DICOM's display window, or 0.5 to 99.5 percent of a NIfTI volume; 8 bit as they are.
+"auto": what the format suggests: DICOM's display table or window, or 0.5 to 99.5 percent of a NIfTI volume; 8 bit as they
+are.
 """
 
 
@@ -52,6 +54,31 @@ class Scaling:
             done: dict[str, Any] = {"function": "sigmoid", "center": self.low, "width": self.high - self.low}
         else:
             done = {"function": "linear", "low": self.low, "high": self.high}
+        return done | ({"inverted": True} if self.inverted else {})
+
+
+@dataclass(frozen=True, kw_only=True)
+class LookUp:
+    """A map of numbers to 0..1 by a table, as the VOI LUT of DICOM (PS3.3 C.11.2.1.1); those beyond it take its ends."""
+
+    first: int  # the number that the first value belongs to
+    values: tuple[int, ...]
+    largest: int  # becomes 1
+    inverted: bool = False  # the largest number is black (MONOCHROME1)
+
+    @cached_property
+    def _table(self) -> NDArray[np.float32]:
+        unit = np.array(self.values, np.float64) / self.largest
+        return (1.0 - unit if self.inverted else unit).astype(np.float32)
+
+    def apply(self, values: NDArray[Any]) -> NDArray[np.float32]:
+        """Float32 in 0..1, of the same shape."""
+        places = np.clip(np.rint(values) - self.first, 0, len(self.values) - 1)
+        return self._table[places.astype(np.intp)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that say what was done."""
+        done = {"function": "table", "first": self.first, "entries": len(self.values), "largest": self.largest}
         return done | ({"inverted": True} if self.inverted else {})
 
 

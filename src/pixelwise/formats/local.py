@@ -20,6 +20,9 @@ from urllib.parse import unquote
 
 from pixelwise.errors import DataError, PixelwiseError, UsageError
 
+HEAD_BYTES = 4096
+"""How much of a file tells its format."""
+
 WHOLE_BYTES = 256 * 2**20
 """Files up to this size are hashed as a whole; of larger ones samples are."""
 
@@ -82,6 +85,31 @@ def local_path(location: str) -> str | None:
     if not rest.startswith("/"):
         raise UsageError(f"{shown(location)}: write file:/// and a full path, or the path alone.")
     return unquote(rest)
+
+
+def is_dicom_head(head: bytes) -> bool:
+    """Whether a file that begins with `head` is DICOM: 128 bytes and DICM, or, in old exports, elements from the start.
+
+    Of the latter two are looked at, of group 2 or 8 in little endian, as PS3.5 (7.1) writes them.
+    """
+    if head[128:132] == b"DICM":
+        return True
+    place, last = 0, -1
+    for _ in range(2):
+        group, number = (int.from_bytes(head[at : at + 2], "little") for at in (place, place + 2))
+        kind, is_long = head[place + 4 : place + 6], head[place + 4 : place + 6] in (b"OB", b"UN", b"SQ", b"UT")
+        if group not in (2, 8) or (group << 16 | number) <= last or len(head) < place + 12:
+            return False
+        last = group << 16 | number
+        if kind.isalpha() and kind.isupper():  # explicit VR
+            at, size = (place + 8, 4) if is_long else (place + 6, 2)
+        else:
+            at, size = place + 4, 4
+        length = int.from_bytes(head[at : at + size], "little")
+        if length % 2 or length > 1024:
+            return False
+        place = at + size + length
+    return True
 
 
 def in_words(error: BaseException) -> str:

@@ -16,7 +16,7 @@ import threading
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, BinaryIO, cast
@@ -49,6 +49,7 @@ _COMMENT = 6  # code of a header extension that is plain text
 _SFORM_SCANNER = 1
 _BAND_BYTES = 8 * 2**20
 _MAX_NIFTI1 = 32_767
+_COLORS = 3
 
 
 def open_nifti(
@@ -57,13 +58,16 @@ def open_nifti(
     axis: int = 2,
     intensity: Intensity | str = "auto",
     allow_no_affine: bool = False,
+    nan_is_nodata: bool = False,
+    channels: int | None = None,
     labels: bool = False,
 ) -> "_NiftiSource":
     """Open a volume (.nii, .nii.gz, or either file of a .hdr and .img pair) of which the header is read.
 
     Planes are cut along a voxel axis 0, 1 or 2; a fourth axis repeats them: plane = t * slices + slice. Slope and intercept
     of the file are applied, then `intensity`; masks (`labels`) are whole numbers. A volume that does not say where it lies
-    in space is refused, unless `allow_no_affine`.
+    in space is refused, unless `allow_no_affine`. A fourth axis as long as the `channels` that the network takes
+    (modalities) is the channels, each with a range of its own. NaN is refused, or, with `nan_is_nodata`, no data.
 
     Pixels are uint8 as stored where 8-bit numbers need no change, else float32 in 0..1. Metadata: `affine` (4, 4), `zooms`,
     `units`, `shape` and `axis` of the voxels, `header` (bytes) and the `intensity` in use.
@@ -72,7 +76,8 @@ def open_nifti(
         raise UsageError(f"axis {axis!r} cannot be used: a volume is cut along its voxel axis 0, 1 or 2.")
     checked = check_intensity(intensity)
     nibabel = extra("nibabel", "medical", "NIfTI")
-    return _NiftiSource(nibabel, location, axis, checked, allow_no_affine, labels)
+    channels = None if labels else channels
+    return _NiftiSource(nibabel, location, axis, checked, allow_no_affine, nan_is_nodata, channels, labels)
 
 
 def is_nifti(head: bytes, name: str) -> bool:
@@ -94,7 +99,15 @@ def is_nifti(head: bytes, name: str) -> bool:
 
 class _NiftiSource(Source):
     def __init__(
-        self, nibabel: Any, location: str, axis: int, intensity: Intensity, allow_no_affine: bool, labels: bool
+        self,
+        nibabel: Any,
+        location: str,
+        axis: int,
+        intensity: Intensity,
+        allow_no_affine: bool,
+        nan_is_nodata: bool,
+        channels: int | None,
+        labels: bool,
     ) -> None:
         self._intensity, self._axis, self._labels = intensity, axis, labels
         files = pair(Path(location))
@@ -106,8 +119,15 @@ class _NiftiSource(Source):
         with readable(location), np.errstate(all="ignore"):
             header = read_header(nibabel, files[0])
             self._shape, self._dtype = shape, dtype = shape_and_type(header)
-            self._geometry = geometry(header, axis, shape, allow_no_affine)
             self._offset = voxel_offset(header, stamps, self._path, math.prod(shape) * dtype.itemsize)
+            self._modalities = shape[3] if channels == shape[3] and not dtype.names else 1
+            if self._modalities > 1:  # results have three axes
+                header.set_data_shape(shape[:3])
+            times = shape[3] // self._modalities
+            self._geometry = geometry(header, axis, (*shape[:3], times), allow_no_affine)
+            if self._modalities == _COLORS:  # which a grey image is repeated for as well
+                text = f"its {_COLORS} volumes are read as the channels of one, because the network takes as many"
+                self._geometry["warnings"] = (text,)
             slope, intercept = (None, None) if dtype.names else header.get_slope_inter()
             self._slope, self._intercept = float(1 if slope is None else slope), float(intercept or 0)
         scaled = (self._slope, self._intercept) != (1.0, 0.0)
@@ -120,31 +140,66 @@ class _NiftiSource(Source):
         self._row_axis, self._column_axis = {0: (2, 1), 1: (2, 0), 2: (1, 0)}[axis]
         self.info = SourceInfo(
             location=location, format="nifti", height=shape[self._row_axis], width=shape[self._column_axis],
-            channels=3 if dtype.names else 1, dtype=name, planes=shape[axis] * shape[3],
+            channels=_COLORS if dtype.names else self._modalities, dtype=name, planes=shape[axis] * times,
         )  # fmt: skip
+        self._nan_is_nodata = nan_is_nodata and not labels and dtype.kind == "f"
+        self._scaling = lru_cache(maxsize=None)(self._find_scaling)
 
     @property
     def metadata(self) -> Mapping[str, Any]:  # type: ignore[override]
         """Geometry, and the range in use, for which a sample of the voxels may have to be read."""
         if self._labels:
             return MappingProxyType(self._geometry)
-        used = {"function": "type"} if self._scaling is None else self._scaling.to_dict()
-        return MappingProxyType(self._geometry | {"intensity": used})
+        volumes = range(self._modalities) if self._modalities > 1 else [None]
+        kinds = [self._scaling(volume) for volume in volumes]
+        used = [{"function": "type"} if kind is None else kind.to_dict() for kind in kinds]
+        each = used[0] if len(used) == 1 else {"function": "range of each channel", "channels": used}
+        return MappingProxyType(self._geometry | {"intensity": each})
 
     def read(self, top: int, left: int, height: int, width: int, plane: int = 0) -> NDArray[Any]:
         """The window as (height, width, C): uint8, or float32 in 0..1, or whole numbers."""
-        time, index = divmod(plane, self._shape[self._axis])
+        where = f"rows {top}..{top + height}, columns {left}..{left + width}"
+        window = (top, top + height), (left, left + width)
         with readable(self.info.location):
-            values = self._plain(self._stored((top, top + height), (left, left + width), index, time))
+            if self._modalities == 1:
+                return self._pixels(*window, plane, None, where)
+            slices = self._shape[self._axis]
+            channels = [self._pixels(*window, k * slices + plane, k, where) for k in range(self._modalities)]
+            return np.concatenate(channels, axis=2)
+
+    def _pixels(
+        self, rows: tuple[int, int], columns: tuple[int, int], plane: int, volume: int | None, where: str
+    ) -> NDArray[Any]:
+        """A window of a plane of all volumes; `volume` is the one whose range counts, None if that of all does."""
+        time, index = divmod(plane, self._shape[self._axis])
+        values = self._plain(self._stored(rows, columns, index, time))
+        missing = ~np.isfinite(values) if self._nan_is_nodata else None
+        if missing is None:
             moment = f" of time point {time}" if self._shape[3] > 1 else ""
-            where = f"rows {top}..{top + height}, columns {left}..{left + width}"
-            check_finite(values, f"slice {index}{moment} along axis {self._axis} ({where})")
-            if self._labels:
-                values = whole_numbers(self._meant(values) if self._rescaled else values)
-            elif not self._stays:
-                scaling = self._scaling
-                values = by_type(values) if scaling is None else scaling.apply(self._meant(values))
-            return np.ascontiguousarray(values)
+            advice = "take them for missing data: nan_is_nodata (--nan-is-nodata)" if not self._labels else ""
+            check_finite(values, f"slice {index}{moment} along axis {self._axis} ({where})", advice)
+        else:
+            values = np.where(missing, 0, values)
+        if self._labels:
+            values = whole_numbers(self._meant(values) if self._rescaled else values)
+        elif not self._stays:
+            scaling = self._scaling(volume)
+            values = by_type(values) if scaling is None else scaling.apply(self._meant(values))
+        if missing is not None:
+            values[missing] = 0
+        return np.ascontiguousarray(values)
+
+    def valid(self, top: int, left: int, height: int, width: int, plane: int = 0) -> NDArray[np.bool_] | None:
+        """Where all channels are finite; None if that is not asked for."""
+        if not self._nan_is_nodata:
+            return None
+        slices, there = self._shape[self._axis], np.ones((height, width), dtype=bool)
+        with readable(self.info.location):
+            for volume in range(self._modalities):
+                time, index = divmod(volume * slices + plane, slices)
+                stored = self._stored((top, top + height), (left, left + width), index, time)
+                there &= np.isfinite(self._plain(stored)).all(axis=2)
+        return there
 
     def close(self) -> None:
         """Let go of the file and of the temporary one."""
@@ -191,25 +246,26 @@ class _NiftiSource(Source):
                 self._file = _voxel_file(self._path, self._offset + math.prod(self._shape) * self._dtype.itemsize)
             return read_box(self._file, self._offset, self._dtype, shape, box)
 
-    @cached_property
-    def _scaling(self) -> Scaling | None:
-        """The map to 0..1; None where the type decides."""
+    def _find_scaling(self, volume: int | None) -> Scaling | None:
+        """The map to 0..1 of one volume, or of all; None where the type decides."""
         if self._stays or self._intensity == "type":
             return None
         if self._intensity != "auto":
             return Scaling(low=self._intensity[0], high=self._intensity[1])
         with readable(self.info.location):
-            return percentile_scaling(self._meant(self._plain(self._sample())))
+            return percentile_scaling(self._meant(self._plain(self._sample(volume))))
 
-    def _sample(self) -> NDArray[Any]:
+    def _sample(self, volume: int | None) -> NDArray[Any]:
         """At most about a million voxels: short runs, one at a random place of each of 1,024 parts; always the same."""
-        count = math.prod(self._shape)
+        whole = math.prod(self._shape)
+        count = whole if volume is None else whole // self._shape[3]
+        first = 0 if volume is None else volume * count
         if count <= _SAMPLE_VOXELS:
-            return self._read((count,), ((0, count),))
+            return self._read((whole,), ((first, first + count),))
         length = _SAMPLE_VOXELS // _SAMPLE_RUNS
         places = np.random.default_rng(0).random(_SAMPLE_RUNS).tolist()
-        starts = [int((part + place) * (count - length) / _SAMPLE_RUNS) for part, place in enumerate(places)]
-        return np.concatenate([self._read((count,), ((start, start + length),)) for start in starts])
+        starts = [first + int((part + place) * (count - length) / _SAMPLE_RUNS) for part, place in enumerate(places)]
+        return np.concatenate([self._read((whole,), ((start, start + length),)) for start in starts])
 
 
 def _voxel_file(path: Path, nbytes: int) -> BinaryIO:

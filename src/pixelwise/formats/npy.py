@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from pixelwise.errors import DataError
 from pixelwise.files import writing
+from pixelwise.formats.axes import axes_of, axes_of_numpy
 from pixelwise.formats.base import Opener, Result, Source, SourceInfo, check_finite, pixel_type, whole_numbers
 from pixelwise.formats.local import Identity, readable, silence
 from pixelwise.formats.ranges import Handles, opening
@@ -20,42 +21,65 @@ _MAX_HEADER_BYTES = 10_000
 
 
 def open_npy(
-    location: str, opener: Opener | None = None, *, identity: Identity | None = None, labels: bool = False
+    location: str,
+    opener: Opener | None = None,
+    *,
+    identity: Identity | None = None,
+    axes: str | None = None,
+    channels: int | None = None,
+    labels: bool = False,
 ) -> Source:
     """Open an array (H, W), (H, W, C) or (planes, H, W, C); only its header is read.
 
-    Of masks (`labels`) three axes are (planes, H, W), unless the last one has length 1, or length 3 in 8 bits. An `opener`
-    opens the file anew at each call, for reading, seekable; `identity` tells whether it changed.
+    Other orders are read where they fit the number of `channels` that the network takes in one way only (`axes_of_numpy`),
+    or as `axes` says ("cyx"). Of masks (`labels`) three axes are (planes, H, W), unless the last one has length 1, or
+    length 3 in 8 bits. An `opener` opens the file anew at each call, for reading, seekable; `identity` tells whether it
+    changed.
     """
     with opening(location, opener, identity) as file:
-        return _NpySource(location, file, labels)
+        return _NpySource(location, file, axes, channels, labels)
 
 
 class _NpySource(Source):
-    def __init__(self, location: str, file: Handles, labels: bool) -> None:
+    def __init__(self, location: str, file: Handles, axes: str | None, channels: int | None, labels: bool) -> None:
         self._file, self._labels, self.identity = file, labels, file.identity
-        shape, self._fortran, self._dtype, self._offset = _header(file.buffered)
+        self._shape, self._fortran, self._dtype, self._offset = _header(file.buffered)
+        shape = self._shape
         end = self._offset + math.prod(shape) * self._dtype.itemsize
         if end > file.size:
             raise DataError(f"it says it has {end:,} bytes, but {file.size:,} are there; it is truncated.")
         is_color = shape[-1] == 3 and self._dtype == np.uint8
-        if len(shape) == 2 or (labels and len(shape) == 3 and shape[2] != 1 and not is_color):
-            shape = (*shape, 1)
-        planes, height, width, channels = self._shape = (1, *shape)[-4:]
+        if axes is not None:
+            self._axes = "".join(axes_of(shape, None, axes))
+        elif labels and len(shape) == 3:
+            self._axes = "yxc" if shape[2] == 1 or is_color else "zyx"
+        else:
+            self._axes = axes_of_numpy(shape, None if labels else channels)
+        self._planes = [axis for axis, name in enumerate(self._axes) if name not in "yxc"]
+        sides = dict(zip(self._axes, shape, strict=True))
+        height, width, channels = sides["y"], sides["x"], sides.get("c", 1)
         strip = max(1, min(height, _STRIP_BYTES // (width * channels * self._dtype.itemsize)))
         self.info = SourceInfo(
-            location=location, format="npy", height=height, width=width, channels=channels, planes=planes,
-            dtype=pixel_type(self._dtype, channels, labels), block_px=(height if self._fortran else strip, width),
+            location=location, format="npy", height=height, width=width, channels=channels,
+            planes=math.prod(shape[axis] for axis in self._planes), dtype=pixel_type(self._dtype, channels, labels),
+            block_px=(height if self._fortran else strip, width),
         )  # fmt: skip
 
     def read(self, top: int, left: int, height: int, width: int, plane: int = 0) -> NDArray[Any]:
         where = f"rows {top}..{top + height}, columns {left}..{left + width}"
-        box = ((plane, plane + 1), (top, top + height), (left, left + width), (0, self._shape[3]))
+        box = [(0, side) for side in self._shape]
+        y, x = self._axes.index("y"), self._axes.index("x")
+        box[y], box[x] = (top, top + height), (left, left + width)
+        places = np.unravel_index(plane, [self._shape[axis] for axis in self._planes]) if self._planes else ()
+        for axis, place in zip(self._planes, places, strict=True):
+            box[axis] = (int(place), int(place) + 1)
         with readable(self.info.location, where):
             if self._fortran:
-                array = self._file.window(self._offset, self._dtype, self._shape[::-1], box[::-1])[..., 0].T
+                array = self._file.window(self._offset, self._dtype, self._shape[::-1], box[::-1]).T
             else:
-                array = self._file.window(self._offset, self._dtype, self._shape, box)[0]
+                array = self._file.window(self._offset, self._dtype, self._shape, box)
+            order = [y, x, *(axis for axis, name in enumerate(self._axes) if name == "c"), *self._planes]
+            array = array.transpose(order).reshape(height, width, -1)
             check_finite(array, where)
             if array.dtype.kind == "b" or self._labels:
                 array = whole_numbers(array)

@@ -14,9 +14,6 @@ from pixelwise.formats.base import LABELS, TIFF_MAGIC, Source, SourceInfo, Write
 from pixelwise.formats.local import printable, shown
 
 Refusal = Callable[[SourceInfo, str, Mapping[str, Any]], str]
-HEAD_BYTES = 4096
-"""How much of a file tells its format."""
-
 _HINTS = ("channels", "allow_no_affine", "now")  # that all formats allow: they help where a file leaves something open
 _GIVEN = ("location", "opener", "identity")
 
@@ -81,7 +78,7 @@ _MEDICAL, _GEO, _ZARR = ("nibabel", "medical"), ("rasterio", "geo"), ("zarr", "z
 FORMATS: Mapping[str, Format] = {
     "png": Format(opens=_PILLOW, creates="image.write_png_labels", suffixes=(".png",), magic=(b"\x89PNG\r\n\x1a\n",),
                   refuses=_not_flat),
-    "jpeg": Format(opens=_PILLOW, suffixes=(".jpg", ".jpeg"), magic=(b"\xff\xd8\xff",)),
+    "jpeg": Format(opens=_PILLOW, suffixes=(".jpg", ".jpeg", ".jfif", ".jpe"), magic=(b"\xff\xd8\xff",)),
     "webp": Format(opens=_PILLOW, suffixes=(".webp",), magic=(b"RIFF????WEBP",)),
     "bmp": Format(opens=_PILLOW, suffixes=(".bmp",), magic=(b"BM",)),
     "gif": Format(opens=_PILLOW, suffixes=(".gif",), magic=(b"GIF87a", b"GIF89a")),
@@ -210,7 +207,7 @@ def format_of(head: bytes, name: str, opener: Callable[[], BinaryIO] | None = No
         head: its first 4,096 bytes.
         name: its path, or its URL without secrets.
         opener: gives the file where `name` is no local path.
-        level: of a pyramid, if one was asked for: pyramids in TIFF are read as slides.
+        level: of a pyramid, if one was asked for: pyramids in TIFF are read as slides, those of GeoTIFF as such.
 
     Raises:
         DataError: none fits.
@@ -219,7 +216,7 @@ def format_of(head: bytes, name: str, opener: Callable[[], BinaryIO] | None = No
         if _begins(head, known) or (
             known.looks and function_of(key, "looks")(head, name, *[opener] * (key == "geotiff"))
         ):
-            return "slide" if level is not None and key in ("tiff", "geotiff") else key
+            return "slide" if level is not None and key == "tiff" else key
     for key in ("dicom", "nifti"):  # both exist in a form without a mark at the beginning
         if name.lower().endswith(FORMATS[key].suffixes):
             return key

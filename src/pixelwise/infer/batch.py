@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath, PurePosixPath
@@ -26,6 +26,11 @@ _ENDINGS = {  # of outputs that have one format
     "coco": ("_coco", ".json"),
 }
 _DICOM = FORMATS["dicom"].suffixes
+_BESIDE = re.compile(  # suffixes of what lies beside images and is none
+    r"\.(txt|csv|tsv|json|geojson|jsonl|xml|ya?ml|toml|ini|cfg|md|rst|html?|pdf|log|py|sh|zip|gz|tar|db|md5|sha\d*|msk|ovr|prj|"
+    r"tab|cpg|shp|shx|dbf|tfw|jgw|pgw|bpw|gfw|tiff?w|jpe?gw|pngw|wld|safetensors|part)"
+)
+_MOST_SUFFIXES = 8
 
 
 class OutputError(PixelwiseError):
@@ -51,12 +56,16 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Batch:
-    """All the work of one call: the tasks, the inputs that do not exist, where the outputs go and what they are."""
+    """All the work of one call: the tasks, the inputs that do not exist, where the outputs go and what they are.
+
+    `passed_over` counts and names the files of folders whose suffix is none of an image that is read; "" if there are none.
+    """
 
     tasks: tuple[Task, ...]
     missing: tuple[Outcome, ...]
     folder: OutFolder
     options: JobOptions
+    passed_over: str = ""
 
 
 def plan_batch(inputs: Sequence[str | Path], out: str | Path, *, options: JobOptions | None = None) -> Batch:
@@ -94,7 +103,7 @@ def plan_batch(inputs: Sequence[str | Path], out: str | Path, *, options: JobOpt
         reasons = " ".join(message for _, message in finder.missing[:5])
         raise UsageError(f"no images to label. {reasons}".strip())
     missing = tuple(Outcome(path, "failed", message) for path, message in finder.missing)
-    return Batch(_tasks(finder, folder, options), missing, folder, options)
+    return Batch(_tasks(finder, folder, options), missing, folder, options, finder.passed_over)
 
 
 def _tasks(finder: "Finder", folder: OutFolder, options: JobOptions) -> tuple[Task, ...]:
@@ -138,6 +147,20 @@ class Finder:
         # By real place, and name of the output without a suffix: the image, and the likely suffix of its labels.
         self.found: dict[tuple[Location, PurePath], tuple[Location, str]] = {}
         self.missing: list[tuple[Location, str]] = []  # argument or name, what is wrong with it
+        self._passed_over = Counter[str]()  # suffixes of files of folders
+
+    @property
+    def passed_over(self) -> str:
+        """One line on the files of folders that are not labelled for their suffix; "" if there are none."""
+        if not self._passed_over:
+            return ""
+        listed = [f"{count:,} {suffix}" for suffix, count in self._passed_over.most_common(_MOST_SUFFIXES)]
+        more = len(self._passed_over) - _MOST_SUFFIXES
+        listed += [f"{more} suffixes more"] if more > 0 else []
+        return (
+            f"passed over in folders: {', '.join(listed)}; images are looked for by {' '.join(sorted(SOURCE_SUFFIXES))}. "
+            "Give a file by its name to have it tried, or convert it."
+        )
 
     def add(self, given: str) -> None:
         """Take what one argument means."""
@@ -213,8 +236,12 @@ class Finder:
                 self._add_file(here, above)
                 continue
             for name in sorted(names):
-                if not name.startswith(".") and name.lower().endswith(SOURCE_SUFFIXES):
+                if name.startswith("."):
+                    continue
+                if name.lower().endswith(SOURCE_SUFFIXES):
                     self._add_file(here / name, base)
+                elif (suffix := PurePath(name.lower()).suffix) and not _BESIDE.fullmatch(suffix):
+                    self._passed_over[suffix] += 1
 
     def _add_file(self, path: Path, base: Path) -> None:
         # A folder given by itself is named after itself, also if it was written as `.` or `..`.

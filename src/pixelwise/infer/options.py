@@ -89,6 +89,7 @@ class JobOptions:
         min_area_px: connected areas of fewer pixels take the label of their surroundings; 0 keeps all.
         format: of the outputs, such as "png" or "cog"; None is that of each input.
         geojson: also write polygons.
+        background: polygons also of the class that is called background.
         coco: also write COCO's run lengths.
         overlay: also write the colours over the image.
         probabilities: also write the probabilities of all classes.
@@ -104,6 +105,7 @@ class JobOptions:
     min_area_px: int = 0
     format: str | None = None
     geojson: bool = False
+    background: bool = False
     coco: bool = False
     overlay: bool = False
     probabilities: bool = False
@@ -123,6 +125,8 @@ class JobOptions:
         names = [name for name, _ in self.thresholds]
         if len(set(names)) < len(names):
             raise UsageError("a class has two thresholds; give one for each.")
+        if self.background and not self.geojson:
+            raise UsageError("background is about polygons; ask for them (--geojson), or leave it out.")
         if self.min_area_px < 0:
             raise UsageError(f"the smallest area must be 0 px or more, not {self.min_area_px}.")
 
@@ -142,6 +146,8 @@ class JobOptions:
             changed["thresholds"] = dict(sorted(self.thresholds))
         if self.min_area_px:
             changed["min_area_px"] = self.min_area_px
+        if self.geojson and self.background:
+            changed["background"] = True
         if self.reading:
             changed["reading"] = dict(self.reading)
         return changed

@@ -11,6 +11,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -50,6 +51,7 @@ class ArraySource(Source):
         origin: the open file that they are from, which is closed with this.
         name: for errors, where there is no file.
         valid: where there is data, (H, W); None is everywhere.
+        metadata: of the file, where it is closed.
     """
 
     pixels_in_memory = True
@@ -61,13 +63,14 @@ class ArraySource(Source):
         *,
         name: str = "the image",
         valid: NDArray[np.bool_] | None = None,
+        metadata: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         height, width, channels = pixels.shape
         self.pixels, self.origin, self._valid = pixels, origin, valid
         self.info = origin.info if origin else SourceInfo(
             location=name, format="array", height=height, width=width, channels=channels, dtype=pixels.dtype.name
         )  # fmt: skip
-        self.metadata = origin.metadata if origin else {}
+        self.metadata = origin.metadata if origin else metadata
 
     def read(self, top: int, left: int, height: int, width: int, plane: int = 0) -> NDArray[Any]:
         return self.pixels[top : top + height, left : left + width]
@@ -105,6 +108,10 @@ def check_channels(info: SourceInfo, wanted: int) -> None:
     found = info.channels
     if found != wanted and (found, wanted) != (1, 3):
         text = f"it has {found} channel{'s' * (found != 1)}, but {wanted} are wanted. Only one can be repeated."
+        if info.format in ("npy", "zarr") and found > wanted:
+            text += " If its axes come in another order, say so: --axes cyx (planes z, rows y, columns x, channels c)."
+        elif info.format == "array" and info.height == wanted:
+            text += " An array is (H, W, C): transpose it."
         raise DataError(f"{info.location}: {text}")
 
 

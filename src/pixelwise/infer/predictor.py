@@ -4,6 +4,7 @@ Nothing is resized: a prediction is exactly what one forward pass over the whole
 are computed window by window (`infer.tiling`), with the same scores where the network allows it.
 """
 
+import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -28,6 +29,7 @@ from pixelwise.infer.bundle import ModelCard, load_bundle
 from pixelwise.infer.options import JobOptions, Tiling
 from pixelwise.infer.overlay import blend, displayable
 from pixelwise.infer.pipeline import LOGITS, ArraySource, Pipeline, check_channels
+from pixelwise.infer.remarks import remarks
 from pixelwise.infer.tiling import Scorer
 from pixelwise.ops.batch_statistics import batch_statistics as statistics_of_the_batch
 from pixelwise.ops.cost import PassMemory
@@ -220,6 +222,9 @@ class Predictor:
         the network has an end. The image and the labels themselves lie in memory; for larger ones use `pixelwise
         predict` or `infer.run_batch`, which read and write by windows.
 
+        Warns (`UserWarning`, one line) of an image whose numbers are far from those that the network was trained on, and of
+        what of a file is not read.
+
         Args:
             image: A file of any format, an array (H, W) or (H, W, C), or a tensor (C, H, W). Integers are divided by the
                 maximum of their type, floats are taken as they are (0..1). One channel is repeated where the network
@@ -240,6 +245,8 @@ class Predictor:
         pipeline = Pipeline(network=self, source=source, options=options, with_logits=probabilities)
         store = pipeline.store()
         pipeline.label(store)
+        for _, text in remarks(source, self.card.mean, self.card.std):
+            warnings.warn(text, stacklevel=2)
         height, width = source.info.height, source.info.width
         with np.errstate(over="ignore"):
             pixels = to_tensor(source.read(0, 0, height, width), self.in_channels)
@@ -260,7 +267,8 @@ class Predictor:
                 if not 0 <= plane < info.planes:
                     raise UsageError(f"{image}: there is no plane {plane}; it has {info.planes}, counted from 0.")
                 window = (0, 0, info.height, info.width, plane)
-                return ArraySource(source.read(*window), name=info.location, valid=source.valid(*window))
+                pixels, valid = source.read(*window), source.valid(*window)
+                return ArraySource(pixels, name=info.location, valid=valid, metadata=source.metadata)
         if isinstance(image, Tensor):
             if image.ndim != 3:
                 raise DataError(f"the image tensor must have shape (C, H, W), got {tuple(image.shape)}.")

@@ -86,13 +86,19 @@ class RunConfig(BaseModel):
         default=None, min_length=1, description="the bands of each image to use, counted from 1, in this order; all"
     )
     axis: Literal[0, 1, 2] | None = Field(default=None, description="NIfTI: voxel axis along which slices are cut; 2")
+    axes: str | None = Field(
+        default=None, description="Zarr, .npy: a letter for each axis, such as tczyx; y rows, x columns, c channels"
+    )
+    nan_is_nodata: bool = Field(default=False, description="NIfTI: voxels that are NaN or infinite hold no data")
     slices: int = Field(default=1, ge=1, description="neighbouring slices of a volume read as channels, an odd number")
     intensity: Literal["auto", "type"] | tuple[float, float] | None = Field(
         default=None, description="NIfTI, DICOM: auto, type, or the two numbers that become 0 and 1"
     )
-    level: int | None = Field(default=None, ge=0, description="slides, OME-Zarr: level of the pyramid; 0 is the finest")
+    level: int | None = Field(
+        default=None, ge=0, description="slides, COG, OME-Zarr: level of the pyramid; 0 is the finest"
+    )
     series: int | str | None = Field(
-        default=None, description="DICOM: SeriesInstanceUID; OME-Zarr: number of the image"
+        default=None, description="DICOM: SeriesInstanceUID; TIFF, OME-Zarr: number of the image"
     )
     allow_no_affine: bool = Field(default=False, description="NIfTI: accept volumes without an affine")
 
@@ -189,7 +195,7 @@ class RunConfig(BaseModel):
     @property
     def reading(self) -> dict[str, Any]:
         """The options with which images are read, as far as they are set; kept in the model card."""
-        keys = ("bands", "axis", "slices", "intensity", "level", "series", "allow_no_affine")
+        keys = ("bands", "axis", "axes", "nan_is_nodata", "slices", "intensity", "level", "series", "allow_no_affine")
         return {key: getattr(self, key) for key in keys if getattr(self, key) != type(self).model_fields[key].default}
 
     @property

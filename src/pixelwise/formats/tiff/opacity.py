@@ -24,7 +24,9 @@ class Pixels(Protocol):
 
     size: tuple[int, int, int, int]  # planes, rows, columns, channels
 
-    read: Any  # (plane, rows, columns) -> (rows, columns, channels)
+    def read(
+        self, plane: int, rows: tuple[int, int], columns: tuple[int, int]
+    ) -> NDArray[Any]: ...  # (rows, columns, C)
 
 
 @dataclass(frozen=True, kw_only=True)

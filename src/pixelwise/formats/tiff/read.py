@@ -1,11 +1,11 @@
 """TIFF, BigTIFF and OME-TIFF of any size, window by window, through tifffile.
 
-Of a file with several images the first is read, at its full resolution; a stack of equal pages gives planes.
+Images are read at their full resolution, without thumbnails; pages and images of equal size are the planes of a stack.
 """
 
 import math
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from xml.etree import ElementTree
 
@@ -18,7 +18,8 @@ from pixelwise.formats.base import Opener, Source, SourceInfo, orient, pixel_typ
 from pixelwise.formats.local import Identity, readable
 from pixelwise.formats.ranges import Handles, opening
 from pixelwise.formats.tiff import opacity
-from pixelwise.formats.tiff.windows import Span, Stack, arrange
+from pixelwise.formats.tiff.images import Stacks, choose, is_meant
+from pixelwise.formats.tiff.windows import Span, arrange
 from pixelwise.formats.tiff.write import NODATA_TAG
 
 DIALECTS = ("avs", "bif", "eer", "fluoview", "lsm", "mdgel", "micromanager", "mmstack", "ndpi", "ndtiff", "nih", "philips",
@@ -43,31 +44,47 @@ def open_tiff(
     opener: Opener | None = None,
     *,
     identity: Identity | None = None,
+    series: int | None = None,
     channels: int | None = None,
     labels: bool = False,
 ) -> "TiffSource":
     """Open a TIFF by its path, or by what opens it anew at each call; only its tags are read.
 
-    `channels`, how many the network takes, decides where a file leaves open whether a stack of pages is channels or planes,
-    and whether a band is opacity.
+    Several images of one size are planes, one after the other; of others the first is read, which "warnings" of the metadata
+    tell, or that of the number `series`. `channels`, how many the network takes, decides where a file leaves open whether a
+    stack of pages is channels or planes, and whether a band is opacity.
     """
     with opening(location, opener, identity) as file:
         tiff = tifffile.TiffFile(file.buffered, name=file.name, **PLAIN)
         check_pages(tiff)
-        series = tiff.series[0]
-        page = series.keyframe
-        ome = ome_metadata(tiff.ome_metadata)
-        layout = arrange(series.axes, tuple(series.shape), channels)
-        planes, height, width, stored = layout.size
-        rendering = Rendering(page, np.dtype(series.dtype), stored, labels)
-        stack = Stack(series, layout, file)
+        images = [item for item in tiff.series if is_meant(item.keyframe)] or tiff.series
+        images, warnings = choose(images, series, [_size(item) for item in images])
+        image = images[0]
+        page = image.keyframe
+        ome = ome_metadata(tiff.ome_metadata, series or 0)
+        layout = arrange(image.axes, tuple(image.shape), channels)
+        is_grey = layout.size[0] == layout.size[3] == 1 and ome is None
+        stack = Stacks(images, layout, file, as_channels=is_grey and channels == len(images) > 1 and not labels)
+        planes, height, width, count = stack.size
+        rendering = Rendering(page, np.dtype(image.dtype), count, labels)
         rendering.look(stack, channels)
         info = rendering.info(location, "tiff" if ome is None else "ome-tiff", (planes, height, width), stack.block)
-        metadata = {**_tag_metadata(page, rendering), **(ome or {})}
-        if layout.planes:
-            metadata["plane_axes"] = "".join(layout.axes[axis] for axis in layout.planes)
-            metadata["plane_shape"] = tuple(layout.shape[axis] for axis in layout.planes)
+        metadata = {**_tag_metadata(page, rendering), **(ome or {}), **({"warnings": warnings} if warnings else {})}
+        counts = [("I", len(images))] if planes > layout.size[0] else []
+        counts += [(layout.axes[axis], layout.shape[axis]) for axis in layout.planes]
+        names = "".join(name for name, _ in counts)
+        if names and names.count("I") < 2:
+            metadata["plane_axes"], metadata["plane_shape"] = names, tuple(count for _, count in counts)
         return TiffSource(file, stack.read, rendering, info, metadata)
+
+
+def _size(image: Any) -> tuple[str, Any]:
+    """Size, layout and number type of an image in words, and whatever else images of one stack have in common."""
+    page, size = image.keyframe, " x ".join(map(str, image.shape))
+    colors = None if page.colormap is None else page.colormap.tobytes()
+    orientation = page.tags.valueof(_ORIENTATION_TAG, 1)
+    words = f"{size} ({image.axes}) {np.dtype(image.dtype)}"
+    return words, (page.photometric, page.extrasamples, orientation, colors)
 
 
 def check_pages(tiff: tifffile.TiffFile) -> None:
@@ -82,7 +99,7 @@ def check_pages(tiff: tifffile.TiffFile) -> None:
 
 
 class TiffSource(Source):
-    """The first image, or stack of images, of a TIFF.
+    """An image, or a stack of images, of a TIFF.
 
     `metadata` has, where the file knows them: "resolution" (pixels per unit, x and y), "resolution_unit", "pixel_size_um",
     "channel_names", "image_name", "time_increment_s", "plane_axes" (as "TZ") and "plane_shape", "nodata", "palette".
@@ -165,11 +182,14 @@ class Rendering:
     """How stored numbers become the pixels that are meant: palettes are looked up, opacity is dropped, black is 0.
 
     With `labels` the numbers stay as they are stored: no palette, no inversion; whole floats become integers. 1 bit gives
-    0 and 255 in both. All this is taken from the tags of a page; `DataError` if it is neither grey, RGB nor a palette, or
-    cannot be a mask.
+    0 and 255 in both. Where the file says what its numbers stand for (`meaning`: scales and offsets, one of each for a
+    channel), others than masks are float32 times the one plus the other. All this is taken from the tags of a page;
+    `DataError` if it is neither grey, RGB nor a palette, or cannot be a mask.
     """
 
-    def __init__(self, page: Any, stored: np.dtype[Any], channels: int, labels: bool) -> None:
+    def __init__(
+        self, page: Any, stored: np.dtype[Any], channels: int, labels: bool, meaning: Sequence[Sequence[float]] = ()
+    ) -> None:
         photometric = int(page.photometric)
         if photometric not in _GRAY_OR_RGB and not (photometric == _YCBCR and int(page.compression) in _JPEG):
             name = "CMYK" if photometric == _CMYK else tifffile.PHOTOMETRIC(photometric).name
@@ -182,11 +202,15 @@ class Rendering:
         self.palette: NDArray[np.uint8] | None = None
         if photometric == _PALETTE and self.channels == 1:
             self.palette = (page.colormap >> (8 if page.colormap.max() > 255 else 0)).T.astype(np.uint8)
+        is_scaled = len(meaning) == 2 and (set(meaning[0]), set(meaning[1])) != ({1.0}, {0.0})
+        self.meaning = [np.array(numbers) for numbers in meaning] if is_scaled and not labels else []
+        if self.meaning:
+            self.palette, self.dtype = None, "float32"
         self.inverted = photometric == _WHITE_IS_ZERO
         self.orientation = page.tags.valueof(_ORIENTATION_TAG, 1)
         self.opacity: opacity.Opacity | None = None
 
-    def look(self, stack: Stack, wanted: int | None) -> None:
+    def look(self, stack: opacity.Pixels, wanted: int | None) -> None:
         """Decide by its numbers whether the last channel is the opacity that it is marked as (`tiff.opacity`)."""
         if self.has_opacity and not self.labels:
             self.opacity = opacity.look(stack, self.channels, wanted)
@@ -229,6 +253,9 @@ class Rendering:
             array = array * np.uint8(255) if self.bits == 1 else array
             if self.inverted and array.dtype.kind == "u" and not self.labels:
                 array = array.dtype.type(255 if self.bits == 1 else (1 << self.bits) - 1) - array
+        if self.meaning:
+            scales, offsets = self.meaning
+            array = (array * scales[: self.channels] + offsets[: self.channels]).astype(np.float32)
         return np.ascontiguousarray(orient(array, self.orientation))
 
     def as_stored(self, info: SourceInfo, rows: Span, columns: Span) -> tuple[Span, Span]:
@@ -255,9 +282,10 @@ def _tag_metadata(page: Any, rendering: Rendering) -> dict[str, Any]:
     return metadata | rendering.metadata
 
 
-def ome_metadata(text: str | None) -> dict[str, Any] | None:
-    """Name, pixel size, channel names and time step of the first image of OME-XML; None without an image."""
-    image = None if text is None else ElementTree.fromstring(text).find("{*}Image")
+def ome_metadata(text: str | None, number: int = 0) -> dict[str, Any] | None:
+    """Name, pixel size, channel names and time step of an image of OME-XML; None if there is no such image."""
+    found = [] if text is None else ElementTree.fromstring(text).findall("{*}Image")
+    image = found[number] if number < len(found) else None
     pixels = None if image is None else image.find("{*}Pixels")
     if image is None or pixels is None:
         return None

@@ -87,11 +87,11 @@ class Stack:
     are the rows and columns that are stored together, `size` is planes, rows, columns, channels.
     """
 
-    def __init__(self, series: Any, layout: Layout, handles: Handles) -> None:
+    def __init__(self, series: Any, layout: Layout, handles: Handles, lock: Any = None) -> None:
         self._series, self._layout, self._handles = series, layout, handles
         self._key, self.size = series.keyframe, layout.size
         key = self._key
-        self._lock = threading.Lock()  # tifffile's handle is used by one thread at a time
+        self._lock = lock or threading.Lock()  # tifffile's handle is used by one thread at a time
         self.dtype = np.dtype(key.dtype).newbyteorder("=")
         self._stored = self.dtype.newbyteorder(key.parent.byteorder)
         self._separate, self._depth, height, width, self._samples = (int(length) for length in key.shaped)

@@ -7,12 +7,14 @@ import math
 import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pixelwise.errors import DataError, UsageError
+from pixelwise.formats.axes import axes_of, role_of
 from pixelwise.formats.base import Source, SourceInfo, check_finite, pixel_type, whole_numbers
 from pixelwise.formats.local import readable, shown
 from pixelwise.formats.zarr.store import Place, open_node, open_place
@@ -21,16 +23,10 @@ WORKING_BYTES = 256 * 2**20
 """So much is decompressed at once at most (or one chunk, if that is larger)."""
 
 _KEPT_MASKS = 8
-_ROLES = {
-    "y": ("y", "lat", "latitude", "north", "northing", "row", "rows", "height", "h"),
-    "x": ("x", "lon", "longitude", "east", "easting", "col", "cols", "column", "columns", "width", "w"),
-    "c": ("c", "channel", "channels", "band", "bands", "wavelength", "s"),
-}
-_MAX_COLORS = 4  # an axis nobody names is the channels if it is no longer than this: grey, grey + opacity, RGB, RGBA
 
 
 def open_zarr(
-    location: str, *, level: int = 0, series: int = 0, axes: str | None = None, channels: int | None = None,
+    location: str, *, level: int = 0, series: int | None = None, axes: str | None = None, channels: int | None = None,
     labels: bool = False,
 ) -> "ZarrSource":  # fmt: skip
     """Open an array or an image: a folder, a ZIP archive of one, or its URL.
@@ -38,9 +34,10 @@ def open_zarr(
     Rows, columns and channels are found by the names that the file gives its axes, or as `axes` says ("tczyx"). An array
     without names is (H, W), (H, W, C) or (C, H, W) with as many `channels` as the network takes or up to four, else a
     stack of planes. All other axes (z, t) are planes, in order. `series` is the number of the image where a file holds
-    several, `level` that in its pyramid; as `labels` those of an OME-Zarr image are read, where it has any, not the image.
+    several (else the first is read, which "warnings" of the metadata tell), `level` that in its pyramid; as `labels` those
+    of an OME-Zarr image are read, where it has any, not the image.
     """
-    for option, value in (("level", level), ("series", series)):
+    for option, value in (("level", level), ("series", series or 0)):
         if value < 0:
             raise UsageError(f"{option} {value}: levels and series are counted from 0.")
     with readable(shown(location)):
@@ -57,25 +54,30 @@ class ZarrSource(Source):
     """An array of numbers in chunks; see `open_zarr`."""
 
     def __init__(
-        self, place: Place, level: int, series: int, axes: str | None, channels: int | None, labels: bool
+        self, place: Place, level: int, series: int | None, axes: str | None, channels: int | None, labels: bool
     ) -> None:
         self._place, self._labels = place, labels
-        prefix, node, image = _find(place, series, labels)
+        prefix, node, image = _find(place, series or 0, labels)
         attributes = node.attrs.asdict()
         if image is not None:
             levels = image["levels"]
             if level >= len(levels):
                 raise UsageError(f"level {level}: the image has {len(levels)} (0..{len(levels) - 1}).")
-            prefix = f"{prefix}/{levels[level][0]}".lstrip("/")
-            node = open_node(place, prefix)
-            if not hasattr(node, "shape"):
-                raise DataError(f"its level {prefix!r} is a group, not an array.")
+            nodes = []
+            for inner, *_ in levels[: level + 1]:
+                nodes.append(open_node(place, f"{prefix}/{inner}".lstrip("/")))
+                if not hasattr(nodes[-1], "shape"):
+                    raise DataError(f"its level {inner!r} is a group, not an array.")
+            prefix, node = f"{prefix}/{levels[level][0]}".lstrip("/"), nodes[-1]
         elif level or series:
             raise UsageError("this is a plain array; it has level 0 and series 0 only.")
         self._array = node
-        self._axes = _axes_of(node.shape, _axis_names(node, image), axes, channels)
+        self._axes = axes_of(node.shape, _axis_names(node, image), axes, channels)
         self._planes = [index for index, name in enumerate(self._axes) if name not in ("y", "x", "c")]
-        self._gaps = bool(node.dtype.kind == "f" and node.fill_value is not None and np.isnan(node.fill_value))
+        known = {} if labels or image is not None else node.attrs.asdict()
+        self._scale, self._offset = (_number(known.get(key)) for key in ("scale_factor", "add_offset"))
+        self._is_packed = self._scale is not None or self._offset is not None
+        self._void = _void(node, known, self._is_packed)
         self._masks: dict[tuple[int, ...], NDArray[np.bool_]] = {}
         self._lock = threading.Lock()
         self.identity = place.identity(f"{place.top}/{prefix}".strip("/"))
@@ -83,36 +85,54 @@ class ZarrSource(Source):
         channels = sides.get("c", 1)
         self.info = SourceInfo(
             location=place.name, format="zarr" if image is None else "ome-zarr", height=sides["y"], width=sides["x"],
-            channels=channels, dtype=pixel_type(node.dtype, channels, labels),
+            channels=channels, dtype="float32" if self._is_packed else pixel_type(node.dtype, channels, labels),
             planes=math.prod(node.shape[axis] for axis in self._planes),
             block_px=(min(chunks["y"], sides["y"]), min(chunks["x"], sides["x"])),
         )  # fmt: skip
         self.metadata = _metadata(node, self._axes, image, level, attributes)
+        if image is not None:
+            y, x = self._axes.index("y"), self._axes.index("x")
+            self.metadata["level_shapes"] = tuple((item.shape[y], item.shape[x]) for item in nodes)
+            if image["has_others"] and series is None:
+                told = "it holds several images, of which only the first is read; take another by series (--series 1)"
+                self.metadata["warnings"] = (told,)
 
     def read(self, top: int, left: int, height: int, width: int, plane: int = 0) -> NDArray[Any]:
-        """The window (height, width, C). Where NaN is the fill value of the array, NaN pixels are no data and read as 0."""
+        """The window (height, width, C), unpacked as CF says (section 8.1: times scale_factor plus add_offset).
+
+        Where the array has its number for missing data (`_FillValue`, or NaN as fill value), there is no data, read as 0.
+        """
         where = f"rows {top}..{top + height}, columns {left}..{left + width}" + f", plane {plane}" * (
             self.info.planes > 1
         )
         with readable(self.info.location, where):
             window = self._window(top, left, height, width, plane)
+            there = None if self._void is None else self._mask(window, (top, left, height, width, plane))
+            if there is not None:
+                window[~there] = 0
             if window.dtype.kind == "f":
-                if self._gaps:
-                    window[~self._mask(window, (top, left, height, width, plane))] = 0
                 check_finite(window, where)
+            if self._is_packed:
+                scale, offset = 1.0 if self._scale is None else self._scale, self._offset or 0.0
+                window = (window * np.float64(scale) + offset).astype(np.float32)
+                if there is not None:
+                    window[~there] = 0
             return whole_numbers(window) if self._labels or window.dtype.kind == "b" else window
 
     def valid(self, top: int, left: int, height: int, width: int, plane: int = 0) -> NDArray[np.bool_] | None:
-        """Where the window holds numbers; None unless NaN is the fill value of the array."""
+        """Where the window holds numbers; None unless the array has a number for missing data."""
         key = (top, left, height, width, plane)
-        if not self._gaps or key in self._masks:
+        if self._void is None or key in self._masks:
             return self._masks.get(key)
         with readable(self.info.location):
             return self._mask(self._window(*key), key)
 
     def _mask(self, window: NDArray[Any], key: tuple[int, ...]) -> NDArray[np.bool_]:
         """Where a window holds numbers; kept, for whoever reads one asks for the other next."""
-        mask: NDArray[np.bool_] = ~np.isnan(window).any(axis=2)
+        void = self._void
+        missing = np.isnan(window) if void != void else window == void
+        in_all = void == 0 or (window.dtype.kind in "bu" and void == void)  # then the number is an ordinary one as well
+        mask: NDArray[np.bool_] = ~(missing.all(axis=2) if in_all else missing.any(axis=2))
         with self._lock:
             self._masks = dict([*self._masks.items(), (key, mask)][-_KEPT_MASKS:])
         return mask
@@ -150,6 +170,27 @@ class ZarrSource(Source):
         self._place.close()
 
 
+def _number(value: Any) -> float | None:
+    """A number among attributes; None if it is none."""
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def _void(node: Any, known: Mapping[str, Any], is_packed: bool) -> float | None:
+    """The number that stands for missing data; None if there is none.
+
+    NaN where it is the fill value of an array of floats, else what CF's attributes say; of packed numbers in Zarr 2 xarray
+    keeps it as the fill value.
+    """
+    if node.dtype.kind == "f" and node.fill_value is not None and np.isnan(node.fill_value):
+        return math.nan
+    for value in (known.get("_FillValue"), known.get("missing_value")):
+        found = _number(value)
+        if found is not None and (found == found or node.dtype.kind == "f"):
+            return found
+    is_kept = is_packed and node.metadata.zarr_format == 2 and node.fill_value is not None
+    return float(node.fill_value) if is_kept else None
+
+
 def _find(place: Place, series: int, labels: bool) -> tuple[str, Any, dict[str, Any] | None]:
     """The image or array that a location means: the path of its group or array, that itself, and the image, if any."""
     node = open_node(place, "")
@@ -164,10 +205,18 @@ def _find(place: Place, series: int, labels: bool) -> tuple[str, Any, dict[str, 
         except DataError:
             raise UsageError(f"series {series}: there is no such image in it.") from None
         image = _multiscale_of(node.attrs.asdict())
+        if image is not None:
+            with suppress(DataError):
+                image["has_others"] = open_node(place, str(series + 1)) is not None
     if image is None:
         for kind in ("plate", "well"):
             if kind in ome:
                 raise DataError(f"this is a {kind} of many images. Name one of them, for example …/A/1/0.")
+        names = []
+        with suppress(NotImplementedError):  # behind a URL nothing is listed
+            names = [name for name, item in node.arrays() if len(item.shape) > 1]  # coordinates have one axis
+        if len(names) == 1:  # as xarray writes an image
+            return names[0], open_node(place, names[0]), None
         raise DataError("this is a group of arrays, not an image. Name one of its arrays, or one with multiscales.")
     if labels and "labels" in node:
         folder = f"{path}/labels".lstrip("/")
@@ -207,55 +256,6 @@ def _metadata(
     return found | ({"omero": omero} if isinstance(omero, dict) else {})
 
 
-def _axes_of(
-    shape: Sequence[int], names: Sequence[str | None] | None, wanted: str | None = None, channels: int | None = None
-) -> tuple[str, ...]:
-    """The names of the axes of an array, among them "y" and "x", and "c" if it has channels; all others are planes.
-
-    What the user wants ("zyx") counts before the names of the file; where both are missing, the lengths and the number of
-    channels that the network takes decide.
-    """
-    size = " x ".join(map(str, shape))
-    if wanted is not None:
-        if len(wanted) != len(shape) or len(set(wanted)) != len(wanted) or not {"y", "x"} <= set(wanted):
-            raise UsageError(
-                f"axes {wanted!r} do not fit an array of {size}. Write one letter for each axis, y and x among them, "
-                'for example "zyx", "cyx" or "tczyx".'
-            )
-        return tuple(wanted)
-    if names and all(names):
-        roles = tuple(_role(str(name)) for name in names)
-        if len(roles) == len(shape) and {"y", "x"} <= set(roles) and len(set(roles)) == len(roles):
-            return roles
-    guess = _guess(tuple(shape), channels)
-    if guess is None:
-        raise DataError(
-            f"nothing says which of its axes ({size}) are rows and columns. Say so, for example axes='tcyx'."
-        )
-    return tuple(guess)
-
-
-def _role(name: str) -> str:
-    plain = name.strip().lower()
-    return next((role for role, names in _ROLES.items() if plain in names), plain)
-
-
-def _guess(shape: tuple[int, ...], channels: int | None) -> str | None:
-    """Axes without names: as many channels as the network takes, or few, first or last; else a stack."""
-    if len(shape) == 2:
-        return "yx"
-    if len(shape) not in (3, 4):
-        return None
-    planes, last, first = ("", shape[-1], shape[0]) if len(shape) == 3 else ("z", shape[3], shape[1])
-    tests = [lambda length: length == channels] if channels else []
-    for is_channels in (*tests, lambda length: length <= _MAX_COLORS):
-        if is_channels(last) != is_channels(first):
-            return f"{planes}yxc" if is_channels(last) else f"{planes}cyx"
-    if len(shape) == 3:
-        return "yxc" if last <= _MAX_COLORS and shape[1] > _MAX_COLORS else "zyx"
-    return None
-
-
 def _ome_of(attributes: Mapping[str, Any]) -> Mapping[str, Any]:
     """Where the keys of NGFF stand: under "ome" since 0.5, before that among the attributes."""
     inner = attributes.get("ome")
@@ -276,7 +276,7 @@ def _multiscale_of(attributes: Mapping[str, Any], series: int = 0) -> dict[str, 
         raise UsageError(f"series {series}: there are {len(images)} (0..{len(images) - 1}).")
     image = images[series]
     items = [{"name": item} if isinstance(item, str) else item for item in image.get("axes") or ()]
-    names = tuple("c" if item.get("type") == "channel" else _role(item["name"]) for item in items)
+    names = tuple("c" if item.get("type") == "channel" else role_of(item["name"]) for item in items)
     if len(set(names)) != len(names):
         raise DataError(f"two of its axes have the same name ({', '.join(names)}).")
     types, units = (
@@ -290,7 +290,8 @@ def _multiscale_of(attributes: Mapping[str, Any], series: int = 0) -> dict[str, 
     ]
     version = str(within.get("version") or image.get("version") or "")
     name = str(image.get("name") or "")
-    return {"version": version, "name": name, "axes": names, "types": types, "units": units, "levels": levels}
+    found = {"version": version, "name": name, "axes": names, "types": types, "units": units, "levels": levels}
+    return found | {"has_others": len(images) > 1}
 
 
 def _inner_path(path: object) -> str:

@@ -26,6 +26,7 @@ from pixelwise.infer.outputs import Location
 from pixelwise.infer.overlay import write_overlay
 from pixelwise.infer.pipeline import Pipeline, Progress, in_memory
 from pixelwise.infer.predictor import Predictor
+from pixelwise.infer.remarks import remarks
 from pixelwise.infer.store import DiskStore, Store
 from pixelwise.infer.tiling import Note
 from pixelwise.ops.dropout import with_spatial_dropout
@@ -81,13 +82,13 @@ class Labeller:
                 provenance["statistics"] = "batch"
             if self.changes:
                 provenance["options"] = self.changes
-            if fingerprint is None:
-                if not self.overwrite and self.folder.is_finished(outputs, provenance):
-                    return None
-                for warning in source.metadata.get("warnings", ()):
-                    self.note(f"{source.info.location}: {warning}.")
+            if fingerprint is None and not self.overwrite and self.folder.is_finished(outputs, provenance):
+                return None
             staged = self.folder.stage(outputs[LABELS])
             small, info = in_memory(source), source.info
+            if fingerprint is None:
+                for kind, text in remarks(small, self.network.card.mean, self.network.card.std):
+                    self._tell(text, key=kind)
             if "overlay" in writers:
                 writers["overlay"] = partial(write_overlay, source=small)
             pipeline = Pipeline(
@@ -136,7 +137,7 @@ class Labeller:
                     if real(places[kind]) == real(task.path):
                         raise UsageError(f"the result of {task.path} would replace it. Choose another --out folder.")
             else:
-                writers[kind] = _writer(kind)
+                writers[kind] = _writer(kind, self.options.background)
         return places, writers
 
     def _tell(self, text: str, key: object = None) -> None:
@@ -178,6 +179,8 @@ def run_batch(
         PixelwiseError: an output cannot be written (disk full, no permission). Nothing half-written stays.
     """
     labeller = Labeller(network=network, batch=batch, overwrite=overwrite, note=note, progress=progress)
+    if batch.passed_over:
+        note(batch.passed_over)
     yield from batch.missing
     if engine == "local":
         yield from run_local(labeller, batch.tasks, threads=workers)
@@ -242,10 +245,10 @@ def _finished(task: Task, finish: Callable[[], None] | None) -> Outcome:
     return Outcome(task.path, "done")
 
 
-def _writer(kind: str) -> Writer:
+def _writer(kind: str, background: bool) -> Writer:
     if kind == "probabilities":
         return write_probabilities
     from pixelwise.formats.coco import write_coco  # which need packages of their own
     from pixelwise.formats.geojson import write_geojson
 
-    return write_coco if kind == "coco" else write_geojson
+    return write_coco if kind == "coco" else partial(write_geojson, background=background)
