@@ -116,14 +116,18 @@ class GeoTIFF(TiffSource):
         page = images[0]
         self._bands = [band for band, color in enumerate(metadata["colors"]) if color != "alpha"]
         self._alpha = [band for band, color in enumerate(metadata["colors"]) if color == "alpha"]
+
+        def rendered() -> Rendering:
+            meaning = [[metadata[name][band] for band in self._bands] for name in ("scales", "offsets")]
+            return Rendering(page, np.dtype(page.dtype), len(self._bands), labels, meaning)
+
+        rendering = rendered()  # first, for it refuses what cannot be read
         self._stack = _stack(images, file)
         if len(self._alpha) == 1 and not labels:
             opacity = look(self._stack, self._alpha[0], channels)
             self._bands = [*range(len(metadata["colors"]))] if opacity.is_kept else self._bands
             self._alpha = self._alpha if opacity.hides else []
-            metadata = {**metadata, **opacity.metadata}
-        meaning = [[metadata[name][band] for band in self._bands] for name in ("scales", "offsets")]
-        rendering = Rendering(page, np.dtype(page.dtype), len(self._bands), labels, meaning)
+            metadata, rendering = {**metadata, **opacity.metadata}, rendered()
         if not labels:
             rendering.has_opacity, rendering.channels = False, len(self._bands)  # GDAL's word comes first
         if rendering.orientation not in (0, 1):
