@@ -1,0 +1,69 @@
+"""What lies in a data folder and is not used, named with its count, so that nothing is left out in silence."""
+
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+
+from pixelwise.data.matching import is_zarr, relative, walk
+from pixelwise.data.pairs import Pair, Problem, counted, first_of, split_of
+from pixelwise.formats import SOURCE_SUFFIXES
+
+_LISTS = (".csv", ".tsv", ".txt", ".lst", ".json")
+
+
+def find_unused(root: Path, pairs: Sequence[Pair], told: Collection[str], lists: Collection[Path]) -> list[Problem]:
+    """One warning that names folders, images and lists below `root` that belong to no pair.
+
+    Args:
+        root: the data folder.
+        pairs: what is used.
+        told: files, relative to `root`, of which another problem says that they are not used.
+        lists: the lists that were read.
+    """
+    root = root.absolute()
+    used = {path.absolute() for pair in pairs for path in (pair.image, pair.mask) if path is not None}
+    above = {parent for path in used for parent in path.parents}
+    images, others = Counter[Path](), Counter[Path]()
+    for here, folders, names in walk(root):
+        if here in used or (here != root and is_zarr(here)):
+            folders.clear()
+            if here not in used and relative(here, root) not in told:
+                images[_highest(here.parent, root, above)] += 1
+            continue
+        place = _highest(here, root, above)
+        for name in names:
+            path = here / name
+            if name.startswith(".") or path in used:
+                continue
+            if name.lower().endswith(SOURCE_SUFFIXES):
+                images[place] += relative(path, root) not in told
+            else:
+                others[place] += place != root and place not in above
+    read = {path.absolute() for path in lists}
+    told_lists = [path.name for path in sorted(root.iterdir()) if _is_list(path) and path not in read]
+    words = [*_words(root, images, others), *told_lists]
+    return [Problem("warning", f"seen and not used: {first_of(words, 10)}.")] if words else []
+
+
+def _words(root: Path, images: Counter[Path], others: Counter[Path]) -> Iterator[str]:
+    for place in sorted({*+images, *+others}):
+        name = "right in the folder" if place == root else f"in {relative(place, root)}/"
+        if images[place]:
+            yield f"{counted(images[place], 'image', '', '').strip()} {name}"
+        elif others[place]:
+            yield f"{counted(others[place], 'file', '', '').strip()} {name}"
+
+
+def _highest(folder: Path, root: Path, above: Collection[Path]) -> Path:
+    """The highest folder around `folder`, itself included, below which nothing is used; else `folder`."""
+    inside = [folder, *folder.parents]
+    free = [path for path in inside[: inside.index(root)] if path not in above]
+    return free[-1] if free else folder
+
+
+def _is_list(path: Path) -> bool:
+    """Whether a file may list images or splits, by its name."""
+    name = path.stem.casefold()
+    if not path.is_file() or path.suffix.lower() not in _LISTS:
+        return False
+    return path.suffix.lower() in (".csv", ".tsv") or bool(split_of(name)) or "split" in name or "fold" in name
