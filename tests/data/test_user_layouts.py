@@ -408,7 +408,7 @@ def test_two_folders_of_labels_are_asked_about(tmp_path):
     assert {pair.mask.parent.name for pair in folder.pairs} == {"1st_manual"}
     assert folder.masks == "1st_manual"
     assert "5 images in mask/" in told(folder)
-    with pytest.raises(UsageError, match="there is no such folder beside the images; there are: 1st_manual, mask"):
+    with pytest.raises(UsageError, match=r"folder beside the images \(there are: 1st_manual, mask\)"):
         open_data(tmp_path, masks="vessels")
 
 
@@ -449,6 +449,29 @@ def test_the_same_labels_in_two_formats_are_no_question(tmp_path):
     assert "4 images in SegmentationClassVisualization/" in told(folder)
 
 
+def test_several_kinds_of_masks_in_one_folder_are_told_apart_by_their_ending(tmp_path):
+    for index in range(4):
+        save(tmp_path / f"leftImg8bit/a_{index}_leftImg8bit.png")
+        for kind, value in (("labelIds", 7), ("labelTrainIds", 1), ("color", 9), ("instanceIds", 5)):
+            save(tmp_path / f"gtFine/a_{index}_gtFine_{kind}.png", blob(value))
+    message = told(open_data(tmp_path), "fatal")
+    assert "Say which with --masks labelIds or --masks labelTrainIds." in message
+    folder = open_data(tmp_path, masks="labelTrainIds")
+    assert folder.labels.values == ((0,), (1,))
+    assert told(folder, "fatal") == ""
+    assert "12 images in gtFine/" in told(folder)
+    with pytest.raises(UsageError, match="neither a folder beside the images"):
+        open_data(tmp_path, masks="Ids2")
+
+
+def test_a_field_of_view_alone_is_doubted(tmp_path):
+    for index in range(4):
+        save(tmp_path / f"images/im{index:04d}.png")
+        save(tmp_path / f"mask/im{index:04d}.png", FIELD)
+        save(tmp_path / f"vessels/by-hand{index + 7}.png", blob())
+    assert "mark much the same region in every image" in told(open_data(tmp_path))
+
+
 # -- links, what is left out --
 
 
@@ -459,6 +482,7 @@ def test_links_to_folders_are_followed_and_cycles_noticed(tmp_path):
         (data / kind).mkdir(parents=True)
         (data / kind / "batch").symlink_to(tmp_path / "disk" / kind)
     (data / "images/again").symlink_to(data / "images")
+    (tmp_path / "disk/images/back").symlink_to(data / "images")  # a cycle of two links
     folder = open_data(data)
     assert sorted(pair.name for pair in folder.pairs if pair.mask) == ["batch/a", "batch/b", "batch/c"]
     assert len(folder.pairs) == 3

@@ -23,15 +23,17 @@ class Layout:
     images: tuple[tuple[str, Path], ...]
     masks: Mapping[str, tuple[Path | None, ...]]  # for each folder of images
 
-    def describe(self, name: str) -> str:
-        """The layout in words, with the folders of masks of this name."""
+    def describe(self, name: str, ending: str = "") -> str:
+        """The layout in words, with the folders of masks of this name, and the ending of the masks' names."""
+        if ending:
+            return f"{self.describe(name)}, masks *{ending}"
         shown = [path.name for source in self.sources(name) for path in (source.images, source.masks) if path]
         return self.words.replace("{masks}", name) if self.words else " ".join(f"{folder}/" for folder in shown)
 
-    def sources(self, name: str) -> list[Source]:
-        """The folders of images with their masks in the folders of this name."""
+    def sources(self, name: str, ending: str = "") -> list[Source]:
+        """The folders of images with their masks in the folders of this name, of those with this ending."""
         return [
-            Source(split=split, images=images, masks=masks)
+            Source(split=split, images=images, masks=masks, ending=ending)
             for (split, images), masks in zip(self.images, self.masks[name], strict=True)
         ]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from pixelwise.data.classes import load_labels, propose_labels
 from pixelwise.data.folders import Layout, beside_splits, find_layout
 from pixelwise.data.labels import LabelSpec, Value
-from pixelwise.data.mask_folders import choose_masks
+from pixelwise.data.mask_folders import choose_masks, is_doubtful
 from pixelwise.data.matching import Source, match_source
 from pixelwise.data.pairs import (
     NO_VALIDATION,
@@ -132,6 +132,7 @@ def _recognise(root: Path, masks: str | None) -> _Found:
     if not root.exists():
         raise DataError(f"{root}: there is no such folder.")
     sources: list[Source] = []
+    doubts: list[Problem] = []
     if tables := find_tables(root):
         if masks is not None:
             raise UsageError(f"--masks does not apply to {root}: the CSV file names the masks.")
@@ -140,16 +141,19 @@ def _recognise(root: Path, masks: str | None) -> _Found:
         found.take([read_pairs(table) for table in tables])
     else:
         layout = find_layout(root)
-        name = choose_masks(layout, root, masks)
-        if name is None:
+        chosen = choose_masks(layout, root, masks)
+        if chosen is None:
             raise DataError(_no_masks(root, layout))
-        sources = layout.sources(name)
+        sources = layout.sources(*chosen)
         read = [match_source(source, root) for source in sources]
-        words = layout.describe(name)
+        words = layout.describe(*chosen)
         if not any(pairs for pairs, _ in read):
             raise DataError(_no_images(root, words, sources))
-        found = _Found(words=words, pairs=[], problems=[], is_segnet=name == "annot", beside=beside_splits(layout))
+        found = _Found(words=words, pairs=[], problems=[], is_segnet=chosen[0] == "annot", beside=beside_splits(layout))
         found.take(read)
+        if masks is None and is_doubtful(layout, chosen[0], root):
+            what = f"the masks in {chosen[0]}/ mark much the same region in every image, as a field of view is"
+            doubts = [Problem("warning", f"{what}; are they the ones that are meant?")]
     if root.is_dir() and not any("split" in table.columns for table in found.tables):
         found.lists = find_split_lists(root, [table.path for table in found.tables])
     if found.lists:
@@ -158,6 +162,7 @@ def _recognise(root: Path, masks: str | None) -> _Found:
         if sources:  # what stays alone is asked about the images that are listed
             found.take([match_source(source, root, {pair.image for pair in pairs}) for source in sources])
         found.pairs, found.problems = pairs, found.problems + more
+    found.problems += doubts
     return found
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from pixelwise.data.folders import Layout
 from pixelwise.data.labels import Value
-from pixelwise.data.matching import match_source
+from pixelwise.data.matching import image_files, match_source
 from pixelwise.data.names import MASK_DIRS
 from pixelwise.data.pairs import Pair
 from pixelwise.data.samples import mask_values, open_mask
@@ -50,19 +50,30 @@ def is_usual(name: str) -> bool:
     return name.casefold() in MASK_DIRS
 
 
-def choose_masks(layout: Layout, root: Path, wanted: str | None) -> str | None:
-    """The name of the folder of masks, or None if no folder can be one.
+def choose_masks(layout: Layout, root: Path, wanted: str | None) -> tuple[str, str] | None:
+    """The name of the folder of masks, with the ending of their names if it was asked for; None if no folder can be one.
 
     Raises:
-        UsageError: there is no folder of the `wanted` name.
+        UsageError: nothing has the `wanted` name or ending.
         DataError: several folders hold labels of these images; it lists them, with a proposal.
     """
-    if wanted is not None:
-        asked = next((name for name in layout.masks if name.casefold() == wanted.strip("/").casefold()), None)
-        if asked is None:
-            there = ", ".join(layout.masks) or "none"
-            raise UsageError(f"--masks {wanted!r}: there is no such folder beside the images; there are: {there}.")
-        return asked
+    if wanted is None:
+        found = _find_folder(layout, root)
+        return (found, "") if found else None
+    wanted = wanted.strip("/")
+    if folder := next((name for name in layout.masks if name.casefold() == wanted.casefold()), None):
+        return folder, ""
+    by_ending = [name for name in layout.masks if _pairs(layout, name, root, wanted)] if wanted else []
+    if len(by_ending) != 1:
+        there = ", ".join(layout.masks) or "none"
+        raise UsageError(
+            f"--masks {wanted!r}: it is neither a folder beside the images (there are: {there}) nor how the names of masks "
+            "in one of these folders end."
+        )
+    return by_ending[0], wanted
+
+
+def _find_folder(layout: Layout, root: Path) -> str | None:
     usual = sorted(filter(is_usual, layout.masks), key=lambda name: MASK_DIRS.index(name.casefold()))
     paired = [found for name in layout.masks if (found := _candidate(layout, name, root)).pairs]
     if len(paired) == 1 and is_usual(paired[0].name):
@@ -80,14 +91,27 @@ def choose_masks(layout: Layout, root: Path, wanted: str | None) -> str | None:
     return next((candidate.name for candidate in sorted(paired, key=_rank) if is_usual(candidate.name)), None)
 
 
+def is_doubtful(layout: Layout, name: str, root: Path) -> bool:
+    """Whether the masks of a folder may be a field of view: one region, with other folders of images beside."""
+    others = [other for other in layout.masks if other != name and not _NO_CLASSES.search(other)]
+    has_others = any(image_files(path) for other in others for path in layout.masks[other] if path)
+    return has_others and _is_one_region(_scanned(_candidate(layout, name, root)))
+
+
 def _candidate(layout: Layout, name: str, root: Path) -> _Candidate:
-    pairs = [pair for source in layout.sources(name) for pair in match_source(source, root)[0]]
+    pairs = _pairs(layout, name, root)
     return _Candidate(name=name, images=len(pairs), pairs=tuple(pair for pair in pairs if pair.mask))
+
+
+def _pairs(layout: Layout, name: str, root: Path, ending: str = "") -> list[Pair]:
+    """The images, with the masks of a folder; with an `ending` only those that have a mask with it."""
+    pairs = [pair for source in layout.sources(name, ending) for pair in match_source(source, root)[0]]
+    return [pair for pair in pairs if pair.mask] if ending else pairs
 
 
 def _scanned(candidate: _Candidate) -> _Candidate:
     step = -(-len(candidate.pairs) // _SAMPLES)
-    sampled = candidate.pairs[::step]
+    sampled = candidate.pairs[:: max(step, 1)]
     scans = tuple(in_threads(_scan_or_none, sampled))
     return _Candidate(name=candidate.name, images=candidate.images, pairs=candidate.pairs, scans=scans)
 
@@ -117,7 +141,7 @@ def _without_copies(candidates: list[_Candidate]) -> list[_Candidate]:
 def _is_one_region(candidate: _Candidate) -> bool:
     """Whether all its masks mark much the same place, as the field of view of a camera does."""
     masks = [_marked(pair) for pair in candidate.pairs[:4]]
-    if len(masks) < 3:
+    if len(masks) < 3 or any(len(counts) > 2 for counts in candidate.counts):
         return False
     return all(
         one is not None

@@ -37,6 +37,7 @@ class Source:
     split: str
     images: Path
     masks: Path | None
+    ending: str = ""  # of the names of the masks, where several masks for each image lie together
 
 
 def match_source(source: Source, root: Path, listed: Container[Path] | None = None) -> tuple[list[Pair], list[Problem]]:
@@ -47,9 +48,7 @@ def match_source(source: Source, root: Path, listed: Container[Path] | None = No
     where = source.split or source.images.name
     problems = [Problem("warning", f"{where}: {note}") for note in notes]
     problems += _twice(where, doubled, root, "Keep one of them.")
-    problems += _twice(
-        where, list(claims.items()), root, "Keep one mask for each image, or list the pairs in a CSV file."
-    )
+    problems += _twice(where, list(claims.items()), root, _advice(claims))
     if by_words:
         image, mask = (relative(files[key][0], root) for files, key in zip((images, masks), by_words[0], strict=True))
         count = counted(len(by_words), "mask", "has", "have")
@@ -80,7 +79,8 @@ def _files(source: Source, notes: list[str]) -> tuple[_Files, _Files, list[tuple
         return images, masks, [*images.items(), *masks.items()]
     wanted = {key for key, _ in image_files(source.images)}
     found = _by_key(image_files(source.masks, wanted, notes) if source.masks else [])
-    masks = {key: paths for key, paths in found.items() if not is_no_class_mask(key)}
+    found = {key: paths for key, paths in found.items() if key.casefold().endswith(source.ending.casefold())}
+    masks = {key: paths for key, paths in found.items() if source.ending or not is_no_class_mask(key)}
     images = _by_key(image_files(source.images, masks, notes))
     doubled = [*images.items(), *found.items()]
     if list(images) == ["."]:  # the folder itself is a series: it has one mask, whatever its name
@@ -119,13 +119,18 @@ def walk(folder: Path, notes: list[str] | None = None) -> Iterator[tuple[Path, l
         for name in sorted(folders):
             if name.startswith((".", "__MACOSX")):
                 continue
-            if (here / name).is_symlink() and here.resolve().is_relative_to((here / name).resolve()):
+            if (here / name).is_symlink() and _leads_back(here, (here / name).resolve()):
                 if notes is not None:
                     notes.append(f"the link {printable(here / name)} leads to a folder that it lies in; not followed.")
                 continue
             kept.append(name)
         folders[:] = kept
         yield here, folders, names
+
+
+def _leads_back(here: Path, target: Path) -> bool:
+    """Whether a link to `target` leads to where the walk came from, perhaps through other links."""
+    return any(path.resolve().is_relative_to(target) for path in (here, *here.parents))
 
 
 def image_files(
@@ -201,6 +206,15 @@ def _by_key(files: list[tuple[str, Path]]) -> dict[str, list[Path]]:
     for key, path in files:
         grouped.setdefault(key, []).append(path)
     return grouped
+
+
+def _advice(claims: _Files) -> str:
+    """What to do where images have several masks: with the same endings for each of them, one ending can be chosen."""
+    endings = {tuple(sorted(stem_of(path.name).rpartition("_")[2] for path in paths)) for paths in claims.values()}
+    several = next(iter(endings), ())
+    if len(endings) == 1 and len(set(several)) > 1:
+        return "Say which with " + " or ".join(f"--masks {ending}" for ending in several) + "."
+    return "Keep one mask for each image, or list the pairs in a CSV file."
 
 
 def _twice(where: str, found: list[tuple[str, list[Path]]], root: Path, advice: str) -> Iterator[Problem]:

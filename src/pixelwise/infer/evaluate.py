@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -176,10 +177,12 @@ def open_for(
     trained = predictor.card.data.get("group_by")
     if group_by is None and isinstance(trained, str):
         group_by = trained
+    given: dict[str, Any] = {"classes": classes, "ignore": tuple(ignore), "group_by": group_by, "labels": known}
     chosen = predictor.card.data.get("masks")
-    if masks is None and isinstance(chosen, str) and (any(root.glob(chosen)) or any(root.glob(f"*/{chosen}"))):
-        masks = chosen
-    return open_data(root, classes=classes, ignore=tuple(ignore), group_by=group_by, labels=known, masks=masks)
+    if masks is None and isinstance(chosen, str):
+        with suppress(UsageError):  # other data need not have a folder of this name
+            return open_data(root, masks=chosen, **given)
+    return open_data(root, masks=masks, **given)
 
 
 def _check_classes(wanted: tuple[str, ...], folder: DataFolder) -> None:
