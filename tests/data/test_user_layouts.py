@@ -102,7 +102,7 @@ def test_masks_without_splits_serve_images_with_splits(tmp_path):
 def test_what_may_be_a_split_is_not_replaced_by_a_hash(tmp_path, extra):
     save_pairs(tmp_path, "images/train", "masks/train", "abcdefghij")
     save(tmp_path / extra)
-    assert "which by name are no split" in told(open_data(tmp_path), "fatal")
+    assert "the splits are not complete, and beside them lie" in told(open_data(tmp_path), "fatal")
     save_pairs(tmp_path, "images/val", "masks/val", "klm")
     folder = open_data(tmp_path)
     assert told(folder, "fatal") == ""
@@ -191,6 +191,42 @@ def test_a_json_of_splits_is_followed(tmp_path, content):
         ("train", "b"),
         ("val", "c"),
     ]
+
+
+@pytest.mark.parametrize("folder", ["", "splits"])
+@pytest.mark.parametrize("lines", [["filename,score", "{},0"], [",image", "3,images/{}"], ["{},x"], ["{}"]])
+def test_csv_files_named_as_splits_are_followed(tmp_path, folder, lines):
+    save_pairs(tmp_path, "images", "masks", "abcdef")
+    (tmp_path / folder).mkdir(exist_ok=True)
+    for split, stems in (("train", "abcd"), ("val", "ef")):
+        text = [*lines[:-1], *(lines[-1].format(f"{stem}.png") for stem in stems)]
+        (tmp_path / folder / f"{split}.csv").write_text("\n".join(text))
+    found = open_data(tmp_path)
+    assert [(pair.split, pair.name) for pair in found.pairs] == [
+        ("train" if stem < "e" else "val", stem) for stem in "abcdef"
+    ]
+    assert "not used" not in told(found)
+
+
+@pytest.mark.parametrize(("name", "text"), [("splits.yaml", "train: [a]"), ("folds.json", '{"a.png": 0, "b.png": 1}')])
+def test_what_may_list_splits_and_is_not_understood_is_refused(tmp_path, name, text):
+    save_pairs(tmp_path, "images", "masks", "abc")
+    (tmp_path / name).write_text(text)
+    assert f"no split was found, but {name} by name may say one" in told(open_data(tmp_path), "fatal")
+
+
+def test_a_list_of_training_images_alone_is_divided_as_a_folder_of_them_is(tmp_path):
+    save_pairs(tmp_path, "images", "masks", "abcdefghijkl")
+    write_lists(tmp_path, train="abcdefghij")
+    folder = open_data(tmp_path)
+    assert {pair.name for pair in folder.pairs} == set("abcdefghij")
+    assert folder.splits == ("train", "val", "test")
+
+
+def test_names_without_suffixes_in_a_csv(tmp_path):
+    save_pairs(tmp_path, "images", "masks", "ab", (".jpg", ".png"))
+    write_csv(tmp_path, rows=[("a", "a", "train"), ("b", "b", "val")])
+    assert names(open_data(tmp_path)) == {("a.jpg", "a.png"), ("b.jpg", "b.png")}
 
 
 def test_folds_are_refused_and_other_json_is_left_alone(tmp_path):
@@ -386,7 +422,7 @@ def test_a_layout_further_down_is_not_read_without_its_splits(tmp_path):
     with pytest.raises(DataError, match=r"Perhaps .*set is meant"):
         open_data(tmp_path)
     save_pairs(tmp_path / "more", "val/images", "val/masks", "abc")
-    with pytest.raises(DataError, match="no layout is recognised"):
+    with pytest.raises(DataError, match="2 folders, such as"):
         open_data(tmp_path)
 
 

@@ -1,11 +1,12 @@
 """Layouts of data folders: which folders hold images, of which split, and which folders may hold their masks."""
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pixelwise.data.matching import Source, image_files, match_source
+from pixelwise.data.matching import Source, image_files, match_source, walk
 from pixelwise.data.names import IMAGE_DIRS, is_mask_name
 from pixelwise.data.pairs import SPLITS, split_of
 from pixelwise.errors import DataError
@@ -13,6 +14,7 @@ from pixelwise.formats import SOURCE_SUFFIXES
 
 _ENDING = re.compile(r"(?P<split>.+?)[_\-. ]?(?P<kind>annot|annotations?|labels?|masks?|gt|images?|imgs?)")
 _BEGINNING = re.compile(r"(?P<kind>images?|imgs?|masks?|labels?|annotations?)[_\-. ]?(?P<split>.+)")
+_DEEPEST = 3  # folders below the given one in which a layout is looked for, to say where
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,10 +122,11 @@ def _one_folder_layout(root: Path) -> Layout | None:
 
 def _lie_deeper(images: Sequence[Path], root: Path) -> bool:
     """Whether these images have splits above them that are not in `root`, or all lie in one folder with its own layout."""
-    inner = {path.relative_to(root).parts[:-1] for path in images}
-    tops = {parts[0] if parts else "" for parts in inner}
-    has_splits = any(split_of(part) for parts in inner for part in parts)
-    return has_splits or (len(tops) == 1 and "" not in tops and _looks_right(root / tops.pop()))
+    common = Path(os.path.commonpath([path.parent for path in images]))
+    while common.name.lower() in IMAGE_DIRS and common != root:
+        common = common.parent
+    has_splits = any(split_of(part) for path in images for part in path.relative_to(root).parts[:-1])
+    return has_splits or (common != root and _looks_right(common))
 
 
 def _images_in(folder: Path) -> Path | None:
@@ -180,8 +183,15 @@ def _not_recognised(root: Path) -> str:
             f"{root}: there is {images.name}/, but no folder of masks beside it that holds images; it holds {there}. Wanted "
             "is masks/ (or labels/, annotations/, …) with an image of labels for each image."
         )
-    inner = [folder for folder in _folders(root).values() if _looks_right(folder)]
+    inner: list[Path] = []
+    for here, folders, _ in walk(root):
+        is_one = here != root and _looks_right(here)
+        if is_one or len(here.relative_to(root).parts) >= _DEEPEST:
+            inner += [here] * is_one
+            folders.clear()
     hint = f" Perhaps {inner[0]} is meant." if inner else ""
+    if len(inner) > 1:
+        hint = f" {len(inner):,} folders, such as {inner[0]}, hold images and masks, which do not pair by their names."
     return (
         f"{root}: no layout is recognised; it holds {there or 'nothing'}. Wanted are images/ and masks/ (with train/ "
         "val/ test/ above or below them), SegNet's train/ and trainannot/ …, or a CSV file with the columns image,mask."

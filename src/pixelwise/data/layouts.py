@@ -3,7 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from pixelwise.data.classes import load_labels, propose_labels
@@ -25,7 +25,7 @@ from pixelwise.data.pairs import (
 from pixelwise.data.scan import MaskScan, in_threads, scan_mask
 from pixelwise.data.split_lists import SplitLists, apply_split_lists, find_split_lists
 from pixelwise.data.tables import Table, find_tables, read_pairs
-from pixelwise.data.unused import find_unused
+from pixelwise.data.unused import find_unused, unread_lists
 from pixelwise.errors import DataError, UsageError
 from pixelwise.formats import SOURCE_SUFFIXES
 from pixelwise.formats.base import Palette
@@ -88,7 +88,7 @@ def open_data(
     if root.is_dir():
         told = {name for problem in problems for name in problem.files}
         problems += find_unused(root, pairs, told, found.list_files)
-    problems += _doubtful_split(found, split_words)
+    problems += _doubtful_split(root, found, split_words)
     return DataFolder(
         root=root,
         layout=words + split_words,
@@ -105,8 +105,8 @@ class _Found:
     """What was recognised."""
 
     words: str
-    pairs: list[Pair]
-    problems: list[Problem]
+    pairs: list[Pair] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
     is_segnet: bool = False
     tables: tuple[Table, ...] = ()  # the CSV files that list the pairs
     lists: SplitLists | None = None
@@ -120,7 +120,9 @@ class _Found:
     @property
     def is_listed(self) -> bool:
         """Whether lists give the splits: then no split means that none is wanted."""
-        return self.lists is not None or any("split" in table.columns for table in self.tables)
+        return (self.lists is not None and self.lists.is_complete) or any(
+            "split" in table.columns for table in self.tables
+        )
 
     @property
     def list_files(self) -> tuple[Path, ...]:
@@ -136,8 +138,10 @@ def _recognise(root: Path, masks: str | None) -> _Found:
     if tables := find_tables(root):
         if masks is not None:
             raise UsageError(f"--masks does not apply to {root}: the CSV file names the masks.")
-        found = _Found(words="CSV " + ", ".join(table.path.name for table in tables), pairs=[], problems=[])
-        found.tables = tuple(tables)
+        found = _Found(
+            words="CSV " + ", ".join(table.path.name for table in tables),
+            tables=tuple(tables),
+        )
         found.take([read_pairs(table) for table in tables])
     else:
         layout = find_layout(root)
@@ -149,7 +153,11 @@ def _recognise(root: Path, masks: str | None) -> _Found:
         words = layout.describe(*chosen)
         if not any(pairs for pairs, _ in read):
             raise DataError(_no_images(root, words, sources))
-        found = _Found(words=words, pairs=[], problems=[], is_segnet=chosen[0] == "annot", beside=beside_splits(layout))
+        found = _Found(
+            words=words,
+            is_segnet=chosen[0] == "annot",
+            beside=beside_splits(layout),
+        )
         found.take(read)
         if masks is None and is_doubtful(layout, chosen[0], root):
             what = f"the masks in {chosen[0]}/ mark much the same region in every image, as a field of view is"
@@ -166,15 +174,21 @@ def _recognise(root: Path, masks: str | None) -> _Found:
     return found
 
 
-def _doubtful_split(found: _Found, split_words: str) -> list[Problem]:
+def _doubtful_split(root: Path, found: _Found, split_words: str) -> list[Problem]:
     """Splits are not made by hash where something that may be meant as one lies beside those that were understood."""
-    if not split_words or found.is_listed or not found.beside:
+    if not split_words or found.is_listed:
         return []
-    message = (
-        f"the splits are not complete, and beside them lie {first_of(found.beside, 5)}, which by name are no split. Name "
-        "folders train, val and test, or list all pairs in a CSV file with the columns image,mask,split."
-    )
-    return [Problem("fatal", message, found.beside)]
+    unread = [path.name for path in unread_lists(root) if path not in found.list_files]
+    advice = "Name folders train, val and test, or list all pairs in a CSV file with the columns image,mask,split."
+    if found.beside:
+        what = (
+            f"the splits are not complete, and beside them lie {first_of(found.beside, 5)}, which are not understood."
+        )
+        return [Problem("fatal", f"{what} {advice}", found.beside)]
+    if unread:
+        what = f"no split was found, but {first_of(unread, 5)} by name may say one and is not understood."
+        return [Problem("fatal", f"{what} Remove or rename it, or: {advice[0].lower()}{advice[1:]}", tuple(unread))]
+    return []
 
 
 def _grouped(pairs: list[Pair], pattern: re.Pattern[str] | None) -> list[Pair]:

@@ -1,5 +1,6 @@
 """Lists of splits beside the images: train.txt and val.txt, VOC's ImageSets, a JSON of splits, a CSV of names and splits."""
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -9,13 +10,13 @@ from typing import Any
 from pixelwise.data.matching import relative, walk
 from pixelwise.data.names import IMAGE_DIRS, MASK_DIRS
 from pixelwise.data.pairs import Pair, Problem, composed, counted, first_of, split_of
-from pixelwise.data.tables import read_text, tables_in
+from pixelwise.data.tables import read_table, read_text, tables_in
 from pixelwise.errors import DataError
 from pixelwise.files import read_json
 from pixelwise.formats import SOURCE_SUFFIXES
 from pixelwise.formats.registry import stem_of
 
-_DEPTH = 2  # folders below the data folder in which lists are looked for
+_DEPTH = 3  # folders below the data folder in which lists are looked for
 _MAX_BYTES = 16_000_000  # of a JSON file that may hold splits
 
 
@@ -26,6 +27,11 @@ class SplitLists:
     files: tuple[Path, ...]
     entries: tuple[tuple[str, str, Path], ...]  # (name, split, the list that says it)
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether they speak of all splits: a train.txt alone only says what may be trained on."""
+        return len(self.files) > 1 or self.files[0].suffix.lower() == ".json" or not split_of(self.files[0].stem)
+
 
 def find_split_lists(root: Path, pair_lists: Collection[Path] = ()) -> SplitLists | None:
     """The lists of splits in a data folder besides its lists of pairs, or None.
@@ -33,7 +39,7 @@ def find_split_lists(root: Path, pair_lists: Collection[Path] = ()) -> SplitList
     Raises:
         DataError: there are lists of several kinds, or one whose splits cannot be used.
     """
-    found = [*_text_lists(root), *_json_lists(root), *_table_lists(root, pair_lists)]
+    found = [*_text_lists(root, pair_lists), *_json_lists(root), *_table_lists(root, pair_lists)]
     if len(found) > 1:
         names = "; ".join(", ".join(relative(path, root) for path in lists.files) for lists in found)
         raise DataError(
@@ -42,7 +48,7 @@ def find_split_lists(root: Path, pair_lists: Collection[Path] = ()) -> SplitList
     return found[0] if found else None
 
 
-def _text_lists(root: Path) -> Iterator[SplitLists]:
+def _text_lists(root: Path, pair_lists: Collection[Path]) -> Iterator[SplitLists]:
     by_folder: dict[Path, list[Path]] = defaultdict(list)
     for here, folders, names in walk(root):
         if len(here.relative_to(root).parts) >= _DEPTH:
@@ -50,7 +56,8 @@ def _text_lists(root: Path) -> Iterator[SplitLists]:
         if here == root:
             folders[:] = [name for name in folders if name.casefold() not in (*IMAGE_DIRS, *MASK_DIRS)]
         for name in sorted(names):
-            if name.lower().endswith((".txt", ".lst")) and split_of(Path(name).stem):
+            is_list = name.lower().endswith((".txt", ".lst", ".csv", ".tsv")) and here / name not in pair_lists
+            if is_list and split_of(Path(name).stem):
                 by_folder[here].append(here / name)
     for_masks = [folder for folder in by_folder if "segmentation" in folder.name.casefold()]  # VOC has others for boxes
     for folder in for_masks or by_folder:
@@ -59,6 +66,9 @@ def _text_lists(root: Path) -> Iterator[SplitLists]:
 
 
 def _lines(path: Path) -> Iterator[tuple[str, str, Path]]:
+    if path.suffix.lower() in (".csv", ".tsv") and "image" in (table := read_table(path)).columns:
+        yield from ((table.cell(cells, "image"), split_of(path.stem), path) for _, cells in table.rows)
+        return
     for line in read_text(path)[0].splitlines():
         if line.strip() and not line.startswith("#"):
             yield line.strip(), split_of(path.stem), path
@@ -106,7 +116,12 @@ def _json_name(item: Any) -> str:
 def _table_lists(root: Path, pair_lists: Collection[Path]) -> Iterator[SplitLists]:
     """CSV files that name images and splits, but no masks."""
     for table in tables_in(root):
-        if table.path in pair_lists or "image" not in table.columns or "split" not in table.columns:
+        if (
+            table.path in pair_lists
+            or split_of(table.path.stem)
+            or "image" not in table.columns
+            or "split" not in table.columns
+        ):
             continue
         values = {table.cell(cells, "split") for _, cells in table.rows if len(cells) == len(table.header)}
         title = table.header[table.columns["split"]].casefold()
@@ -148,7 +163,7 @@ def apply_split_lists(lists: SplitLists, pairs: Sequence[Pair], root: Path) -> t
 
 def _find(name: str, by_name: dict[str, list[int]], paths: list[tuple[str, ...]]) -> int | None:
     """The image that a line names: by its name, and where several have it, by the folders around it."""
-    for text in (name, *name.replace(",", " ").split()[:1]):
+    for text in (name, *re.split(r"[\s,;]+", name)[:1]):
         parts = _parts(text)
         there = by_name.get(parts[-1], [])
         if len(there) == 1:
@@ -198,6 +213,6 @@ def _left_over(
         is_all = len(names) == total[path]
         yield Problem("fatal" if is_all else "warning", message + " Correct the list, or remove it." * is_all)
     rest = tuple(relative(pair.image, root) for index, pair in enumerate(pairs) if index not in given)
-    if rest:
+    if rest and given:
         count = counted(len(rest), "image", "is", "are")
         yield Problem("warning", f"{count} in no list of a split and not used: {first_of(rest, 3)}.", rest)

@@ -202,6 +202,9 @@ def _on_disk(path: Path) -> Path | None:
     """The file of this name, also if the disk holds its name in the other Unicode form."""
     if path.exists():
         return path
+    if path.parent.is_dir() and not path.name.lower().endswith(SOURCE_SUFFIXES):  # a list of names without suffixes
+        named = _files_by_stem(path.parent, path.parent.stat().st_mtime_ns).get(path.name, [])
+        return path.with_name(named[0]) if len(named) == 1 else None
     if path.as_posix().isascii():
         return None
     for form in ("NFC", "NFD"):
@@ -212,6 +215,15 @@ def _on_disk(path: Path) -> Path | None:
         return None
     found = _names_in(path.parent, path.parent.stat().st_mtime_ns).get(composed(path.name))
     return path.with_name(found) if found else None
+
+
+@lru_cache(maxsize=256)
+def _files_by_stem(folder: Path, _mtime_ns: int) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for path in folder.iterdir():
+        if path.name.lower().endswith(SOURCE_SUFFIXES):
+            found.setdefault(stem_of(path.name), []).append(path.name)
+    return found
 
 
 @lru_cache(maxsize=256)

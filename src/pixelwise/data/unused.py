@@ -1,5 +1,6 @@
 """What lies in a data folder and is not used, named with its count, so that nothing is left out in silence."""
 
+import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ def find_unused(root: Path, pairs: Sequence[Pair], told: Collection[str], lists:
     """
     root = root.absolute()
     used = {path.absolute() for pair in pairs for path in (pair.image, pair.mask) if path is not None}
+    read = {path.absolute() for path in lists}
     above = {parent for path in used for parent in path.parents}
     images, others = Counter[Path](), Counter[Path]()
     for here, folders, names in walk(root):
@@ -33,13 +35,12 @@ def find_unused(root: Path, pairs: Sequence[Pair], told: Collection[str], lists:
         place = _highest(here, root, above)
         for name in names:
             path = here / name
-            if name.startswith(".") or path in used:
+            if name.startswith(".") or path in used or path in read:
                 continue
             if name.lower().endswith(SOURCE_SUFFIXES):
                 images[place] += relative(path, root) not in told
             else:
                 others[place] += place != root and place not in above
-    read = {path.absolute() for path in lists}
     told_lists = [path.name for path in sorted(root.iterdir()) if _is_list(path) and path not in read]
     words = [*_words(root, images, others), *told_lists]
     return [Problem("warning", f"seen and not used: {first_of(words, 10)}.")] if words else []
@@ -59,6 +60,18 @@ def _highest(folder: Path, root: Path, above: Collection[Path]) -> Path:
     inside = [folder, *folder.parents]
     free = [path for path in inside[: inside.index(root)] if path not in above]
     return free[-1] if free else folder
+
+
+def unread_lists(root: Path) -> list[Path]:
+    """Files right in `root`, or in its folders whose names say so, that by their names list splits."""
+    if not root.is_dir():
+        return []
+    folders = [
+        path for path in root.iterdir() if path.is_dir() and re.search("split|fold|imagesets", path.name.lower())
+    ]
+    files = [path for place in (root, *folders) for path in sorted(place.iterdir())]
+    files = [path for path in files if path.suffix.lower() in (*_LISTS, ".yaml", ".yml")]
+    return [path for path in files if split_of(path.stem) or re.search("split|fold", path.stem.casefold())]
 
 
 def _is_list(path: Path) -> bool:
