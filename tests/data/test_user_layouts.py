@@ -229,6 +229,13 @@ def test_names_without_suffixes_in_a_csv(tmp_path):
     assert names(open_data(tmp_path)) == {("a.jpg", "a.png"), ("b.jpg", "b.png")}
 
 
+def test_what_lies_outside_of_the_data_folder_does_not_count(tmp_path):
+    save_pairs(tmp_path / "test", "imagesTr", "labelsTr", "abcdefgh")
+    save_pairs(tmp_path / "other", "imagesTr", "labelsTr", "abc")
+    save(tmp_path / "loose.png")
+    assert inspect_data(open_data(tmp_path / "test")).problems == ()
+
+
 def test_folds_are_refused_and_other_json_is_left_alone(tmp_path):
     save_pairs(tmp_path, "images", "masks", "abc")
     (tmp_path / "coco.json").write_text(json.dumps({"images": [], "annotations": [{"id": 1}], "categories": []}))
@@ -349,6 +356,8 @@ def test_the_hash_split_does_not_depend_on_where_the_data_lie(tmp_path):
         ("21_training.tif", "21_manual1.gif"),
         ("Image_01L.jpg", "Image_01L_1stHO.png"),
         ("a b.png", "a_b_mask.png"),
+        ("frame_12.jpg", "mask_12.png"),
+        ("liver_3_0000.png", "liver_3.png"),
     ],
 )
 def test_spellings_of_one_name(tmp_path, image, mask):
@@ -398,6 +407,7 @@ def test_what_cannot_pair_says_how_to(tmp_path):
         ("case_{0}/slice_{1}.tif", "case_{0}/slice_{1}_mask.tif"),
         ("case_{0}{1}/image.png", "case_{0}{1}/mask.png"),
         ("case_{0}{1}/scan.png", "case_{0}{1}/seg.png"),
+        ("p{0}{1}/p{0}{1}_flair.png", "p{0}{1}/p{0}{1}_seg.png"),
         ("case_{0}/images/{1}.png", "case_{0}/masks/{1}.png"),
         ("{0}{1}.jpg", "{0}{1}.png"),
         ("{0}{1}.png", "{0}{1}_mask.png"),

@@ -134,13 +134,13 @@ def _images_in(folder: Path) -> Path | None:
     return next((folders[name] for name in IMAGE_DIRS if name in folders), None)
 
 
-def beside_splits(layout: Layout) -> tuple[str, ...]:
+def beside_splits(layout: Layout, root: Path) -> tuple[str, ...]:
     """What lies beside the splits and looks like a further one, but is none by its name: folders with images, and images."""
     if not layout.images[0][0]:
         return ()
     used = {path for _, path in layout.images} | {path for paths in layout.masks.values() for path in paths if path}
     around = {path for path in used for path in path.parents}
-    parents = {path.parent if split_of(path.name) else path.parent.parent for _, path in layout.images}
+    parents = {_around(path, root) for _, path in layout.images}
     found = []
     for parent in sorted(parents):
         there = [
@@ -150,6 +150,11 @@ def beside_splits(layout: Layout) -> tuple[str, ...]:
         found += [f"{path.name}/" for path in there if path.is_dir() and (is_images or _is_like_a_split(path))]
         found += [path.name for path in there if path.is_file() and path.name.lower().endswith(SOURCE_SUFFIXES)][:3]
     return tuple(found)
+
+
+def _around(images: Path, root: Path) -> Path:
+    """The folder in which the splits lie, for the images of one of them: below `root` or `root` itself."""
+    return images.parent.parent if images.parent != root and split_of(images.parent.name) else images.parent
 
 
 def _is_like_a_split(folder: Path) -> bool:

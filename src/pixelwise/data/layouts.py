@@ -156,7 +156,7 @@ def _recognise(root: Path, masks: str | None) -> _Found:
         found = _Found(
             words=words,
             is_segnet=chosen[0] == "annot",
-            beside=beside_splits(layout),
+            beside=beside_splits(layout, root),
         )
         found.take(read)
         if masks is None and is_doubtful(layout, chosen[0], root):

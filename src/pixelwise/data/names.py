@@ -24,7 +24,7 @@ MASK_DIRS = (
 )  # fmt: skip
 """What folders of images and of masks are called; of masks, the more usual first."""
 
-_IMAGE_WORDS = re.compile(r"images?|imgs?|im|leftimg8bit|photo|sat|rgb|original|orig|input")
+_IMAGE_WORDS = re.compile(r"images?|imgs?|im|leftimg8bit|photo|sat|rgb|original|orig|input|frames?")
 _MASK_WORDS = re.compile(
     r"masks?|label(?:s|led|ed|ids|trainids)?|gt|gtfine|seg(?:mentation|mented)?|segmask|anno(?:t|tations?|tated)?"
     r"|ground|truth|groundtruth|manual\d*|targets?|matte|\d(?:st|nd)ho|l"
@@ -92,6 +92,8 @@ def _unique_forms(keys: Iterable[str]) -> dict[tuple[str, ...], str]:
         words = _plain_words(key)
         for form in (words, tuple(word for word in words if not split_of(word))):  # DRIVE: 21_training, 21_manual1
             owners.setdefault((_parent(key), *form), set()).add(key)
+        if key.endswith("_0000") and len(words) > 1:  # nnU-Net numbers the channels of an image
+            owners.setdefault((_parent(key), *words[:-1]), set()).add(key)
     alone: dict[str, list[str]] = {}
     for key in keys:
         alone.setdefault(_parent(key), []).append(key)
@@ -105,7 +107,9 @@ def _mask_forms(key: str) -> list[tuple[str, ...]]:
     """The words of a mask's name; if a number ends it (x_mask_1), also those without the number."""
     words = _plain_words(key)
     forms = [(_parent(key), *words)]
-    return [*forms, forms[0][:-1]] if _is_further(key) else forms
+    if _parent(key) and set(words) <= set(_plain_words(_parent(key))):  # case_1/case_1_seg, or case_1/seg
+        forms.append((_parent(key),))
+    return [*forms, (_parent(key), *words[:-1])] if _is_further(key) else forms
 
 
 def _is_further(key: str) -> bool:
