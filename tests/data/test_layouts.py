@@ -82,7 +82,10 @@ def test_flat_with_folders_inside_and_others_beside(tmp_path):
     (tmp_path / "images/notes.txt").write_text("x")
     folder = open_data(tmp_path)
     assert sorted(pair.name for pair in folder.pairs) == ["p1/a", "p1/b", "p2/a"]
-    assert [problem.message for problem in folder.problems] == ["seen and not used: 1 image in instances/."]
+    assert [problem.message for problem in folder.problems] == [
+        "seen and not used: 1 image in instances/.",
+        "the folders p1/ (2), p2/ (1) are not taken as splits; each is divided by hash.",
+    ]
 
 
 @pytest.mark.parametrize(

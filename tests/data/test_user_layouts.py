@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import unicodedata
 
 import numpy as np
@@ -227,6 +228,37 @@ def test_names_without_suffixes_in_a_csv(tmp_path):
     save_pairs(tmp_path, "images", "masks", "ab", (".jpg", ".png"))
     write_csv(tmp_path, rows=[("a", "a", "train"), ("b", "b", "val")])
     assert names(open_data(tmp_path)) == {("a.jpg", "a.png"), ("b.jpg", "b.png")}
+
+
+@pytest.mark.parametrize(
+    ("files", "count"),
+    [
+        (["{0}.jpg", "{0}.json"], "4 x .json"),
+        (["images/{0}.jpg", "labels/{0}.txt"], "4 x .txt in labels/"),
+        (["images/train/{0}.jpg", "annotations/instances_train.json"], "1 x .json in annotations/"),
+    ],
+)
+def test_polygons_are_named(tmp_path, files, count):
+    for index in range(4):
+        save(tmp_path / files[0].format(index))
+        path = tmp_path / files[1].format(index)
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("{}")
+    with pytest.raises(
+        DataError, match=re.escape(f"Labels in text, such as polygons or boxes ({count}), have to be drawn")
+    ):
+        open_data(tmp_path)
+
+
+def test_folders_that_may_be_splits_are_named_and_channels_in_files_of_their_own_too(tmp_path):
+    for split, stems in (("part1", "abcd"), ("part2", "ef")):
+        save_pairs(tmp_path / "a", f"images/{split}", f"masks/{split}", stems)
+    assert "the folders part1/ (4), part2/ (2) are not taken as splits" in told(open_data(tmp_path / "a"))
+    for case in "xyz":
+        save(tmp_path / f"b/labelsTr/{case}.png", blob())
+        for channel in range(2):
+            save(tmp_path / f"b/imagesTr/{case}_000{channel}.png")
+    assert "stack the channels of each image in one file" in told(open_data(tmp_path / "b"), "fatal")
 
 
 def test_what_lies_outside_of_the_data_folder_does_not_count(tmp_path):

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -186,7 +187,7 @@ def _not_recognised(root: Path) -> str:
     if images := _images_in(root):
         return (
             f"{root}: there is {images.name}/, but no folder of masks beside it that holds images; it holds {there}. Wanted "
-            "is masks/ (or labels/, annotations/, …) with an image of labels for each image."
+            f"is masks/ (or labels/, annotations/, …) with an image of labels for each image.{_polygons(root)}"
         )
     inner: list[Path] = []
     for here, folders, _ in walk(root):
@@ -200,8 +201,22 @@ def _not_recognised(root: Path) -> str:
     return (
         f"{root}: no layout is recognised; it holds {there or 'nothing'}. Wanted are images/ and masks/ (with train/ "
         "val/ test/ above or below them), SegNet's train/ and trainannot/ …, or a CSV file with the columns image,mask."
-        f"{hint}"
+        f"{hint}{_polygons(root)}"
     )
+
+
+def _polygons(root: Path) -> str:
+    """What to do where labels are polygons or boxes in text: labelme's and COCO's JSON, YOLO's lists, VOC's XML."""
+    found = Counter(
+        f"{suffix} in {here.relative_to(root).parts[0]}/" if here != root else suffix
+        for here, _, names in walk(root)
+        for name in names
+        if (suffix := Path(name).suffix.lower()) in (".json", ".txt", ".xml")
+    )
+    if not found:
+        return ""
+    shown = ", ".join(f"{count:,} x {where}" for where, count in found.most_common(3))
+    return f" Labels in text, such as polygons or boxes ({shown}), have to be drawn as images of labels first."
 
 
 def _looks_right(folder: Path) -> bool:

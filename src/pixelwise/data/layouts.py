@@ -32,6 +32,8 @@ from pixelwise.formats.base import Palette
 
 __all__ = ["SPLITS", "DataFolder", "Pair", "Problem", "open_data"]
 
+_FEW_FOLDERS = 5  # of so many folders below the images it is told that they are no splits
+
 
 def open_data(
     root: str | Path,
@@ -88,6 +90,7 @@ def open_data(
     if root.is_dir():
         told = {name for problem in problems for name in problem.files}
         problems += find_unused(root, pairs, told, found.list_files)
+    problems += _undivided_folders(pairs, split_words)
     problems += _doubtful_split(root, found, split_words)
     return DataFolder(
         root=root,
@@ -172,6 +175,15 @@ def _recognise(root: Path, masks: str | None) -> _Found:
         found.pairs, found.problems = pairs, found.problems + more
     found.problems += doubts
     return found
+
+
+def _undivided_folders(pairs: Sequence[Pair], split_words: str) -> list[Problem]:
+    """Folders below the images may be meant as splits, for all that their names say."""
+    tops = Counter(pair.group.partition("/")[0] for pair in pairs if "/" in pair.group)
+    if not split_words or not 2 <= len(tops) <= _FEW_FOLDERS or sum(tops.values()) < len(pairs):
+        return []
+    shown = first_of([f"{name}/ ({count:,})" for name, count in sorted(tops.items())], _FEW_FOLDERS)
+    return [Problem("warning", f"the folders {shown} are not taken as splits; each is divided by hash.")]
 
 
 def _doubtful_split(root: Path, found: _Found, split_words: str) -> list[Problem]:

@@ -233,7 +233,9 @@ def _lonely(where: str, lonely: list[Path], total: int, root: Path, split: str, 
         return Problem("warning", f"test: none of the {total:,} images has a mask, so it cannot be evaluated.", files)
     count = counted(len(lonely), "image", "has no mask", "have no mask")
     advice = "Add a mask of the same name for each, or remove them."
-    if orphans:
+    if all(re.search(r"_000[1-9]$", stem_of(path.name)) for path in lonely):
+        advice = "They look like further channels of images: stack the channels of each image in one file."
+    elif orphans:
         by_name = {name.rpartition("/")[2]: name for name in orphans}
         first = files[0].rpartition("/")[2]
         like = closest(first, by_name) or next(iter(by_name))
