@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pixelwise.data.matching import Source, image_files, match_source, walk
+from pixelwise.data.matching import Source, has_images, image_files, match_source, walk
 from pixelwise.data.names import IMAGE_DIRS, is_mask_name
 from pixelwise.data.pairs import SPLITS, split_of
 from pixelwise.errors import DataError
@@ -78,7 +78,7 @@ def _image_mask_layout(root: Path) -> Layout | None:
     """images/ + masks/, alone or with the splits below them."""
     images = _images_in(root)
     beside = {path.name: path for path in _folders(root).values() if path != images and not split_of(path.name)}
-    if images is None or not any(image_files(path) for path in beside.values()):
+    if images is None or not any(map(has_images, beside.values())):
         return None
     words = f"{images.name}/ + {{masks}}/"
     below = [(split_of(name), path) for name, path in _folders(images).items() if split_of(name)]

@@ -11,7 +11,7 @@ import numpy as np
 
 from pixelwise.data.folders import Layout
 from pixelwise.data.labels import Value
-from pixelwise.data.matching import image_files, match_source
+from pixelwise.data.matching import has_images, match_source
 from pixelwise.data.names import MASK_DIRS
 from pixelwise.data.pairs import Pair
 from pixelwise.data.samples import mask_values, open_mask
@@ -74,6 +74,8 @@ def choose_masks(layout: Layout, root: Path, wanted: str | None) -> tuple[str, s
 
 
 def _find_folder(layout: Layout, root: Path) -> str | None:
+    if len(layout.masks) == 1 and is_usual(next(iter(layout.masks))):
+        return next(iter(layout.masks))
     usual = sorted(filter(is_usual, layout.masks), key=lambda name: MASK_DIRS.index(name.casefold()))
     paired = [found for name in layout.masks if (found := _candidate(layout, name, root)).pairs]
     if len(paired) == 1 and is_usual(paired[0].name):
@@ -94,7 +96,7 @@ def _find_folder(layout: Layout, root: Path) -> str | None:
 def is_doubtful(layout: Layout, name: str, root: Path) -> bool:
     """Whether the masks of a folder may be a field of view: one region, with other folders of images beside."""
     others = [other for other in layout.masks if other != name and not _NO_CLASSES.search(other)]
-    has_others = any(image_files(path) for other in others for path in layout.masks[other] if path)
+    has_others = any(has_images(path) for other in others for path in layout.masks[other] if path)
     return has_others and _is_one_region(_scanned(_candidate(layout, name, root)))
 
 

@@ -167,6 +167,14 @@ def image_files(
     return sorted(found)
 
 
+def has_images(folder: Path) -> bool:
+    """Whether there is an image anywhere below a folder; the first one is enough."""
+    return any(
+        is_zarr(here) or any(name.lower().endswith(SOURCE_SUFFIXES) for name in names) or is_series(here, names)
+        for here, _, names in walk(folder)
+    )
+
+
 def is_zarr(folder: Path) -> bool:
     """Whether a folder is an array, by what is in it or, so that a damaged one is missed, by its name."""
     return folder.name.lower().endswith(".zarr") or any((folder / name).is_file() for name in ZARR_DOCUMENTS)
