@@ -173,6 +173,7 @@ def test_lists_that_do_not_fit_are_told(tmp_path):
     [
         {"train": ["a", "b.png"], "valid": ["images/c.png"], "labels": {"0": "x"}},
         {"a.png": "train", "b.png": "Train", "c.png": "dev"},
+        {"a": "train", "b": "train", "c": "val"},
         [
             {"image": "a.png", "split": "train"},
             {"image": "b.png", "split": "train"},
@@ -209,11 +210,14 @@ def test_csv_files_named_as_splits_are_followed(tmp_path, folder, lines):
     assert "not used" not in told(found)
 
 
-@pytest.mark.parametrize(("name", "text"), [("splits.yaml", "train: [a]"), ("folds.json", '{"a.png": 0, "b.png": 1}')])
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("splits.yaml", "train: [a]"), ("x.csv", "key,part\na,train\nb,val"), ("folds.json", '{"a.png": 0, "b.png": 1}')],
+)
 def test_what_may_list_splits_and_is_not_understood_is_refused(tmp_path, name, text):
     save_pairs(tmp_path, "images", "masks", "abc")
     (tmp_path / name).write_text(text)
-    assert f"no split was found, but {name} by name may say one" in told(open_data(tmp_path), "fatal")
+    assert f"no split was found, but {name} may say one" in told(open_data(tmp_path), "fatal")
 
 
 def test_a_list_of_training_images_alone_is_divided_as_a_folder_of_them_is(tmp_path):
@@ -308,6 +312,7 @@ def rows_of(root, stem="{:02d}"):
         ({"encoding": "cp1252"}, None),
         ({"header": "filename,label,subset"}, None),
         ({"header": "img_path,mask_path,partition"}, None),
+        ({"header": "Image Path,Mask-Name,Set"}, None),
         ({"start": "# made by hand\n", "header": "image, mask ,split"}, None),
         ({}, lambda text: text.replace("/", "\\")),
         ({}, lambda text: "D:\\data\\" + text.replace("/", "\\")),

@@ -198,7 +198,7 @@ def _doubtful_split(root: Path, found: _Found, split_words: str) -> list[Problem
         )
         return [Problem("fatal", f"{what} {advice}", found.beside)]
     if unread:
-        what = f"no split was found, but {first_of(unread, 5)} by name may say one and is not understood."
+        what = f"no split was found, but {first_of(unread, 5)} may say one and is not understood."
         return [Problem("fatal", f"{what} Remove or rename it, or: {advice[0].lower()}{advice[1:]}", tuple(unread))]
     return []
 

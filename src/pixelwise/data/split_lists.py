@@ -94,12 +94,12 @@ def _json_entries(path: Path, content: Any) -> Iterator[tuple[str, str]]:
         raise DataError(
             f'{path}: holds {len(folds)} ways to split (folds). Write one of them as {{"train": [names], "val": [names]}}.'
         )
-    if isinstance(content, dict):
+    if isinstance(content, dict) and all(isinstance(value, str) and split_of(value) for value in content.values()):
+        yield from ((name, split_of(split)) for name, split in content.items())
+    elif isinstance(content, dict):
         for key, value in content.items():
             if split_of(key) and isinstance(value, list):
                 yield from ((name, split_of(key)) for item in value if (name := _json_name(item)))
-            elif isinstance(value, str) and split_of(value) and key.lower().endswith(SOURCE_SUFFIXES):
-                yield key, split_of(value)
     elif isinstance(content, list):
         for item in content:
             if isinstance(item, dict) and split_of(str(item.get("split", ""))) and _json_name(item):

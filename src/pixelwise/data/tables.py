@@ -18,8 +18,14 @@ from pixelwise.formats.local import printable
 from pixelwise.formats.registry import stem_of
 
 _COLUMNS = {
-    "image": ("image", "images", "img", "filename", "file_name", "file", "image_path", "img_path", "image_file", "path"),
-    "mask": ("mask", "masks", "label", "labels", "mask_path", "label_path", "mask_file", "annotation", "segmentation", "gt"),
+    "image": (
+        "image", "images", "img", "filename", "file_name", "file", "image_path", "img_path", "image_file", "image_name",
+        "path", "file_path", "filepath", "image_id", "name", "id",
+    ),
+    "mask": (
+        "mask", "masks", "label", "labels", "mask_path", "label_path", "mask_file", "mask_name", "annotation",
+        "annotation_path", "segmentation", "gt", "ground_truth", "mask_id",
+    ),
     "split": ("split", "subset", "partition", "set", "usage", "phase", "fold"),
 }  # fmt: skip
 """The columns of a list and the names they may have, the best first."""
@@ -37,6 +43,11 @@ class Table:
     rows: tuple[tuple[int, tuple[str, ...]], ...]  # (line, cells)
     columns: dict[str, int]
     encoding: str
+
+    def says_splits(self) -> bool:
+        """Whether one of its columns holds nothing but names of splits."""
+        rows = [cells for _, cells in self.rows if len(cells) == len(self.header)]
+        return bool(rows) and any(all(split_of(cell) for cell in column) for column in zip(*rows, strict=True))
 
     def cell(self, cells: Sequence[str], column: str) -> str:
         """The cell of a column, "" if there is no such column."""
@@ -82,7 +93,7 @@ def read_table(path: Path) -> Table:
 
 
 def _columns(header: Sequence[str]) -> dict[str, int]:
-    names = [name.strip().strip('"').casefold() for name in header]
+    names = [re.sub(r"[ \-]+", "_", name.strip().strip('"').casefold()) for name in header]
     found = {
         role: next((names.index(name) for name in known if name in names), None) for role, known in _COLUMNS.items()
     }

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pixelwise.data.matching import is_zarr, relative, walk
 from pixelwise.data.pairs import Pair, Problem, counted, first_of, split_of
+from pixelwise.data.tables import tables_in
 from pixelwise.formats import SOURCE_SUFFIXES
 
 _LISTS = (".csv", ".tsv", ".txt", ".lst", ".json")
@@ -63,7 +64,7 @@ def _highest(folder: Path, root: Path, above: Collection[Path]) -> Path:
 
 
 def unread_lists(root: Path) -> list[Path]:
-    """Files right in `root`, or in its folders whose names say so, that by their names list splits."""
+    """Files right in `root`, or in its folders whose names say so, that list splits by their names or cells."""
     if not root.is_dir():
         return []
     folders = [
@@ -71,7 +72,10 @@ def unread_lists(root: Path) -> list[Path]:
     ]
     files = [path for place in (root, *folders) for path in sorted(place.iterdir())]
     files = [path for path in files if path.suffix.lower() in (*_LISTS, ".yaml", ".yml")]
-    return [path for path in files if split_of(path.stem) or re.search("split|fold", path.stem.casefold())]
+    tables = {table.path for table in tables_in(root) if table.says_splits()}
+    return [
+        path for path in files if split_of(path.stem) or re.search("split|fold", path.stem.casefold()) or path in tables
+    ]
 
 
 def _is_list(path: Path) -> bool:
