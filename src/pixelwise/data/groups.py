@@ -48,7 +48,7 @@ def find_groups(names: Sequence[str]) -> tuple[str, str, list[str]] | None:
 
     Example:
         >>> find_groups([f"7_{case}/slice_{number}" for case in range(3) for number in range(4)])[2][:2]
-        ['7_0', '7_0']
+        ['7_0/slice', '7_0/slice']
     """
     for expression, what, mean in _PATTERNS:
         pattern = re.compile(expression)
