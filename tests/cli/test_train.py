@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from pixelwise.cli import main
 
@@ -128,8 +129,6 @@ def test_pretrained_without_network_or_cache_is_told_before_anything_starts(
 def test_fatal_data_problems_are_listed_at_once_and_nothing_is_written(
     toy_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from PIL import Image
-
     data = tmp_path / "data"
     shutil.copytree(toy_data, data)
     (data / "train" / "images" / "train_1.png").write_bytes(b"not an image")
@@ -138,6 +137,46 @@ def test_fatal_data_problems_are_listed_at_once_and_nothing_is_written(
     err = capsys.readouterr().err
     assert "train_1.png" in err and "train_2.png" in err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_test_split_without_masks_is_not_scored_and_the_choice_of_masks_is_remembered(
+    toy_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    data, out = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(toy_data, data)
+    shutil.rmtree(data / "test" / "masks")
+    for split in ("train", "val"):
+        shutil.copytree(data / split / "masks", data / split / "labels")
+        for number, path in enumerate(sorted((data / split / "labels").iterdir())):
+            with Image.open(path) as mask:
+                size = mask.size
+            Image.new("L", size, number % 2).save(path)
+    assert run("train", data, "--out", out, *SMALL, "--steps", "1") == 2
+    assert "Say which with --masks NAME" in capsys.readouterr().err
+    assert run("train", data, "--out", out, *SMALL, "--steps", "1", "--masks", "masks") == 0
+    text = capsys.readouterr().out
+    assert "val: mIoU" in text
+    assert "test: not scored, 4 of its 4 images have no mask." in text
+    assert (out / "report.html").exists()
+    assert run("evaluate", out, data, "--split", "val") == 0
+    assert run("evaluate", out, data, "--split", "test") == 2
+    assert "have no mask" in capsys.readouterr().err
+
+
+def test_training_on_everything_keeps_the_last_weights(
+    toy_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    images = sorted((toy_data / "train" / "images").iterdir())
+    lines = [f"{path},{path.parent.parent / 'masks' / path.name},train" for path in images]
+    (tmp_path / "all.csv").write_text("\n".join(["image,mask,split", *lines]))
+    out = tmp_path / "run"
+    assert run("train", tmp_path / "all.csv", "--out", out, *SMALL, "--steps", "2") == 0
+    text = capsys.readouterr().out
+    assert f"{len(images)} train" in text
+    assert "the last weights are kept, not the best" in text
+    assert (out / "model.safetensors").exists()
 
 
 def test_the_demo_goes_the_whole_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,7 +82,10 @@ def test_flat_with_folders_inside_and_others_beside(tmp_path):
     (tmp_path / "images/notes.txt").write_text("x")
     folder = open_data(tmp_path)
     assert sorted(pair.name for pair in folder.pairs) == ["p1/a", "p1/b", "p2/a"]
-    assert folder.problems == ()
+    assert [problem.message for problem in folder.problems] == [
+        "seen and not used: 1 image in instances/.",
+        "the folders p1/ (2), p2/ (1) are not taken as splits; each is divided by hash.",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -125,8 +128,9 @@ def test_what_stays_alone_is_told(tmp_path):
     assert problems == {
         "train: train/images/a.jpg and train/images/a.png both stand for 'a'. Keep one of them.": "fatal",
         "train: 7 images have no mask: train/images/lonely0.png, train/images/lonely1.png, train/images/lonely2.png, "
-        "train/images/lonely3.png, train/images/lonely4.png and 2 more. Add a mask of the same name for each, or remove "
-        "them.": "fatal",
+        "train/images/lonely3.png, train/images/lonely4.png and 2 more. The closest of the masks without image is "
+        "train/masks/orphan.png. Rename them to match, or list all pairs in a CSV file with the columns "
+        "image,mask,split.": "fatal",
         "train: 1 mask has no image: train/masks/orphan.png. They are not used.": "warning",
         "test: none of the 1 images has a mask, so it cannot be evaluated.": "warning",
     }
@@ -166,7 +170,7 @@ def test_one_csv_for_each_split(tmp_path):
         ("image,mask\n", "lists no pairs"),
         ("image,mask\na.png", "line 2: 1 cells"),
         ("image,mask\n,b.png", "line 2: no image"),
-        ("image,mask,split\na,b,train\nc,d,dev", "line 3: split 'dev'"),
+        ("image,mask,split\na,b,train\nc,d,later", "line 3: split 'later'"),
         ("image,mask,split\na,b,train\nc,d,", "some lines give a split"),
         ('image,mask\n"a', "CSV"),
         ("image,mask\na\0b,c", "a"),

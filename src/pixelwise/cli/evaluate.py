@@ -27,6 +27,7 @@ def evaluate(
     classes: options.Classes = None,
     ignore: options.Ignore = None,
     group_by: options.GroupBy = None,
+    masks: options.Masks = None,
     device: options.Device = "auto",
     precision: options.Precision = "auto",
     batch: Annotated[
@@ -44,7 +45,7 @@ def evaluate(
     from pixelwise.infer.evaluate import open_for, write_evaluation
 
     predictor = infer.load(run, device=device, precision=precision, batch_statistics=batch_statistics)
-    folder = open_for(predictor, data, classes=classes, ignore=ignore or (), group_by=group_by)
+    folder = open_for(predictor, data, classes=classes, ignore=ignore or (), group_by=group_by, masks=masks)
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(f"scoring {split}", total=None)
         evaluation = infer.evaluate(

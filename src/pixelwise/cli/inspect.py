@@ -25,6 +25,7 @@ def inspect(
     classes: options.Classes = None,
     ignore: options.Ignore = None,
     group_by: options.GroupBy = None,
+    masks: options.Masks = None,
     bands: options.Bands = None,
     axis: options.Axis = None,
     axes: options.Axes = None,
@@ -49,7 +50,7 @@ def inspect(
     from pixelwise.data.layouts import open_data
 
     reading = reading_options(bands, axis, axes, nan_is_nodata, level, series, intensity, allow_no_affine)
-    folder = open_data(data, classes=classes, ignore=tuple(ignore or ()), group_by=group_by)
+    folder = open_data(data, classes=classes, ignore=tuple(ignore or ()), group_by=group_by, masks=masks)
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("Reading", total=len(folder.pairs))
         inspection = inspect_data(folder, lambda done, total: progress.update(task, completed=done), reading=reading)

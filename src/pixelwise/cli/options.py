@@ -19,6 +19,10 @@ GroupBy = Annotated[
     str | None,
     typer.Option(metavar="REGEX", help="Regular expression: images with the same group 1 stay in one split."),
 ]
+Masks = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="The folder of masks, where several beside the images hold labels."),
+]
 Bands = Annotated[
     str | None,
     typer.Option(metavar="N,…", help="The bands of each image to use, counted from 1, in this order: 4,3,2."),

@@ -43,6 +43,7 @@ def train(
     classes: options.Classes = None,
     ignore: options.Ignore = None,
     group_by: options.GroupBy = None,
+    masks: options.Masks = None,
     bands: options.Bands = None,
     axis: options.Axis = None,
     slices: Annotated[
@@ -96,7 +97,7 @@ def train(
         typed["options"] = {"backbone": backbone}
     given = merge_options(read_config(config) if config else {}, parse_settings(settings or []), typed)
     asked = make_config(given) if given or not resume else None
-    folder = open_data(data, classes=classes, ignore=tuple(ignore or ()), group_by=group_by)
+    folder = open_data(data, classes=classes, ignore=tuple(ignore or ()), group_by=group_by, masks=masks)
     console = Console()
     with TrainingProgress(console) as progress:
         run = train_network(
@@ -114,7 +115,12 @@ def train(
         console.print(f"{where}; the checkpoint is written. Continue with --resume.", soft_wrap=True)
         raise typer.Exit(130)
     for split in ("val", "test"):
-        if folder.split(split):
+        pairs = folder.split(split)
+        if unlabelled := sum(pair.mask is None for pair in pairs):
+            console.print(
+                f"{split}: not scored, {unlabelled:,} of its {len(pairs):,} images have no mask.", soft_wrap=True
+            )
+        elif pairs:
             scores = evaluate(out, folder, split=split).scores
             console.print(f"{split}: mIoU {100 * scores.miou:.2f}, global accuracy {100 * scores.global_accuracy:.2f}")
     console.print(f"{run.steps:,} steps in {run.seconds / 60:.1f} min. Report: {write_report(out)}", soft_wrap=True)

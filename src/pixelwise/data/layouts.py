@@ -3,14 +3,16 @@
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from pixelwise.data.classes import load_labels, propose_labels
+from pixelwise.data.folders import Layout, beside_splits, find_layout
 from pixelwise.data.labels import LabelSpec, Value
-from pixelwise.data.matching import Source, find_csv, match_source, read_csv
+from pixelwise.data.mask_folders import choose_masks, is_doubtful
+from pixelwise.data.matching import Source, match_source
 from pixelwise.data.pairs import (
-    SPLIT_ALIASES,
+    NO_VALIDATION,
     SPLITS,
     VAL_OF_TRAIN,
     DataFolder,
@@ -18,20 +20,19 @@ from pixelwise.data.pairs import (
     Problem,
     assign_splits,
     compile_group_by,
+    first_of,
 )
 from pixelwise.data.scan import MaskScan, in_threads, scan_mask
+from pixelwise.data.split_lists import SplitLists, apply_split_lists, find_split_lists
+from pixelwise.data.tables import Table, find_tables, read_pairs
+from pixelwise.data.unused import find_unused, unread_lists
 from pixelwise.errors import DataError, UsageError
 from pixelwise.formats import SOURCE_SUFFIXES
 from pixelwise.formats.base import Palette
 
 __all__ = ["SPLITS", "DataFolder", "Pair", "Problem", "open_data"]
 
-_IMAGE_DIRS = ("images", "image", "imgs", "img", "leftimg8bit", "jpegimages")
-_MASK_DIRS = (
-    "masks", "mask", "labels", "label", "annotations", "annotation", "annot", "gtfine", "gt", "ground_truth",
-    "groundtruth", "segmentationclass", "segmentations", "targets",
-)  # fmt: skip
-_ANNOT_ENDINGS = ("annot", "_annot", "_labels", "labels", "_masks", "_mask", "masks", "_gt")
+_FEW_FOLDERS = 5  # of so many folders below the images it is told that they are no splits
 
 
 def open_data(
@@ -42,13 +43,14 @@ def open_data(
     group_by: str | None = None,
     fractions: Sequence[float] = (0.8, 0.1, 0.1),
     labels: LabelSpec | None = None,
+    masks: str | None = None,
 ) -> DataFolder:
     """Recognise a data folder, pair its files, decide its splits and its classes.
 
     Understood are `images/` with `masks/`, with `train/ val/ test/` above or below them or without; SegNet's `train/
-    trainannot/ …`; and a CSV file with the columns `image,mask[,split]`. Where no split is given, the hash of each
-    group's name decides (`fractions`); where only train and test are, 15 % of train becomes val. A given test split
-    never moves.
+    trainannot/ …`; images and masks in one folder; and a CSV file with the columns `image,mask[,split]`. Lists such as
+    train.txt or a JSON of splits are followed. Where no split is given, the hash of each group's name decides
+    (`fractions`); where only train and test are, 15 % of train becomes val. A given test split never moves.
 
     Args:
         root: the folder, or the CSV file.
@@ -57,12 +59,13 @@ def open_data(
         group_by: a regular expression on names; what its group 1 (or the whole match) is equal in, stays together.
         fractions: of train, val, test.
         labels: classes that are already known, for example a network's; `classes.yaml` is then not looked for.
+        masks: the name of the folder of masks, where several hold labels.
 
     Returns:
         The pairs, by split and name. Images without masks and the like are listed in `problems`.
 
     Raises:
-        DataError: no layout is recognised, nothing can be paired, or no classes can be found.
+        DataError: no layout is recognised, several folders hold masks, nothing can be paired, or no classes can be found.
         UsageError: an option does not fit.
 
     Example:
@@ -79,102 +82,125 @@ def open_data(
     """
     root = Path(root)
     pattern = compile_group_by(group_by)
-    words, read, is_segnet = _recognise(root)
-    problems = tuple(problem for _, found in read for problem in found)
-    pairs, split_words = _with_splits(_grouped([pair for found, _ in read for pair in found], pattern), fractions)
+    found = _recognise(root, masks)
+    pairs, problems, words = found.pairs, found.problems, found.words
     if not any(pair.mask for pair in pairs):
-        reasons = " ".join(problem.message for problem in problems[:3])
-        raise DataError(f"{root}: {words}: not one image has a mask. Names must match by stem. {reasons}")
+        raise DataError(_nothing_pairs(root, words, problems))
+    pairs, split_words = _with_splits(_grouped(pairs, pattern), fractions, found.is_listed)
+    if root.is_dir():
+        told = {name for problem in problems for name in problem.files}
+        problems += find_unused(root, pairs, told, found.list_files)
+    problems += _undivided_folders(pairs, split_words)
+    problems += _doubtful_split(root, found, split_words)
     return DataFolder(
         root=root,
         layout=words + split_words,
         pairs=tuple(sorted(pairs, key=lambda pair: (SPLITS.index(pair.split), pair.name))),
-        labels=labels.with_ignored(ignore) if labels else _find_labels(root, classes, pairs, ignore, is_segnet),
-        problems=problems,
+        labels=labels.with_ignored(ignore) if labels else _find_labels(root, classes, pairs, ignore, found.is_segnet),
+        problems=tuple(problems),
         group_by=group_by,
+        masks=masks,
     )
 
 
-def _recognise(root: Path) -> tuple[str, list[tuple[list[Pair], list[Problem]]], bool]:
-    """The layout in words, the pairs and problems of each of its parts, and whether it is SegNet's."""
+@dataclass(kw_only=True)
+class _Found:
+    """What was recognised."""
+
+    words: str
+    pairs: list[Pair] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+    is_segnet: bool = False
+    tables: tuple[Table, ...] = ()  # the CSV files that list the pairs
+    lists: SplitLists | None = None
+    beside: tuple[str, ...] = ()  # folders with images that lie beside splits and are none by their names
+
+    def take(self, read: Sequence[tuple[list[Pair], list[Problem]]]) -> None:
+        """Take the pairs and the problems of all parts."""
+        self.pairs = [pair for pairs, _ in read for pair in pairs]
+        self.problems = [problem for _, problems in read for problem in problems]
+
+    @property
+    def is_listed(self) -> bool:
+        """Whether lists give the splits: then no split means that none is wanted."""
+        return (self.lists is not None and self.lists.is_complete) or any(
+            "split" in table.columns for table in self.tables
+        )
+
+    @property
+    def list_files(self) -> tuple[Path, ...]:
+        """The lists that are used."""
+        return (*(table.path for table in self.tables), *(self.lists.files if self.lists else ()))
+
+
+def _recognise(root: Path, masks: str | None) -> _Found:
     if not root.exists():
         raise DataError(f"{root}: there is no such folder.")
-    if lists := find_csv(root):
-        return "CSV " + ", ".join(path.name for path in lists), [read_csv(path) for path in lists], False
-    segnet = _segnet_sources(root)
-    words, sources = segnet or _image_mask_sources(root) or _split_above_sources(root) or ("", [])
-    if not sources:
-        raise DataError(_not_recognised(root))
-    read = [match_source(source, root) for source in sources]
-    if not any(pairs for pairs, _ in read):
-        raise DataError(_no_images(root, words, sources))
-    return words, read, bool(segnet)
+    sources: list[Source] = []
+    doubts: list[Problem] = []
+    if tables := find_tables(root):
+        if masks is not None:
+            raise UsageError(f"--masks does not apply to {root}: the CSV file names the masks.")
+        found = _Found(
+            words="CSV " + ", ".join(table.path.name for table in tables),
+            tables=tuple(tables),
+        )
+        found.take([read_pairs(table) for table in tables])
+    else:
+        layout = find_layout(root)
+        chosen = choose_masks(layout, root, masks)
+        if chosen is None:
+            raise DataError(_no_masks(root, layout))
+        sources = layout.sources(*chosen)
+        read = [match_source(source, root) for source in sources]
+        words = layout.describe(*chosen)
+        if not any(pairs for pairs, _ in read):
+            raise DataError(_no_images(root, words, sources))
+        found = _Found(
+            words=words,
+            is_segnet=chosen[0] == "annot",
+            beside=beside_splits(layout, root),
+        )
+        found.take(read)
+        if masks is None and is_doubtful(layout, chosen[0], root):
+            what = f"the masks in {chosen[0]}/ mark much the same region in every image, as a field of view is"
+            doubts = [Problem("warning", f"{what}; are they the ones that are meant?")]
+    if root.is_dir() and not any("split" in table.columns for table in found.tables):
+        found.lists = find_split_lists(root, [table.path for table in found.tables])
+    if found.lists:
+        found.words += f", split by {' '.join(path.name for path in found.lists.files)}"
+        pairs, more = apply_split_lists(found.lists, found.pairs, root)
+        if sources:  # what stays alone is asked about the images that are listed
+            found.take([match_source(source, root, {pair.image for pair in pairs}) for source in sources])
+        found.pairs, found.problems = pairs, found.problems + more
+    found.problems += doubts
+    return found
 
 
-def _segnet_sources(root: Path) -> tuple[str, list[Source]] | None:
-    """train/ + trainannot/ and so on, the images directly in train/."""
-    folders = _folders(root)
-    sources = []
-    for name, split in SPLIT_ALIASES.items():
-        if name in folders:
-            masks = next((folders[name + end] for end in _ANNOT_ENDINGS if name + end in folders), None)
-            sources.append(Source(split=split, images=folders[name], masks=masks))
-    if not any(source.masks for source in sources):
-        return None
-    return " ".join(f"{path.name}/" for source in sources for path in (source.images, source.masks) if path), sources
+def _undivided_folders(pairs: Sequence[Pair], split_words: str) -> list[Problem]:
+    """Folders below the images may be meant as splits, for all that their names say."""
+    tops = Counter(pair.group.partition("/")[0] for pair in pairs if "/" in pair.group)
+    if not split_words or not 2 <= len(tops) <= _FEW_FOLDERS or sum(tops.values()) < len(pairs):
+        return []
+    shown = first_of([f"{name}/ ({count:,})" for name, count in sorted(tops.items())], _FEW_FOLDERS)
+    return [Problem("warning", f"the folders {shown} are not taken as splits; each is divided by hash.")]
 
 
-def _image_mask_sources(root: Path) -> tuple[str, list[Source]] | None:
-    """images/ + masks/, alone or with the splits below them."""
-    images, masks = _images_and_masks(root)
-    if images is None:
-        return None
-    if masks is None:
-        looked = ", ".join(f"{name}/" for name in _MASK_DIRS[:6])
-        raise DataError(f"{root}: there is {images.name}/, but no folder of masks beside it ({looked} …). Add it.")
-    words = f"{images.name}/ + {masks.name}/"
-    image_folders, mask_folders = _folders(images), _folders(masks)
-    below = {SPLIT_ALIASES[name]: path for name, path in mask_folders.items() if name in SPLIT_ALIASES}
-    sources = [
-        Source(split=SPLIT_ALIASES[name], images=path, masks=below.get(SPLIT_ALIASES[name]))
-        for name, path in image_folders.items()
-        if name in SPLIT_ALIASES
-    ]
-    if not sources:
-        return words, [Source(split="", images=images, masks=masks)]
-    return f"{words} with {_split_names(sources)} below", sources
-
-
-def _split_above_sources(root: Path) -> tuple[str, list[Source]] | None:
-    """train/ val/ test/, each with images/ + masks/."""
-    sources = []
-    for name, folder in _folders(root).items():
-        images, masks = _images_and_masks(folder)
-        if name in SPLIT_ALIASES and images is not None:
-            sources.append(Source(split=SPLIT_ALIASES[name], images=images, masks=masks))
-    named = next(((source.images, source.masks) for source in sources if source.masks), None)
-    if named is None or named[1] is None:
-        return None
-    return f"{_split_names(sources)} with {named[0].name}/ + {named[1].name}/ below", sources
-
-
-def _images_and_masks(folder: Path) -> tuple[Path | None, Path | None]:
-    folders = _folders(folder)
-    images = next((folders[name] for name in _IMAGE_DIRS if name in folders), None)
-    return images, next((folders[name] for name in _MASK_DIRS if name in folders), None)
-
-
-def _folders(folder: Path) -> dict[str, Path]:
-    """The folders in a folder by lower-case name, splits in the order train, val, test."""
-    if not folder.is_dir():
-        return {}
-    rank = {name: index for index, name in enumerate(SPLIT_ALIASES)}
-    found = {path.name.lower(): path for path in sorted(folder.iterdir()) if path.is_dir()}
-    return dict(sorted(found.items(), key=lambda item: (rank.get(item[0], len(rank)), item[0])))
-
-
-def _split_names(sources: list[Source]) -> str:
-    return " ".join(f"{source.split}/" for source in sources)
+def _doubtful_split(root: Path, found: _Found, split_words: str) -> list[Problem]:
+    """Splits are not made by hash where something that may be meant as one lies beside those that were understood."""
+    if not split_words or found.is_listed:
+        return []
+    unread = [path.name for path in unread_lists(root) if path not in found.list_files]
+    advice = "Name folders train, val and test, or list all pairs in a CSV file with the columns image,mask,split."
+    if found.beside:
+        what = (
+            f"the splits are not complete, and beside them lie {first_of(found.beside, 5)}, which are not understood."
+        )
+        return [Problem("fatal", f"{what} {advice}", found.beside)]
+    if unread:
+        what = f"no split was found, but {first_of(unread, 5)} may say one and is not understood."
+        return [Problem("fatal", f"{what} Remove or rename it, or: {advice[0].lower()}{advice[1:]}", tuple(unread))]
+    return []
 
 
 def _grouped(pairs: list[Pair], pattern: re.Pattern[str] | None) -> list[Pair]:
@@ -196,9 +222,14 @@ def _grouped(pairs: list[Pair], pattern: re.Pattern[str] | None) -> list[Pair]:
     return grouped
 
 
-def _with_splits(pairs: list[Pair], fractions: Sequence[float]) -> tuple[list[Pair], str]:
-    """Decide the open splits by hash, carve val from train where only a test split was given, and say so in words."""
+def _with_splits(pairs: list[Pair], fractions: Sequence[float], is_listed: bool) -> tuple[list[Pair], str]:
+    """Decide the open splits by hash, carve val from train where only a test split was given, and say so in words.
+
+    A list that calls everything train means it.
+    """
     given = {pair.split for pair in pairs}
+    if is_listed and given == {"train"}:
+        return pairs, NO_VALIDATION
     if given <= {"", "train"}:
         words = ", split by hash"
     elif "train" in given and "val" not in given:
@@ -252,20 +283,20 @@ def _common_palette(scans: list[MaskScan]) -> Palette | None:
     return palette
 
 
-def _not_recognised(root: Path) -> str:
-    there = ", ".join(sorted(f"{path.name}/" if path.is_dir() else path.name for path in root.iterdir())[:8])
-    inner = [folder for folder in _folders(root).values() if _looks_right(folder)]
-    hint = f" Perhaps {inner[0]} is meant." if inner else ""
+def _no_masks(root: Path, layout: Layout) -> str:
+    there = ", ".join(f"{name}/" for name in layout.masks)
     return (
-        f"{root}: no layout is recognised; it holds {there or 'nothing'}. Wanted are images/ and masks/ (with train/ "
-        "val/ test/ above or below them), SegNet's train/ and trainannot/ …, or a CSV file with the columns image,mask."
-        f"{hint}"
+        f"{root}: there are images, but no folder of masks beside it: of {there} none pairs with the images by name and "
+        "holds labels. Say which with --masks NAME, or list the pairs in a CSV file with the columns image,mask."
     )
 
 
-def _looks_right(folder: Path) -> bool:
-    images, masks = _images_and_masks(folder)
-    return bool(images and masks) or _segnet_sources(folder) is not None or _split_above_sources(folder) is not None
+def _nothing_pairs(root: Path, words: str, problems: Sequence[Problem]) -> str:
+    reasons = " ".join(problem.message for problem in problems[:3])
+    return (
+        f"{root}: {words}: not one image has a mask. Names must match by stem; what cannot be renamed can be listed in a "
+        f"CSV file with the columns image,mask. {reasons}"
+    )
 
 
 def _no_images(root: Path, words: str, sources: list[Source]) -> str:

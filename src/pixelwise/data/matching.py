@@ -1,28 +1,33 @@
-"""Which mask belongs to which image: names are matched by stem, with the usual endings left out, or listed in a CSV file."""
+"""Which mask belongs to which image: names are matched by stem, with the usual endings left out."""
 
-import csv
 import os
 import re
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pixelwise.data.pairs import SPLIT_ALIASES, Pair, Problem, counted, first_of
-from pixelwise.errors import DataError
+from pixelwise.data.names import (
+    IMAGE_DIRS,
+    MASK_DIRS,
+    MASK_SUFFIX,
+    closest,
+    is_mask_name,
+    is_no_class_mask,
+    match_names,
+)
+from pixelwise.data.pairs import Pair, Problem, counted, first_of
 from pixelwise.files import ZARR_DOCUMENTS
 from pixelwise.formats import FORMATS, SOURCE_SUFFIXES
 from pixelwise.formats.local import HEAD_BYTES, is_dicom_head, printable
-from pixelwise.formats.registry import stem_of
+from pixelwise.formats.registry import stem_of, suffix_of
 
-_MASK_SUFFIX = re.compile(
-    r"[_\-. ](masks?|labels?|gt|gtfine_labelids|gtfine_labeltrainids|label_?ids|label_?trainids|seg|segmentation|annot"
-    r"|anno|annotation|ground_?truth|manual\d|l|target)$",
-    re.IGNORECASE,
-)
-_IMAGE_SUFFIX = re.compile(r"[_\-. ](leftimg8bit|image|img|sat|rgb)$", re.IGNORECASE)
 _BARE = re.compile(r"(?!dicomdir$)[^.]*|.*\.(?:\d+|ima)")  # names that scanners give to DICOM files
+_UNREADABLE = (
+    ".heic", ".heif", ".avif", ".jp2", ".j2k", ".jxl", ".ico", ".svg", ".psd", ".xcf", ".raw", ".nef", ".cr2",
+    ".dng", ".exr", ".mat", ".npz", ".h5", ".hdf5", ".mha", ".mhd", ".nrrd", ".mp4", ".avi", ".zip",
+)  # fmt: skip
 _MAX_LOOKS = 20  # files of such names in a folder that are opened
-_NO_MASK = re.compile(r"_gtfine_(color|instanceids|instancetrainids)$", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,60 +37,142 @@ class Source:
     split: str
     images: Path
     masks: Path | None
+    ending: str = ""  # of the names of the masks, where several masks for each image lie together
 
 
-def match_source(source: Source, root: Path) -> tuple[list[Pair], list[Problem]]:
-    """Pair the images and masks of one source, still without groups, and say what stays alone."""
+def match_source(source: Source, root: Path, listed: Container[Path] | None = None) -> tuple[list[Pair], list[Problem]]:
+    """Pair the images and masks of one source, still without groups, and say what stays alone, of the `listed` images."""
+    notes: list[str] = []
+    images, masks, doubled = _files(source, notes)
+    claims, orphans, by_words = match_names(images, masks)
+    where = source.split or source.images.name
+    problems = [Problem("warning", f"{where}: {note}") for note in notes]
+    problems += _twice(where, doubled, root, "Keep one of them.")
+    problems += _twice(where, list(claims.items()), root, _advice(claims))
+    if by_words:
+        image, mask = (relative(files[key][0], root) for files, key in zip((images, masks), by_words[0], strict=True))
+        count = counted(len(by_words), "mask", "has", "have")
+        message = f"{where}: {count} another spelling than the image that it was paired with: {mask} is for {image}."
+        problems.append(Problem("warning", message))
+    left = [relative(path, root) for path in orphans]
+    if orphans:
+        count = counted(len(orphans), "mask", "has no image", "have no image")
+        problems.append(Problem("warning", f"{where}: {count}: {first_of(left, 5)}. They are not used.", tuple(left)))
+    pairs = [
+        Pair(image=paths[0], mask=claims.get(key, [None])[0], split=source.split, name=key)
+        for key, paths in sorted(images.items())
+        if listed is None or paths[0] in listed
+    ]
+    lonely = [pair.image for pair in pairs if pair.mask is None]
+    if lonely:
+        problems.append(_lonely(where, lonely, len(pairs), root, source.split, left))
+    return pairs, problems
+
+
+_Files = dict[str, list[Path]]
+
+
+def _files(source: Source, notes: list[str]) -> tuple[_Files, _Files, list[tuple[str, list[Path]]]]:
+    """The images and the masks of a source by their keys, and the keys that several files have."""
+    if source.masks == source.images:
+        images, masks = _in_one_folder(image_files(source.images, notes=notes))
+        return images, masks, [*images.items(), *masks.items()]
     wanted = {key for key, _ in image_files(source.images)}
-    found = _by_key(image_files(source.masks, wanted) if source.masks else [])
-    masks = {key: paths for key, paths in found.items() if not _NO_MASK.search(key)}
-    images = _by_key(image_files(source.images, masks))
+    found = _by_key(image_files(source.masks, wanted, notes) if source.masks else [])
+    found = {key: paths for key, paths in found.items() if key.casefold().endswith(source.ending.casefold())}
+    masks = {key: paths for key, paths in found.items() if source.ending or not is_no_class_mask(key)}
+    images = _by_key(image_files(source.images, masks, notes))
     doubled = [*images.items(), *found.items()]
     if list(images) == ["."]:  # the folder itself is a series: it has one mask, whatever its name
         images = {source.images.name: images["."]}
         masks = {source.images.name: next(iter(masks.values()))} if len(masks) == 1 else masks
-    claims, orphans = _choose(images, masks)
-    where = source.split or source.images.name
-    problems = [_twice(where, key, paths, root) for key, paths in (*doubled, *claims.items()) if len(paths) > 1]
-    if orphans:
-        count = counted(len(orphans), "mask", "has no image", "have no image")
-        files = tuple(relative(path, root) for path in orphans)
-        problems.append(Problem("warning", f"{where}: {count}: {first_of(files, 5)}. They are not used.", files))
-    pairs = [
-        Pair(image=paths[0], mask=claims.get(key, [None])[0], split=source.split, name=key)
-        for key, paths in sorted(images.items())
-    ]
-    lonely = [pair.image for pair in pairs if pair.mask is None]
-    if lonely:
-        problems.append(_lonely(where, lonely, len(pairs), root, source.split))
-    return pairs, problems
+    return images, masks, doubled
 
 
-def image_files(folder: Path, other_keys: Container[str] = ()) -> list[tuple[str, Path]]:
+def _in_one_folder(files: list[tuple[str, Path]]) -> tuple[_Files, _Files]:
+    """Images and masks that lie together, told apart by words in their names or in those of the folders around them."""
+    found: tuple[_Files, _Files] = {}, {}
+    for key, path in files:
+        *folders, name = key.split("/")
+        roles = [folder.casefold() for folder in folders]
+        is_mask = any(role in MASK_DIRS for role in roles)
+        is_mask = is_mask or (not any(role in IMAGE_DIRS for role in roles) and is_mask_name(name))
+        kept = [folder for folder in folders if folder.casefold() not in (*IMAGE_DIRS, *MASK_DIRS)]
+        found[is_mask].setdefault("/".join([*kept, name]), []).append(path)
+    images, masks = found
+    if not masks and all(_photo_first(paths) for paths in images.values()):  # 01.jpg with 01.png
+        return {key: paths[:1] for key, paths in images.items()}, {key: paths[1:] for key, paths in images.items()}
+    return images, {key: paths for key, paths in masks.items() if not is_no_class_mask(key)}
+
+
+def _photo_first(paths: list[Path]) -> bool:
+    """Whether these are a JPEG, which cannot be a mask, and one other file; the JPEG is put first."""
+    paths.sort(key=lambda path: path.suffix.lower() not in (".jpg", ".jpeg"))
+    return len(paths) == 2 and [path.suffix.lower() in (".jpg", ".jpeg") for path in paths] == [True, False]
+
+
+def walk(folder: Path, notes: list[str] | None = None) -> Iterator[tuple[Path, list[str], list[str]]]:
+    """`os.walk` that follows links to folders, but into no folder that it is in already; hidden ones are left out."""
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        here = Path(parent)
+        kept = []
+        for name in sorted(folders):
+            if name.startswith((".", "__MACOSX")):
+                continue
+            if (here / name).is_symlink() and _leads_back(here, (here / name).resolve()):
+                if notes is not None:
+                    notes.append(f"the link {printable(here / name)} leads to a folder that it lies in; not followed.")
+                continue
+            kept.append(name)
+        folders[:] = kept
+        yield here, folders, names
+
+
+def _leads_back(here: Path, target: Path) -> bool:
+    """Whether a link to `target` leads to where the walk came from, perhaps through other links."""
+    return any(path.resolve().is_relative_to(target) for path in (here, *here.parents))
+
+
+def image_files(
+    folder: Path, other_keys: Container[str] = (), notes: list[str] | None = None
+) -> list[tuple[str, Path]]:
     """The images below a folder as (path below it without suffix, file), sorted; hidden ones are left out.
 
     A Zarr is one image, and so is a folder of DICOM files that is one series, unless its files have partners of their own:
-    `other_keys` are the paths, without suffix, of what is to be paired with these.
+    `other_keys` are the paths, without suffix, of what is to be paired with these. What is passed over is told in `notes`.
     """
-    found = []
-    for parent, folders, names in os.walk(folder):
-        here = Path(parent)
+    found, passed = [], Counter[str]()
+    for here, folders, names in walk(folder, notes):
         inner = here.relative_to(folder)
         files = [(inner / stem_of(name)).as_posix() for name in names]
         if here != folder and is_zarr(here):
             folders.clear()
             found.append((inner.with_name(stem_of(inner.name)).as_posix(), here))
             continue
-        folders[:] = [name for name in folders if not name.startswith((".", "__MACOSX"))]
         if is_series(here, names) and not any(
-            key in other_keys or _MASK_SUFFIX.sub("", key) in other_keys for key in files
+            key in other_keys or MASK_SUFFIX.sub("", key) in other_keys for key in files
         ):
             found.append((inner.as_posix(), here))
             continue
         for key, name in zip(files, names, strict=True):
-            if name.lower().endswith(SOURCE_SUFFIXES) and not name.startswith("."):
+            if name.startswith("."):
+                continue
+            if name.lower().endswith(SOURCE_SUFFIXES):
                 found.append((key, here / name))
+            elif suffix_of(name) in _UNREADABLE or ((here / name).is_symlink() and not (here / name).exists()):
+                passed[suffix_of(name) or name] += 1
+    if passed and notes is not None:
+        shown = ", ".join(f"{count:,} x {suffix}" for suffix, count in passed.most_common(5))
+        notes.append(f"{folder.name}/ holds files that cannot be read as images, and are not used: {shown}.")
     return sorted(found)
+
+
+def has_images(folder: Path) -> bool:
+    """Whether there is an image anywhere below a folder; the first one is enough."""
+    return any(
+        is_zarr(here) or any(name.lower().endswith(SOURCE_SUFFIXES) for name in names) or is_series(here, names)
+        for here, _, names in walk(folder)
+    )
 
 
 def is_zarr(folder: Path) -> bool:
@@ -129,116 +216,39 @@ def _by_key(files: list[tuple[str, Path]]) -> dict[str, list[Path]]:
     return grouped
 
 
-def _choose(
-    images: Mapping[str, list[Path]], masks: Mapping[str, list[Path]]
-) -> tuple[dict[str, list[Path]], list[Path]]:
-    """The masks that claim each image, by its key, and masks without image. Equal names come first."""
-    by_stem = {_IMAGE_SUFFIX.sub("", key): key for key in images}
-    claims: dict[str, list[Path]] = {}
-    orphans = []
-    for key, (path, *_) in masks.items():
-        stem, folder = _MASK_SUFFIX.sub("", key), key.rpartition("/")[0]
-        target = next((name for name in (key, stem) if name in images), None) or by_stem.get(stem) or by_stem.get(key)
-        target = target or (folder if folder in images else None)  # a mask in a folder named as the image
-        if target is None:
-            orphans.append(path)
-        else:
-            claims.setdefault(target, []).append(path)
-    return claims, orphans
+def _advice(claims: _Files) -> str:
+    """What to do where images have several masks: with the same endings for each of them, one ending can be chosen."""
+    endings = {tuple(sorted(stem_of(path.name).rpartition("_")[2] for path in paths)) for paths in claims.values()}
+    several = next(iter(endings), ())
+    if len(endings) == 1 and len(set(several)) > 1:
+        return "Say which with " + " or ".join(f"--masks {ending}" for ending in several) + "."
+    return "Keep one mask for each image, or list the pairs in a CSV file."
 
 
-def _twice(where: str, key: str, paths: list[Path], root: Path) -> Problem:
-    names = tuple(relative(path, root) for path in paths)
-    return Problem("fatal", f"{where}: {' and '.join(names)} both stand for {key!r}. Keep one of them.", names)
+def _twice(where: str, found: list[tuple[str, list[Path]]], root: Path, advice: str) -> Iterator[Problem]:
+    """One problem for names that several files have."""
+    doubled = [(key, paths) for key, paths in found if len(paths) > 1]
+    for key, paths in doubled[:1]:
+        names = [relative(path, root) for path in paths]
+        more = f" {len(doubled) - 1:,} more names stand for several files too." if len(doubled) > 1 else ""
+        message = f"{where}: {' and '.join(names)} both stand for {key!r}.{more} {advice}"
+        yield Problem("fatal", message, tuple(relative(path, root) for _, paths in doubled for path in paths))
 
 
-def _lonely(where: str, lonely: list[Path], total: int, root: Path, split: str) -> Problem:
+def _lonely(where: str, lonely: list[Path], total: int, root: Path, split: str, orphans: list[str]) -> Problem:
     files = tuple(relative(path, root) for path in lonely)
     if split == "test" and len(lonely) == total:
         return Problem("warning", f"test: none of the {total:,} images has a mask, so it cannot be evaluated.", files)
     count = counted(len(lonely), "image", "has no mask", "have no mask")
     advice = "Add a mask of the same name for each, or remove them."
-    return Problem("fatal", f"{where}: {count}: {first_of(files, 5)}. {advice}", files)
-
-
-_NEEDED = {"image", "mask"}
-
-
-def find_csv(root: Path) -> list[Path]:
-    """The CSV files that list pairs: `root` itself, or those directly in it with an image and a mask column."""
-    if root.is_file():
-        return [root]
-    found = [path for path in sorted(root.glob("*.csv")) if path.is_file() and _columns(path) >= _NEEDED]
-    if len(found) > 1 and not all(path.stem.lower() in SPLIT_ALIASES for path in found):
-        names = ", ".join(path.name for path in found)
-        raise DataError(f"{root}: several CSV files list pairs ({names}). Give the one to use instead of the folder.")
-    return found
-
-
-def read_csv(path: Path) -> tuple[list[Pair], list[Problem]]:
-    """Read one list of pairs. A file named train.csv, val.csv or test.csv needs no column for the split."""
-    own = SPLIT_ALIASES.get(path.stem.lower(), "")
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            pairs = [_pair(path, line, row, own) for line, row in _rows(path, csv.reader(file, strict=True))]
-    except (OSError, csv.Error, ValueError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"{path}: cannot be read as CSV ({error}).") from error
-    if not pairs:
-        raise DataError(f"{path}: lists no pairs; below the line `image,mask` one line for each pair is wanted.")
-    if len({bool(pair.split) for pair in pairs}) > 1:
-        raise DataError(f"{path}: some lines give a split and some do not. Give one for all of them or for none.")
-    return pairs, _problems(path, pairs)
-
-
-def _rows(path: Path, reader: Iterator[list[str]]) -> Iterator[tuple[int, dict[str, str]]]:
-    header = [name.strip().lower() for name in next(reader, [])]
-    if not set(header) >= _NEEDED:
-        shown = ", ".join(header)[:200] or "nothing"
-        raise DataError(
-            f"{path}: the first line must name the columns image and mask (and perhaps split); it has {shown}."
+    if all(re.search(r"_000[1-9]$", stem_of(path.name)) for path in lonely):
+        advice = "They look like further channels of images: stack the channels of each image in one file."
+    elif orphans:
+        by_name = {name.rpartition("/")[2]: name for name in orphans}
+        first = files[0].rpartition("/")[2]
+        like = closest(first, by_name) or next(iter(by_name))
+        advice = (
+            f"The closest of the masks without image is {by_name[like]}. Rename them to match, or list all pairs in a CSV "
+            "file with the columns image,mask,split."
         )
-    for line, cells in enumerate(reader, start=2):
-        if any(cell.strip() for cell in cells):
-            if len(cells) != len(header):
-                raise DataError(
-                    f"{path}, line {line}: {len(cells)} cells, but the first line names {len(header)} columns."
-                )
-            yield line, {name: cell.strip() for name, cell in zip(header, cells, strict=True)}
-
-
-def _pair(path: Path, line: int, row: dict[str, str], own_split: str) -> Pair:
-    if not row["image"]:
-        raise DataError(f"{path}, line {line}: no image is named.")
-    given = row.get("split", "")
-    split = SPLIT_ALIASES.get(given.lower(), "") if given else own_split
-    if given and not split:
-        raise DataError(f"{path}, line {line}: split {given!r} is not one of train, val, test.")
-    named, mask = Path(row["image"]), path.parent / row["mask"] if row["mask"] else None
-    return Pair(image=path.parent / named, mask=mask, split=split, name=named.with_name(stem_of(named.name)).as_posix())
-
-
-def _problems(path: Path, pairs: list[Pair]) -> list[Problem]:
-    problems, seen = [], set()
-    for pair in pairs:
-        name = relative(pair.image, path.parent)
-        if (pair.split, pair.name) in seen:
-            message = f"{path.name}: {name} stands in two lines (suffixes do not count). Keep one of them."
-            problems.append(Problem("fatal", message, (name,)))
-        seen.add((pair.split, pair.name))
-    lonely = [relative(pair.image, path.parent) for pair in pairs if pair.mask is None]
-    if lonely:
-        count = counted(len(lonely), "image", "has no mask", "have no mask")
-        message = f"{path.name}: {count}, the first is {lonely[0]}. Name a mask for each, or take the lines out."
-        problems.append(Problem("fatal", message, tuple(lonely)))
-    return problems
-
-
-def _columns(path: Path) -> set[str]:
-    """The names in the first line; none for a file that is no CSV."""
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            return {name.strip().lower() for name in next(csv.reader(file), [])}
-    except (OSError, csv.Error, ValueError):
-        return set()
+    return Problem("fatal", f"{where}: {count}: {first_of(files, 5)}. {advice}", files)

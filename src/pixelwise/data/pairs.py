@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -48,6 +49,7 @@ class DataFolder:
         labels: from `classes.yaml`, or proposed from the masks.
         problems: what matching the names showed; `inspect_data` looks into the files.
         group_by: the regular expression of the groups that must not be divided, or None.
+        masks: the folder of masks that was asked for by name, or None.
     """
 
     root: Path
@@ -56,6 +58,7 @@ class DataFolder:
     labels: LabelSpec
     problems: tuple[Problem, ...] = ()
     group_by: str | None = None
+    masks: str | None = None
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -69,12 +72,28 @@ class DataFolder:
 
 
 SPLIT_ALIASES = {
-    "train": "train", "training": "train",
-    "val": "val", "valid": "val", "validation": "val",
-    "test": "test", "testing": "test",
+    "train": "train", "training": "train", "trn": "train", "tr": "train",
+    "val": "val", "valid": "val", "validation": "val", "dev": "val", "development": "val",
+    "test": "test", "testing": "test", "tst": "test", "ts": "test",
+    "holdout": "test", "hold_out": "test", "hold-out": "test",
 }  # fmt: skip
+_SPLIT_ENDING = re.compile(r"[_\-. ]?(?:set|split)?[_\-. ]?(?:(?:19|20)\d\d)?$")  # trainset, train2017, val_2012
+NO_VALIDATION = ", all of it train"
+"""How the words of a layout end where a list says that all images are for training."""
+
 VAL_OF_TRAIN = (0.85, 0.15, 0.0)
 """How a training split is divided where a test split was given but no validation split."""
+
+
+def split_of(name: str) -> str:
+    """The split that a folder, a list or a cell means by its name, "" if none: "train2017" and "Training" mean train."""
+    name = name.strip().casefold()
+    return SPLIT_ALIASES.get(name) or SPLIT_ALIASES.get(_SPLIT_ENDING.sub("", name), "")
+
+
+def composed(text: str) -> str:
+    """The composed Unicode form (NFC): one name, whether a Mac or another system wrote it."""
+    return unicodedata.normalize("NFC", text)
 
 
 def assign_splits(groups: Iterable[str], fractions: Sequence[float]) -> dict[str, str]:
@@ -87,7 +106,7 @@ def assign_splits(groups: Iterable[str], fractions: Sequence[float]) -> dict[str
             f"the fractions of train, val and test are {tuple(fractions)}. They must be three numbers that are not "
             "negative and add up to 1, with some training data."
         )
-    digests = {group: hashlib.sha256(group.encode("utf-8", "surrogateescape")).digest() for group in groups}
+    digests = {group: hashlib.sha256(composed(group).encode("utf-8", "surrogateescape")).digest() for group in groups}
     position = {group: int.from_bytes(digest[:7], "big") / 2**56 for group, digest in digests.items()}
     ordered = sorted(position, key=lambda group: (position[group], group))
     borders = (fractions[0], fractions[0] + fractions[1])

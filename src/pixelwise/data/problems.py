@@ -4,9 +4,10 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import combinations
 
+from pixelwise.data.groups import propose_groups
 from pixelwise.data.labels import IGNORE_INDEX, LabelSpec, Value
 from pixelwise.data.matching import relative
-from pixelwise.data.pairs import SPLITS, DataFolder, Problem, counted, first_of
+from pixelwise.data.pairs import NO_VALIDATION, SPLITS, DataFolder, Problem, counted, first_of
 from pixelwise.data.scan import PairScan
 from pixelwise.data.unread import left_out
 from pixelwise.formats.local import printable
@@ -31,8 +32,13 @@ def find_problems(folder: DataFolder, scans: Sequence[PairScan]) -> tuple[Proble
     for check in per_split:
         for split, there in by_split.items():
             problems += check(split, there, folder)
-    problems += [*_mixed_images(folder, scans), *_opacity(folder, scans), *_shared_images(folder, scans)]
-    problems += _divided_groups(folder)
+    problems += [
+        *_mixed_images(folder, scans),
+        *_opacity(folder, scans),
+        *_shared_images(folder, scans),
+        *_divided_groups(folder),
+        *propose_groups(folder),
+    ]
     return tuple(sorted(problems, key=lambda problem: problem.severity != "fatal"))
 
 
@@ -42,6 +48,12 @@ def _missing_parts(folder: DataFolder) -> Iterator[Problem]:
         yield Problem("fatal", f"the masks hold only {values}: with one class there is nothing to learn.")
     if not folder.split("train"):
         yield Problem("fatal", "there are no training images.")
+    elif not folder.split("val") and folder.layout.endswith(NO_VALIDATION):
+        message = (
+            "there are no validation images, since a list calls everything train: the last weights are kept, not the best, "
+            "and nothing will say how good they are."
+        )
+        yield Problem("warning", message)
     elif not folder.split("val"):
         yield Problem("fatal", "there are no validation images: more than one image (or group) is needed.")
 

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -157,12 +158,14 @@ def open_for(
     classes: str | Path | None = None,
     ignore: Sequence[int] = (),
     group_by: str | None = None,
+    masks: str | None = None,
 ) -> DataFolder:
     """Open a data folder to score `predictor` on it.
 
     The meaning of mask values is the data's own if it says so (`classes`, or a classes.yaml in `root`), and else the
     one that the network was trained with. A split that has to be made is made as for the training: unless `group_by`
-    is given, with the card's `data["group_by"]`, or training images would be scored as unseen ones.
+    is given, with the card's `data["group_by"]`, or training images would be scored as unseen ones. `masks` names the
+    folder of masks where several hold labels; without it the one that the network was trained with, if `root` has it.
 
     Raises:
         DataError: the folder cannot be used.
@@ -174,7 +177,12 @@ def open_for(
     trained = predictor.card.data.get("group_by")
     if group_by is None and isinstance(trained, str):
         group_by = trained
-    return open_data(root, classes=classes, ignore=tuple(ignore), group_by=group_by, labels=known)
+    given: dict[str, Any] = {"classes": classes, "ignore": tuple(ignore), "group_by": group_by, "labels": known}
+    chosen = predictor.card.data.get("masks")
+    if masks is None and isinstance(chosen, str):
+        with suppress(UsageError):  # other data need not have a folder of this name
+            return open_data(root, masks=chosen, **given)
+    return open_data(root, masks=masks, **given)
 
 
 def _check_classes(wanted: tuple[str, ...], folder: DataFolder) -> None:

@@ -1,0 +1,293 @@
+"""Lists of pairs as CSV files, as spreadsheets and programs of any system write them."""
+
+import csv
+import os
+import re
+import unicodedata
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+from pixelwise.data.matching import relative
+from pixelwise.data.names import IMAGE_DIRS, MASK_DIRS
+from pixelwise.data.pairs import Pair, Problem, composed, counted, first_of, split_of
+from pixelwise.errors import DataError
+from pixelwise.formats import SOURCE_SUFFIXES
+from pixelwise.formats.local import printable
+from pixelwise.formats.registry import stem_of
+
+_COLUMNS = {
+    "image": (
+        "image", "images", "img", "filename", "file_name", "file", "image_path", "img_path", "image_file", "image_name",
+        "path", "file_path", "filepath", "image_id", "name", "id",
+    ),
+    "mask": (
+        "mask", "masks", "label", "labels", "mask_path", "label_path", "mask_file", "mask_name", "annotation",
+        "annotation_path", "segmentation", "gt", "ground_truth", "mask_id",
+    ),
+    "split": ("split", "subset", "partition", "set", "usage", "phase", "fold"),
+}  # fmt: skip
+"""The columns of a list and the names they may have, the best first."""
+
+_DELIMITERS = ",;\t|"
+_WANTED = "The first line must name the columns image and mask (and perhaps split)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """A CSV file; `columns` are the places of image, mask and split among the cells, as far as the first line names them."""
+
+    path: Path
+    header: tuple[str, ...]
+    rows: tuple[tuple[int, tuple[str, ...]], ...]  # (line, cells)
+    columns: dict[str, int]
+    encoding: str
+
+    def says_splits(self) -> bool:
+        """Whether one of its columns holds nothing but names of splits."""
+        rows = [cells for _, cells in self.rows if len(cells) == len(self.header)]
+        return bool(rows) and any(all(split_of(cell) for cell in column) for column in zip(*rows, strict=True))
+
+    def cell(self, cells: Sequence[str], column: str) -> str:
+        """The cell of a column, "" if there is no such column."""
+        return cells[self.columns[column]].strip() if column in self.columns else ""
+
+
+def read_text(path: Path) -> tuple[str, str]:
+    """The text of a file with its encoding: UTF-8 or UTF-16, and else Windows' cp1252.
+
+    Raises:
+        DataError: it cannot be read, or is no text.
+    """
+    try:
+        content = path.read_bytes()
+        if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+            return content.decode("utf-16"), "utf-16"
+        try:
+            return content.decode("utf-8-sig"), "utf-8"
+        except UnicodeDecodeError:
+            return content.decode("cp1252"), "cp1252"
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read as text ({error}).") from error
+
+
+def read_table(path: Path) -> Table:
+    """Read a CSV file; its delimiter is the one with which its first line names the most of the known columns.
+
+    Raises:
+        DataError: it is no CSV file.
+    """
+    text, encoding = read_text(path)
+    lines = text.splitlines(keepends=True)
+    start = next((i for i, line in enumerate(lines) if line.strip() and not line.startswith("#")), len(lines))
+    first = lines[start] if start < len(lines) else ""
+    delimiter = max(_DELIMITERS, key=lambda mark: len(_columns(first.split(mark))))
+    try:
+        reader = csv.reader(lines[start:], delimiter=delimiter, strict=True)
+        header = tuple(name.strip() for name in next(reader, []))
+        rows = tuple((start + reader.line_num, tuple(cells)) for cells in reader if any(map(str.strip, cells)))
+    except (csv.Error, ValueError) as error:
+        raise DataError(f"{path}: cannot be read as CSV ({error}).") from error
+    return Table(path=path, header=header, rows=rows, columns=_columns(header), encoding=encoding)
+
+
+def _columns(header: Sequence[str]) -> dict[str, int]:
+    names = [re.sub(r"[ \-]+", "_", name.strip().strip('"').casefold()) for name in header]
+    found = {
+        role: next((names.index(name) for name in known if name in names), None) for role, known in _COLUMNS.items()
+    }
+    return {role: place for role, place in found.items() if place is not None}
+
+
+def tables_in(root: Path) -> list[Table]:
+    """The CSV files directly in a folder that can be read."""
+    found = []
+    for path in sorted(root.iterdir()):
+        if path.suffix.lower() in (".csv", ".tsv") and path.is_file() and not path.name.startswith("."):
+            try:
+                found.append(read_table(path))
+            except DataError:
+                continue
+    return found
+
+
+def find_tables(root: Path) -> list[Table]:
+    """The lists of pairs: `root` itself, or the CSV files directly in it that name an image and a mask in each line."""
+    if root.is_file():
+        return [read_table(root)]
+    found = [table for table in tables_in(root) if _lists_pairs(table)]
+    if len(found) > 1 and not all(split_of(table.path.stem) for table in found):
+        names = ", ".join(table.path.name for table in found)
+        raise DataError(f"{root}: several CSV files list pairs ({names}). Give the one to use instead of the folder.")
+    return found
+
+
+def _lists_pairs(table: Table) -> bool:
+    """Whether a table is meant as a list of pairs: `filename,label` may also name the class of a whole image."""
+    if not {"image", "mask"} <= set(table.columns):
+        return False
+    if {"image", "mask"} <= {name.casefold() for name in table.header}:
+        return True
+    cells = [table.cell(row, "mask") for _, row in table.rows[:20] if len(row) == len(table.header)]
+    return any(cell.lower().endswith(SOURCE_SUFFIXES) for cell in cells)
+
+
+def read_pairs(table: Table) -> tuple[list[Pair], list[Problem]]:
+    """The pairs of a list. A file named train.csv, val.csv or test.csv needs no column for the split."""
+    path = table.path
+    if not {"image", "mask"} <= set(table.columns):
+        shown = ", ".join(table.header)[:200] or "nothing"
+        raise DataError(f"{path}: {_WANTED[0].lower()}{_WANTED[1:]}; it has {shown}.")
+    places = _Places(path.parent)
+    pairs = [_pair(table, line, cells, places) for line, cells in _complete_rows(table)]
+    if not pairs:
+        raise DataError(f"{path}: lists no pairs; below the line `image,mask` one line for each pair is wanted.")
+    if len({bool(pair.split) for pair in pairs}) > 1:
+        raise DataError(f"{path}: some lines give a split and some do not. Give one for all of them or for none.")
+    pairs = _named_below(pairs)
+    return pairs, [*_problems(path, pairs), *_notes(table, places)]
+
+
+def _complete_rows(table: Table) -> Iterator[tuple[int, tuple[str, ...]]]:
+    width = len(table.header)
+    for line, cells in table.rows:
+        if len(cells) < width or any(map(str.strip, cells[width:])):
+            raise DataError(f"{table.path}, line {line}: {len(cells)} cells, but the first line names {width} columns.")
+        yield line, cells[:width]
+
+
+def _pair(table: Table, line: int, cells: Sequence[str], places: "_Places") -> Pair:
+    named, mask, given = (table.cell(cells, column) for column in ("image", "mask", "split"))
+    where = f"{table.path}, line {line}"
+    if not named:
+        raise DataError(f"{where}: no image is named.")
+    split = split_of(given or table.path.stem)
+    if given and not split:
+        column = table.header[table.columns["split"]]
+        message = f"{where}: split {given!r} is not one of train, val, test."
+        if given.lstrip("-").isdigit():
+            message += f" If the column {column!r} numbers folds, write val for the one to validate on, else train."
+        raise DataError(message)
+    image, name = places.find(named, IMAGE_DIRS)
+    return Pair(image=image, mask=places.find(mask, MASK_DIRS)[0] if mask else None, split=split, name=name)
+
+
+class _Places:
+    """Finds the files that a list names, whatever system wrote the names; `moved` counts absolute paths found elsewhere."""
+
+    def __init__(self, base: Path) -> None:
+        self.base = base
+        self.moved: list[tuple[str, Path]] = []
+        self.beside: list[tuple[str, Path]] = []
+
+    def find(self, text: str, folders: Sequence[str]) -> tuple[Path, str]:
+        """The file and the name that it has in the data: its path below the list without suffix, or its absolute path."""
+        drive = re.match(r"[A-Za-z]:[\\/]|\\\\", text)
+        exists = os.path.lexists(self.base / text)
+        parts = PureWindowsPath(text).parts if not exists and (drive or "\\" in text) else PurePosixPath(text).parts
+        named = Path(*parts[1:]) if drive else Path(*parts)
+        if not drive and (found := _on_disk(self.base / named)):
+            inside = named.is_absolute() and named.resolve().is_relative_to(self.base.resolve())
+            return found, _without_suffix(named.resolve().relative_to(self.base.resolve()) if inside else named)
+        if drive or named.is_absolute():
+            rest = named.parts if drive else named.parts[1:]
+            for start in range(len(rest)):
+                below = Path(*rest[start:])
+                if found := _on_disk(self.base / below):
+                    self.moved.append((text, found))
+                    return found, _without_suffix(below)
+        elif len(named.parts) == 1:  # a bare name, of a file in images/ or masks/
+            for folder in sorted(path for path in self.base.iterdir() if path.name.casefold() in folders):
+                if found := _on_disk(folder / named):
+                    self.beside.append((text, found))
+                    return found, _without_suffix(named)
+        return self.base / named, _without_suffix(named)
+
+
+def _without_suffix(path: Path) -> str:
+    return path.with_name(stem_of(path.name)).as_posix()
+
+
+def _on_disk(path: Path) -> Path | None:
+    """The file of this name, also if the disk holds its name in the other Unicode form."""
+    if path.exists():
+        return path
+    if path.parent.is_dir() and not path.name.lower().endswith(SOURCE_SUFFIXES):  # a list of names without suffixes
+        named = _files_by_stem(path.parent, path.parent.stat().st_mtime_ns).get(path.name, [])
+        return path.with_name(named[0]) if len(named) == 1 else None
+    if path.as_posix().isascii():
+        return None
+    for form in ("NFC", "NFD"):
+        other = Path(unicodedata.normalize(form, str(path)))
+        if other.exists():
+            return other
+    if not path.parent.is_dir():
+        return None
+    found = _names_in(path.parent, path.parent.stat().st_mtime_ns).get(composed(path.name))
+    return path.with_name(found) if found else None
+
+
+@lru_cache(maxsize=256)
+def _files_by_stem(folder: Path, _mtime_ns: int) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for path in folder.iterdir():
+        if path.name.lower().endswith(SOURCE_SUFFIXES):
+            found.setdefault(stem_of(path.name), []).append(path.name)
+    return found
+
+
+@lru_cache(maxsize=256)
+def _names_in(folder: Path, _mtime_ns: int) -> dict[str, str]:
+    return {composed(path.name): path.name for path in folder.iterdir()}
+
+
+def _named_below(pairs: list[Pair]) -> list[Pair]:
+    """Names of files outside of the list's folder, given by absolute paths, do not depend on where they lie."""
+    outside = [pair for pair in pairs if Path(pair.name).is_absolute()]
+    if not outside:
+        return pairs
+    above = os.path.commonpath([path.parent for pair in outside for path in (pair.image, pair.mask or pair.image)])
+    return [
+        replace(pair, name=os.path.relpath(pair.name, above)) if Path(pair.name).is_absolute() else pair
+        for pair in pairs
+    ]
+
+
+def _problems(path: Path, pairs: list[Pair]) -> Iterator[Problem]:
+    seen = set()
+    for pair in pairs:
+        name = relative(pair.image, path.parent)
+        if (pair.split, pair.name) in seen:
+            message = f"{path.name}: {name} stands in two lines (suffixes do not count). Keep one of them."
+            yield Problem("fatal", message, (name,))
+        seen.add((pair.split, pair.name))
+    test = [pair for pair in pairs if pair.split == "test"]
+    if test and not any(pair.mask for pair in test):
+        files = tuple(relative(pair.image, path.parent) for pair in test)
+        yield Problem(
+            "warning", f"test: none of the {len(test):,} images has a mask, so it cannot be evaluated.", files
+        )
+        pairs = [pair for pair in pairs if pair.split != "test"]
+    lonely = [relative(pair.image, path.parent) for pair in pairs if pair.mask is None]
+    if lonely:
+        count = counted(len(lonely), "image", "has no mask", "have no mask")
+        message = f"{path.name}: {count}, the first is {lonely[0]}. Name a mask for each, or take the lines out."
+        yield Problem("fatal", message, tuple(lonely))
+
+
+def _notes(table: Table, places: _Places) -> Iterator[Problem]:
+    """What was read in another way than its author may have meant, and what was not used."""
+    name = table.path.name
+    if table.encoding == "cp1252":
+        yield Problem("warning", f"{name}: is not UTF-8; it was read as cp1252 (Windows, western Europe).")
+    for moved, what in ((places.moved, "do not lie at the paths"), (places.beside, "do not lie beside the list as")):
+        if moved:
+            text, found = moved[0]
+            count = counted(len(moved), "file", "was", "were")
+            yield Problem("warning", f"{name}: {count} taken from below the list; they {what} given, for example "
+                          f"{printable(text)} is {relative(found, table.path.parent)}.")  # fmt: skip
+    known = set(table.columns.values())
+    spare = [title for place, title in enumerate(table.header) if place not in known and title]
+    if spare:
+        yield Problem("warning", f"{name}: columns that are not used: {printable(first_of(spare, 8))}.")

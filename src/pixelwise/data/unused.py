@@ -1,0 +1,86 @@
+"""What lies in a data folder and is not used, named with its count, so that nothing is left out in silence."""
+
+import re
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+
+from pixelwise.data.matching import is_zarr, relative, walk
+from pixelwise.data.pairs import Pair, Problem, counted, first_of, split_of
+from pixelwise.data.tables import tables_in
+from pixelwise.formats import SOURCE_SUFFIXES
+
+_LISTS = (".csv", ".tsv", ".txt", ".lst", ".json")
+
+
+def find_unused(root: Path, pairs: Sequence[Pair], told: Collection[str], lists: Collection[Path]) -> list[Problem]:
+    """One warning that names folders, images and lists below `root` that belong to no pair.
+
+    Args:
+        root: the data folder.
+        pairs: what is used.
+        told: files, relative to `root`, of which another problem says that they are not used.
+        lists: the lists that were read.
+    """
+    root = root.absolute()
+    used = {path.absolute() for pair in pairs for path in (pair.image, pair.mask) if path is not None}
+    read = {path.absolute() for path in lists}
+    above = {parent for path in used for parent in path.parents}
+    images, others = Counter[Path](), Counter[Path]()
+    for here, folders, names in walk(root):
+        if here in used or (here != root and is_zarr(here)):
+            folders.clear()
+            if here not in used and relative(here, root) not in told:
+                images[_highest(here.parent, root, above)] += 1
+            continue
+        place = _highest(here, root, above)
+        for name in names:
+            path = here / name
+            if name.startswith(".") or path in used or path in read:
+                continue
+            if name.lower().endswith(SOURCE_SUFFIXES):
+                images[place] += relative(path, root) not in told
+            else:
+                others[place] += place != root and place not in above
+    told_lists = [path.name for path in sorted(root.iterdir()) if _is_list(path) and path not in read]
+    words = [*_words(root, images, others), *told_lists]
+    return [Problem("warning", f"seen and not used: {first_of(words, 10)}.")] if words else []
+
+
+def _words(root: Path, images: Counter[Path], others: Counter[Path]) -> Iterator[str]:
+    for place in sorted({*+images, *+others}):
+        name = "right in the folder" if place == root else f"in {relative(place, root)}/"
+        if images[place]:
+            yield f"{counted(images[place], 'image', '', '').strip()} {name}"
+        elif others[place]:
+            yield f"{counted(others[place], 'file', '', '').strip()} {name}"
+
+
+def _highest(folder: Path, root: Path, above: Collection[Path]) -> Path:
+    """The highest folder around `folder`, itself included, below which nothing is used; else `folder`."""
+    inside = [folder, *folder.parents]
+    free = [path for path in inside[: inside.index(root)] if path not in above]
+    return free[-1] if free else folder
+
+
+def unread_lists(root: Path) -> list[Path]:
+    """Files right in `root`, or in its folders whose names say so, that list splits by their names or cells."""
+    if not root.is_dir():
+        return []
+    folders = [
+        path for path in root.iterdir() if path.is_dir() and re.search("split|fold|imagesets", path.name.lower())
+    ]
+    files = [path for place in (root, *folders) for path in sorted(place.iterdir())]
+    files = [path for path in files if path.suffix.lower() in (*_LISTS, ".yaml", ".yml")]
+    tables = {table.path for table in tables_in(root) if table.says_splits()}
+    return [
+        path for path in files if split_of(path.stem) or re.search("split|fold", path.stem.casefold()) or path in tables
+    ]
+
+
+def _is_list(path: Path) -> bool:
+    """Whether a file may list images or splits, by its name."""
+    name = path.stem.casefold()
+    if not path.is_file() or path.suffix.lower() not in _LISTS:
+        return False
+    return path.suffix.lower() in (".csv", ".tsv") or bool(split_of(name)) or "split" in name or "fold" in name
