@@ -79,7 +79,9 @@ class ImageSource(Source):
         height, width = image.height, image.width
         if self._orientation in (5, 6, 7, 8):
             height, width = width, height
-        self.metadata: Mapping[str, Any] = MappingProxyType({} if colors is None else {"palette": colors})
+        known: dict[str, Any] = {} if colors is None else {"palette": colors}
+        known |= {"orientation": self._orientation} if self._orientation in range(2, 9) else {}
+        self.metadata: Mapping[str, Any] = MappingProxyType(known)
         self.info = SourceInfo(
             location=location,
             format=(image.format or "").lower(),
@@ -163,7 +165,9 @@ def _pixels(image: Image.Image, info: SourceInfo, is_wide: bool, labels: bool) -
         array = np.asarray(image.convert("RGB") if image.mode in _TO_RGB else image)
     array = array if array.ndim == 3 else array[:, :, None]
     if image.mode in ("LA", "RGBA", "PA"):
-        array = array[:, :, :-1]
+        array, opacity = array[:, :, :-1], array[:, :, -1]
+        if labels:
+            _check_opacity(array, opacity)
     if array.dtype == bool:
         return array * np.uint8(255)
     if array.dtype.kind == "f":
@@ -173,6 +177,15 @@ def _pixels(image: Image.Image, info: SourceInfo, is_wide: bool, labels: bool) -
     if colors is not None and not labels:
         return _look_up(array, colors)
     return array.astype(info.dtype, copy=False)
+
+
+def _check_opacity(colors: NDArray[Any], opacity: NDArray[Any]) -> None:
+    """Opacity is no label, so a mask must not lose all it says with it."""
+    if (colors == colors[:1, :1]).all() and (opacity != opacity[0, 0]).any():
+        raise DataError(
+            "its colour is the same everywhere and only its opacity (alpha) differs, so the mask is in its alpha channel. "
+            "Save that channel alone: PIL.Image.open(FILE).getchannel('A').save(FILE)."
+        )
 
 
 def _look_up(array: NDArray[Any], palette: Palette) -> NDArray[np.uint8]:

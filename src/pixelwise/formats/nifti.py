@@ -138,7 +138,8 @@ class _NiftiSource(Source):
             values = self._plain(self._stored((top, top + height), (left, left + width), index, time))
             moment = f" of time point {time}" if self._shape[3] > 1 else ""
             where = f"rows {top}..{top + height}, columns {left}..{left + width}"
-            check_finite(values, f"slice {index}{moment} along axis {self._axis} ({where})")
+            if not self._labels:
+                check_finite(values, f"slice {index}{moment} along axis {self._axis} ({where})")
             if self._labels:
                 values = whole_numbers(self._meant(values) if self._rescaled else values)
             elif not self._stays:

@@ -56,7 +56,8 @@ class _NpySource(Source):
                 array = self._file.window(self._offset, self._dtype, self._shape[::-1], box[::-1])[..., 0].T
             else:
                 array = self._file.window(self._offset, self._dtype, self._shape, box)[0]
-            check_finite(array, where)
+            if not self._labels:
+                check_finite(array, where)
             if array.dtype.kind == "b" or self._labels:
                 array = whole_numbers(array)
             return np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("="))

@@ -162,8 +162,8 @@ class Rendering:
     """How stored numbers become the pixels that are meant: palettes are looked up, opacity is dropped, black is 0.
 
     With `labels` the numbers stay as they are stored: no palette, no inversion; whole floats become integers. 1 bit gives
-    0 and 255 in both. All this is taken from the tags of a page; `DataError` if it is neither grey, RGB nor a palette, or
-    cannot be a mask.
+    0 (black) and 255 (white) in both, as in a PNG. All this is taken from the tags of a page; `DataError` if it is neither
+    grey, RGB nor a palette, or cannot be a mask.
     """
 
     def __init__(self, page: Any, stored: np.dtype[Any], channels: int, labels: bool) -> None:
@@ -215,7 +215,7 @@ class Rendering:
             array = whole_numbers(array)
         else:
             array = array * np.uint8(255) if self.bits == 1 else array
-            if self.inverted and array.dtype.kind == "u" and not self.labels:
+            if self.inverted and array.dtype.kind == "u" and (self.bits == 1 or not self.labels):
                 array = array.dtype.type(255 if self.bits == 1 else (1 << self.bits) - 1) - array
         return np.ascontiguousarray(orient(array, self.orientation))
 

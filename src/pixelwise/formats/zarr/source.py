@@ -96,7 +96,7 @@ class ZarrSource(Source):
         )
         with readable(self.info.location, where):
             window = self._window(top, left, height, width, plane)
-            if window.dtype.kind == "f":
+            if window.dtype.kind == "f" and not self._labels:
                 if self._gaps:
                     window[~self._mask(window, (top, left, height, width, plane))] = 0
                 check_finite(window, where)
