@@ -159,7 +159,8 @@ def inspect_data(
         {'8x6': 4}
     """
     reading = {key: value for key, value in (reading or {}).items() if value is not None}
-    scans = in_threads(partial(scan_pair, reading=reading), folder.pairs, on_progress)
+    scan = partial(scan_pair, reading=reading, by_color=folder.labels.kind == "rgb")
+    scans = in_threads(scan, folder.pairs, on_progress)
     images = [scan.image for scan in scans if scan.image is not None]
     channels = _common_channels(images)
     train = [scan.image for scan in scans if scan.image is not None and scan.pair.split == "train"]

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from pixelwise.data.classes import load_labels, propose_labels
-from pixelwise.data.labels import LabelSpec, Value
+from pixelwise.data.labels import LabelSpec
 from pixelwise.data.matching import Source, find_csv, match_source, read_csv
 from pixelwise.data.pairs import (
     SPLIT_ALIASES,
@@ -19,10 +18,9 @@ from pixelwise.data.pairs import (
     assign_splits,
     compile_group_by,
 )
-from pixelwise.data.scan import MaskScan, in_threads, scan_mask
+from pixelwise.data.proposals import find_labels
 from pixelwise.errors import DataError, UsageError
 from pixelwise.formats import SOURCE_SUFFIXES
-from pixelwise.formats.base import Palette
 
 __all__ = ["SPLITS", "DataFolder", "Pair", "Problem", "open_data"]
 
@@ -85,12 +83,13 @@ def open_data(
     if not any(pair.mask for pair in pairs):
         reasons = " ".join(problem.message for problem in problems[:3])
         raise DataError(f"{root}: {words}: not one image has a mask. Names must match by stem. {reasons}")
+    found, questions = find_labels(root, pairs, classes=classes, ignore=ignore, labels=labels, camvid=is_segnet)
     return DataFolder(
         root=root,
         layout=words + split_words,
         pairs=tuple(sorted(pairs, key=lambda pair: (SPLITS.index(pair.split), pair.name))),
-        labels=labels.with_ignored(ignore) if labels else _find_labels(root, classes, pairs, ignore, is_segnet),
-        problems=problems,
+        labels=found,
+        problems=(*problems, *questions),
         group_by=group_by,
     )
 
@@ -207,49 +206,6 @@ def _with_splits(pairs: list[Pair], fractions: Sequence[float]) -> tuple[list[Pa
         return pairs, ""
     splits = assign_splits([pair.group for pair in pairs if pair.split in ("", "train")], fractions)
     return [replace(pair, split=splits[pair.group]) if pair.split in ("", "train") else pair for pair in pairs], words
-
-
-def _find_labels(
-    root: Path, classes: str | Path | None, pairs: list[Pair], ignore: Sequence[int], is_segnet: bool
-) -> LabelSpec:
-    beside = (root if root.is_dir() else root.parent) / "classes.yaml"
-    if classes is not None or beside.is_file():
-        return load_labels(classes or beside).with_ignored(ignore)
-    found_or_not = in_threads(_scan_or_error, [pair for pair in pairs if pair.mask])
-    scans = [scan for scan in found_or_not if isinstance(scan, MaskScan)]
-    if not scans:
-        raise DataError(f"{root}: none of its masks can be read, for example {found_or_not[0]}")
-    kind = Counter(scan.kind for scan in scans).most_common(1)[0][0]
-    found: Counter[Value] = Counter()
-    for scan in scans:
-        if scan.kind == kind:
-            found.update(scan.counts)
-    if len(found) > 2 and any(scan.format in ("jpeg", "mpo") for scan in scans):
-        raise DataError(
-            f"{root}: its masks are JPEG, which blurs values: {len(found):,} different ones are found. "
-            "Save the masks as PNG, or say in classes.yaml which values mean which class."
-        )
-    try:
-        return propose_labels(found, palette=_common_palette(scans), camvid=is_segnet, ignore=ignore)
-    except DataError as error:
-        raise DataError(f"{root}: {error}") from error
-
-
-def _scan_or_error(pair: Pair) -> MaskScan | DataError:
-    """A file that cannot be read is told when the data are checked."""
-    try:
-        return scan_mask(pair)
-    except DataError as error:
-        return error
-
-
-def _common_palette(scans: list[MaskScan]) -> Palette | None:
-    """The palette of the masks, if they have one that tells the values apart."""
-    palette = next((scan.palette for scan in scans if scan.palette), None)
-    used = {value for scan in scans for value in scan.counts if isinstance(value, int)}
-    if palette is None or max(used) >= len(palette) or len({palette[value] for value in used}) < len(used):
-        return None
-    return palette
 
 
 def _not_recognised(root: Path) -> str:
