@@ -47,13 +47,14 @@ class Masks:
         """Save what `make(truth, number)` gives as the masks."""
         for number in range(count):
             made, path = make(self.next(), number), self.path(suffix)
+            options = {".jpg": {"quality": 80}, ".webp": {"lossless": True}}.get(suffix, {})
             if isinstance(made, np.ndarray) and suffix == ".tif":
                 tifffile.imwrite(path, made, photometric="minisblack")
             elif isinstance(made, np.ndarray) and suffix == ".npy":
                 np.save(path, made)
             else:
                 made = Image.fromarray(made) if isinstance(made, np.ndarray) else made
-                made.save(path, **({"quality": 80} if suffix == ".jpg" else {}))
+                made.save(path, **options)
         return self
 
     def problems(self, severity="fatal", **options):
@@ -340,10 +341,13 @@ def test_numbers_in_three_equal_channels(masks):
         open_data(masks.root, ignore=(1,))
 
 
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".webp"])
 @pytest.mark.parametrize("mode", ["RGBA", "LA"])
-def test_masks_in_the_alpha_channel_are_named(masks, mode):
+def test_masks_in_the_alpha_channel_are_named(masks, mode, suffix):
     channels = len(mode) - 1
-    masks.write(lambda truth, _: Image.fromarray(np.dstack([truth * 0] * channels + [truth * 255]), mode))
+    masks.write(
+        lambda truth, _: Image.fromarray(np.dstack([truth * 0] * channels + [truth * 255]), mode), suffix=suffix
+    )
     with pytest.raises(DataError, match="alpha channel"):
         open_data(masks.root)
 

@@ -32,7 +32,7 @@ CLASSES_NAME = "classes.yaml"
 MAX_VALUES = 65_536
 _MANY = 16
 _NEVER_A_CLASS = (NAN_VALUE, -9999, -32_768, -(2**31))
-_VOID_BY_CUSTOM = (*_NEVER_A_CLASS, -1, IGNORE_INDEX, 65_535, 2**31 - 1, 2**32 - 1)
+VOID_BY_CUSTOM = (*_NEVER_A_CLASS, -1, IGNORE_INDEX, 65_535, 2**31 - 1, 2**32 - 1)
 _RANGE = re.compile(r"(-?\d{1,10})\s*-\s*(-?\d{1,10})")
 
 
@@ -204,7 +204,7 @@ def propose_labels(
 
 
 def _propose_indices(values: list[int], palette: Sequence[Color] | None, ignore: tuple[int, ...]) -> LabelSpec:
-    others = [value for value in values if value not in _VOID_BY_CUSTOM]
+    others = [value for value in values if value not in VOID_BY_CUSTOM]
     if len(others) >= 2:
         values = [value for value in values if value in others or (value > 0 and 4 * max(others) > value)]
     values = [value for value in values if value not in _NEVER_A_CLASS] or values

@@ -4,11 +4,12 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import combinations
 
+from pixelwise.data.classes import VOID_BY_CUSTOM
 from pixelwise.data.labels import IGNORE_INDEX, LabelSpec, Value, as_ranges, value_name
 from pixelwise.data.matching import relative
 from pixelwise.data.orientation import turned_masks
 from pixelwise.data.pairs import SPLITS, DataFolder, Problem, counted, first_of
-from pixelwise.data.proposals import fills_areas, looks_swapped
+from pixelwise.data.photographs import fills_areas, looks_swapped
 from pixelwise.data.scan import PairScan, place_of
 from pixelwise.formats.local import printable
 
@@ -110,7 +111,7 @@ def _unknown_values(split: str, scans: list[PairScan], folder: DataFolder) -> It
         ]
         if places:
             message += f" Values in so few pixels may be strays: {first_of(places, _PLACES, separator='; ')}."
-        if 2 * sum(unknown.values()) > pixels and len(unknown) > 1:
+        if 2 * sum(unknown.values()) > pixels and not set(unknown) <= set(VOID_BY_CUSTOM):
             message += " Most pixels are of no class: are these masks of another data set, or the classes?"
         yield Problem("fatal", f"{split}: {_masks(wrong)} {message}", _mask_files(folder, wrong))
 
@@ -159,7 +160,7 @@ def _swapped(scans: Sequence[PairScan], folder: DataFolder) -> Iterator[Problem]
 def _inverted(scans: Sequence[PairScan], folder: DataFolder) -> Iterator[Problem]:
     """Of background and foreground, the background is what reaches the frame of nearly every image."""
     labels = folder.labels
-    if labels.names != ("background", "foreground"):
+    if labels.num_classes != 2 or labels.names[0].lower() != "background":
         return
     seen = inverted = 0
     files = []
@@ -176,9 +177,9 @@ def _inverted(scans: Sequence[PairScan], folder: DataFolder) -> Iterator[Problem
             files.append(scan)
     if inverted:
         names = first_of(_mask_files(folder, files), 3)
-        shown = ", ".join(map(str, as_ranges(labels.values[1])))
+        shown = f"{labels.names[1]} ({', '.join(map(str, as_ranges(labels.values[1])))})"
         message = (
-            f"{counted(inverted, 'mask', 'looks', 'look')} inverted (of {seen:,} with both classes): foreground, {shown}, "
+            f"{counted(inverted, 'mask', 'looks', 'look')} inverted (of {seen:,} with both classes): {shown} "
             f"fills the frame and most of the area: {names}. "
         )
         advice = (

@@ -20,6 +20,7 @@ from pixelwise.data.labels import (
     value_name,
 )
 from pixelwise.data.pairs import Pair, Problem, counted, first_of
+from pixelwise.data.photographs import check_areas, looks_swapped
 from pixelwise.data.scan import MaskScan, in_threads, scan_mask
 from pixelwise.data.soft import find_soft, find_soft_colors, soft_labels, soft_question
 from pixelwise.errors import DataError
@@ -29,7 +30,6 @@ Masks = Sequence[tuple[Pair, MaskScan]]
 
 _STRAY_PX, _STRAY_SHARE, _STRAY_MASKS = 100, 1e-3, 0.05
 _MOST_STRAYS = 3  # as many values in few pixels each are no accident
-_PHOTO_VALUES, _PHOTO_SOLID = 32, 0.2
 _ONE_HOT: tuple[Color, ...] = ((1, 0, 0), (0, 1, 0), (0, 0, 1))
 _ANSWER = "`pixelwise inspect DATA --write-classes` writes it to a classes.yaml that you can change"
 
@@ -129,30 +129,6 @@ def with_unknown_ignored(labels: LabelSpec, pairs: Iterable[Pair]) -> LabelSpec:
     return replace(labels, ignore_values=(*labels.ignore_values, *sorted(unknown)))
 
 
-def fills_areas(scan: MaskScan) -> bool:
-    """Whether a mask has areas of one value, as masks have and photographs have not."""
-    return len(scan.counts) <= _PHOTO_VALUES or _solid_share([scan]) > _PHOTO_SOLID
-
-
-def looks_swapped(pairs: Sequence[Pair]) -> str | None:
-    """A sentence, if what lies among the images looks like masks; asked where the masks do not look like any."""
-    some = [pair for pair in pairs if pair.mask is not None][:4]
-    for pair in some:
-        try:
-            scan = scan_mask(replace(pair, mask=pair.image))
-        except DataError:
-            return None
-        if not 2 <= len(scan.counts) <= _PHOTO_VALUES or _solid_share([scan]) < _PHOTO_SOLID:
-            return None
-    if not some:
-        return None
-    return (
-        "images and masks seem to be swapped: files among the images hold few values, in areas, as masks do, for example "
-        f"{some[0].image.name}, and the masks look like photographs. "
-        "Exchange the two folders (or the columns of the CSV file)."
-    )
-
-
 def palettes_differ(scans: Sequence[MaskScan]) -> bool:
     """Whether one index has different colours in two masks, or some masks have a palette and others colours."""
     colors: dict[Value, Color] = {}
@@ -193,11 +169,9 @@ def _propose_colors(masks: Masks, ignore: Sequence[int]) -> tuple[LabelSpec, lis
         message = f"the colours of the masks are those that pixelwise itself paints: they are read as {shown}"
         void = "; black is void" if known.ignore_values else ""
         return known.with_ignored(ignore), [Problem("warning", f"{message}{void}. Give a classes.yaml if not.")]
-    if set(counts) <= {(0, 0, 0), *_ONE_HOT}:
-        values = tuple((color,) for color in (*_ONE_HOT, (0, 0, 0)) if color in counts)
-        names = tuple(
-            f"channel {_ONE_HOT.index(value) + 1}" if value in _ONE_HOT else "no channel" for (value,) in values
-        )
+    if set(counts) <= {(0, 0, 0), *_ONE_HOT} and len(set(counts) & set(_ONE_HOT)) > 1:
+        values = tuple((color,) for color in ((0, 0, 0), *_ONE_HOT) if color in counts)
+        names = tuple(f"channel {value.index(1) + 1}" if any(value) else "no channel" for (value,) in values)
         spec = LabelSpec(names=names, colors=distinct_colors(len(names)), values=values, kind="rgb")
         message = (
             "the masks are one-hot, it seems: each channel of 0 and 1 is read as a class. Give a classes.yaml if not."
@@ -210,7 +184,8 @@ def _propose_colors(masks: Masks, ignore: Sequence[int]) -> tuple[LabelSpec, lis
     if find_soft_colors({value: n for value, n in colors.items() if value not in few}, solid) and (
         soft := find_soft_colors(colors, solid)
     ):
-        return soft_labels(soft, ()).with_ignored(ignore), [Problem("fatal", soft_question(soft, _ANSWER))]
+        return soft_labels(soft).with_ignored(ignore), [Problem("fatal", soft_question(soft, _ANSWER))]
+    check_areas(colors, solid)
     return propose_labels({value: n for value, n in counts.items() if value not in strays}, ignore=ignore), []
 
 
@@ -262,10 +237,7 @@ def _propose_numbers(masks: Masks, camvid: bool, ignore: tuple[int, ...]) -> tup
             f"its masks are JPEG, which blurs values: {len(counts):,} different ones are found. "
             "Save the masks as PNG, or say in classes.yaml which values mean which class."
         )
-    if len(counts) > _PHOTO_VALUES and _solid_share([scan for _, scan in masks]) < _PHOTO_SOLID:
-        raise DataError(
-            f"the masks hold {len(counts):,} different values that hardly ever fill an area; they look like photographs."
-        )
+    check_areas(counts, solid)
     if largest := _two_ways(masks, counts):
         spec = propose_labels({0: 1, 1: 1}, ignore=ignore)
         problems.append(Problem("fatal", _two_ways_question(masks, largest)))
@@ -338,12 +310,6 @@ def _common_palette(masks: Masks) -> Palette | None:
     if palette is None or max(used) >= len(palette) or len({_color(palette, value) for value in used}) < len(used):
         return None
     return palette
-
-
-def _solid_share(scans: Sequence[MaskScan]) -> float:
-    """The share of pixels that lie in areas of one value."""
-    pixels = sum(sum(scan.counts.values()) for scan in scans)
-    return sum(sum(scan.solid.values()) for scan in scans) / max(1, pixels)
 
 
 def _total(counts: Iterable[object]) -> Counter[Value]:

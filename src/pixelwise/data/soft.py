@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, pairwise
+from statistics import median
 from typing import Literal, TypeVar
 
 from pixelwise.data.classes import propose_labels
@@ -16,6 +17,8 @@ _SOLID = 0.1  # of the pixels of a class, at least so many have only equal neigh
 _RARE = 1e-3
 _MOST_BETWEEN = 0.5  # of all pixels
 _NOISE_COLOR, _MAX_COLORS = 24, 20_000
+_CLEAR = 8  # times the pixels of a usual value between: so many has the end of a scale that is a class
+_MANY = 32  # values beside the peaks, most of which fill no area: numbered classes would
 _NOISE = 0.02  # of the pixels of a class: more than these beside it, in areas, are another class
 
 K = TypeVar("K", int, Color)
@@ -59,9 +62,13 @@ def find_soft(counts: Mapping[int, int], solid: Mapping[int, int], is_lossy: boo
     share = sum(counts[value] for value in others) / max(1, total)
     if not gaps or min(gaps) < span * _GAP or not 0 < share < _MOST_BETWEEN:
         return None
-    for value in others if not is_lossy else ():
+    if len(peaks) > 2 and len(others) < len(peaks):
+        return None  # a rim between painted classes takes more values; these are rare or thin classes
+    rims = [value for value in others if solid.get(value, 0) <= _SOLID * counts[value]]
+    is_noisy = is_lossy or (len(others) > _MANY and len(rims) > 0.75 * len(others))
+    for value in others if not is_noisy else ():
         near = min(peaks, key=lambda peak: abs(peak - value))
-        if counts[value] > _NOISE * counts[near] and solid.get(value, 0) > _SOLID * counts[value]:
+        if counts[value] > _NOISE * counts[near] and value not in rims:
             return None
     middle = [value for value in others if any(a + (b - a) / 4 <= value <= b - (b - a) / 4 for a, b in pairwise(peaks))]
     if not middle and not is_lossy:
@@ -143,9 +150,11 @@ def _filling(counts: Mapping[K, int], solid: Mapping[K, int], total: int) -> lis
 
 
 def _peaks(counts: Mapping[int, int], solid: Mapping[int, int], ends: tuple[int, int], total: int) -> list[int]:
-    """Values that fill areas, and both ends of the scale, none of them in the noise of a more frequent one."""
+    """Values that fill areas, and ends of the scale that stand out, none of them in the noise of a more frequent one."""
+    filling = sorted(_filling(counts, solid, total), key=lambda value: -counts[value])
+    usual = median([counts[value] for value in counts if value not in filling] or [0])
     peaks: list[int] = []
-    for value in [*sorted(_filling(counts, solid, total), key=lambda value: -counts[value]), *ends]:
+    for value in [*filling, *(end for end in ends if counts[end] > _CLEAR * usual or len(filling) < 2)]:
         if all(abs(value - peak) > (ends[1] - ends[0]) * _NEAREST for peak in peaks):
             peaks.append(value)
     return sorted(peaks)

@@ -189,7 +189,19 @@ def whole_numbers(array: NDArray[Any]) -> NDArray[Any]:
             if (whole == known).all():
                 whole[gaps] = NAN_VALUE
                 return whole
-    raise DataError(f"it holds numbers of type {array.dtype} that are not whole; a mask has whole numbers.")
+    raise DataError(
+        f"it holds numbers of type {array.dtype} that are not whole; a mask has whole numbers. If they "
+        "are probabilities or greys, apply a threshold: (mask > 0.5).astype(numpy.uint8)."
+    )
+
+
+def check_opacity(colors: NDArray[Any], opacity: NDArray[Any]) -> None:
+    """Raise `DataError` for a mask (H, W, C) that would lose all it says with its opacity (H, W), which is no label."""
+    if (colors == colors[:1, :1]).all() and (opacity != opacity[0, 0]).any():
+        raise DataError(
+            "its colour is the same everywhere and only its opacity (alpha) differs, so the mask is in its alpha channel. "
+            "Save that channel alone: PIL.Image.open(FILE).getchannel('A').save(FILE)."
+        )
 
 
 def pixel_type(dtype: np.dtype[Any], channels: int, labels: bool) -> str:

@@ -32,6 +32,7 @@ from pixelwise.formats.base import (
     Source,
     SourceInfo,
     check_finite,
+    check_opacity,
     orient,
     whole_numbers,
 )
@@ -167,7 +168,7 @@ def _pixels(image: Image.Image, info: SourceInfo, is_wide: bool, labels: bool) -
     if image.mode in ("LA", "RGBA", "PA"):
         array, opacity = array[:, :, :-1], array[:, :, -1]
         if labels:
-            _check_opacity(array, opacity)
+            check_opacity(array, opacity)
     if array.dtype == bool:
         return array * np.uint8(255)
     if array.dtype.kind == "f":
@@ -177,15 +178,6 @@ def _pixels(image: Image.Image, info: SourceInfo, is_wide: bool, labels: bool) -
     if colors is not None and not labels:
         return _look_up(array, colors)
     return array.astype(info.dtype, copy=False)
-
-
-def _check_opacity(colors: NDArray[Any], opacity: NDArray[Any]) -> None:
-    """Opacity is no label, so a mask must not lose all it says with it."""
-    if (colors == colors[:1, :1]).all() and (opacity != opacity[0, 0]).any():
-        raise DataError(
-            "its colour is the same everywhere and only its opacity (alpha) differs, so the mask is in its alpha channel. "
-            "Save that channel alone: PIL.Image.open(FILE).getchannel('A').save(FILE)."
-        )
 
 
 def _look_up(array: NDArray[Any], palette: Palette) -> NDArray[np.uint8]:

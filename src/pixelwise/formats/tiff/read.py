@@ -14,7 +14,7 @@ import tifffile
 from numpy.typing import NDArray
 
 from pixelwise.errors import DataError
-from pixelwise.formats.base import Opener, Source, SourceInfo, orient, pixel_type, whole_numbers
+from pixelwise.formats.base import Opener, Source, SourceInfo, check_opacity, orient, pixel_type, whole_numbers
 from pixelwise.formats.local import Identity, readable
 from pixelwise.formats.ranges import Handles, opening
 from pixelwise.formats.tiff.windows import Span, Stack, arrange
@@ -108,7 +108,11 @@ class TiffSource(Source):
         rows, columns = self._rendering.as_stored(self.info, (top, top + height), (left, left + width))
         where = f"rows {top}..{top + height}, columns {left}..{left + width}"
         with readable(self.info.location, where if self.info.planes == 1 else f"plane {plane}, {where}"):
-            pixels = self._rendering.without_opacity(self._stored(plane, rows, columns))
+            stored = self._stored(plane, rows, columns)
+            pixels = self._rendering.without_opacity(stored)
+            is_whole = (height, width) == (self.info.height, self.info.width)  # of a part nobody could say
+            if self._rendering.labels and is_whole and pixels.shape[2] < stored.shape[2]:
+                check_opacity(pixels, stored[:, :, -1])
             empty = None if self._rendering.labels else self._empty(pixels)
             if pixels.dtype.kind == "f" and not self._rendering.labels and not (finite := np.isfinite(pixels)).all():
                 bad = ~finite if empty is None else ~finite & ~empty[:, :, None]
