@@ -189,6 +189,20 @@ def test_a_value_in_a_few_pixels_of_one_mask_is_asked_about(masks):
     assert masks.problems() == []
 
 
+def test_a_stray_is_one_among_few_and_small_masks_too(masks):
+    def mask(truth, number):
+        truth = truth[:24, :28].copy()
+        Image.open(masks.root / f"images/{number:02}.png").crop((0, 0, 28, 24)).save(
+            masks.root / f"images/{number:02}.png"
+        )
+        if number == 1:
+            truth[2:5, 3:6] = 7
+        return truth
+
+    masks.write(mask, 4)
+    assert "7 in 01.png at row 2, column 3" in masks.problems()[0]
+
+
 def test_a_rare_class_of_many_masks_is_no_stray(masks):
     def mask(truth, _):
         truth[40, 5] = 7

@@ -100,7 +100,7 @@ class LabelSpec:
                 no file name; the caller knows it.
         """
         kind: Literal["index", "rgb"] = "rgb" if raw.ndim == 3 else "index"
-        keys = _pack(raw)
+        keys = pack_pixels(raw)
         labels = self._table[keys] if keys.dtype == np.uint8 else self._search(keys, kind)
         unknown = labels == _UNKNOWN
         if unknown.any():
@@ -230,7 +230,7 @@ class LabelSpec:
 
 def value_counts(raw: np.ndarray) -> dict[Value, int]:
     """How many pixels hold each value of a mask (H, W) or (H, W, 3), by ascending value."""
-    keys = _pack(raw).ravel()
+    keys = pack_pixels(raw).ravel()
     if keys.dtype == np.uint8:
         counts = np.bincount(keys, minlength=256)
         return {int(value): int(counts[value]) for value in np.flatnonzero(counts)}
@@ -286,7 +286,7 @@ def is_color(value: object) -> bool:
     return isinstance(value, tuple) and len(value) == 3 and all(_is_index(part) and 0 <= part < 256 for part in value)
 
 
-def _pack(raw: np.ndarray) -> np.ndarray:
+def pack_pixels(raw: np.ndarray) -> np.ndarray:
     """One number per pixel: the value itself, or 0xRRGGBB."""
     if raw.ndim < 3:
         return raw

@@ -28,7 +28,8 @@ from pixelwise.formats.base import NAN_VALUE, Palette
 
 Masks = Sequence[tuple[Pair, MaskScan]]
 
-_STRAY_PX, _STRAY_SHARE, _STRAY_MASKS = 100, 1e-3, 0.05
+_STRAY_PX, _STRAY_SHARE, _STRAY_MASKS = 100, 1e-3, 0.1
+_ALWAYS_FEW_PX, _TINY_PX = 16, 2048  # whatever the share, unless all masks together are tiny
 _MOST_STRAYS = 3  # as many values in few pixels each are no accident
 _ONE_HOT: tuple[Color, ...] = ((1, 0, 0), (0, 1, 0), (0, 0, 1))
 _ANSWER = "`pixelwise inspect DATA --write-classes` writes it to a classes.yaml that you can change"
@@ -273,10 +274,11 @@ def _strays(masks: Masks, counts: Counter[int] | Counter[Value]) -> set[Value]:
     """Values in a few pixels of a few masks, where at least two others are left."""
     total = sum(counts.values())
     most = max(1, _STRAY_MASKS * len(masks))
+    few = max(_ALWAYS_FEW_PX if total > _TINY_PX else 0, min(_STRAY_PX, _STRAY_SHARE * total))
     strays: set[Value] = {
         value
         for value, count in counts.items()
-        if count <= min(_STRAY_PX, _STRAY_SHARE * total) and sum(value in scan.counts for _, scan in masks) <= most
+        if count <= few and sum(value in scan.counts for _, scan in masks) <= most
     }
     return strays if len(counts) - len(strays) >= 2 else set()
 

@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from pixelwise.data.labels import Value, pack_value, value_counts
+from pixelwise.data.labels import Value, pack_pixels, pack_value, value_counts
 from pixelwise.data.pairs import Pair
 from pixelwise.data.places import Places
 from pixelwise.data.samples import (
@@ -276,11 +276,11 @@ def _solid_counts(raw: NDArray[Any], found: Mapping[Value, int]) -> Mapping[Valu
     """Pixels per value whose eight neighbours are equal to them; where only two values are found, all are taken as such."""
     if len(found) <= 2 or min(raw.shape[:2]) < 3:
         return found
-    across = raw[:, 1:-1] == raw[:, :-2]
-    across &= raw[:, 1:-1] == raw[:, 2:]
+    keys = pack_pixels(raw)
+    across = keys[:, 1:-1] == keys[:, :-2]
+    across &= keys[:, 1:-1] == keys[:, 2:]
     inner = across[1:-1] & across[:-2] & across[2:]
-    inner &= (raw[1:-1, 1:-1] == raw[:-2, 1:-1]) & (raw[1:-1, 1:-1] == raw[2:, 1:-1])
-    inner = inner if raw.ndim == 2 else inner.all(axis=2)
+    inner &= (keys[1:-1, 1:-1] == keys[:-2, 1:-1]) & (keys[1:-1, 1:-1] == keys[2:, 1:-1])
     return value_counts(raw[1:-1, 1:-1][inner][None]) if inner.any() else {}
 
 
