@@ -427,6 +427,18 @@ def test_labels_of_another_data_set_are_named(masks):
     assert "masks of another data set" in masks.problems()[0]
 
 
+def test_masks_of_turned_photos_whose_sizes_tell(masks):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for _ in range(4):
+        truth = masks.next()[:30]
+        image = masks.root / f"images/{masks.path().name}"
+        Image.open(image).crop((0, 0, SIDE, 30)).save(image, exif=exif)
+        Image.fromarray(truth).save(masks.path())
+    assert "the image has 6, the mask 1" in masks.problems()[0]
+    assert any("sizes agree only if the masks are turned too" in message for message in masks.problems("warning"))
+
+
 @pytest.mark.parametrize("orientation", [3, 6, 8])
 @pytest.mark.parametrize("turned", [False, True])
 def test_masks_drawn_on_the_pixels_of_a_turned_photo(masks, orientation, turned):

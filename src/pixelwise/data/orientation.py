@@ -39,7 +39,11 @@ def turned_masks(scans: Sequence[PairScan]) -> Iterator[Problem]:
     count = "1 photo carries an EXIF orientation that its mask does"
     if len(alone) > 1:
         count = f"{len(alone):,} photos carry an EXIF orientation that their masks do"
-    if as_stored > _CLEAR * now:
+    if as_stored > 0 and all(
+        scan.mask and scan.image and scan.mask.grid.width != scan.image.grid.width for scan in alone
+    ):
+        test = "the sizes agree only if the masks are turned too"
+    elif as_stored > _CLEAR * now:
         times = as_stored / max(now, 1e-9)
         test = f"the borders of the masks lie on {times:.1f} times stronger edges if they are turned too"
     else:
