@@ -309,6 +309,32 @@ def test_palettes_that_differ_are_read_by_colour(masks):
     np.testing.assert_array_equal(masks.labels(folder), ids[np.stack(masks.truth)])
 
 
+def test_palettes_that_only_show_the_numbers_or_are_rounded_do_not_differ(masks):
+    def mask(truth, number):
+        image = Image.fromarray(truth)
+        grey, coloured = [0, 0, 0, 1, 1, 1], [0, 0, 0, 200 + number, 30, 30]
+        image.putpalette(grey if number % 2 else coloured)
+        return image
+
+    masks.write(mask)
+    folder = open_data(masks.root)
+    assert (folder.labels.kind, folder.problems) == ("index", ())
+    np.testing.assert_array_equal(masks.labels(folder), masks.truth)
+
+
+def test_palette_masks_beside_pictures_are_read_by_colour(masks):
+    colors = np.array([(0, 0, 0), (200, 30, 30)], np.uint8)
+
+    def mask(truth, number):
+        image = Image.fromarray(truth)
+        image.putpalette(colors.tobytes())
+        return image if number % 3 else image.convert("RGB")
+
+    masks.write(mask)
+    assert masks.problems() == []
+    np.testing.assert_array_equal(masks.labels(open_data(masks.root)), masks.truth)
+
+
 def test_pictures_in_the_own_colours_of_pixelwise(masks):
     own = np.array([*distinct_colors(4), (0, 0, 0)], np.uint8)
 

@@ -30,6 +30,7 @@ Masks = Sequence[tuple[Pair, MaskScan]]
 
 _STRAY_PX, _STRAY_SHARE, _STRAY_MASKS = 100, 1e-3, 0.1
 _ALWAYS_FEW_PX, _TINY_PX = 16, 2048  # whatever the share, unless all masks together are tiny
+_SAME_COLOR = 16  # programs that make palettes round
 _MOST_STRAYS = 3  # as many values in few pixels each are no accident
 _ONE_HOT: tuple[Color, ...] = ((1, 0, 0), (0, 1, 0), (0, 0, 1))
 _ANSWER = "`pixelwise inspect DATA --write-classes` writes it to a classes.yaml that you can change"
@@ -134,9 +135,11 @@ def palettes_differ(scans: Sequence[MaskScan]) -> bool:
     """Whether one index has different colours in two masks, or some masks have a palette and others colours."""
     colors: dict[Value, Color] = {}
     for scan in scans:
-        for value in scan.counts if scan.palette else ():
-            color = _color(scan.palette, value)
-            if colors.setdefault(value, color) != color:
+        used = {value: _color(scan.palette, value) for value in scan.counts if scan.palette}
+        if all(color == (value,) * 3 for value, color in used.items()):
+            continue  # greys that show the numbers
+        for value, color in used.items():
+            if math.dist(colors.setdefault(value, color), color) > _SAME_COLOR:
                 return True
     return bool(colors) and any(scan.kind == "rgb" for scan in scans)
 
