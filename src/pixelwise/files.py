@@ -6,6 +6,7 @@ import json
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -19,6 +20,10 @@ from pixelwise.errors import DataError, PixelwiseError, UsageError
 
 ZARR_DOCUMENTS = ("zarr.json", ".zarray", ".zgroup")
 """A folder with one of these is a Zarr."""
+
+MAX_YAML_BYTES = 16 << 20
+_MAX_YAML_VALUES, _MAX_YAML_DEPTH, _MAX_YAML_TEXT = 100_000, 50, 10_000
+_YAML_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the one in C is many times faster
 
 
 @contextmanager
@@ -152,15 +157,60 @@ def read_json(path: str | Path) -> Any:
 
 
 def read_yaml(path: str | Path) -> Any:
-    """Read a YAML file.
+    """Read a YAML file; it may come from anywhere, so it has limits that no honest file meets, see `parse_yaml`.
 
     Raises:
-        DataError: the file is missing, unreadable or not YAML.
+        DataError: the file is missing, unreadable, no regular file, larger than 16 MB or not YAML.
     """
     try:
-        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        return parse_yaml(_read_regular(Path(path)))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: a date such as 2001-99-99
         raise DataError(f"{path}: cannot be read as YAML ({' '.join(str(error).split())[:200]}).") from error
+
+
+def parse_yaml(text: str) -> Any:
+    """Plain values from YAML without aliases, of at most 100,000 values; more would take minutes and gigabytes.
+
+    Raises:
+        ValueError: it is beyond the limits, or a value is impossible.
+        yaml.YAMLError: it is not YAML.
+
+    Example:
+        >>> parse_yaml("a: [&x 1, *x]")
+        Traceback (most recent call last):
+            ...
+        ValueError: line 1 holds the alias *x; aliases are not read, write the value itself
+    """
+    values = depth = 0
+    for event in yaml.parse(text, Loader=_YAML_LOADER):
+        line = event.start_mark.line + 1 if event.start_mark else 1
+        if isinstance(event, yaml.AliasEvent):
+            raise ValueError(
+                f"line {line} holds the alias *{event.anchor}; aliases are not read, write the value itself"
+            )
+        opens = isinstance(event, yaml.CollectionStartEvent)
+        depth += opens - isinstance(event, yaml.CollectionEndEvent)
+        values += opens or isinstance(event, yaml.ScalarEvent)
+        if depth > _MAX_YAML_DEPTH or values > _MAX_YAML_VALUES:
+            raise ValueError(
+                f"at most {_MAX_YAML_VALUES:,} values and {_MAX_YAML_DEPTH} levels are read; see line {line}"
+            )
+        if isinstance(event, yaml.ScalarEvent) and len(event.value) > _MAX_YAML_TEXT:
+            raise ValueError(
+                f"line {line} holds a value of {len(event.value):,} characters, at most {_MAX_YAML_TEXT:,}"
+            )
+    return yaml.load(text, Loader=_YAML_LOADER)
+
+
+def _read_regular(path: Path) -> str:
+    """The text of a file; a pipe or a device would never end, so they are not opened."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError("it is no regular file")
+    if status.st_size > MAX_YAML_BYTES:
+        raise ValueError(f"it has {status.st_size:,} bytes; at most {MAX_YAML_BYTES:,} are read")
+    with path.open("rb") as file:
+        return file.read(MAX_YAML_BYTES).decode("utf-8")
 
 
 def _without_nan(value: Any) -> Any:

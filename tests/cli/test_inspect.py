@@ -5,11 +5,13 @@ import json
 import nibabel
 import numpy as np
 import pytest
+import tifffile
 import typer
 from PIL import Image
 from typer.testing import CliRunner
 
 from pixelwise.cli.inspect import inspect
+from pixelwise.data.classes import load_labels
 from pixelwise.errors import DataError, UsageError
 
 APP = typer.Typer()
@@ -68,6 +70,41 @@ def test_a_class_without_pixels_has_no_weight(data):
     content = json.loads(run(data, "--json").stdout)
     assert content["class_weights"]["median_frequency"][2] is None
     assert any("ghost" in problem["message"] for problem in content["problems"])
+
+
+def test_proposed_classes_are_written_when_asked(data, program):
+    (data / "classes.yaml").unlink()
+    for name in "abcdefgh":
+        mask = np.zeros((6, 8), np.int16)
+        mask[:, 4:] = 1
+        mask[0] = -1
+        (data / f"masks/{name}.png").unlink()
+        tifffile.imwrite(data / f"masks/{name}.tif", mask)
+    asked = program("inspect", data)
+    assert asked.code == 2
+    assert "Pass --ignore -1" in asked.out
+    assert program("inspect", data, "--ignore", "-1").code == 0
+    done = program("inspect", data, "--write-classes")
+    assert done.code == 0, done.out
+    assert f"Wrote {data / 'classes.yaml'}: 2 classes, void values: -1." in done.err
+    assert load_labels(data / "classes.yaml").ignore_values == (-1,)
+    assert program("inspect", data).code == 0
+    again = program("inspect", data, "--write-classes")
+    assert again.code == 2
+    assert "exists and is kept" in again.err
+    assert program("inspect", data, "--write-classes", data / "mine.yaml", "--json").code == 0
+    assert load_labels(data / "mine.yaml") == load_labels(data / "classes.yaml")
+
+
+def test_nan_can_be_ignored(data, program):
+    for name in "abcdefgh":
+        mask = np.array([[0, 1, np.nan, 1]] * 6, np.float32).repeat(2, axis=1)
+        (data / f"masks/{name}.png").unlink()
+        np.save(data / f"masks/{name}.npy", mask)
+    assert "Pass --ignore nan" in program("inspect", data).out
+    assert program("inspect", data, "--ignore", "nan").code == 0
+    refused = program("inspect", data, "--ignore", "many")
+    assert refused.code == 2
 
 
 def test_groups_and_classes_are_options(data, tmp_path_factory):

@@ -9,7 +9,7 @@ import typer
 
 import pixelwise.cli
 from pixelwise.cli import main
-from pixelwise.cli.train import with_flag_value
+from pixelwise.cli.options import with_flag_value
 from pixelwise.errors import DataError, UsageError
 
 VERBS = ["inspect", "train", "evaluate", "predict", "models", "heatmap", "report", "demo"]
@@ -154,6 +154,9 @@ def test_the_command_line_of_the_process_is_the_default(capsys, monkeypatch):
         ("train data --pretrained auto", "train data --pretrained auto"),
         ("train data --pretrained=w", "train data --pretrained=w"),
         ("train data", "train data"),
+        ("inspect data --write-classes", "inspect data --write-classes=auto"),
+        ("inspect --write-classes data", "inspect --write-classes=auto data"),
+        ("inspect data --write-classes my.yaml", "inspect data --write-classes my.yaml"),
     ],
 )
 def test_pretrained_is_a_flag_or_takes_a_weight_file(typed, meant):

@@ -147,7 +147,9 @@ def test_several_masks_with_unknown_values_are_one_problem(tree):
     labels = LabelSpec(names=tuple("abc"), colors=CAMVID_COLORS[:3], values=((0,), (1,), (2,)))
     assert messages(tree, "fatal", labels=labels) == [
         "train: mask train_a.png (and 1 more mask, pixels added up) holds values 7 (44 px), 8 (4 px), but there are 3 "
-        "classes (0..2). Pass --ignore 7 --ignore 8, or map them in classes.yaml."
+        "classes (0..2). Pass --ignore 7 --ignore 8, or map them in classes.yaml. Values in so few pixels may be strays: "
+        "7 in train_a.png at row 0, column 0; 8 in train_b.png at row 0, column 5. Most pixels are of no class: are these "
+        "masks of another data set, or the classes?"
     ]
 
 

@@ -278,7 +278,7 @@ def test_palette_masks_give_the_colours(tmp_path):
 
 def test_jpeg_masks_are_refused(tmp_path):
     write(tmp_path / "images/a.png")
-    write(tmp_path / "masks/a.jpg", np.kron(np.eye(4), np.ones((5, 5))) * 255, quality=60)
+    write(tmp_path / "masks/a.jpg", np.kron(np.eye(4), np.ones((5, 5))) * 5, quality=60)
     with pytest.raises(DataError, match="JPEG, which blurs values"):
         open_data(tmp_path)
 

@@ -44,7 +44,7 @@ def test_without_a_mask_there_is_none(tmp_path):
     [
         (np.zeros((5, 4), dtype=np.uint8), "m.png", "4 x 5 px, but its image"),
         (np.full((4, 5), 3, dtype=np.uint8), "m.png", r"the mask holds value 3 \(20 px\)"),
-        (np.zeros((4, 5, 3), dtype=np.uint8), "m.png", "RGB"),
+        (np.full((4, 5, 3), 77, dtype=np.uint8), "m.png", "RGB"),
     ],
 )
 def test_what_does_not_fit_names_the_file(tmp_path, mask, file, part):

@@ -376,7 +376,7 @@ def test_masks_are_read_as_stored(tmp_path):
         ("palette", one, one, palette),
         ("white is zero", one, one, {"photometric": "miniswhite"}),
         ("16 bit", one.astype("uint16") * 300, one.astype("uint16") * 300, {"nodata": 300}),
-        ("bits", bits * 255, bits, {"nbits": 1, "photometric": "miniswhite"}),
+        ("bits", 255 - bits * 255, bits, {"nbits": 1, "photometric": "miniswhite"}),
         ("whole floats", one, one.astype("float32"), {}),
         ("colours", random_image(3), random_image(3), {}),
         ("colours and opacity", random_image(4)[:3], random_image(4), {"photometric": "rgb", "alpha": "yes"}),

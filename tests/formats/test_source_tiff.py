@@ -106,7 +106,7 @@ def test_masks_are_the_numbers_as_stored(tmp_path, name):
             open_tiff(str(tmp_path / "a.tif"), labels=True)
         return
     with open_tiff(str(tmp_path / "a.tif"), labels=True) as source:
-        expected = meant if stored.ndim == 3 else stored[..., None] * (np.uint8(255) if stored.dtype == bool else 1)
+        expected = meant if stored.ndim == 3 or stored.dtype == bool else stored[..., None]  # 1 bit is black and white
         np.testing.assert_array_equal(source.read(0, 0, source.info.height, source.info.width), expected)
         assert source.info.dtype == expected.dtype.name
         colors = source.metadata.get("palette")
@@ -120,7 +120,7 @@ def test_masks_of_whole_floats(tmp_path):
     with open_tiff(path, labels=True) as source:
         assert source.info.dtype == "int64"
         np.testing.assert_array_equal(source.read(3, 4, 9, 9)[..., 0], GREY[3:12, 4:13])
-    for value in (0.5, 1e300):
+    for value in (0.5, 1e12):
         tifffile.imwrite(path, np.full((3, 3), value))
         with open_tiff(path, labels=True) as source, pytest.raises(DataError, match="not whole; a mask has"):
             source.read(0, 0, 3, 3)

@@ -13,9 +13,10 @@ from pixelwise.cli.evaluate import evaluate
 from pixelwise.cli.heatmap import heatmap
 from pixelwise.cli.inspect import inspect
 from pixelwise.cli.models import models
+from pixelwise.cli.options import with_flag_value
 from pixelwise.cli.predict import predict
 from pixelwise.cli.report import report
-from pixelwise.cli.train import train, with_flag_value
+from pixelwise.cli.train import train
 from pixelwise.errors import PixelwiseError
 
 app = typer.Typer(
@@ -57,8 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> Any:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("DO_NOT_TRACK", "1")
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if "train" in arguments:
-        arguments = with_flag_value(arguments)
+    arguments = with_flag_value(arguments)
     try:
         app(arguments, prog_name="pixelwise")
     except BrokenPipeError:  # the reader of a pipe (`| head`) has seen enough

@@ -1,6 +1,8 @@
 """`pixelwise inspect`: what is in a data folder, and what is wrong with it."""
 
 import json
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -11,9 +13,11 @@ from rich.table import Table
 from rich.text import Text
 
 from pixelwise.cli import options
+from pixelwise.errors import UsageError
 
 if TYPE_CHECKING:
     from pixelwise.data.check import Inspection
+    from pixelwise.data.pairs import DataFolder
 
 _SCHEMES: tuple[Literal["median_frequency", "enet"], ...] = ("median_frequency", "enet")
 _HEADINGS = {"median_frequency": "median freq.", "enet": "ENet"}
@@ -34,9 +38,15 @@ def inspect(
     series: options.Series = None,
     intensity: options.Intensity = None,
     allow_no_affine: options.AllowNoAffine = False,
+    write_classes: Annotated[
+        str | None,
+        typer.Option(
+            metavar="[FILE]", help="Write the proposed classes, to change: DATA/classes.yaml, or a .yaml FILE."
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    r"""Show what is in a data folder: layout, images, classes, problems, class weights. Writes nothing.
+    r"""Show what is in a data folder: layout, images, classes, problems, class weights. Writes nothing unasked.
 
     Images and masks may be of any format that predict reads. Exit code 2 means that something must be fixed before
     training.
@@ -44,6 +54,8 @@ def inspect(
     Example: pixelwise inspect data/camvid
 
     Example: pixelwise inspect data/hearts --group-by '(.*)-IM-'
+
+    Example: pixelwise inspect data/scans --write-classes
     """
     from pixelwise.cli.predict import reading_options
     from pixelwise.data.check import inspect_data
@@ -51,6 +63,9 @@ def inspect(
 
     reading = reading_options(bands, axis, axes, nan_is_nodata, level, series, intensity, allow_no_affine)
     folder = open_data(data, classes=classes, ignore=tuple(ignore or ()), group_by=group_by, masks=masks)
+    if write_classes is not None:
+        classes, ignore = _write_classes(folder, write_classes), None
+        folder = open_data(data, classes=classes, group_by=group_by, masks=masks)
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("Reading", total=len(folder.pairs))
         inspection = inspect_data(folder, lambda done, total: progress.update(task, completed=done), reading=reading)
@@ -62,6 +77,23 @@ def inspect(
         Console().print(Group(_facts(inspection), Text(), table, Text(), _problem_list(inspection)))
     if any(problem.severity == "fatal" for problem in inspection.problems):
         raise typer.Exit(2)
+
+
+def _write_classes(folder: "DataFolder", name: str) -> Path:
+    """Write the classes of a folder, all other values of its masks as void, and say so on stderr."""
+    from pixelwise.data.classes import save_labels
+    from pixelwise.data.labels import as_ranges
+    from pixelwise.data.proposals import classes_beside, with_unknown_ignored
+
+    path = classes_beside(folder.root) if name == "auto" else Path(name)
+    if os.path.lexists(path):
+        raise UsageError(f"{path}: exists and is kept. Name another file: --write-classes my.yaml.")
+    labels = with_unknown_ignored(folder.labels, folder.pairs)
+    save_labels(path, labels)
+    void = ", ".join(map(str, as_ranges(labels.ignore_values))) or "none"
+    text = f"Wrote {path}: {labels.num_classes} classes, void values: {void}. Change it where it is wrong."
+    Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)
+    return path
 
 
 def _suggested_weights(inspection: "Inspection") -> dict[str, list[float | None]]:
@@ -149,7 +181,9 @@ def _counted(counts: dict[str, int]) -> str:
 
 
 def _values(values: tuple[Any, ...]) -> str:
-    return ", ".join(str(value) for value in values)
+    from pixelwise.data.labels import as_ranges
+
+    return ", ".join(map(str, as_ranges(values)))
 
 
 def _numbers(values: tuple[float, ...]) -> str:

@@ -6,6 +6,12 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+_FLAGS = {
+    "--pretrained": (".pth", ".pt", ".bin", ".tar", ".safetensors", ".ckpt"),
+    "--write-classes": (".yaml", ".yml"),
+}
+"""Options whose value, a file with one of these suffixes, may be left out."""
+
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="The run folder of a trained network.", show_default=False)]
 Data = Annotated[
     Path,
@@ -14,7 +20,19 @@ Data = Annotated[
     ),
 ]
 Classes = Annotated[Path | None, typer.Option(metavar="FILE", help="A classes.yaml, instead of the one in DATA.")]
-Ignore = Annotated[list[int] | None, typer.Option(metavar="VALUE", help="A mask value to ignore; repeatable.")]
+
+
+def _mask_value(text: str | int) -> int:
+    """A whole number, or "nan", which a mask of floats may hold."""
+    from pixelwise.formats.base import NAN_VALUE
+
+    return NAN_VALUE if str(text).lower() == "nan" else int(text)
+
+
+Ignore = Annotated[
+    list[int] | None,
+    typer.Option(metavar="VALUE", parser=_mask_value, help="A mask value to ignore, or nan; repeatable."),
+]
 GroupBy = Annotated[
     str | None,
     typer.Option(metavar="REGEX", help="Regular expression: images with the same group 1 stay in one split."),
@@ -49,6 +67,18 @@ BatchStatistics = Annotated[
     bool,
     typer.Option("--batch-statistics", help="Batch norm by the batch at hand, not by the training's averages."),
 ]
+
+
+def with_flag_value(arguments: list[str]) -> list[str]:
+    """Flags that may stand alone with their value spelt out: "auto", if no file of the right kind follows."""
+    out = []
+    for index, argument in enumerate(arguments):
+        out.append(argument)
+        if argument in _FLAGS:
+            following = arguments[index + 1] if index + 1 < len(arguments) else "--"
+            if following != "auto" and not following.lower().endswith(_FLAGS[argument]):
+                out[-1] = f"{argument}=auto"
+    return out
 
 
 def print_plain(text: str) -> None:

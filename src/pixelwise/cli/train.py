@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from pixelwise.data.check import Inspection
     from pixelwise.train.plan import Plan
 
-_WEIGHT_SUFFIXES = (".pth", ".pt", ".bin", ".tar", ".safetensors", ".ckpt")
-
 
 def train(
     data: options.Data,
@@ -124,18 +122,6 @@ def train(
             scores = evaluate(out, folder, split=split).scores
             console.print(f"{split}: mIoU {100 * scores.miou:.2f}, global accuracy {100 * scores.global_accuracy:.2f}")
     console.print(f"{run.steps:,} steps in {run.seconds / 60:.1f} min. Report: {write_report(out)}", soft_wrap=True)
-
-
-def with_flag_value(arguments: list[str]) -> list[str]:
-    """`--pretrained` with its value spelt out: alone it means the library's weights, before a weight file that file."""
-    out = []
-    for index, argument in enumerate(arguments):
-        out.append(argument)
-        if argument == "--pretrained":
-            following = arguments[index + 1] if index + 1 < len(arguments) else "--"
-            if following != "auto" and not following.lower().endswith(_WEIGHT_SUFFIXES):
-                out[-1] = "--pretrained=auto"
-    return out
 
 
 def _page(plan: "Plan", inspection: "Inspection") -> Table:

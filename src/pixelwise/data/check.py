@@ -159,7 +159,8 @@ def inspect_data(
         {'8x6': 4}
     """
     reading = {key: value for key, value in (reading or {}).items() if value is not None}
-    scans = _with_one_opacity(in_threads(partial(scan_pair, reading=reading), folder.pairs, on_progress), reading)
+    scan = partial(scan_pair, reading=reading, by_color=folder.labels.kind == "rgb")
+    scans = _with_one_opacity(in_threads(scan, folder.pairs, on_progress), scan, reading)
     images = [scan.image for scan in scans if scan.image is not None]
     channels = _common_channels(images)
     train = [scan.image for scan in scans if scan.image is not None and scan.pair.split == "train"]
@@ -184,13 +185,15 @@ def inspect_data(
     )
 
 
-def _with_one_opacity(scans: list[PairScan], reading: Mapping[str, Any]) -> list[PairScan]:
+def _with_one_opacity(
+    scans: list[PairScan], scan_again: Callable[..., PairScan], reading: Mapping[str, Any]
+) -> list[PairScan]:
     """A band that is marked as opacity and has one value may be both; where that of other images is a band, it is one."""
     kinds = {scan.image.opacity_kind for scan in scans if scan.image}
     if reading.get("bands") or not {"band", "constant"} <= kinds:
         return scans
     return [
-        scan_pair(scan.pair, reading, scan.image.channels + 1)
+        scan_again(scan.pair, channels=scan.image.channels + 1)
         if scan.image and scan.image.opacity_kind == "constant"
         else scan
         for scan in scans

@@ -1,5 +1,6 @@
 """Where classes come from: `classes.yaml`, or the values that are found in the masks."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,12 +19,21 @@ from pixelwise.data.labels import (
     LabelSpec,
     Value,
     as_lists,
+    as_ranges,
     distinct_colors,
     is_color,
     pack_value,
 )
 from pixelwise.errors import DataError
 from pixelwise.files import read_yaml, write_text
+from pixelwise.formats.base import NAN_VALUE
+
+CLASSES_NAME = "classes.yaml"
+MAX_VALUES = 65_536
+_MANY = 16
+_NEVER_A_CLASS = (NAN_VALUE, -9999, -32_768, -(2**31))
+VOID_BY_CUSTOM = (*_NEVER_A_CLASS, -1, IGNORE_INDEX, 65_535, 2**31 - 1, 2**32 - 1)
+_RANGE = re.compile(r"(-?\d{1,10})\s*-\s*(-?\d{1,10})")
 
 
 class _ClassEntry(BaseModel):
@@ -45,9 +55,9 @@ class _ClassesFile(BaseModel):
 def load_labels(path: str | Path) -> LabelSpec:
     """Read a `classes.yaml`.
 
-    Each class is a name, or a name with a `color` ([r, g, b] or "#rrggbb") and the mask `values` that mean it (one, or
-    a list that is merged). Without `values`, a class means its position, or its colour where `masks: rgb` stands.
-    `ignore_index` is the value (or list of values) of void.
+    Each class is a name, or a name with a `color` ([r, g, b] or "#rrggbb") and the mask `values` that mean it (one, a
+    range such as 128-255, or a list that is merged). Without `values`, a class means its position, or its colour where
+    `masks: rgb` stands; there a single number or range means greys. `ignore_index` is void, likewise; `.nan` is NaN.
 
     Raises:
         DataError: the file is missing, is not YAML, has unknown keys, or describes impossible classes.
@@ -71,11 +81,20 @@ def load_labels(path: str | Path) -> LabelSpec:
 def save_labels(path: str | Path, labels: LabelSpec) -> None:
     """Write a `classes.yaml` that `load_labels` reads back to an equal LabelSpec."""
     names = ("name", "color", "values")
-    rows = zip(labels.names, as_lists(labels.colors), as_lists(labels.values), strict=True)
-    content = {"masks": labels.kind, "classes": [dict(zip(names, row, strict=True)) for row in rows]}
+    values = [_short(values) for values in labels.values]
+    rows = zip(labels.names, as_lists(labels.colors), values, strict=True)
+    content: dict[str, Any] = {"masks": labels.kind, "classes": [dict(zip(names, row, strict=True)) for row in rows]}
     if labels.ignore_values:
-        content["ignore_index"] = as_lists(labels.ignore_values)
+        content["ignore_index"] = [math.nan if value == NAN_VALUE else value for value in _short(labels.ignore_values)]
     write_text(path, yaml.safe_dump(content, sort_keys=False, default_flow_style=None, allow_unicode=True))
+
+
+def _short(values: Sequence[Value]) -> list[Any]:
+    """Mask values with ranges; many colours as #rrggbb."""
+    shown = as_ranges(values)
+    if len(shown) > _MANY:
+        return ["#{:02x}{:02x}{:02x}".format(*value) if isinstance(value, tuple) else value for value in shown]
+    return list(as_lists(shown))
 
 
 def _from_file(parsed: _ClassesFile) -> LabelSpec:
@@ -95,12 +114,31 @@ def _from_file(parsed: _ClassesFile) -> LabelSpec:
 
 
 def _read_values(content: Any, rgb: bool) -> tuple[Value, ...]:
-    """One value or a list of them; a list of three numbers is one colour where masks hold colours."""
-    single = isinstance(content, int | str) or (rgb and isinstance(content, list) and is_color(tuple(content)))
+    """One value or range, or a list of them; a list of three numbers is one colour where masks hold colours."""
+    single = isinstance(content, int | str | float) or (rgb and isinstance(content, list) and is_color(tuple(content)))
     items = [content] if single else content
     if not isinstance(items, list):
         raise DataError(f"{content!r} is neither a mask value nor a list of them.")
-    return tuple(_read_color(item) if rgb else item for item in items)
+    values: list[Value] = []
+    for item in items:
+        values += _read_range(item, rgb)
+        if len(values) > MAX_VALUES:
+            raise DataError(f"{item!r}: one class has at most {MAX_VALUES:,} mask values.")
+    return tuple(values)
+
+
+def _read_range(item: Any, rgb: bool) -> Sequence[Value]:
+    """The values that one item names: a number, "128-255", a colour, or NaN; of colours, numbers are greys."""
+    if isinstance(item, float) and math.isnan(item):
+        return [NAN_VALUE]
+    ends = _RANGE.fullmatch(item) if isinstance(item, str) else None
+    if ends is None and not (rgb and isinstance(item, int)):
+        return [_read_color(item) if rgb else item]
+    low, high = (int(ends[1]), int(ends[2])) if ends else (item, item)
+    if not (low <= high < low + MAX_VALUES) or (rgb and not 0 <= low <= high < 256):
+        allowed = "greys are 0 to 255" if rgb else f"at most {MAX_VALUES:,} values"
+        raise DataError(f"{item!r} is not a range from a smaller to a larger number ({allowed}).")
+    return [(grey, grey, grey) for grey in range(low, high + 1)] if rgb else range(low, high + 1)
 
 
 def _read_color(content: Any) -> Color:
@@ -132,8 +170,8 @@ def propose_labels(
     """Classes for masks that come without `classes.yaml`, from the values found in them.
 
     0 with 1 or 255 is background and foreground. With `camvid` (SegNet's folder layout) the values 0..11 are CamVid's
-    eleven classes and void. Otherwise each value is a class, except a 255 beside small indices: by custom that is void,
-    but only the user can know, so it is left out here and the data check asks.
+    eleven classes and void. Otherwise each value is a class, except numbers that by custom are void (a 255 or 65535
+    beside small indices, -1, -9999, NaN): only the user can know, so they are left out here and the data check asks.
 
     Args:
         found: mask values and their pixel counts, over all masks.
@@ -166,9 +204,10 @@ def propose_labels(
 
 
 def _propose_indices(values: list[int], palette: Sequence[Color] | None, ignore: tuple[int, ...]) -> LabelSpec:
-    others = [value for value in values if value != IGNORE_INDEX]
-    if len(others) >= 2 and max(others) < 64:
-        values = others
+    others = [value for value in values if value not in VOID_BY_CUSTOM]
+    if len(others) >= 2:
+        values = [value for value in values if value in others or (value > 0 and 4 * max(others) > value)]
+    values = [value for value in values if value not in _NEVER_A_CLASS] or values
     colors = distinct_colors(len(values))
     names = tuple(f"class {value}" for value in values)
     if values in ([0, 1], [0, 255]):

@@ -5,7 +5,7 @@ the user: indices, 0/255, merged ids, RGB colours. `LabelSpec` is the one transl
 """
 
 import colorsys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from pixelwise.errors import DataError, UsageError
+from pixelwise.formats.base import NAN_VALUE
 
 IGNORE_INDEX = 255
 MAX_CLASSES = 254  # ids 0..253; 254 marks "unknown value" while encoding, 255 is void
@@ -42,7 +43,8 @@ class LabelSpec:
         colors: one RGB colour (0..255) per class.
         values: per class the mask-file values that mean it; several values are merged into the class.
         ignore_values: mask-file values that mean void.
-        kind: "index" for masks of integers (H, W), "rgb" for masks of colours (H, W, 3).
+        kind: "index" for masks of integers (H, W), "rgb" for masks of colours (H, W, 3). Where it is "index", a picture
+            in the colours of the classes is understood too, as `colorize` paints it.
 
     Raises:
         DataError: the parts do not fit together (lengths, duplicate names or values, numbers out of range).
@@ -88,7 +90,7 @@ class LabelSpec:
         """Translate a mask as read from its file into class ids.
 
         Args:
-            raw: integers (H, W) for kind "index", uint8 (H, W, 3) for kind "rgb".
+            raw: integers (H, W), or uint8 (H, W, 3) for kind "rgb" and for pictures in the colours of the classes.
 
         Returns:
             uint8 (H, W), ids 0..K-1 and 255 for void.
@@ -97,14 +99,12 @@ class LabelSpec:
             DataError: the mask is of the other kind, or holds values that are neither a class nor void. The message has
                 no file name; the caller knows it.
         """
-        message = self.kind_mismatch("rgb" if raw.ndim == 3 else "index")
-        if message:
-            raise DataError(message)
-        keys = _pack(raw)
-        labels = self._table[keys] if keys.dtype == np.uint8 else self._search(keys)
+        kind: Literal["index", "rgb"] = "rgb" if raw.ndim == 3 else "index"
+        keys = pack_pixels(raw)
+        labels = self._table[keys] if keys.dtype == np.uint8 else self._search(keys, kind)
         unknown = labels == _UNKNOWN
         if unknown.any():
-            raise DataError(self.unknown_message(value_counts(raw[unknown][None])))
+            raise DataError(self.kind_mismatch(kind) or self.unknown_message(value_counts(raw[unknown][None])))
         return labels
 
     def kind_mismatch(self, kind: str) -> str | None:
@@ -117,15 +117,15 @@ class LabelSpec:
             "matching values in classes.yaml, or convert the mask."
         )
 
-    def unknown_message(self, unknown: Mapping[Value, int]) -> str:
-        """One sentence on values that are no class, as said after "mask street_004.png"."""
-        shown = ", ".join(f"{value} ({count:,} px)" for value, count in list(unknown.items())[:8])
+    def unknown_message(self, unknown: Mapping[Value, int], place: str = "") -> str:
+        """One sentence on values that are no class, as said after "mask street_004.png"; `place` is where the first is."""
+        shown = ", ".join(f"{value_name(value)} ({count:,} px{place})" for value, count in list(unknown.items())[:8])
         rest = len(unknown) - 8
         word = "value" if len(unknown) == 1 else "values"
         listing = shown + (f" and {rest:,} other values" if rest > 0 else "")
         advice = "Map it in classes.yaml."
-        if self.kind == "index":
-            options = " ".join(f"--ignore {value}" for value in list(unknown)[:8])
+        if not any(isinstance(value, tuple) and len(set(value)) > 1 for value in unknown):
+            options = " ".join(f"--ignore {value_name(value)}" for value in list(unknown)[:8])
             advice = f"Pass {options}, or map {'it' if len(unknown) == 1 else 'them'} in classes.yaml."
         count = f"there {'is 1 class' if self.num_classes == 1 else f'are {self.num_classes} classes'}"
         return f"holds {word} {listing}, but {count} ({self.describe_values()}). {advice}"
@@ -135,8 +135,8 @@ class LabelSpec:
         known = [value for values in self.values for value in values]
         if known == list(range(len(known))) and len(known) > 1:
             return f"0..{len(known) - 1}"
-        shown = ", ".join(map(str, known[:12]))
-        return f"values {shown}" + (", …" if len(known) > 12 else "")
+        shown = as_ranges(known)
+        return f"values {', '.join(map(str, shown[:12]))}" + (", …" if len(shown) > 12 else "")
 
     def colorize(self, labels: np.ndarray) -> np.ndarray:
         """Paint class ids (H, W) with the class colours: uint8 (H, W, 3); void and unknown ids are black."""
@@ -147,22 +147,26 @@ class LabelSpec:
         return self._palette.tobytes()
 
     def with_ignored(self, ignore: Iterable[int]) -> "LabelSpec":
-        """The same classes with more mask-file values counted as void.
+        """The same classes with more mask-file values counted as void; of colours, a number means that grey.
 
         Raises:
-            UsageError: a value already means a class, or the masks hold colours.
+            UsageError: a value already means a class, or is no grey.
         """
-        added = tuple(value for value in dict.fromkeys(ignore) if value not in self.ignore_values)
-        if added and self.kind == "rgb":
-            raise UsageError(
-                f"--ignore {added[0]}: these masks hold RGB colours, which a single number cannot name. Write the void "
-                "colours as ignore_index in classes.yaml, for example `ignore_index: [[0, 0, 0]]`."
-            )
+        wanted: list[Value] = list(dict.fromkeys(ignore))
+        if self.kind == "rgb":
+            wanted = [(value, value, value) for value in wanted if isinstance(value, int)]
+        added = tuple(value for value in wanted if value not in self.ignore_values)
         for value in added:
+            if self.kind == "rgb" and not is_color(value):
+                raise UsageError(
+                    f"--ignore {value_name(value)}: these masks hold RGB colours, of which a number names a grey, 0 to 255. "
+                    "Write void colours as ignore_index in classes.yaml, for example `ignore_index: [[0, 0, 0]]`."
+                )
             owner = self.class_of(value)
             if owner is not None:
+                what = "this RGB colour" if self.kind == "rgb" else "this mask value"
                 raise UsageError(
-                    f"--ignore {value}: this mask value means class {self.names[owner]!r}. Take it out of "
+                    f"--ignore {value_name(value)}: {what} means class {self.names[owner]!r}. Take it out of "
                     "classes.yaml, or leave the option out."
                 )
         return replace(self, ignore_values=self.ignore_values + added)
@@ -191,7 +195,10 @@ class LabelSpec:
     @cached_property
     def _ids(self) -> dict[Value, int]:
         ids = {value: index for index, values in enumerate(self.values) for value in values}
-        return ids | dict.fromkeys(self.ignore_values, IGNORE_INDEX)
+        ids |= dict.fromkeys(self.ignore_values, IGNORE_INDEX)
+        if self.kind == "index" and len(set(self.colors)) == len(self.colors):
+            ids |= {color: index for index, color in enumerate(self.colors)}
+        return ids
 
     @cached_property
     def _palette(self) -> np.ndarray:
@@ -201,23 +208,29 @@ class LabelSpec:
 
     @cached_property
     def _table(self) -> np.ndarray:
-        return self._search(np.arange(256))
+        return self._search(np.arange(256), "index")
 
     @cached_property
-    def _sorted(self) -> tuple[np.ndarray, np.ndarray]:
-        ids = {pack_value(value): index for value, index in self._ids.items()}
-        keys = sorted(ids)
-        return np.array(keys, dtype=np.int64), np.array([ids[key] for key in keys], dtype=np.uint8)
+    def _sorted(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """For each kind of mask the keys of the known pixels, ascending, and their ids."""
+        tables = {}
+        for kind, wanted in (("index", int), ("rgb", tuple)):
+            ids = sorted((pack_value(value), index) for value, index in self._ids.items() if isinstance(value, wanted))
+            keys = np.array([key for key, _ in ids], dtype=np.int64)
+            tables[kind] = keys, np.array([index for _, index in ids], dtype=np.uint8)
+        return tables
 
-    def _search(self, keys: np.ndarray) -> np.ndarray:
-        known, ids = self._sorted
+    def _search(self, keys: np.ndarray, kind: Literal["index", "rgb"]) -> np.ndarray:
+        known, ids = self._sorted[kind]
+        if not len(known):
+            return np.full(keys.shape, _UNKNOWN, dtype=np.uint8)
         at = np.minimum(np.searchsorted(known, keys), len(known) - 1)
         return np.where(known[at] == keys, ids[at], np.uint8(_UNKNOWN))
 
 
 def value_counts(raw: np.ndarray) -> dict[Value, int]:
     """How many pixels hold each value of a mask (H, W) or (H, W, 3), by ascending value."""
-    keys = _pack(raw).ravel()
+    keys = pack_pixels(raw).ravel()
     if keys.dtype == np.uint8:
         counts = np.bincount(keys, minlength=256)
         return {int(value): int(counts[value]) for value in np.flatnonzero(counts)}
@@ -258,7 +271,7 @@ def _check_values(spec: LabelSpec) -> None:
         for value in values:
             allowed = is_color(value) if spec.kind == "rgb" else _is_index(value)
             if not allowed:
-                want = "three numbers in 0..255" if spec.kind == "rgb" else "a whole number from -2^31 to 2^32"
+                want = "three numbers in 0..255" if spec.kind == "rgb" else "a whole number or a range (128-255)"
                 raise DataError(f"class {name!r}: mask value {value!r} is not {want} ({spec.kind} masks).")
             if value in seen:
                 raise DataError(f"mask value {value} means both {seen[value]!r} and {name!r}.")
@@ -266,14 +279,14 @@ def _check_values(spec: LabelSpec) -> None:
 
 
 def _is_index(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and -(2**31) <= value < 2**32
+    return isinstance(value, int) and not isinstance(value, bool) and NAN_VALUE <= value < 2**32
 
 
 def is_color(value: object) -> bool:
     return isinstance(value, tuple) and len(value) == 3 and all(_is_index(part) and 0 <= part < 256 for part in value)
 
 
-def _pack(raw: np.ndarray) -> np.ndarray:
+def pack_pixels(raw: np.ndarray) -> np.ndarray:
     """One number per pixel: the value itself, or 0xRRGGBB."""
     if raw.ndim < 3:
         return raw
@@ -284,6 +297,33 @@ def _pack(raw: np.ndarray) -> np.ndarray:
 def pack_value(value: Value) -> int:
     """The number that orders mask values: the value itself, or 0xRRGGBB."""
     return value if isinstance(value, int) else value[0] << 16 | value[1] << 8 | value[2]
+
+
+def value_name(value: Value) -> str:
+    """A mask value as users write it: greys by their number, and "nan"."""
+    if isinstance(value, tuple):
+        return str(value[0]) if len(set(value)) == 1 else str(value)
+    return "nan" if value == NAN_VALUE else str(value)
+
+
+def as_ranges(values: Sequence[Value]) -> list[Any]:
+    """Mask values with each run of three or more ascending numbers, or greys, as a text.
+
+    Example:
+        >>> as_ranges([0, 128, 129, 130, 131])
+        [0, '128-131']
+    """
+    shown: list[Any] = []
+    runs: list[list[Value]] = []
+    for value in values:
+        if runs and pack_value(value) - pack_value(runs[-1][-1]) == (1 if isinstance(value, int) else 0x010101):
+            runs[-1].append(value)
+        else:
+            runs.append([value])
+    for run in runs:
+        is_number = isinstance(run[0], int) or len(set(run[0])) == 1
+        shown += [f"{value_name(run[0])}-{value_name(run[-1])}"] if len(run) > 2 and is_number else run
+    return shown
 
 
 def as_lists(value: Any) -> Any:

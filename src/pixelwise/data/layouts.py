@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from pixelwise.data.classes import load_labels, propose_labels
 from pixelwise.data.folders import Layout, beside_splits, find_layout
-from pixelwise.data.labels import LabelSpec, Value
+from pixelwise.data.labels import LabelSpec
 from pixelwise.data.mask_folders import choose_masks, is_doubtful
 from pixelwise.data.matching import Source, match_source
 from pixelwise.data.pairs import (
@@ -22,13 +21,12 @@ from pixelwise.data.pairs import (
     compile_group_by,
     first_of,
 )
-from pixelwise.data.scan import MaskScan, in_threads, scan_mask
+from pixelwise.data.proposals import find_labels
 from pixelwise.data.split_lists import SplitLists, apply_split_lists, find_split_lists
 from pixelwise.data.tables import Table, find_tables, read_pairs
 from pixelwise.data.unused import find_unused, unread_lists
 from pixelwise.errors import DataError, UsageError
 from pixelwise.formats import SOURCE_SUFFIXES
-from pixelwise.formats.base import Palette
 
 __all__ = ["SPLITS", "DataFolder", "Pair", "Problem", "open_data"]
 
@@ -92,12 +90,13 @@ def open_data(
         problems += find_unused(root, pairs, told, found.list_files)
     problems += _undivided_folders(pairs, split_words)
     problems += _doubtful_split(root, found, split_words)
+    spec, questions = find_labels(root, pairs, classes=classes, ignore=ignore, labels=labels, camvid=found.is_segnet)
     return DataFolder(
         root=root,
         layout=words + split_words,
         pairs=tuple(sorted(pairs, key=lambda pair: (SPLITS.index(pair.split), pair.name))),
-        labels=labels.with_ignored(ignore) if labels else _find_labels(root, classes, pairs, ignore, found.is_segnet),
-        problems=tuple(problems),
+        labels=spec,
+        problems=(*problems, *questions),
         group_by=group_by,
         masks=masks,
     )
@@ -238,49 +237,6 @@ def _with_splits(pairs: list[Pair], fractions: Sequence[float], is_listed: bool)
         return pairs, ""
     splits = assign_splits([pair.group for pair in pairs if pair.split in ("", "train")], fractions)
     return [replace(pair, split=splits[pair.group]) if pair.split in ("", "train") else pair for pair in pairs], words
-
-
-def _find_labels(
-    root: Path, classes: str | Path | None, pairs: list[Pair], ignore: Sequence[int], is_segnet: bool
-) -> LabelSpec:
-    beside = (root if root.is_dir() else root.parent) / "classes.yaml"
-    if classes is not None or beside.is_file():
-        return load_labels(classes or beside).with_ignored(ignore)
-    found_or_not = in_threads(_scan_or_error, [pair for pair in pairs if pair.mask])
-    scans = [scan for scan in found_or_not if isinstance(scan, MaskScan)]
-    if not scans:
-        raise DataError(f"{root}: none of its masks can be read, for example {found_or_not[0]}")
-    kind = Counter(scan.kind for scan in scans).most_common(1)[0][0]
-    found: Counter[Value] = Counter()
-    for scan in scans:
-        if scan.kind == kind:
-            found.update(scan.counts)
-    if len(found) > 2 and any(scan.format in ("jpeg", "mpo") for scan in scans):
-        raise DataError(
-            f"{root}: its masks are JPEG, which blurs values: {len(found):,} different ones are found. "
-            "Save the masks as PNG, or say in classes.yaml which values mean which class."
-        )
-    try:
-        return propose_labels(found, palette=_common_palette(scans), camvid=is_segnet, ignore=ignore)
-    except DataError as error:
-        raise DataError(f"{root}: {error}") from error
-
-
-def _scan_or_error(pair: Pair) -> MaskScan | DataError:
-    """A file that cannot be read is told when the data are checked."""
-    try:
-        return scan_mask(pair)
-    except DataError as error:
-        return error
-
-
-def _common_palette(scans: list[MaskScan]) -> Palette | None:
-    """The palette of the masks, if they have one that tells the values apart."""
-    palette = next((scan.palette for scan in scans if scan.palette), None)
-    used = {value for scan in scans for value in scan.counts if isinstance(value, int)}
-    if palette is None or max(used) >= len(palette) or len({palette[value] for value in used}) < len(used):
-        return None
-    return palette
 
 
 def _no_masks(root: Path, layout: Layout) -> str:

@@ -4,14 +4,19 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import combinations
 
+from pixelwise.data.classes import VOID_BY_CUSTOM
 from pixelwise.data.groups import propose_groups
-from pixelwise.data.labels import IGNORE_INDEX, LabelSpec, Value
+from pixelwise.data.labels import IGNORE_INDEX, LabelSpec, Value, as_ranges, value_name
 from pixelwise.data.matching import relative
+from pixelwise.data.orientation import turned_masks
 from pixelwise.data.pairs import NO_VALIDATION, SPLITS, DataFolder, Problem, counted, first_of
-from pixelwise.data.scan import PairScan
+from pixelwise.data.photographs import fills_areas, looks_swapped
+from pixelwise.data.scan import PairScan, place_of
 from pixelwise.data.unread import left_out
 from pixelwise.formats.local import printable
 
+_STRAY_PX, _PLACES = 100, 5  # values in at most so many pixels are shown with their place, so many of them
+_FRAME = 0.9  # of the pixels on the frame
 _LISTED = 20
 """Of more problems of one kind in one split, the rest is told in one message."""
 
@@ -32,6 +37,7 @@ def find_problems(folder: DataFolder, scans: Sequence[PairScan]) -> tuple[Proble
     for check in per_split:
         for split, there in by_split.items():
             problems += check(split, there, folder)
+    problems += [*_swapped(scans, folder), *_inverted(scans, folder), *turned_masks(scans)]
     problems += [
         *_mixed_images(folder, scans),
         *_opacity(folder, scans),
@@ -74,27 +80,62 @@ def _size_mismatches(split: str, scans: list[PairScan], folder: DataFolder) -> l
     for scan in scans:
         if scan.image and scan.mask and (difference := scan.mask.grid.difference(scan.image.grid)):
             names = tuple(relative(path, folder.root) for path in (scan.pair.image, scan.pair.mask) if path)
-            problems.append(Problem("fatal", f"{split}: mask {names[-1]} {difference.format(names[0])}", names))
+            message = f"{split}: mask {names[-1]} {difference.format(names[0])}{_one_hot(scan)}"
+            problems.append(Problem("fatal", message, names))
     return _capped(problems, f"{split}: {{}} more masks differ in size or place from their images")
 
 
+def _one_hot(scan: PairScan) -> str:
+    """What a mask of more planes than its image seems to be."""
+    if not scan.mask or not scan.image or scan.image.grid.planes > 1 or scan.mask.grid.planes == 1:
+        return ""
+    if len(scan.mask.counts) > 2 or 0 not in scan.mask.counts:
+        return ""
+    return (
+        f" It holds two values only, so it seems to be one-hot: one of its {scan.mask.grid.planes} planes for each class. "
+        "Save the number of the plane that is set instead: numpy.argmax(mask, axis=0)."
+    )
+
+
 def _other_kind(split: str, scans: list[PairScan], folder: DataFolder) -> Iterator[Problem]:
-    wrong = [scan for scan in scans if scan.mask and scan.mask.kind != folder.labels.kind]
+    other = [scan for scan in scans if scan.mask and scan.mask.kind != folder.labels.kind]
+    known = folder.labels.class_of
+    painted = [scan for scan in other if scan.mask and all(known(value) is not None for value in scan.mask.counts)]
+    wrong = [scan for scan in other if scan not in painted]
     if wrong:
         message = folder.labels.kind_mismatch("rgb" if folder.labels.kind == "index" else "index")
         yield Problem("fatal", f"{split}: {_masks(wrong)} {message}", _mask_files(folder, wrong))
+    if painted:
+        count = counted(len(painted), "mask", "is painted", "are painted")
+        message = f"{split}: {count} in the RGB colours of the classes, and read by them."
+        yield Problem("warning", message, _mask_files(folder, painted))
 
 
 def _unknown_values(split: str, scans: list[PairScan], folder: DataFolder) -> Iterator[Problem]:
-    wrong, unknown = [], Counter[Value]()
+    wrong, unknown, pixels = [], Counter[Value](), 0
     for scan in scans:
         counts = scan.mask.counts if scan.mask and scan.mask.kind == folder.labels.kind else {}
         here = {value: count for value, count in counts.items() if folder.labels.class_of(value) is None}
         unknown.update(here)
         wrong += [scan] if here else []
+        pixels += sum(counts.values())
     if wrong:
         message = folder.labels.unknown_message(dict(unknown.most_common()))
+        places = [
+            _place(wrong, value) for value, count in unknown.items() if count <= _STRAY_PX and value != IGNORE_INDEX
+        ]
+        if places:
+            message += f" Values in so few pixels may be strays: {first_of(places, _PLACES, separator='; ')}."
+        if 2 * sum(unknown.values()) > pixels and not set(unknown) <= set(VOID_BY_CUSTOM):
+            message += " Most pixels are of no class: are these masks of another data set, or the classes?"
         yield Problem("fatal", f"{split}: {_masks(wrong)} {message}", _mask_files(folder, wrong))
+
+
+def _place(scans: list[PairScan], value: Value) -> str:
+    """Where the first pixel of a value is: "7 in a.png at row 3, column 5"."""
+    holder = next(scan.pair for scan in scans if scan.mask and value in scan.mask.counts)
+    name = printable(holder.mask.name if holder.mask else "")
+    return f"{value_name(value)} in {name} at {place_of(holder, value)}"
 
 
 def _empty_masks(split: str, scans: list[PairScan], folder: DataFolder) -> Iterator[Problem]:
@@ -116,6 +157,52 @@ def _missing_classes(split: str, scans: list[PairScan], folder: DataFolder) -> I
         effect = "cannot be learnt." if split == "train" else "cannot be scored there."
         subject = "It" if len(missing) == 1 else "They"
         yield Problem("warning", f"{split}: no mask contains {first_of(missing, 12)}. {subject} {effect}")
+
+
+def _swapped(scans: Sequence[PairScan], folder: DataFolder) -> Iterator[Problem]:
+    """Looked at only where most masks cannot be masks."""
+    masks = [scan for scan in scans if scan.pair.mask]
+    known = folder.labels.class_of
+    odd = [
+        scan
+        for scan in masks
+        if scan.mask is None or not fills_areas(scan.mask) or all(known(value) is None for value in scan.mask.counts)
+    ]
+    if 2 * len(odd) > len(masks) and (message := looks_swapped([scan.pair for scan in odd])):
+        yield Problem("fatal", message)
+
+
+def _inverted(scans: Sequence[PairScan], folder: DataFolder) -> Iterator[Problem]:
+    """Of background and foreground, the background is what reaches the frame of nearly every image."""
+    labels = folder.labels
+    if labels.num_classes != 2 or labels.names[0].lower() != "background":
+        return
+    seen = inverted = 0
+    files = []
+    for scan in scans:
+        if scan.mask is None or not {0, 1} <= _classes(scan, labels):
+            continue
+        seen += 1
+        shares = []
+        for counts in (scan.mask.border, scan.mask.counts):
+            pixels = [sum(n for value, n in counts.items() if labels.class_of(value) == index) for index in (0, 1)]
+            shares.append(pixels[1] / max(1, sum(pixels)))
+        if shares[0] > _FRAME and shares[1] > 0.5:
+            inverted += 1
+            files.append(scan)
+    if inverted:
+        names = first_of(_mask_files(folder, files), 3)
+        shown = f"{labels.names[1]} ({', '.join(map(str, as_ranges(labels.values[1])))})"
+        message = (
+            f"{counted(inverted, 'mask', 'looks', 'look')} inverted (of {seen:,} with both classes): {shown} "
+            f"fills the frame and most of the area: {names}. "
+        )
+        advice = (
+            "If so, exchange the values of both classes in classes.yaml (`pixelwise inspect DATA --write-classes`)."
+        )
+        if inverted < seen:
+            advice = "If so, invert these files; the others look different."
+        yield Problem("warning", message + advice, _mask_files(folder, files))
 
 
 def _mixed_images(folder: DataFolder, scans: Sequence[PairScan]) -> Iterator[Problem]:

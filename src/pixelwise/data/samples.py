@@ -20,7 +20,7 @@ from pixelwise.data.pairs import Pair
 from pixelwise.errors import DataError, PixelwiseError, UsageError
 from pixelwise.files import extra
 from pixelwise.formats import FORMATS, Source, open_source
-from pixelwise.formats.base import View
+from pixelwise.formats.base import Palette, View
 from pixelwise.formats.local import printable
 from pixelwise.formats.registry import is_picture
 
@@ -48,6 +48,7 @@ class Grid:
     crs: str | None = None  # coordinate system as WKT
     transform: tuple[float, ...] | None = None  # (a, b, c, d, e, f): x = a column + b row + c, y = d column + e row + f
     affine: tuple[float, ...] | None = None  # (4, 4), row by row: voxels to millimetres
+    orientation: int = 1  # EXIF orientation of the file, by which its pixels were turned
 
     @classmethod
     def of(cls, source: Source) -> "Grid":
@@ -61,6 +62,7 @@ class Grid:
             crs=None if crs is None else str(crs),
             transform=None if transform is None or crs is None else tuple(float(value) for value in transform),
             affine=None if affine is None else tuple(np.asarray(affine, dtype=np.float64).ravel().tolist()),
+            orientation=int(known.get("orientation", 1)),
         )
 
     @property
@@ -72,7 +74,8 @@ class Grid:
         """How the grid of this mask differs from its image's, {}, as far as both files know it; None if it does not."""
         if (self.width, self.height) != (image.width, image.height):
             turned = (image.width, image.height) == (self.height, self.width)
-            hint = " One of them may be turned: both have their own EXIF orientation." if turned else ""
+            numbers = f"the image has {image.orientation}, the mask {self.orientation} (1 turns nothing)"
+            hint = f" One of them is turned by its own EXIF orientation: {numbers}." if turned else ""
             mine, its = f"{self.width} x {self.height} px", f"{image.width} x {image.height} px"
             return f"is {mine}, but its image {{}} is {its}. Both must have the same size.{hint}"
         if self.planes != image.planes:
@@ -100,7 +103,7 @@ class OpenPair:
         self.mask: Source | None = None
         try:
             if pair.mask is not None:
-                self.mask = open_mask(pair.mask, reading, pair.image)
+                self.mask = open_mask(pair.mask, reading, pair.image, by_color=labels.kind == "rgb")
                 if difference := Grid.of(self.mask).difference(Grid.of(self.image)):
                     name = printable(pair.image)
                     raise DataError(f"{printable(pair.mask)}: the mask {difference.format(name)}")
@@ -272,14 +275,33 @@ def to_tensor(array: np.ndarray, channels: int | None = None) -> torch.Tensor:
     return torch.from_numpy(planes if planes.flags.writeable else planes.copy())
 
 
-def open_mask(path: str | Path, reading: Reading | None = None, image: str | Path | None = None) -> Source:
-    """Open a mask: the numbers as they are stored, or 8-bit colours. A DICOM segmentation gets the planes of `image`."""
+def open_mask(
+    path: str | Path, reading: Reading | None = None, image: str | Path | None = None, *, by_color: bool = False
+) -> Source:
+    """Open a mask: the numbers as they are stored, or 8-bit colours; `by_color` those of its palette, if it has one.
+
+    A DICOM segmentation gets the planes of `image`.
+    """
     options: dict[str, Any] = {"allow_no_affine": True}
     if str(path).lower().endswith(FORMATS["nifti"].suffixes):
         options["axis"] = (reading or {}).get("axis")
     if may_be_segmentation(path):
         options["like"] = None if image is None else str(image)
-    return open_source(path, labels=True, **options)
+    source = open_source(path, labels=True, **options)
+    palette = source.metadata.get("palette") if by_color else None
+    return PaletteColors(source, palette) if palette else source
+
+
+class PaletteColors(View):
+    """A palette mask as the colours that its indices mean."""
+
+    def __init__(self, source: Source, palette: Palette) -> None:
+        super().__init__(source, channels=3, dtype="uint8")
+        self._colors = np.zeros((max(256, len(palette)), 3), dtype=np.uint8)
+        self._colors[: len(palette)] = palette
+
+    def read(self, top: int, left: int, height: int, width: int, plane: int = 0) -> NDArray[Any]:
+        return self._colors[self.source.read(top, left, height, width, plane)[:, :, 0]]
 
 
 def may_be_segmentation(path: str | Path) -> bool:

@@ -9,7 +9,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from pixelwise.data.labels import Value, pack_value, value_counts
+from pixelwise.data.labels import Value, pack_pixels, pack_value, value_counts
 from pixelwise.data.pairs import Pair
 from pixelwise.data.places import Places
 from pixelwise.data.samples import (
@@ -57,6 +57,11 @@ class MaskScan:
     palette: Palette | None  # its colours by index
     digest: str  # SHA-256 of the decoded pixels
     format: str  # of the file
+    solid: Mapping[Value, int] = field(
+        default_factory=dict
+    )  # of these, how many have only equal neighbours (8 of them)
+    border: Mapping[Value, int] = field(default_factory=dict)  # pixels per value on the frame of each plane
+    nodata: float | None = None  # the number that the file declares to be no data
     places: tuple[Places, ...] = ()  # where the values are, for each plane if they are too large to be read as a whole
 
 
@@ -95,10 +100,13 @@ class PairScan:
         return self.labelled if self.labelled is not None else self.mask.counts if self.mask else {}
 
 
-def scan_pair(pair: Pair, reading: Reading | None = None, channels: int | None = None) -> PairScan:
+def scan_pair(
+    pair: Pair, reading: Reading | None = None, channels: int | None = None, *, by_color: bool = False
+) -> PairScan:
     """Read both files, the image as a network for so many channels does.
 
-    Sums are taken of training images only, for the others nobody asks.
+    Sums are taken of training images only, for the others nobody asks. Masks with a palette are read `by_color` if the
+    classes are colours.
     """
     image = mask = image_error = mask_error = labelled = None
     try:
@@ -107,24 +115,40 @@ def scan_pair(pair: Pair, reading: Reading | None = None, channels: int | None =
         image_error = _reason(error, pair.image)
     try:
         mask = scan_mask(pair, reading) if pair.mask is not None else None
+        by_color = by_color and mask is not None and mask.palette is not None
+        if by_color:
+            mask = scan_mask(pair, reading, by_color=True)
     except DataError as error:
         mask_error = _reason(error, pair.mask)
     if image and mask and image.pixels < image.grid.pixels and not mask.grid.difference(image.grid):
-        labelled = _counts_with_data(pair, reading, channels)
+        labelled = _counts_with_data(pair, reading, channels, by_color)
     return PairScan(
         pair=pair, image=image, mask=mask, image_error=image_error, mask_error=mask_error, labelled=labelled
     )
 
 
-def scan_mask(pair: Pair, reading: Reading | None = None) -> MaskScan:
+def scan_mask(pair: Pair, reading: Reading | None = None, *, by_color: bool = False) -> MaskScan:
     """Read the mask of a pair and count its values; asked again about an unchanged file, it answers from memory."""
     path, axis = Path(pair.mask or ""), (reading or {}).get("axis")
     image = pair.image if may_be_segmentation(path) else None
     try:
         status = path.stat()
     except (OSError, ValueError):
-        return _scan_mask(path, image, axis, 0, 0)  # which raises the reader's own message
-    return _scan_mask(path, image, axis, status.st_mtime_ns, status.st_size)
+        return _scan_mask(path, image, axis, by_color, 0, 0)  # which raises the reader's own message
+    return _scan_mask(path, image, axis, by_color, status.st_mtime_ns, status.st_size)
+
+
+def place_of(pair: Pair, value: Value, reading: Reading | None = None) -> str:
+    """Where the first pixel of a value lies in a mask, in words; "" if it is not there."""
+    with open_mask(pair.mask or "", reading, pair.image, by_color=isinstance(value, tuple)) as source:
+        for plane, top, bottom in strips(source):
+            raw = mask_values(source.read(top, 0, bottom - top, source.info.width, plane))
+            here = raw == value if raw.ndim == 2 else (raw == np.array(value)).all(axis=2)
+            if here.any():
+                row, column = np.unravel_index(int(here.argmax()), here.shape)
+                within = f"plane {plane}, " if source.info.planes > 1 else ""
+                return f"{within}row {top + row}, column {column}"
+    return ""
 
 
 def strips(source: Source) -> Iterator[tuple[int, int, int]]:
@@ -228,10 +252,13 @@ def _scan_image(path: Path, reading: Reading | None, channels: int | None, *, wi
         )
 
 
-def _counts_with_data(pair: Pair, reading: Reading | None, channels: int | None) -> dict[Value, int]:
+def _counts_with_data(pair: Pair, reading: Reading | None, channels: int | None, by_color: bool) -> dict[Value, int]:
     """Pixels per value of a mask where its image has data, by ascending value."""
     counts = Counter[Value]()
-    with open_image(pair.image, reading, channels) as image, open_mask(pair.mask or "", reading, pair.image) as mask:
+    with (
+        open_image(pair.image, reading, channels) as image,
+        open_mask(pair.mask or "", reading, pair.image, by_color=by_color) as mask,
+    ):
         for plane, top, bottom in strips(image):
             window = (top, 0, bottom - top, image.info.width, plane)
             raw, valid = mask_values(mask.read(*window)), image.valid(*window)
@@ -240,9 +267,11 @@ def _counts_with_data(pair: Pair, reading: Reading | None, channels: int | None)
 
 
 @lru_cache(maxsize=50_000)
-def _scan_mask(path: Path, image: Path | None, axis: int | None, _mtime_ns: int, _size: int) -> MaskScan:
-    with open_mask(path, {"axis": axis}, image) as source:
-        info, counts = source.info, Counter[Value]()
+def _scan_mask(
+    path: Path, image: Path | None, axis: int | None, by_color: bool, _mtime_ns: int, _size: int
+) -> MaskScan:
+    with open_mask(path, {"axis": axis}, image, by_color=by_color) as source:
+        info, counts, solid, border = source.info, Counter[Value](), Counter[Value](), Counter[Value]()
         is_large = info.height * info.width > WHOLE_PX
         places = [Places(info.height, info.width) for _ in range(info.planes if is_large else 0)]
 
@@ -252,12 +281,14 @@ def _scan_mask(path: Path, image: Path | None, axis: int | None, _mtime_ns: int,
                 yield raw
                 found = value_counts(raw)
                 counts.update(found)
+                solid.update(_solid_counts(raw, found))
+                border.update(_border_counts(raw, top == 0, bottom == info.height))
                 if len(counts) > MAX_VALUES_OF_LARGE and is_picture(path):
                     places.clear()  # all of it is in memory while it is open, so it can be trained on as a whole
                 if len(counts) > (MAX_VALUES_OF_LARGE if places else MAX_VALUES):
                     raise DataError(
                         f"{printable(path)}: holds {len(counts):,} different values; it looks like a photograph, not a mask "
-                        "of classes."
+                        "of classes. If it is one, save it again as PNG, without JPEG and antialiasing."
                     )
                 if places:
                     places[plane].add(top, raw, found)
@@ -270,8 +301,29 @@ def _scan_mask(path: Path, image: Path | None, axis: int | None, _mtime_ns: int,
             palette=source.metadata.get("palette"),
             digest=digest,
             format=info.format,
+            solid=solid,
+            border=border,
+            nodata=source.metadata.get("nodata"),
             places=tuple(places),
         )
+
+
+def _solid_counts(raw: NDArray[Any], found: Mapping[Value, int]) -> Mapping[Value, int]:
+    """Pixels per value whose eight neighbours are equal to them; where only two values are found, all are taken as such."""
+    if len(found) <= 2 or min(raw.shape[:2]) < 3:
+        return found
+    keys = pack_pixels(raw)
+    across = keys[:, 1:-1] == keys[:, :-2]
+    across &= keys[:, 1:-1] == keys[:, 2:]
+    inner = across[1:-1] & across[:-2] & across[2:]
+    inner &= (keys[1:-1, 1:-1] == keys[:-2, 1:-1]) & (keys[1:-1, 1:-1] == keys[2:, 1:-1])
+    return value_counts(raw[1:-1, 1:-1][inner][None]) if inner.any() else {}
+
+
+def _border_counts(raw: NDArray[Any], is_first: bool, is_last: bool) -> Counter[Value]:
+    """Pixels per value on the frame of a plane, of which this strip of rows is a part."""
+    sides = [raw[:, :1], raw[:, -1:]] + [raw[:1].swapaxes(0, 1)] * is_first + [raw[-1:].swapaxes(0, 1)] * is_last
+    return Counter(value_counts(np.concatenate(sides)))
 
 
 def _spacing(metadata: Mapping[str, Any]) -> str:

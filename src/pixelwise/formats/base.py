@@ -21,6 +21,9 @@ LABELS = "labels"
 TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 BACKGROUND = ("background", "void", "unlabeled", "unlabelled")
 """What classes are called, in lower case, that are no object; by name, because the first of two organs is none."""
+NAN_VALUE = -(2**31) - 1
+"""What a mask of floats holds where it has no number: NaN, infinity or the fill value of a raster, such as -3.4e38."""
+_FILL = 1e30
 MAPS = ("entropy", "mutual_information", "max_probability")
 
 
@@ -171,7 +174,7 @@ def orient(array: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def whole_numbers(array: NDArray[Any]) -> NDArray[Any]:
-    """Masks are integers; 1 bit counts as black and white, and floats pass if they are whole numbers.
+    """Masks are integers; 1 bit counts as black and white, and floats pass if they are whole, or no number (`NAN_VALUE`).
 
     Raises:
         DataError: they are not.
@@ -180,11 +183,27 @@ def whole_numbers(array: NDArray[Any]) -> NDArray[Any]:
         return array.astype(np.uint8) * np.uint8(255)
     if array.dtype.kind in "ui":
         return array
-    if array.dtype.kind == "f" and np.isfinite(array).all() and np.abs(array).max() < 2**31:
-        whole = array.astype(np.int64)
-        if (whole == array).all():
-            return whole
-    raise DataError(f"it holds numbers of type {array.dtype} that are not whole; a mask has whole numbers.")
+    if array.dtype.kind == "f":
+        gaps = ~(np.abs(array) < _FILL)
+        known = np.where(gaps, 0, array)
+        if np.abs(known).max() < 2**32:
+            whole = known.astype(np.int64)
+            if (whole == known).all():
+                whole[gaps] = NAN_VALUE
+                return whole
+    raise DataError(
+        f"it holds numbers of type {array.dtype} that are not whole; a mask has whole numbers. If they "
+        "are probabilities or greys, apply a threshold: (mask > 0.5).astype(numpy.uint8)."
+    )
+
+
+def check_opacity(colors: NDArray[Any], opacity: NDArray[Any]) -> None:
+    """Raise `DataError` for a mask (H, W, C) that would lose all it says with its opacity (H, W), which is no label."""
+    if (colors == colors[:1, :1]).all() and (opacity != opacity[0, 0]).any():
+        raise DataError(
+            "its colour is the same everywhere and only its opacity (alpha) differs, so the mask is in its alpha channel. "
+            "Save that channel alone: PIL.Image.open(FILE).getchannel('A').save(FILE)."
+        )
 
 
 def pixel_type(dtype: np.dtype[Any], channels: int, labels: bool) -> str:
@@ -197,7 +216,11 @@ def pixel_type(dtype: np.dtype[Any], channels: int, labels: bool) -> str:
         raise DataError(f"its numbers are of type {str(dtype)[:60]}; whole numbers and floats can be used.")
     name = "uint8" if dtype.kind == "b" else dtype.newbyteorder("=").name
     if labels and channels != 1 and (channels, name) != (3, "uint8"):
-        raise DataError(f"it has {channels} channels of {name}; a mask has one channel of whole numbers, or 8-bit RGB.")
+        raise DataError(
+            f"it has {channels} channels of {name}; a mask has one channel of whole numbers, or 8-bit RGB. "
+            "If each channel is one class (one-hot), save the number of the largest instead (numpy.argmax); if "
+            "they are slices, name the axes (tifffile.imwrite(FILE, stack, metadata={'axes': 'ZYX'}))."
+        )
     return "int64" if labels and dtype.kind == "f" else name
 
 

@@ -32,6 +32,7 @@ from pixelwise.formats.base import (
     Source,
     SourceInfo,
     check_finite,
+    check_opacity,
     orient,
     whole_numbers,
 )
@@ -85,6 +86,7 @@ class ImageSource(Source):
         if (frames := _frames(image)) > 1:
             text = f"it holds {frames:,} frames, of which only the first is read; save the others as files of their own"
             known["warnings"] = (text,)
+        known |= {"orientation": self._orientation} if self._orientation in range(2, 9) else {}
         self.metadata: Mapping[str, Any] = MappingProxyType(known)
         self.info = SourceInfo(
             location=location,
@@ -171,7 +173,9 @@ def _pixels(image: Image.Image, info: SourceInfo, is_wide: bool, labels: bool) -
         array = np.asarray(image.convert("RGB") if image.mode in _TO_RGB else image)
     array = array if array.ndim == 3 else array[:, :, None]
     if image.mode in _WITH_OPACITY:
-        array = array[:, :, :-1]
+        array, opacity = array[:, :, :-1], array[:, :, -1]
+        if labels:
+            check_opacity(array, opacity)
     if array.dtype == bool:
         return array * np.uint8(255)
     if array.dtype.kind == "f":

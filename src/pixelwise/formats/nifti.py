@@ -176,8 +176,9 @@ class _NiftiSource(Source):
         missing = ~np.isfinite(values) if self._nan_is_nodata else None
         if missing is None:
             moment = f" of time point {time}" if self._shape[3] > 1 else ""
-            advice = "take them for missing data: nan_is_nodata (--nan-is-nodata)" if not self._labels else ""
-            check_finite(values, f"slice {index}{moment} along axis {self._axis} ({where})", advice)
+            if not self._labels:
+                advice = "take them for missing data: nan_is_nodata (--nan-is-nodata)"
+                check_finite(values, f"slice {index}{moment} along axis {self._axis} ({where})", advice)
         else:
             values = np.where(missing, 0, values)
         if self._labels:

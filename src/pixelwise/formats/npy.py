@@ -80,7 +80,8 @@ class _NpySource(Source):
                 array = self._file.window(self._offset, self._dtype, self._shape, box)
             order = [y, x, *(axis for axis, name in enumerate(self._axes) if name == "c"), *self._planes]
             array = array.transpose(order).reshape(height, width, -1)
-            check_finite(array, where)
+            if not self._labels:
+                check_finite(array, where)
             if array.dtype.kind == "b" or self._labels:
                 array = whole_numbers(array)
             return np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("="))

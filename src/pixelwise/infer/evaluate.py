@@ -1,6 +1,7 @@
 """Score a trained network on a split: one exact confusion matrix over every labelled pixel, at full resolution."""
 
 import math
+import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -8,7 +9,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from pixelwise.data.classes import CLASSES_NAME
 from pixelwise.data.layouts import DataFolder, Pair, open_data
+from pixelwise.data.proposals import classes_beside
 from pixelwise.errors import DataError, PixelwiseError, UsageError
 from pixelwise.files import write_json
 from pixelwise.infer.predictor import Predictor, load
@@ -17,7 +20,6 @@ from pixelwise.metrics.confusion import Scores
 
 EXAMPLES = 2  # of each of best, median and worst
 BATCH = 10  # images in a pass with statistics of the batch, as the authors of FC-DenseNet tested
-CLASSES_NAME = "classes.yaml"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,8 +174,7 @@ def open_for(
         UsageError: an option does not fit.
     """
     root = Path(root)
-    beside = (root if root.is_dir() else root.parent) / CLASSES_NAME
-    known = None if classes is not None or beside.is_file() else predictor.labels
+    known = None if classes is not None or os.path.lexists(classes_beside(root)) else predictor.labels
     trained = predictor.card.data.get("group_by")
     if group_by is None and isinstance(trained, str):
         group_by = trained

@@ -19,7 +19,7 @@ from pydantic import (
 
 from pixelwise.data.transforms import Flips
 from pixelwise.errors import DataError, UsageError
-from pixelwise.files import read_yaml
+from pixelwise.files import parse_yaml, read_yaml
 from pixelwise.losses.pixel import Reduction
 from pixelwise.losses.weights import Scheme
 from pixelwise.models.registry import suggestion
@@ -242,7 +242,7 @@ def parse_settings(settings: list[str]) -> dict[str, Any]:
         if not equals:
             raise UsageError(f"--set {setting!r}: write it as key=value, for example --set lr=0.001.")
         try:
-            value = yaml.safe_load(text)
+            value = parse_yaml(text)
         except (ValueError, RecursionError, yaml.YAMLError) as error:
             raise UsageError(f"--set {setting!r}: the value cannot be read ({error}).") from error
         if isinstance(value, str):  # YAML takes 1e-3 for a text

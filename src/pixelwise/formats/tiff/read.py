@@ -14,7 +14,7 @@ import tifffile
 from numpy.typing import NDArray
 
 from pixelwise.errors import DataError
-from pixelwise.formats.base import Opener, Source, SourceInfo, orient, pixel_type, whole_numbers
+from pixelwise.formats.base import Opener, Source, SourceInfo, check_opacity, orient, pixel_type, whole_numbers
 from pixelwise.formats.local import Identity, readable
 from pixelwise.formats.ranges import Handles, opening
 from pixelwise.formats.tiff import opacity
@@ -128,7 +128,11 @@ class TiffSource(Source):
         rows, columns = self._rendering.as_stored(self.info, (top, top + height), (left, left + width))
         where = f"rows {top}..{top + height}, columns {left}..{left + width}"
         with readable(self.info.location, where if self.info.planes == 1 else f"plane {plane}, {where}"):
-            pixels = self._rendering.without_opacity(self._stored(plane, rows, columns))
+            stored = self._stored(plane, rows, columns)
+            pixels = self._rendering.without_opacity(stored)
+            is_whole = (height, width) == (self.info.height, self.info.width)  # of a part nobody could say
+            if self._rendering.labels and is_whole and pixels.shape[2] < stored.shape[2]:
+                check_opacity(pixels, stored[:, :, -1])
             empty = None if self._rendering.labels else self._empty(pixels)
             if pixels.dtype.kind == "f" and not self._rendering.labels and not (finite := np.isfinite(pixels)).all():
                 bad = ~finite if empty is None else ~finite & ~empty[:, :, None]
@@ -182,9 +186,9 @@ class Rendering:
     """How stored numbers become the pixels that are meant: palettes are looked up, opacity is dropped, black is 0.
 
     With `labels` the numbers stay as they are stored: no palette, no inversion; whole floats become integers. 1 bit gives
-    0 and 255 in both. Where the file says what its numbers stand for (`meaning`: scales and offsets, one of each for a
-    channel), others than masks are float32 times the one plus the other. All this is taken from the tags of a page;
-    `DataError` if it is neither grey, RGB nor a palette, or cannot be a mask.
+    0 (black) and 255 (white) in both, as in a PNG. Where the file says what its numbers stand for (`meaning`: scales and
+    offsets, one of each for a channel), others than masks are float32 times the one plus the other. All this is taken from
+    the tags of a page; `DataError` if it is neither grey, RGB nor a palette, or cannot be a mask.
     """
 
     def __init__(
@@ -251,7 +255,7 @@ class Rendering:
             array = whole_numbers(array)
         else:
             array = array * np.uint8(255) if self.bits == 1 else array
-            if self.inverted and array.dtype.kind == "u" and not self.labels:
+            if self.inverted and array.dtype.kind == "u" and (self.bits == 1 or not self.labels):
                 array = array.dtype.type(255 if self.bits == 1 else (1 << self.bits) - 1) - array
         if self.meaning:
             scales, offsets = self.meaning

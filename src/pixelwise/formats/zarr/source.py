@@ -107,10 +107,12 @@ class ZarrSource(Source):
         )
         with readable(self.info.location, where):
             window = self._window(top, left, height, width, plane)
-            there = None if self._void is None else self._mask(window, (top, left, height, width, plane))
+            there = (
+                None if self._void is None or self._labels else self._mask(window, (top, left, height, width, plane))
+            )
             if there is not None:
                 window[~there] = 0
-            if window.dtype.kind == "f":
+            if window.dtype.kind == "f" and not self._labels:
                 check_finite(window, where)
             if self._is_packed:
                 scale, offset = 1.0 if self._scale is None else self._scale, self._offset or 0.0
