@@ -75,12 +75,12 @@ class TrainingLoop(pl.Callback):
     ) -> None:
         module, step, loss = self.module, trainer.global_step, outputs["loss"].detach()
         module.after_step(loss)
-        is_due = time.monotonic() - self._saved_at >= 60 * module.config.checkpoint_minutes
-        elapsed, asked, is_time = self._agreed(trainer, self._elapsed(), self._asked, is_due)
-        module.progress.elapsed_s = elapsed
-        self.interrupted = signal.Signals(int(asked)).name if asked else None
+        (module.progress.elapsed_s,) = self._agreed(trainer, self._elapsed())
         self._losses.append(loss)
         self._log(trainer)
+        is_late = time.monotonic() - self._saved_at >= 60 * module.config.checkpoint_minutes
+        asked, is_time = self._agreed(trainer, self._asked, is_late)
+        self.interrupted = signal.Signals(int(asked)).name if asked else None
         if not asked and self._is_due(step):
             self.checkpoint(trainer)  # a validation may be long: nothing is lost if it is killed
             self._validate(trainer)
