@@ -1,59 +1,61 @@
-"""YAML from outside: what no honest file holds is refused at once, whatever it would expand to."""
+"""Files appear whole, with the permissions that the user asks for, and what a kill leaves is removed."""
 
 import os
+import stat
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
-from pixelwise.data.classes import load_labels
-from pixelwise.errors import DataError, UsageError
-from pixelwise.files import MAX_YAML_BYTES, read_yaml
-from pixelwise.train.config import parse_settings, read_config
-
-LAUGHS = "a: &a [x, x]\n" + "".join(
-    f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True)
-)
+from pixelwise.files import atomic_path, hidden_name, remove_leftovers, write_text
 
 
-@pytest.mark.parametrize(
-    ("text", "reason"),
-    [
-        (LAUGHS, "alias"),
-        ("classes: [a, b]\nbase: &x {a: 1}\nother: {<<: *x}", "alias"),
-        (f"classes: [{', '.join(map(str, range(1_000_000)))}]", "100,000 values"),
-        ("[" * 100_000, "levels"),
-        ("classes: [a]\nignore_index: " + ":".join(["59"] * 400_000), "characters"),  # a number of base 60
-        ("classes: [a, b]\n" + "#" * (MAX_YAML_BYTES + 1), "bytes"),
-    ],
-    ids=["aliases", "merge", "million", "deep", "sexagesimal", "large"],
-)
-def test_what_would_take_minutes_is_refused_at_once(text, reason, tmp_path):
-    path = tmp_path / "classes.yaml"
-    path.write_text(text)
-    started = time.perf_counter()
-    with pytest.raises(DataError, match=rf"classes\.yaml.*{reason}"):
-        load_labels(path)
-    with pytest.raises(UsageError, match=rf"--config .*{reason}"):
-        read_config(path)
-    assert time.perf_counter() - started < 5
+@pytest.mark.skipif(os.name != "posix", reason="needs permissions")
+@pytest.mark.parametrize(("mask", "wanted"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_a_file_has_the_permissions_of_the_umask_whatever_wrote_it(tmp_path: Path, mask: int, wanted: int) -> None:
+    before = os.umask(mask)
+    try:
+        with atomic_path(tmp_path / "weights") as part:
+            part.touch(mode=0o600)  # as safetensors does
+        assert stat.S_IMODE((tmp_path / "weights").stat().st_mode) == wanted
+    finally:
+        os.umask(before)
 
 
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
-def test_a_pipe_a_device_and_a_folder_are_not_waited_for(tmp_path):
-    os.mkfifo(tmp_path / "pipe.yaml")
-    for path in (tmp_path / "pipe.yaml", "/dev/zero", tmp_path):
-        with pytest.raises(DataError, match="no regular file"):
-            read_yaml(path)
+def left_by_a_killed_process(folder: Path) -> None:
+    code = f"""
+import os
+from pathlib import Path
+from pixelwise.files import atomic_path
+with atomic_path(Path({str(folder)!r}) / "card.json") as part:
+    part.write_text("half")
+    os._exit(9)
+"""
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 9
 
 
-def test_an_honest_file_of_many_values_is_read(tmp_path):
-    path = tmp_path / "classes.yaml"
-    path.write_text(
-        "classes:\n" + "".join(f"- {{name: c{i}, values: {list(range(i, 65_000, 254))}}}\n" for i in range(254))
-    )
-    assert load_labels(path).class_of(64_999) == 64_999 % 254
-
-
-def test_settings_of_the_command_line_have_the_same_limits():
-    with pytest.raises(UsageError, match="alias"):
-        parse_settings(["options.x=[&a 1, *a]"])
+def test_what_a_killed_process_left_is_removed_and_what_others_write_is_not(tmp_path: Path) -> None:
+    left_by_a_killed_process(tmp_path)
+    (left,) = tmp_path.iterdir()
+    mine, foreign, old = (tmp_path / name for name in ("mine.txt", "foreign.txt", "old.txt"))
+    folder = hidden_name(tmp_path / "a.zarr", "part")
+    pid = left.name.split(".")[-3].split("-")[1]
+    folder = folder.with_name(folder.name.replace(f"-{os.getpid():x}-", f"-{pid}-"))
+    (folder / "inner").mkdir(parents=True)
+    with atomic_path(mine) as part:
+        part.write_text("being written")
+        elsewhere = [
+            hidden_name(path, "part").with_name(f".{path.name}.000000-1-00000000.part") for path in (foreign, old)
+        ]
+        for path in elsewhere:
+            path.write_text("of another machine")
+        os.utime(elsewhere[1], (time.time() - 90_000,) * 2)
+        for name in (".hidden", ".x.part", ".b.1234.part", "c.part"):
+            write_text(tmp_path / name, "the user's own")
+        remove_leftovers(tmp_path, tmp_path / "nowhere")
+        assert part.exists() and elsewhere[0].exists()
+        assert not left.exists() and not folder.exists() and not elsewhere[1].exists()
+    kept = {".hidden", ".x.part", ".b.1234.part", "c.part", "mine.txt", elsewhere[0].name}
+    assert {path.name for path in tmp_path.iterdir()} == kept

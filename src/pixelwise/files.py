@@ -1,15 +1,20 @@
 """Writing files so that a name never holds half of its content, whatever is killed when; and optional packages."""
 
 import errno
+import hashlib
 import importlib
 import json
 import os
+import platform
+import re
 import secrets
 import shutil
 import stat
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,6 +29,8 @@ ZARR_DOCUMENTS = ("zarr.json", ".zarray", ".zgroup")
 MAX_YAML_BYTES = 16 << 20
 _MAX_YAML_VALUES, _MAX_YAML_DEPTH, _MAX_YAML_TEXT = 100_000, 50, 10_000
 _YAML_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the one in C is many times faster
+_LEFTOVER = re.compile(r"\..+\.(?P<home>[0-9a-f]{6})-(?P<pid>[0-9a-f]+)-[0-9a-f]{8}\.(part(\..*)?|old)", re.DOTALL)
+_DAY_S = 24 * 60 * 60
 
 
 @contextmanager
@@ -43,15 +50,78 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part{path.suffix}")
+    part = hidden_name(path, f"part{path.suffix}")
     try:
         yield part
         with part.open("rb+") as file:
             os.fsync(file.fileno())
+        _allow_as_others(part)
         part.replace(path)
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+
+
+def hidden_name(path: Path, end: str) -> Path:
+    """A new hidden name beside `path`, which tells the process that it belongs to: see `remove_leftovers`."""
+    return path.with_name(f".{path.name}.{_home()}-{os.getpid():x}-{secrets.token_hex(4)}.{end}")
+
+
+def remove_leftovers(*folders: Path) -> None:
+    """Remove what processes that were killed have left half written in these folders; what lives is left alone.
+
+    Whether a process of another machine or container still writes cannot be known; its files go when they are a day old.
+    """
+    for folder in folders:
+        for path in folder.iterdir() if folder.is_dir() else ():
+            match = _LEFTOVER.fullmatch(path.name)
+            if match is None or _may_be_written(path, match["home"], int(match["pid"], 16)):
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                with suppress(OSError):  # another call was faster
+                    path.unlink()
+
+
+def _may_be_written(path: Path, home: str, pid: int) -> bool:
+    with suppress(OSError):
+        if home != _home() or os.name != "posix":
+            return time.time() - path.lstat().st_mtime < _DAY_S
+        if pid == os.getpid():
+            return True
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return False
+    return True
+
+
+@lru_cache(maxsize=1)
+def _home() -> str:
+    """Six hex digits for the place where process numbers mean something: this machine since its start, this container."""
+    told = [platform.node()]
+    with suppress(OSError):
+        told.append(Path("/proc/sys/kernel/random/boot_id").read_text())
+        told.append(str(Path("/proc/self/ns/pid").readlink()))
+    return hashlib.sha256("".join(told).encode()).hexdigest()[:6]
+
+
+def _allow_as_others(path: Path) -> None:
+    """Let others read a file as the user's umask says, whatever the library thought that wrote it (safetensors: nobody)."""
+    with suppress(OSError):  # not every file system has permissions
+        path.chmod(0o666 & ~_umask())
+
+
+def _umask() -> int:
+    with suppress(OSError, StopIteration, ValueError):
+        lines = Path("/proc/self/status").read_text(errors="replace").splitlines()
+        return int(next(line for line in lines if line.startswith("Umask:")).split()[1], 8)
+    mask = os.umask(
+        0o077
+    )  # the only other way to ask; for a moment other threads are more careful than they need to be
+    os.umask(mask)
+    return mask
 
 
 @contextmanager
@@ -77,8 +147,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     if os.path.lexists(path) and not any((path / name).is_file() for name in ZARR_DOCUMENTS):
         raise PixelwiseError(f"{path}: exists and is no Zarr, so it is kept. Choose another name.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    token = secrets.token_hex(4)
-    part, old = (path.with_name(f".{path.name}.{token}.{end}") for end in ("part", "old"))
+    part, old = (hidden_name(path, end) for end in ("part", "old"))
     try:
         part.mkdir()
         yield part
@@ -141,7 +210,7 @@ def write_text(path: str | Path, content: str) -> None:
 
 def write_json(path: str | Path, value: Any) -> None:
     """Write `value` as indented JSON; NaN is written as null so that any JSON reader accepts the file."""
-    write_text(path, json.dumps(_without_nan(value), indent=2, allow_nan=False) + "\n")
+    write_text(path, json.dumps(without_nan(value), indent=2, allow_nan=False) + "\n")
 
 
 def read_json(path: str | Path) -> Any:
@@ -213,11 +282,12 @@ def _read_regular(path: Path) -> str:
         return file.read(MAX_YAML_BYTES).decode("utf-8")
 
 
-def _without_nan(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
+    """A copy of nested values with None for NaN and infinities, which JSON cannot hold."""
     if isinstance(value, dict):
-        return {str(key): _without_nan(item) for key, item in value.items()}
+        return {str(key): without_nan(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_nan(item) for item in value]
+        return [without_nan(item) for item in value]
     if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
         return None
     return value

@@ -125,7 +125,7 @@ BAD_VALUES = {
     "data": [None, [], 3],
     "versions": [None, "1.0"],
     "scores": [None, [0.5]],
-    "weights_sha256": [None, "", 3, "0" * 63, "0" * 64, "../../etc", "Z" * 64, HUGE],
+    "weights_sha256": [None, "", 3, "0" * 63, "../../etc", "Z" * 64, HUGE],
     "format": [None, 0, 2, True, "1", HUGE, [], math.nan],
 }
 
@@ -173,15 +173,48 @@ def test_damaged_or_foreign_weights_are_noticed_by_their_hash(run):
         load_bundle(run)
 
 
-def test_a_new_network_beside_an_old_card_is_noticed(run, monkeypatch):
-    def killed(*_):
-        raise KeyboardInterrupt
+def killed(*_):
+    raise KeyboardInterrupt
 
+
+def test_a_network_that_was_saved_by_half_is_the_new_one_with_its_own_card(run, monkeypatch):
     monkeypatch.setattr("pixelwise.infer.bundle.write_json", killed)
+    new = create_model("unet", **CONFIG)
     with pytest.raises(KeyboardInterrupt):
-        save_bundle(run, create_model("unet", **CONFIG), CARD)
+        save_bundle(run, new, replace(CARD, scores={"val": {"miou": 0.75}}))
+    loaded, card = load_bundle(run)
+    assert card.scores == {"val": {"miou": 0.75}} == load_card(run).scores
+    assert card.weights_sha256 == sha256((run / "model.safetensors").read_bytes()).hexdigest()
+    assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in new.state_dict().items())
+    assert json.loads((run / "model.json").read_text())["scores"] == {"val": {"miou": 0.5}}
+
+
+def test_the_weights_alone_are_enough_and_tell_when_they_are_damaged(run):
+    (run / "model.json").unlink()
+    path = run / "model.safetensors"
+    whole = path.read_bytes()
+    assert load_card(run) == replace(CARD, weights_sha256=sha256(whole).hexdigest())
+    for place in (9, 200, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(DataError, match=r"holds no model\.json"):
+            load_bundle(run)
+
+
+def test_folders_of_earlier_versions_are_read_and_their_two_files_must_belong_together(run):
+    path = run / "model.safetensors"
+    rewrite_weights(run, lambda state: None)  # safetensors alone writes no card into it
+    assert b"card" not in path.read_bytes()[:3000]
+    assert load_bundle(run)[1].scores == CARD.scores
+    before = (run / "model.json").read_text()
+    rewrite_weights(run, lambda state: state.update({name: tensor * 2 for name, tensor in state.items()}))
+    (run / "model.json").write_text(before)
     with pytest.raises(DataError, match="different moments of a run"):
         load_bundle(run)
+
+
+def test_a_card_that_was_edited_is_followed(run):
+    rewrite_card(run, lambda card: card.update(mean=[0.1, 0.1, 0.1]))
+    assert load_bundle(run)[1].mean == (0.1, 0.1, 0.1)
 
 
 def first_float(state):

@@ -47,8 +47,10 @@ def test_only_measured_quantities_are_plotted(tmp_path):
     assert training_curves(write_metrics(tmp_path, "step,epoch,lr\n1,1,0.1\n"))[0] == "1 step, 1 epoch."
 
 
-def test_the_best_validation_is_the_first_of_equals():
-    assert best_validation([(1, 0.2), (5, 0.7), (9, 0.7)]) == (5, 0.7)
+def test_the_best_validation_is_that_of_the_weights_that_are_kept_else_the_last_of_equals():
+    points = [(1, 0.2), (5, 0.7), (9, 0.7), (12, 0.3)]
+    assert best_validation(points) == (9, 0.7)
+    assert best_validation(points, 12) == (12, 0.3) and best_validation(points, 13) == (9, 0.7)
     assert best_validation([]) is None
 
 

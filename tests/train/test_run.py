@@ -53,7 +53,9 @@ def last_state(run: Path) -> dict:
 
 
 def test_a_run_learns_and_its_folder_is_enough_to_predict_with(toy_data: Path, tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
     run = train(toy_data, tiny(epochs=20), out=tmp_path / "run")
+    assert signal.getsignal(signal.SIGTERM) == before  # Lightning would go on to swallow it
     assert run.interrupted is None and run.steps == 60
     assert run.best_miou is not None and run.best_miou > 0.85
     scores = pixelwise.evaluate(run.folder, toy_data, split="test").scores

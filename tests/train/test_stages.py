@@ -210,9 +210,9 @@ def test_killed_in_any_stage_it_goes_on_and_ends_with_the_same_weights(
 def test_killed_before_the_first_checkpoint_of_a_stage_it_begins_that_stage_again(
     toy_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pixelwise.train import run as run_module
+    from pixelwise.train import job as job_module
 
-    whole, torn, real = tmp_path / "whole", tmp_path / "torn", run_module.SegmentationModule
+    whole, torn, real = tmp_path / "whole", tmp_path / "torn", job_module.SegmentationModule
     train(toy_data, tiny(steps=3, stages=["unet"]), out=whole)
 
     def dies_in_the_second(model: object, config: RunConfig, *args: object) -> object:
@@ -220,10 +220,10 @@ def test_killed_before_the_first_checkpoint_of_a_stage_it_begins_that_stage_agai
             raise KeyboardInterrupt
         return real(model, config, *args)
 
-    monkeypatch.setattr(run_module, "SegmentationModule", dies_in_the_second)
+    monkeypatch.setattr(job_module, "SegmentationModule", dies_in_the_second)
     with pytest.raises(KeyboardInterrupt):
         train(toy_data, tiny(steps=3, stages=["unet"]), out=torn)
-    monkeypatch.setattr(run_module, "SegmentationModule", real)
+    monkeypatch.setattr(job_module, "SegmentationModule", real)
     moved = torn.rename(tmp_path / "moved")  # what a stage starts from is found where the run lies now
     train(toy_data, out=moved, resume=True)
     assert_same_weights(whole, moved)

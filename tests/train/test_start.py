@@ -75,6 +75,51 @@ def test_a_head_for_other_classes_stays_random_and_is_said(
     assert made.model.decoder[4].conv1_1_D.weight.std() > 0
 
 
+def with_classes(toy_data: Path, root: Path, text: str) -> Inspection:
+    for path in toy_data.rglob("*.png"):
+        (root / path.relative_to(toy_data)).parent.mkdir(parents=True, exist_ok=True)
+        (root / path.relative_to(toy_data)).write_bytes(path.read_bytes())
+    (root / "classes.yaml").write_text(f"classes:\n{text}")
+    return inspect_data(open_data(root))
+
+
+ONES = "  - {name: foreground, values: 1}\n  - {name: background, values: 0}\n"
+
+
+@pytest.mark.parametrize("model", ["unet", "segnet", "fcn8s", "encoder_decoder"])
+def test_what_belongs_to_a_class_is_taken_over_by_its_name(toy_data: Path, tmp_path: Path, model: str) -> None:
+    """The same two classes in another order: the scores of every class are those of the run, at once."""
+    options = {
+        "unet": {"widths": [4, 6]}, "segnet": {"widths": [4] * 5}, "encoder_decoder": {"backbone": "test_resnet"},
+        "fcn8s": {"widths": [4] * 5, "head_width": 8, "upsampling": "inner"},
+    }[model]  # fmt: skip
+    given = {"model": model, "options": options}
+    run = train(toy_data, make_config({**TINY, **given, "steps": 1}), out=tmp_path / "run").folder
+    turned = with_classes(toy_data, tmp_path / "turned", ONES)
+    made = start(turned, init=str(run), **given)
+    trained, _ = load_bundle(run)
+    image = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.allclose(made.model.eval()(image), trained.eval()(image)[:, [1, 0]], atol=1e-5)
+    assert "taken over by name: foreground, background" in made.loaded and "random" not in made.loaded
+
+
+def test_a_class_that_the_run_does_not_know_starts_random_and_is_named(toy_data: Path, tmp_path: Path) -> None:
+    given = {"model": "unet", "options": {"widths": [4, 6]}}
+    run = train(toy_data, make_config({**TINY, **given, "steps": 1}), out=tmp_path / "run").folder
+    trained, _ = load_bundle(run)
+    rows = trained.score.weight
+    others = "  - {name: tumour, values: 1}\n  - {name: tissue, values: 0}\n"
+    made = start(with_classes(toy_data, tmp_path / "other", others), init=str(run), **given)
+    assert "random: tumour, tissue (the other network knows background, foreground)" in made.loaded
+    assert not torch.isin(made.model.score.weight, rows).any() and made.model.score.weight.std() > 0
+    three = "  - {name: edge, values: 2}\n  - {name: foreground, values: 1}\n  - {name: background, values: 0}\n"
+    made = start(with_classes(toy_data, tmp_path / "three", three), init=str(run), **given)
+    assert "taken over by name: foreground, background; random: edge" in made.loaded
+    assert torch.equal(made.model.score.weight[1:], rows[[1, 0]])
+    assert not torch.isin(made.model.score.weight[0], rows).any()
+
+
 def test_another_network_is_refused(inspection: Inspection, trained: Path) -> None:
     with pytest.raises(UsageError, match=r"segnet of .*trained does not belong to this network: .* 0 tensors fit"):
         start(inspection, init=str(trained), model="unet", options={"widths": [4, 6]})

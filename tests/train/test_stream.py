@@ -1,5 +1,6 @@
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,6 +9,7 @@ from hypothesis import strategies as st
 from pixelwise.data.check import inspect_data
 from pixelwise.data.layouts import open_data
 from pixelwise.data.transforms import training_transform
+from pixelwise.machine import Room
 from pixelwise.train.plan import default_workers
 from pixelwise.train.stream import (
     BatchStream,
@@ -141,23 +143,44 @@ def test_drawing_a_crop_leaves_the_caller_s_random_state(crops):
 
 
 def test_the_number_of_workers_suits_the_machine(monkeypatch):
-    monkeypatch.setattr("os.sched_getaffinity", lambda _pid: set(range(2)), raising=False)
-    assert (default_workers("cpu"), default_workers("cuda")) == (1, 1)
-    monkeypatch.setattr("os.sched_getaffinity", lambda _pid: {0}, raising=False)
-    assert (default_workers("cpu"), default_workers("cuda")) == (0, 1)
-    monkeypatch.setattr("os.sched_getaffinity", lambda _pid: set(range(64)), raising=False)
-    assert (default_workers("cpu"), default_workers("cuda")) == (1, 8)
+    for processors, wanted in ((2, (1, 1)), (1, (0, 1)), (64, (1, 8))):
+        monkeypatch.setattr("pixelwise.data.scan.processors", lambda count=processors: count)
+        assert (default_workers("cpu"), default_workers("cuda")) == wanted
 
 
-def test_the_cache_takes_a_share_of_the_memory(monkeypatch):
-    monkeypatch.setattr("os.sysconf", lambda name: {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 1000}[name], raising=False)
-    assert fits_in_cache(1_200_000) and not fits_in_cache(1_300_000)
-
-    def unknown(_name):
-        raise ValueError("unrecognized configuration name")
-
-    monkeypatch.setattr("os.sysconf", unknown, raising=False)
+def test_the_cache_takes_a_share_of_the_memory_that_is_free(monkeypatch):
+    monkeypatch.setattr("pixelwise.train.stream.memory_room", lambda: Room(4_000_000, "a container"))
+    assert fits_in_cache(1_599_999) and not fits_in_cache(1_600_001)
+    monkeypatch.setattr("pixelwise.train.stream.memory_room", lambda: None)
     assert fits_in_cache(1_000_000_000) and not fits_in_cache(2_000_000_000)
+
+
+def test_without_memory_for_the_cache_each_image_is_read_when_it_is_drawn(crops, monkeypatch):
+    real = CropSet._load
+
+    def short(self, index):
+        if index == 5 and not self._samples and not getattr(self, "is_made", False):
+            raise MemoryError
+        return real(self, index)
+
+    monkeypatch.setattr(CropSet, "_load", short)
+    made, whole = crops(), crops(cache=False)
+    made.is_made = whole.is_made = True
+    assert not made._samples
+    assert all(torch.equal(one, other) for one, other in zip(made[5, 3], whole[5, 3], strict=True))
+
+
+def test_where_shared_memory_is_small_the_same_batches_come_without_it(crops, monkeypatch):
+    """Docker's 64 MiB: torch puts every tensor of a worker there, and the process dies of SIGBUS when it is full."""
+    made = []
+    for room in (None, Room(1 << 30, "plenty"), Room(1000, "64 MiB of /dev/shm")):
+        monkeypatch.setattr("pixelwise.train.stream.shared_memory_room", lambda room=room: room)
+        loader = make_loader(crops(), BatchStream(12, batch_size=4, seed=0), workers=1, pin_memory=False)
+        made.append(next(iter(loader)))
+    assert all(isinstance(item, torch.Tensor) for item in (*made[0], *made[1]))
+    assert all(isinstance(item, np.ndarray) for item in made[2])
+    for one, other in zip(made[0], made[2], strict=True):
+        assert np.array_equal(one.numpy(), other)
 
 
 @pytest.mark.parametrize(("error", "is_told"), [(ConnectionResetError(104, "reset"), False), (ValueError("x"), True)])

@@ -18,6 +18,7 @@ from pixelwise.cli.predict import predict
 from pixelwise.cli.report import report
 from pixelwise.cli.train import train
 from pixelwise.errors import PixelwiseError
+from pixelwise.machine import processors
 
 app = typer.Typer(
     name="pixelwise",
@@ -57,6 +58,10 @@ def main(arguments: Sequence[str] | None = None) -> Any:
     # Nothing phones home: the libraries below are told so before they are imported.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("DO_NOT_TRACK", "1")
+    if processors() < (
+        os.cpu_count() or 1
+    ):  # torch counts those of the machine, and its threads would wait for each other
+        os.environ.setdefault("OMP_NUM_THREADS", str(processors()))
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     arguments = with_flag_value(arguments)
     try:

@@ -7,7 +7,10 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
+from pixelwise.train.plan import SLOW
+
 LINE_EVERY_S = 60.0
+MEASURED = 0.1  # share of the budget from which on its pace is known
 
 
 class TrainingProgress:
@@ -26,6 +29,7 @@ class TrainingProgress:
             disable=not console.is_terminal,
         )
         self._task: Any = None
+        self._told: set[str] = set()
 
     def __enter__(self) -> Self:
         return self
@@ -39,17 +43,31 @@ class TrainingProgress:
         """Update the display with new values."""
         self.values |= event
         if "validated" in event:
-            now, best = 100 * event["miou"], 100 * event["best_miou"]
-            self.console.print(f"step {event['validated']:,}: validation mIoU {now:.2f}, best {best:.2f}")
+            headline, best = event["headline"], event["best"]
+            kept = "undefined" if best < 0 else f"{100 * best:.2f}"
+            self._say(f"step {event['validated']:,}: validation {headline.text}; kept weights: {headline.name} {kept}")
+            if event["note"] and event["note"] not in self._told:
+                self._told.add(event["note"])
+                self._say(event["note"])
         if "step" not in event:
             return
         if self._task is None:  # the bar starts with training, below the plan
             self._bar.start()
             self._task = self._bar.add_task("", total=1.0, step=0, text="")
+        expected, planned = event["expected_steps"], event["planned_steps"]
+        if event["spent"] > MEASURED and expected < SLOW * planned and "pace" not in self._told:
+            self._told.add("pace")
+            self._say(
+                f"step {event['step']:,}: slower than planned, about {expected:,} of {planned:,} steps in this time"
+            )
         self._bar.update(self._task, completed=event["spent"], step=event["step"], text=self._text())
         if not self.console.is_terminal and time.monotonic() - self._line_at >= LINE_EVERY_S:
             self._line_at = time.monotonic()
             self.console.print(f"step {event['step']:,} ({100 * event['spent']:.0f} %): {self._text()}")
+
+    def _say(self, text: str) -> None:
+        """A line; names of classes are no markup."""
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def _text(self) -> str:
         """Loss, mIoU, speed and time left, as far as they are known."""

@@ -7,6 +7,7 @@ import typer
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from pixelwise.cli import options
 
@@ -110,44 +111,53 @@ def train(
     if run.interrupted:
         stage = f" of stage {run.plan.stage.partition(',')[0]}" if run.plan.stage else ""
         where = f"Stopped by {run.interrupted} at step {run.steps:,}{stage}"
-        console.print(f"{where}; the checkpoint is written. Continue with --resume.", soft_wrap=True)
+        options.print_plain(f"{where}; the checkpoint is written. Continue with --resume.")
         raise typer.Exit(130)
     for split in ("val", "test"):
         pairs = folder.split(split)
         if unlabelled := sum(pair.mask is None for pair in pairs):
-            console.print(
-                f"{split}: not scored, {unlabelled:,} of its {len(pairs):,} images have no mask.", soft_wrap=True
-            )
+            options.print_plain(f"{split}: not scored, {unlabelled:,} of its {len(pairs):,} images have no mask.")
         elif pairs:
-            scores = evaluate(out, folder, split=split).scores
-            console.print(f"{split}: mIoU {100 * scores.miou:.2f}, global accuracy {100 * scores.global_accuracy:.2f}")
-    console.print(f"{run.steps:,} steps in {run.seconds / 60:.1f} min. Report: {write_report(out)}", soft_wrap=True)
+            found = evaluate(out, folder, split=split)
+            options.print_plain(f"{split}, {found.images:,} images: {found.headline.text}")
+            means = f"mIoU {100 * found.scores.miou:.2f}, global accuracy {100 * found.scores.global_accuracy:.2f}"
+            options.print_plain(f"{split}: {means}")
+    if run.is_short:
+        options.print_plain(
+            f"Only {run.steps:,} of {run.plan.steps:,} planned steps were done in the time: the machine was slower than "
+            "when the plan was made, or busy. The scores would be higher with more --minutes, or with --steps."
+        )
+    options.print_plain(f"{run.steps:,} steps in {run.seconds / 60:.1f} min. Report: {write_report(out)}")
 
 
 def _page(plan: "Plan", inspection: "Inspection") -> Table:
     table = Table(box=SIMPLE, show_header=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
+
+    def row(key: str, value: str) -> None:
+        table.add_row(key, Text(value))  # names of classes and files are no markup
+
     images = ", ".join(f"{count:,} {name}" for name, count in plan.data["images"].items())
     if plan.stage:
-        table.add_row("stage", plan.stage)
-    table.add_row("data", f"{plan.data['root']}: {plan.data['layout']}; {images}")
+        row("stage", plan.stage)
+    row("data", f"{plan.data['root']}: {plan.data['layout']}; {images}")
     for problem in inspection.problems:
-        table.add_row("  warning", problem.message)
-    table.add_row("classes", f"{len(plan.classes)}: {', '.join(plan.classes)}")
+        row("  warning", problem.message)
+    for note in plan.notes:
+        row("  note", note)
+    row("classes", f"{len(plan.classes)}: {', '.join(plan.classes)}")
     options = ", ".join(f"{key}={value}" for key, value in plan.config.items())
-    table.add_row("network", f"{plan.model} ({options}); {plan.parameters:,} parameters")
-    table.add_row("weights", plan.pretrained or "random")
-    table.add_row(
-        plan.inputs, f"{plan.crop_px} x {plan.crop_px} px, {plan.batch_size} a batch, {plan.workers} worker processes"
-    )
+    row("network", f"{plan.model} ({options}); {plan.parameters:,} parameters")
+    row("weights", plan.pretrained or "random")
+    row(plan.inputs, f"{plan.crop_px} x {plan.crop_px} px, {plan.batch_size} a batch, {plan.workers} worker processes")
     if plan.separation:
-        table.add_row("gaps", plan.separation)
-    table.add_row("computes", f"{plan.precision} on {plan.device}, {plan.step_s:.2f} s a step")
+        row("gaps", plan.separation)
+    row("computes", f"{plan.precision} on {plan.device}, {plan.step_s:.2f} s a step")
     validation = (
         f"validation every {plan.validate_every_steps:,} steps" if plan.validate_every_steps else "no validation images"
     )
-    table.add_row("steps", f"about {plan.steps:,}, {plan.steps_per_epoch:,} an epoch; {validation}")
+    row("steps", f"about {plan.steps:,}, {plan.steps_per_epoch:,} an epoch; {validation}")
     memory = f", {plan.memory_bytes / 2**30:.1f} GiB of memory" if plan.memory_bytes else ""
-    table.add_row("expected", f"{plan.expected_s / 60:.1f} min{memory}")
+    row("expected", f"{plan.expected_s / 60:.1f} min{memory}")
     return table

@@ -5,7 +5,6 @@ classes and checking both need them.
 """
 
 import hashlib
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -34,6 +33,7 @@ from pixelwise.formats.base import Palette
 from pixelwise.formats.beside import not_read
 from pixelwise.formats.local import printable
 from pixelwise.formats.registry import is_picture
+from pixelwise.machine import processors
 
 MAX_VALUES = 4096
 MAX_VALUES_OF_LARGE = 256  # of each the places are counted
@@ -213,8 +213,7 @@ def in_threads(
 
 def worker_count() -> int:
     """How many cores this process may use, at most 16."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, 16)
+    return min(processors(), 16)
 
 
 def _scan_image(path: Path, reading: Reading | None, channels: int | None, *, with_sums: bool) -> ImageScan:

@@ -1,10 +1,12 @@
-"""What a run folder needs to predict with: `model.safetensors` and `model.json`, and nothing else.
+"""What a run folder needs to predict with: `model.safetensors`, which holds the model card too, and nothing else.
 
-Both files may come from a stranger, so nothing in them is believed before it is checked: no pickle, no code, and the
-network is built without memory, which it takes only when it agrees with the tensors on disk.
+`model.json` beside it is the card for people to read and to change. Both files may come from a stranger, so nothing in them
+is believed before it is checked: no pickle, no code, and the network is built without memory, which it takes only when it
+agrees with the tensors on disk.
 """
 
 import hashlib
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 
 from pixelwise.data.labels import LabelSpec
 from pixelwise.errors import DataError
-from pixelwise.files import atomic_path, read_json, write_json
+from pixelwise.files import atomic_path, read_json, without_nan, write_json
 from pixelwise.models import create_model
 
 WEIGHTS_NAME = "model.safetensors"
@@ -27,6 +29,9 @@ FORMAT = 1
 MAX_CARD_BYTES = 64 << 20
 MAX_CONFIG_NUMBER = 1_000_000  # no honest width, depth or count is larger
 MAX_CHANNELS = 4096
+
+# In the header of the weights: the card as JSON, and the hash of the file as it is with dashes in place of that hash.
+_CARD_KEY, _SUM_KEY, _UNKNOWN_SUM = "card", "sha256", "-" * 64
 
 # What building a network from values nobody checked can raise; anything else is a bug worth a traceback.
 _BUILD_ERRORS = (
@@ -122,9 +127,10 @@ class ModelCard:
 
 
 def save_bundle(folder: str | Path, model: nn.Module, card: ModelCard) -> ModelCard:
-    """Write `model.safetensors`, then `model.json`, each atomically; returns the card with the hash of the weights.
+    """Write `model.safetensors`, which holds the card too, then `model.json`; returns the card with the hash of the weights.
 
-    The card names the hash of the weights, so a pair torn by a power cut or a copy is noticed by `load_bundle`.
+    The first takes its name in one step, so a kill at any moment leaves a network with its own card. `model.json` is the
+    card for people and other programs; where it does not name the hash of the weights, it is that of others.
     """
     folder = Path(folder)
     # Clones: safetensors refuses tensors that share memory or are strided (channels_last).
@@ -132,12 +138,22 @@ def save_bundle(folder: str | Path, model: nn.Module, card: ModelCard) -> ModelC
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, tensor in model.state_dict().items()
     }
+    inside = json.dumps(without_nan(replace(card, weights_sha256="").to_dict()))
     with atomic_path(folder / WEIGHTS_NAME) as part:
-        safetensors.torch.save_file(state, part)
-        with part.open("rb") as file:
-            card = replace(card, weights_sha256=hashlib.file_digest(file, "sha256").hexdigest())
+        safetensors.torch.save_file(state, part, metadata={_CARD_KEY: inside, _SUM_KEY: _UNKNOWN_SUM})
+        digest = _digest(part)  # of the file that does not know it yet
+        with part.open("rb+") as file:
+            header = file.read(int.from_bytes(file.read(8), "little"))
+            file.seek(8)
+            file.write(header.replace(_UNKNOWN_SUM.encode(), digest.encode(), 1))
+        card = replace(card, weights_sha256=_digest(part))
     write_json(folder / CARD_NAME, card.to_dict())
     return card
+
+
+def is_bundle(folder: str | Path) -> bool:
+    """Whether a folder looks like one that holds a trained network."""
+    return any((Path(folder) / name).is_file() for name in (WEIGHTS_NAME, CARD_NAME))
 
 
 def load_bundle(folder: str | Path, device: str | torch.device = "cpu") -> tuple[nn.Module, ModelCard]:
@@ -149,61 +165,101 @@ def load_bundle(folder: str | Path, device: str | torch.device = "cpu") -> tuple
         DataError: a file is missing, damaged, does not belong to the other, or describes something impossible.
     """
     folder = Path(folder)
-    card = load_card(folder)
+    content = _read_weights(folder)
+    card, source = _card_of(folder, content)
     path = folder / WEIGHTS_NAME
-    state = _read_weights(path, card.weights_sha256)
+    state = _parsed(path, content)
     with torch.random.fork_rng(devices=[]):
         with torch.device("meta"):
-            model = _build(card, folder / CARD_NAME)
+            model = _build(card, source)
         state = _checked(state, model.state_dict(), path)
         model.load_state_dict(state, assign=True)
         if not _is_whole(model):
-            model = _build(card, folder / CARD_NAME)
+            model = _build(card, source)
             model.load_state_dict(state)
     return model.to(device).eval().requires_grad_(False), card
 
 
 def load_card(folder: str | Path) -> ModelCard:
-    """The card of the run in `folder`, without its weights.
+    """The card of the run in `folder`.
 
     Raises:
-        DataError: there is no `model.json`, or it is not one that this version understands.
+        DataError: there is none, or it is not one that this version understands.
     """
-    path = Path(folder) / CARD_NAME
-    if not path.is_file():
-        what = "is not a folder" if not Path(folder).is_dir() else f"holds no {CARD_NAME}"
-        raise DataError(f"{folder}: {what}. Give the run folder that `pixelwise train` wrote.")
+    return _card_of(Path(folder), _read_weights(Path(folder)))[0]
+
+
+def _card_of(folder: Path, content: bytes) -> tuple[ModelCard, Path]:
+    """The card of the weights with this `content` and the file it is from: `model.json` if it names them, else their own."""
+    path, digest = folder / CARD_NAME, hashlib.sha256(content).hexdigest()
+    beside = _read_card(path) if path.is_file() else None
+    if beside is not None and beside.weights_sha256 == digest:
+        return beside, path
+    weights = folder / WEIGHTS_NAME
+    if (inside := _inside(weights, content)) is not None:
+        return replace(inside, weights_sha256=digest), weights
+    if beside is None:
+        raise DataError(f"{folder}: holds no {CARD_NAME}. Give the run folder that `pixelwise train` wrote.")
+    raise DataError(
+        f"{weights}: is not what {CARD_NAME} describes (another sha256): the file is damaged, or the two "
+        "files come from different moments of a run. Copy both again, or resume the training."
+    )
+
+
+def _inside(path: Path, content: bytes) -> ModelCard | None:
+    """The card that the weights hold; None if they hold none (earlier versions) or are damaged."""
+    end = 8 + min(int.from_bytes(content[:8], "little"), MAX_CARD_BYTES)
+    try:
+        header = json.loads(content[8:end])["__metadata__"]
+        inside, digest = header[_CARD_KEY], header[_SUM_KEY]
+        whole = hashlib.sha256(content[:end].replace(digest.encode(), _UNKNOWN_SUM.encode(), 1))
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return None
+    whole.update(memoryview(content)[end:])
+    return _parsed_card(path, json.loads(inside)) if whole.hexdigest() == digest else None
+
+
+def _read_card(path: Path) -> ModelCard:
     if path.stat().st_size > MAX_CARD_BYTES:
         raise DataError(
             f"{path}: {path.stat().st_size:,} bytes is too large for a model card (at most {MAX_CARD_BYTES:,})."
         )
-    try:
-        card = ModelCard.from_dict(read_json(path))
-        if not card.weights_sha256:
-            raise DataError("'weights_sha256' is empty.")
-    except DataError as error:
-        message = str(error)
-        raise DataError(message if message.startswith(str(path)) else f"{path}: {message}") from error
+    card = _parsed_card(path, read_json(path))
+    if not card.weights_sha256:
+        raise DataError(f"{path}: 'weights_sha256' is empty.")
     return card
 
 
-def _read_weights(path: Path, sha256: str) -> dict[str, Tensor]:
+def _parsed_card(path: Path, values: Any) -> ModelCard:
+    try:
+        return ModelCard.from_dict(values)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
+
+
+def _read_weights(folder: Path) -> bytes:
+    path = folder / WEIGHTS_NAME
+    if not is_bundle(folder):
+        what = "is not a folder" if not folder.is_dir() else f"holds no {CARD_NAME}"
+        raise DataError(f"{folder}: {what}. Give the run folder that `pixelwise train` wrote.")
     if not path.is_file():  # a pipe would be read for ever
         raise DataError(f"{path}: there is no such file. A run needs {CARD_NAME} and {WEIGHTS_NAME}; copy both.")
     try:
-        content = path.read_bytes()
-        if hashlib.sha256(content).hexdigest() != sha256:
-            raise DataError(
-                f"{path}: is not what {CARD_NAME} describes (another sha256): the file is damaged, or the two "
-                "files come from different moments of a run. Copy both again, or resume the training."
-            )
-        return safetensors.torch.load(content)
+        return path.read_bytes()
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error}).") from error
-    except DataError:
-        raise
+
+
+def _parsed(path: Path, content: bytes) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load(content)
     except (SafetensorError, ValueError, KeyError, AttributeError, TypeError, RuntimeError) as error:
         raise DataError(f"{path}: is not a safetensors file ({_short(error)}).") from error
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _checked(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:

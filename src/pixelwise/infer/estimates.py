@@ -19,7 +19,10 @@ PROCESS_BYTES = 2 << 30
 """What a process may take in all on a CPU, unless the user says otherwise."""
 
 # How torch reports that memory ran out where it does not raise torch.OutOfMemoryError.
-_OUT_OF_MEMORY = ("not enough memory", "can't allocate memory", "out of memory", "alloc_failed")
+_OUT_OF_MEMORY = (
+    "not enough memory", "can't allocate memory", "out of memory", "alloc_failed", "could not create a primitive",
+    "can't start new thread",
+)  # fmt: skip
 _SPARE = 0.05  # of that, for what is not foreseen
 _LEAST_FOR_MAPS, _MOST_FOR_MAPS = 512 << 20, 1 << 30
 _OVERLAY_BYTES_PER_PX = 32  # measured; the picture is mixed in float32

@@ -13,10 +13,11 @@ from pixelwise.data.classes import CLASSES_NAME
 from pixelwise.data.layouts import DataFolder, Pair, open_data
 from pixelwise.data.proposals import classes_beside
 from pixelwise.errors import DataError, PixelwiseError, UsageError
-from pixelwise.files import write_json
+from pixelwise.files import remove_leftovers, write_json
 from pixelwise.infer.predictor import Predictor, load
 from pixelwise.infer.scoring import ImageScore, score_pairs, write_examples
-from pixelwise.metrics.confusion import Scores
+from pixelwise.metrics.confusion import ConfusionMatrix, Scores
+from pixelwise.metrics.headline import Headline, foreground_of, headline, standard_error
 
 EXAMPLES = 2  # of each of best, median and worst
 BATCH = 10  # images in a pass with statistics of the batch, as the authors of FC-DenseNet tested
@@ -38,6 +39,8 @@ class Evaluation:
         precision: What the network computed in, "bf16" or "float32".
         statistics: What batch norm used: "running" averages of the training, or those of the "batch" at hand.
         batch: The most images in one pass; with statistics of the batch the scores depend on it.
+        foreground: Of two classes, the one that is no background; None if there are more, or both are looked for.
+        standard_error: Of the headline (the foreground's IoU, else mIoU), over the images; NaN if it cannot be told.
     """
 
     split: str
@@ -51,6 +54,13 @@ class Evaluation:
     examples: dict[str, str] = field(default_factory=dict)
     statistics: str = "running"
     batch: int = 1
+    foreground: int | None = None
+    standard_error: float = math.nan
+
+    @property
+    def headline(self) -> Headline:
+        """The score of what is looked for, with its standard error."""
+        return headline(self.scores, self.names, self.foreground, self.standard_error)
 
     def to_dict(self) -> dict[str, Any]:
         """The evaluation as values that JSON can hold (undefined scores are None)."""
@@ -59,7 +69,9 @@ class Evaluation:
             for entry in self.per_image
         ]
         plain = {item.name: getattr(self, item.name) for item in fields(self)}
-        return plain | {"names": list(self.names), "scores": self.scores.to_dict(), "per_image": per_image}
+        error = None if math.isnan(self.standard_error) else self.standard_error
+        more = {"names": list(self.names), "scores": self.scores.to_dict(), "standard_error": error}
+        return plain | more | {"per_image": per_image}
 
 
 def evaluate(
@@ -118,13 +130,21 @@ def evaluate(
         batch = BATCH if predictor.batch_statistics else 1
     if batch < 1:
         raise UsageError(f"batch must be at least 1, not {batch}.")
-    confusion, per_image, groups = score_pairs(predictor, folder, pairs, batch, on_progress)
+    parts, per_image, groups = score_pairs(predictor, folder, pairs, batch, on_progress)
+    confusion = sum(parts.values(), ConfusionMatrix(predictor.labels.num_classes))
+    foreground = foreground_of(predictor.labels.names, predictor.labels.values)
     target = predictor.folder if out is None else Path(out)
+    if target is not None:
+        remove_leftovers(target, *target.glob(f"evaluation-{split}/*"))
     chosen = choose_examples(per_image) if target is not None else {}
     evaluation = Evaluation(
         split=split,
         names=predictor.labels.names,
         scores=confusion.scores(),
+        foreground=foreground,
+        standard_error=standard_error(
+            tuple(parts.values()), lambda scores: scores.miou if foreground is None else scores.iou[foreground]
+        ),
         matrix=confusion.matrix.tolist(),
         per_image=per_image,
         images=len(pairs),

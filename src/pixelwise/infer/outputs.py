@@ -7,7 +7,6 @@ was made with, and its size, time and checksum. The record alone tells what is f
 import hashlib
 import json
 import os
-import secrets
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -19,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pixelwise.errors import DataError, PixelwiseError
+from pixelwise.files import hidden_name
 from pixelwise.formats.base import LABELS, Result, Writer
 from pixelwise.formats.local import is_url, local_path
 from pixelwise.formats.remote import RemoteStamp, check_writable, exists, publish, read_small, write_small
@@ -133,7 +133,7 @@ class OutFolder:
         place, content = self._record_place(outputs), json.dumps(record, sort_keys=True, indent=1).encode()
         if not isinstance(place, Path):
             return write_small(place, content)
-        part = place.with_name(f".{place.name}.{secrets.token_hex(4)}.part")
+        part = hidden_name(place, "part")
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
             part.write_bytes(content)

@@ -27,6 +27,7 @@ from pixelwise.infer.tiling import Region
 from pixelwise.metrics.confusion import ConfusionMatrix
 
 EXAMPLE_PX = 1024  # the long side of an example picture, at most
+MOST_COUNTS = 4_000_000  # numbers in the matrices of single images, which are one from there on
 THINNED_PX = 16 * ONE_PASS_PX  # larger images are thinned out as they are read for an example
 
 
@@ -130,9 +131,10 @@ def score_pairs(
     pairs: Sequence[Pair],
     batch: int,
     on_progress: Callable[[int, int], None] | None,
-) -> tuple[ConfusionMatrix, list[ImageScore], list[range]]:
-    """The matrix of all pixels together, the scores of each image, and which images shared a pass."""
-    confusion = ConfusionMatrix(predictor.labels.num_classes)
+) -> tuple[dict[str, ConfusionMatrix], list[ImageScore], list[range]]:
+    """The matrix of each group of images (slices of a volume are one), each image's scores, and which shared a pass."""
+    parts: dict[str, ConfusionMatrix] = {}
+    keeps_apart = len(pairs) * predictor.labels.num_classes**2 <= MOST_COUNTS
     per_image: list[ImageScore] = []
     groups: list[range] = []
     for group in _groups(predictor, folder, pairs, batch):
@@ -140,7 +142,9 @@ def score_pairs(
         stores = [_Counting(labelled, predictor.labels.num_classes) for labelled in group]
         _label(predictor, group, stores)
         for labelled, store in zip(group, stores, strict=True):
-            confusion += store.confusion
+            pair = labelled.pair
+            key = (pair.group or pair.name) if keeps_apart else ""
+            parts[key] = parts[key] + store.confusion if key in parts else store.confusion
             found = store.confusion.scores()
             per_image.append(
                 ImageScore(
@@ -152,7 +156,7 @@ def score_pairs(
             )
             if on_progress is not None:
                 on_progress(len(per_image), len(pairs))
-    return confusion, per_image, groups
+    return parts, per_image, groups
 
 
 def _groups(predictor: Predictor, folder: DataFolder, pairs: Sequence[Pair], batch: int) -> Iterator[list[_Labelled]]:

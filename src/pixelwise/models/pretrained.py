@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from pixelwise.errors import UsageError
 from pixelwise.models.backbones import classifier_state, create_classifier, resolve_backbone
+from pixelwise.models.class_names import by_class_name
 
 # What the readers of weight files raise for a damaged one (torch's restricted reader has no error of its own for all).
 DAMAGED = (
@@ -43,6 +44,7 @@ class Loaded:
     unused: tuple[str, ...] = ()  # names in the file that the network has no place for (a classifier's last layer, say)
     mismatched: tuple[str, ...] = ()  # names whose shapes differ, with both shapes
     by_order: bool = False  # the names differed, and tensors were paired by order because every shape agreed
+    note: str = ""  # what else to know
     classifier: str | None = None  # of timm or torchvision, whose weights they are; it has its own normalisation
 
     def summary(self) -> str:
@@ -54,6 +56,7 @@ class Loaded:
         parts += [f"{len(self.missing)} missing: {_some(self.missing)}"] if self.missing else []
         parts += [f"{len(self.mismatched)} of another shape: {_some(self.mismatched)}"] if self.mismatched else []
         parts += [f"{len(self.unused)} not used: {_some(self.unused)}"] if self.unused else []
+        parts += [self.note] if self.note else []
         return f"{self.source}: " + "; ".join(parts)
 
 
@@ -104,17 +107,23 @@ def load_pretrained(model: nn.Module, source: str | Path) -> Loaded:
     return replace(loaded, classifier=backbone)
 
 
-def load_network(model: nn.Module, trained: nn.Module, source: str) -> Loaded:
+def load_network(
+    model: nn.Module, trained: nn.Module, source: str, classes: tuple[Sequence[str], Sequence[str]] | None = None
+) -> Loaded:
     """Fill a network with the tensors of a trained one that have its names and shapes: of its own kind, or of a sibling.
 
-    Heads for another number of classes, and a first convolution for other channels, stay random. `source` is what messages
-    call the trained one.
+    `classes` names those of `model` and of `trained`: what belongs to a class is taken over by its name, and stays random
+    for a new one; without it the classes are the same. A first convolution for other channels stays random. `source` is
+    what messages call the trained one.
 
     Raises:
         UsageError: less than half of `model` would be filled, or shapes differ; nothing was changed.
     """
-    own, theirs = model.state_dict(), trained.state_dict()
+    own, (theirs, note) = model.state_dict(), (trained.state_dict(), "")
+    if classes is not None:
+        theirs, note = by_class_name(model, trained, *classes)
     loaded, state = match_state(model, theirs, reference=None, source=source)
+    loaded = replace(loaded, note=note)
     counts = [(getattr(trained.config, key), getattr(model.config, key)) for key in ("num_classes", "in_channels")]
     names = [row.split(" ")[0] for row in loaded.mismatched]
     foreign = [name for name in names if not _differ_by(theirs.get(name), own[name], counts)]

@@ -153,7 +153,7 @@ def create_model(name: str, *, num_classes: int, in_channels: int = 3, tiny: boo
     """
     made = model_config(name, num_classes=num_classes, in_channels=in_channels, tiny=tiny, **config)
     model = model_info(name).build(made)
-    model.config = made
+    model.config, model.registered_name = made, name  # type: ignore[assignment]
     return model
 
 

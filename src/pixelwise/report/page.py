@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 import pixelwise
 from pixelwise.errors import DataError, PixelwiseError, UsageError
-from pixelwise.files import write_bytes
+from pixelwise.files import remove_leftovers, write_bytes
 from pixelwise.report import formatting
 from pixelwise.report.figures import Line, Points, plot_histogram, plot_lines
 from pixelwise.report.pictures import ERROR_RGB, read_examples
@@ -20,6 +20,7 @@ from pixelwise.report.run_folder import (
     ImageScore,
     check_run,
     evaluated_splits,
+    kept_step,
     read_classes,
     read_mapping,
     read_metrics,
@@ -96,6 +97,7 @@ def write_report(run: str | Path, out: str | Path | None = None) -> Path:
     if target.is_dir():
         raise UsageError(f"{target}: is a folder. Give the name of a file, such as {target / REPORT_NAME}.")
     html = render_report(run)
+    remove_leftovers(target.parent)
     try:
         # File names may hold bytes that are not valid text: they are shown as question marks.
         write_bytes(target, html.encode("utf-8", "replace"))
@@ -140,7 +142,7 @@ def _context(run: Path) -> dict[str, Any]:
         "evaluations": evaluations,
         "broken": broken,
         "first": first,
-        "validation": best_validation((section(read_metrics, run).content or {}).get("val_miou", [])),
+        "validation": best_validation((section(read_metrics, run).content or {}).get("val_miou", []), kept_step(run)),
         "curves": section(training_curves, run),
         "data": data,
         "data_facts": data_facts(data.content) if data.content else [],
@@ -153,6 +155,7 @@ def _context(run: Path) -> dict[str, Any]:
         known = classes.fit(len(first.matrix))
         context |= {
             "classes": known,
+            "tiles": headline_tiles(first, known.names),
             "error_color": ERROR_RGB,
             "undefined": any(map(math.isnan, first.scores.precision + first.scores.recall)),
             "confusions": largest_confusions(first.matrix),
@@ -170,6 +173,26 @@ def read_evaluations(run: Path) -> tuple[list[EvaluationFile], list[str]]:
     # The split is the one in the file's name: what stands inside the file could point anywhere.
     shown = [item.content.model_copy(update={"split": split}) for split, item in found.items() if item.content]
     return shown, [item.note for item in found.values() if not item.content]
+
+
+def headline_tiles(file: EvaluationFile, names: Sequence[str]) -> list[tuple[str, float]]:
+    """Label and value of the first tiles: of a background and another class the other's scores, else mIoU and the worst."""
+    scores, index = file.scores, file.foreground
+    if index is not None:
+        apart = (f"{names[1 - index]} IoU", scores.iou[1 - index])
+        tiles = [(f"{names[index]} IoU, {file.split}", scores.iou[index]), (f"{names[index]} Dice", scores.dice[index])]
+        return [*tiles, apart, ("mIoU", scores.miou), ("Pixel accuracy", scores.global_accuracy)]
+    tiles = [(f"mIoU, {file.split}", scores.miou)]
+    defined = [(value, name) for value, name in zip(scores.iou, names, strict=True) if not math.isnan(value)]
+    if len(defined) > 1:
+        value, name = min(defined, key=lambda item: item[0])
+        tiles.append((f"Worst: {name} IoU", value))
+    return [
+        *tiles,
+        ("Mean Dice", scores.mean_dice),
+        ("Pixel accuracy", scores.global_accuracy),
+        ("Mean class accuracy", scores.class_accuracy),
+    ]
 
 
 def largest_confusions(matrix: Sequence[Sequence[int]], count: int = LARGEST) -> list[Confusion]:
@@ -209,24 +232,26 @@ def training_curves(run: Path) -> tuple[str, list[Curve]]:
             named = ((f"--series-{index}", line) for index, line in enumerate(lines, 1))
             legend = tuple((color, line.label) for color, line in named if line.points and line.label)
             curves.append(Curve(title, legend, plot_lines(lines, percent="%" in title)))
-    return _summary(columns), curves
+    return _summary(columns, kept_step(run)), curves
 
 
-def _summary(columns: dict[str, Any]) -> str:
-    """One sentence: steps, epochs, time and the best validation."""
+def _summary(columns: dict[str, Any], kept: int | None) -> str:
+    """One sentence: steps, epochs, time and the validation of the weights that are kept."""
     text = formatting.plural(max(points[-1][0] for points in columns.values() if points), "step")
     if columns["epoch"]:
         text += f", {formatting.plural(round(columns['epoch'][-1][1]), 'epoch')}"
     if columns["elapsed_s"]:
         text += f", {formatting.duration(columns['elapsed_s'][-1][1])}"
-    if best := best_validation(columns["val_miou"]):
-        text += f". Best validation mIoU: {formatting.percent(best[1])} % at step {best[0]:,}"
+    if best := best_validation(columns["val_miou"], kept):
+        text += f". Validation mIoU of the weights that are kept: {formatting.percent(best[1])} % at step {best[0]:,}"
     return text + "."
 
 
-def best_validation(points: Points) -> tuple[int, float] | None:
-    """The step with the highest value, the first of equals."""
-    return max(points, key=lambda point: (point[1], -point[0])) if points else None
+def best_validation(points: Points, kept: int | None = None) -> tuple[int, float] | None:
+    """The validation at step `kept`; else the one with the highest value, the last of equals."""
+    return next((point for point in points if point[0] == kept), None) or max(
+        points, key=lambda point: (point[1], point[0]), default=None
+    )
 
 
 def data_facts(data: DataFile) -> formatting.Facts:

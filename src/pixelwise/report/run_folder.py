@@ -41,6 +41,8 @@ class EvaluationFile(BaseModel):
     images: Count = 0
     examples: dict[str, str] = {}
     names: list[str] = []
+    foreground: Annotated[int, Field(ge=0, le=1)] | None = None  # of two classes the one that is looked for
+    standard_error: Annotated[float, Field(ge=0)] | None = None  # of the headline
 
     @model_validator(mode="after")
     def _is_square(self) -> "EvaluationFile":
@@ -48,6 +50,8 @@ class EvaluationFile(BaseModel):
             raise ValueError("the confusion matrix is not square")
         if len(self.scores.iou) != len(self.matrix):
             raise ValueError("the scores and the confusion matrix have different numbers of classes")
+        if self.foreground is not None and len(self.matrix) != 2:
+            raise ValueError("only one of two classes can be the foreground")
         return self
 
 
@@ -146,6 +150,16 @@ def read_model(run: Path, name: str, model: type[Model]) -> Model:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "its content"
         raise DataError(f"{name} cannot be shown: {place}: {first['msg']}.") from error
+
+
+def kept_step(run: Path) -> int | None:
+    """The step of the weights that are kept, as model.json tells it."""
+    try:
+        scores = read_mapping(run, "model.json").get("scores")
+    except DataError:
+        return None
+    step = scores.get("step") if isinstance(scores, dict) else None
+    return step if isinstance(step, int) else None
 
 
 def read_classes(run: Path, names: Sequence[str] = ()) -> Classes:

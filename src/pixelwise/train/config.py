@@ -68,6 +68,10 @@ class RunConfig(BaseModel):
     epochs: int | None = Field(default=None, gt=0, description="budget in passes over the training images")
     steps: int | None = Field(default=None, gt=0, description="budget in optimiser steps")
 
+    max_minutes: float | None = Field(
+        default=None, gt=0, description="largest time for a budget in epochs or steps; the learning rate falls with it"
+    )
+
     crop_px: int | None = Field(
         default=None, ge=16, description="side of the training crops; chosen from the image sizes if unset"
     )
@@ -138,6 +142,7 @@ class RunConfig(BaseModel):
     channels_last: bool = True
     device: str = Field(default="auto", description="auto, cpu, cuda, …")
     devices: int = Field(default=1, ge=1, description="how many; more than one trains with DDP")
+    sync_batch_norm: bool = Field(default=False, description="batch norm by the crops of all devices (GPUs) together")
     workers: int | None = Field(
         default=None, ge=0, description="processes that prepare crops; chosen from the machine if unset"
     )
@@ -170,6 +175,10 @@ class RunConfig(BaseModel):
         given = [key for key in ("minutes", "epochs", "steps") if getattr(self, key) is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} are budgets; give one of them")
+        if self.max_minutes is not None and self.minutes is not None:
+            raise ValueError(
+                "max_minutes caps a budget in epochs or steps, but minutes is a budget; leave one of them out"
+            )
         if not 0 < self.scale[0] <= self.scale[1]:
             raise ValueError(f"scale must be two positive numbers, the smaller first, not {self.scale}")
         if self.init is not None and self.pretrained is not None:
@@ -178,6 +187,8 @@ class RunConfig(BaseModel):
             raise ValueError(f"slices must be an odd number: a slice and as many on each side, not {self.slices}")
         if isinstance(self.intensity, tuple) and not self.intensity[0] < self.intensity[1]:
             raise ValueError(f"intensity must be two numbers, the smaller first, not {self.intensity}")
+        if self.sync_batch_norm and (self.devices == 1 or self.device == "cpu"):
+            raise ValueError("sync_batch_norm means nothing but with several devices, which must be GPUs")
         for key, (other, wanted) in NEEDS.items():
             given, unset = getattr(self, other), type(self).model_fields[other].default
             counts = given == wanted if wanted else given != unset

@@ -11,7 +11,7 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib import metadata
@@ -28,7 +28,7 @@ from torch import Tensor
 from pixelwise.data.check import Inspection
 from pixelwise.errors import DataError, PixelwiseError, UsageError
 from pixelwise.files import atomic_path, read_json, write_json, write_text
-from pixelwise.infer.bundle import CARD_NAME
+from pixelwise.infer.bundle import CARD_NAME, WEIGHTS_NAME
 from pixelwise.train.config import RunConfig, make_config, read_config
 from pixelwise.train.plan import Plan
 
@@ -43,7 +43,7 @@ def settle_config(out: Path, config: RunConfig | None, resume: bool) -> RunConfi
     """The run's own options on resuming, else the given ones; refuses to mix two runs in one folder."""
     stored = out / CONFIG_NAME
     if not resume:
-        if stored.exists() or (out / CARD_NAME).exists():
+        if any((out / name).exists() for name in (CONFIG_NAME, CARD_NAME, WEIGHTS_NAME)):
             raise UsageError(f"{out} holds a run already. Continue it with --resume, or choose another --out.")
         return config or RunConfig()
     if not stored.is_file():
@@ -133,16 +133,20 @@ class History:
     """Appends rows to a CSV file; rows after `first_step`, of a part of the run that is done again, are dropped first."""
 
     def __init__(self, path: Path, first_step: int = 0) -> None:
-        self.path = path
-        kept = [row for row in read_history(path) if int(row["step"]) <= first_step] if first_step else []
+        self.path, self.first_step = path, first_step
+        self._keep(lambda row: bool(first_step) and int(row["step"]) <= first_step)
+
+    def _keep(self, is_kept: Callable[[dict[str, str]], bool]) -> None:
         text = io.StringIO(newline="")
         writer = csv.DictWriter(text, COLUMNS, restval="", extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
-        writer.writerows(kept)
-        write_text(path, text.getvalue())
+        writer.writerows(row for row in read_history(self.path) if is_kept(row))
+        write_text(self.path, text.getvalue())
 
     def add(self, **row: Any) -> None:
         """One row; numbers are rounded to six digits."""
+        if "val_miou" in row and row["step"] == self.first_step:  # it may have been killed just after it was written
+            self._keep(lambda old: int(old["step"]) < self.first_step or not old["val_miou"])
         values = {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()}
         with self.path.open("a", newline="", encoding="utf-8") as file:
             csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n").writerow(values)

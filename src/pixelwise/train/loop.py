@@ -1,6 +1,7 @@
 """What happens after every step: log, validate, keep the best weights, checkpoint, stop. In this order, in one place."""
 
 import logging
+import math
 import platform
 import signal
 import time
@@ -16,6 +17,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins.environments import LightningEnvironment
 
 from pixelwise.data.check import Inspection
 from pixelwise.data.layouts import DataFolder
@@ -26,6 +28,7 @@ from pixelwise.train.config import RunConfig
 from pixelwise.train.folder import COLUMNS, LAST_NAME, History, SafeCheckpointIO
 from pixelwise.train.module import SegmentationModule
 from pixelwise.train.plan import Plan
+from pixelwise.train.selection import Choice, keep
 
 LOG_EVERY = 10  # steps
 Report = Callable[[dict[str, Any]], None]
@@ -39,11 +42,13 @@ class TrainingLoop(pl.Callback):
     ) -> None:
         self.module, self.plan, self.inspection, self.run, self.report = module, plan, inspection, run, report
         self.card = _card(plan, inspection)
-        self.history = History(run / "metrics.csv", first_step=first_step)
-        self.interrupted: str | None = None
-        self.last: Evaluation | None = None
+        self.first_step = first_step
+        self.interrupted: str | None = None  # the signal that ends the run early, once all processes know of it
+        self._asked = 0  # the signal that asks this process to end
+        self.is_validating = False
         self._saved_at = self._resumed_at = time.monotonic()
         self._before_s = 0.0
+        self._saved = (-1, -1)  # the step of the last checkpoint, and of the validation that it knows of
         self._losses: list[Any] = []
         self._window = (0, 0.0)  # the step and elapsed time of the last log line
         self._handlers: dict[int, Any] = {}
@@ -52,6 +57,8 @@ class TrainingLoop(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         step, progress = trainer.global_step, self.module.progress
+        if trainer.is_global_zero:
+            self.history = History(self.run / "metrics.csv", first_step=self.first_step)
         self._before_s, self._resumed_at = progress.elapsed_s, time.monotonic()
         self._window = (step, progress.elapsed_s)
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -61,33 +68,33 @@ class TrainingLoop(pl.Callback):
                 break
         if step and self._is_due(step) and progress.validated_step != step:
             self._validate(trainer)  # the run was killed between a step and its validation
+        trainer.should_stop = self._is_over(step)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, _batch: Any, _index: int
     ) -> None:
         module, step, loss = self.module, trainer.global_step, outputs["loss"].detach()
         module.after_step(loss)
-        module.progress.elapsed_s = self._elapsed()
+        (module.progress.elapsed_s,) = self._agreed(trainer, self._elapsed())
         self._losses.append(loss)
         self._log(trainer)
-        if self.interrupted:
-            trainer.should_stop = True
-        elif self._is_due(step):
+        is_late = time.monotonic() - self._saved_at >= 60 * module.config.checkpoint_minutes
+        asked, is_time = self._agreed(trainer, self._asked, is_late)
+        self.interrupted = signal.Signals(int(asked)).name if asked else None
+        if not asked and self._is_due(step):
             self.checkpoint(trainer)  # a validation may be long: nothing is lost if it is killed
             self._validate(trainer)
-            if module.config.patience and module.progress.stale >= module.config.patience:
-                trainer.should_stop = True
-        if module.seconds is not None and self._elapsed() >= module.seconds:
-            trainer.should_stop = True
-        is_time = time.monotonic() - self._saved_at >= 60 * module.config.checkpoint_minutes
+            is_time = True  # the weights that are kept and what is known of them must agree
+        trainer.should_stop = bool(asked) or self._is_over(step)
         if trainer.should_stop or is_time:
             self.checkpoint(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not self.interrupted:
+            self.checkpoint(trainer)
             if self.module.progress.validated_step != trainer.global_step:
                 self._validate(trainer)
-            self.checkpoint(trainer)
+                self.checkpoint(trainer)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         for number, handler in self._handlers.items():
@@ -97,36 +104,62 @@ class TrainingLoop(pl.Callback):
     # -- its parts ----------------------------------------------------------------------------------------------------
 
     def checkpoint(self, trainer: pl.Trainer) -> None:
-        """Write all that is needed to go on from here."""
-        trainer.save_checkpoint(self.run / "checkpoints" / LAST_NAME)
+        """Write all that is needed to go on from here, unless it is written already."""
+        state = (trainer.global_step, self.module.progress.validated_step)
+        if state != self._saved:
+            trainer.save_checkpoint(self.run / "checkpoints" / LAST_NAME)
+            self._saved = state
         self._saved_at = time.monotonic()
+
+    def _is_over(self, step: int) -> bool:
+        """Whether the budget is spent, or validations have not become better for too long."""
+        module = self.module
+        if module.config.patience and module.progress.stale >= module.config.patience:
+            return True
+        return module.is_late or (not module.config.minutes and step >= self.plan.steps)
+
+    def _agreed(self, trainer: pl.Trainer, *values: float) -> list[float]:
+        """The largest of each value over all processes: they must stop, save and change the learning rate together."""
+        if trainer.world_size == 1:
+            return list(values)
+        shared = torch.tensor(values, dtype=torch.float64, device=self.module.device)
+        torch.distributed.all_reduce(shared, torch.distributed.ReduceOp.MAX)
+        return shared.tolist()
 
     def _is_due(self, step: int) -> bool:
         return bool(self.plan.validate_every_steps) and step % self.plan.validate_every_steps == 0
 
     def _validate(self, trainer: pl.Trainer) -> None:
-        """Score the network on the val split and keep it if it is the best so far."""
+        """Score the network on the val split and keep its weights if they are the ones to keep."""
         module, progress, step = self.module, self.module.progress, trainer.global_step
-        miou = accuracy = float("nan")
-        if trainer.is_global_zero and self.plan.validate_every_steps:
-            was_training = module.evaluated.training
-            predictor = Predictor(module.evaluated, self.card, device=module.device, precision=self.plan.precision)
-            self.last = evaluate(predictor, self._val_folder(), split="val")
-            module.evaluated.train(was_training)
-            miou, accuracy = self.last.scores.miou, self.last.scores.global_accuracy
-        miou = trainer.strategy.broadcast(miou)
-        progress.validated_step, progress.elapsed_s = step, self._elapsed()
-        # Without validation images the newest weights are the ones to keep.
-        if miou > progress.best_miou or miou != miou or progress.best_step < 0:
-            progress.best_miou, progress.best_step, progress.stale = (miou if miou == miou else -1.0), step, 0
-            if trainer.is_global_zero:
-                scores = {"val": self.last.scores.to_dict()} if self.last else {}
-                save_bundle(self.run, module.evaluated, replace(self.card, scores=scores | {"step": step}))
+        evaluation = self._evaluate() if trainer.is_global_zero and self.plan.validate_every_steps else None
+        if evaluation is None:  # nothing can choose without validation images
+            found = (math.nan, math.nan, Choice(math.nan, can_choose=False), self._elapsed())
         else:
-            progress.stale += 1
-        if trainer.is_global_zero and miou == miou:
-            self._record(trainer, "val", miou=miou, global_accuracy=accuracy)
-            self.report({"validated": step, "miou": miou, "best_miou": progress.best_miou})
+            trained, scores = self.inspection.splits["train"].pixels, evaluation.scores
+            choice = Choice.of(evaluation.matrix, scores.iou, trained, evaluation.names)
+            found = (scores.miou, evaluation.headline.value, choice, self._elapsed())
+        miou, headline, choice, progress.elapsed_s = trainer.strategy.broadcast(found)
+        is_kept = keep(progress, choice, step, miou, headline)
+        if not trainer.is_global_zero:
+            return
+        if is_kept:
+            chosen = {"chosen": choice.note} if choice.note else {}
+            scored = {"val": evaluation.scores.to_dict()} if evaluation else {}
+            save_bundle(self.run, module.evaluated, replace(self.card, scores=scored | chosen | {"step": step}))
+        if evaluation is not None:
+            self._record(trainer, "val", miou=miou, global_accuracy=evaluation.scores.global_accuracy)
+            event = {"miou": miou, "best_miou": progress.best_miou, "best": progress.best_headline, "note": choice.note}
+            self.report({"validated": step, "headline": evaluation.headline} | event)
+
+    def _evaluate(self) -> Evaluation:
+        module = self.module
+        was_training, self.is_validating = module.evaluated.training, True
+        predictor = Predictor(module.evaluated, self.card, device=module.device, precision=self.plan.precision)
+        evaluation = evaluate(predictor, self._val_folder(), split="val")
+        module.evaluated.train(was_training)
+        self.is_validating = False
+        return evaluation
 
     def _val_folder(self) -> DataFolder:
         pairs, most = self.inspection.samples("val"), self.module.config.max_val_images
@@ -137,7 +170,9 @@ class TrainingLoop(pl.Callback):
     def _log(self, trainer: pl.Trainer) -> None:
         step, elapsed = trainer.global_step, self.module.progress.elapsed_s
         done, since = step - self._window[0], elapsed - self._window[1]
-        self.report({"step": step, "spent": self.module.spent(), "elapsed_s": elapsed, "loss": self._losses[-1]})
+        spent = self.module.spent()
+        pace = {"planned_steps": self.plan.steps, "expected_steps": round(step / max(spent, 1e-9))}
+        self.report({"step": step, "spent": spent, "elapsed_s": elapsed, "loss": self._losses[-1]} | pace)
         if step % LOG_EVERY or not done:
             return
         loss = sum(float(value) for value in self._losses) / len(self._losses)
@@ -166,9 +201,9 @@ class TrainingLoop(pl.Callback):
         return self._before_s + time.monotonic() - self._resumed_at
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
-        if self.interrupted:  # asked twice: now
+        if self._asked:  # asked twice: now
             raise KeyboardInterrupt
-        self.interrupted = signal.Signals(number).name
+        self._asked = number
 
 
 def _card(plan: Plan, inspection: Inspection) -> ModelCard:
@@ -200,10 +235,11 @@ def make_trainer(config: RunConfig, plan: Plan, loop: TrainingLoop, out: Path) -
             strategy="ddp" if config.devices > 1 else "auto",
             precision="bf16-mixed" if plan.precision == "bf16" else "32-true",
             max_epochs=-1,
-            max_steps=-1 if config.minutes else plan.steps,
+            max_steps=-1,  # the loop ends it: Lightning would not even start a run that has done all its steps
             gradient_clip_val=config.clip_norm or None,
             callbacks=[loop],
-            plugins=[SafeCheckpointIO()],
+            plugins=[SafeCheckpointIO(), *([LightningEnvironment()] if config.devices > 1 else [])],
+            sync_batchnorm=config.sync_batch_norm,
             logger=TensorBoardLogger(out, name="tensorboard", version=""),
             limit_val_batches=0,
             num_sanity_val_steps=0,

@@ -1,7 +1,7 @@
 """The Lightning module: a network, a loss, an optimiser, a schedule. It does not know which network it holds."""
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import lightning.pytorch as pl
@@ -16,20 +16,10 @@ from pixelwise.ops.depthwise import speed_up_depthwise
 from pixelwise.train.config import RunConfig
 from pixelwise.train.network import training_logits, window_px
 from pixelwise.train.plan import Plan
+from pixelwise.train.selection import Progress
 from pixelwise.train.stream import seed_of
 
 CONVOLUTIONS = (nn.modules.conv._ConvNd, nn.Linear)  # what has a bias that is no norm's
-
-
-@dataclass
-class Progress:
-    """What a run must remember beside its weights; part of every checkpoint."""
-
-    elapsed_s: float = 0.0  # seconds of training, over all parts of an interrupted run
-    validated_step: int = -1  # the step of the last validation, -1 before the first
-    best_miou: float = -1.0  # over all validations, -1 before the first
-    best_step: int = -1  # its step
-    stale: int = 0  # validations since then
 
 
 class SegmentationModule(pl.LightningModule):
@@ -43,20 +33,34 @@ class SegmentationModule(pl.LightningModule):
         super().__init__()
         self.config, self.plan, self.progress = config, plan, Progress()
         # The last validation is part of the time that was asked for.
-        self.seconds = max(1.0, config.minutes * 60 - plan.validation_s) if config.minutes else None
+        minutes = config.minutes or config.max_minutes
+        self.seconds = max(1.0, minutes * 60 - plan.validation_s) if minutes else None
         if config.channels_last:
             model = model.to(memory_format=torch.channels_last)
         self.model = model
-        self.average = AveragedModel(model, multi_avg_fn=self._average, use_buffers=True) if config.ema else None
+        average = AveragedModel(model, multi_avg_fn=self._average, use_buffers=True) if config.ema else None
+        self._beside = (average,)  # no submodule: what is trained on several devices must get a gradient
         speed_up_depthwise(self.model)
         self.register_buffer("mean", torch.tensor(plan.mean).reshape(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(plan.std).reshape(1, -1, 1, 1), persistent=False)
         self.register_buffer("weight", weight, persistent=False)
 
     @property
+    def average(self) -> AveragedModel | None:
+        """The averaged weights, if they are averaged."""
+        return self._beside[0]
+
+    @property
     def evaluated(self) -> nn.Module:
         """The network that is validated and saved: the averaged one, if weights are averaged."""
         return self.model if self.average is None else self.average.module
+
+    def on_fit_start(self) -> None:
+        if self.average is not None:
+            self.average.to(self.device)
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> tuple[Tensor, ...]:
+        return tuple(torch.as_tensor(item) for item in batch)  # arrays, where shared memory is small
 
     def training_step(self, batch: tuple[Tensor, ...], _index: int) -> Tensor:
         image, labels, *maps = batch
@@ -91,10 +95,15 @@ class SegmentationModule(pl.LightningModule):
             group["lr"] = group["peak_lr"] * factor
 
     def spent(self) -> float:
-        """The share in [0, 1] of the steps or of the seconds that is behind us."""
-        if self.seconds is None:
-            return min(1.0, self.global_step / self.plan.steps)
-        return min(1.0, self.progress.elapsed_s / self.seconds)
+        """The share in [0, 1] of the budget that is behind us: of the steps or of the seconds, whichever is larger."""
+        by_steps = 0.0 if self.config.minutes else self.global_step / self.plan.steps
+        by_time = 0.0 if self.seconds is None else self.progress.elapsed_s / self.seconds
+        return min(1.0, max(by_steps, by_time))
+
+    @property
+    def is_late(self) -> bool:
+        """Whether the time is up."""
+        return self.seconds is not None and self.progress.elapsed_s >= self.seconds
 
     def lr_factor(self) -> float:
         """The learning rate of the coming step over its peak."""
@@ -106,10 +115,11 @@ class SegmentationModule(pl.LightningModule):
             self.average.update_parameters(self.model)
         # On a GPU looking at the loss waits for the step, so there only every tenth is looked at.
         if (self.global_step % 10 == 0 or loss.device.type == "cpu") and not bool(torch.isfinite(loss)):
+            kept = f"The weights of step {self.progress.best_step} are kept" if self.progress.best_step >= 0 else ""
             raise PixelwiseError(
                 f"the loss is {loss.item()} at step {self.global_step}: training has diverged. Lower the learning rate "
-                "(--set lr=3e-4), clip gradients (--set clip=1), or use --set precision=float32. The best weights so far "
-                "are kept."
+                "(--set lr=3e-4), clip gradients (--set clip=1), or use --set precision=float32. "
+                f"{kept or 'There was no validation yet, so no weights were saved'}."
             )
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -117,9 +127,16 @@ class SegmentationModule(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["progress"] = asdict(self.progress)
+        if self.average is not None:
+            checkpoint["state_dict"] |= {f"average.{key}": item for key, item in self.average.state_dict().items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.progress = Progress(**checkpoint["progress"])
+        values, state = checkpoint["progress"], checkpoint["state_dict"]
+        names = [name for name in state if name.startswith("average.")]
+        averaged = {name.removeprefix("average."): state.pop(name) for name in names}
+        if self.average is not None:
+            self.average.load_state_dict(averaged)
+        self.progress = Progress(**{"peak": values["best_miou"]} | values)  # earlier versions chose by mIoU
 
     @torch.no_grad()
     def _average(self, averaged: Any, current: Any, count: Any) -> None:

@@ -6,14 +6,13 @@ by class (Ciresan et al., NIPS 2012); every other network on crops, a class for 
 
 import statistics
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from pixelwise.data.check import Inspection
 from pixelwise.errors import UsageError
-from pixelwise.infer.bundle import CARD_NAME, load_bundle
+from pixelwise.infer.bundle import CARD_NAME, is_bundle, load_bundle
 from pixelwise.models import create_model, model_config
 from pixelwise.models.backbones import backbone_normalisation
 from pixelwise.models.pretrained import Loaded, is_classifier, load_classifier, load_network, load_pretrained
@@ -51,9 +50,10 @@ def _fill(model: nn.Module, config: RunConfig, inspection: Inspection) -> tuple[
     """Weights expect the normalisation they were trained with, whatever the data's own would be."""
     if config.init is None:
         loaded = load_pretrained(model, config.pretrained or "auto")
-    elif (Path(config.init) / CARD_NAME).is_file():
+    elif is_bundle(config.init):
         trained, card = load_bundle(config.init)
-        loaded = load_network(model, trained, f"{card.model} of {config.init}")
+        names = inspection.folder.labels.names, card.labels.names
+        loaded = load_network(model, trained, f"{card.model} of {config.init}", names)
         return loaded, _for_channels((card.mean, card.std), inspection.channels) or (inspection.mean, inspection.std)
     elif is_classifier(config.init):
         loaded = load_classifier(model, config.init)

@@ -14,9 +14,10 @@ from pixelwise.data.check import Inspection
 from pixelwise.data.pairs import Pair
 from pixelwise.data.scan import worker_count
 from pixelwise.data.separation import where_objects_come_from
-from pixelwise.infer.estimates import peak_memory_bytes
+from pixelwise.infer.estimates import is_out_of_memory, peak_memory_bytes
 from pixelwise.infer.predictor import resolve_device, resolve_precision
 from pixelwise.losses import cross_entropy
+from pixelwise.machine import memory_room
 from pixelwise.models.registry import count_parameters
 from pixelwise.ops.depthwise import speed_up_depthwise
 from pixelwise.train.config import RunConfig
@@ -25,8 +26,9 @@ from pixelwise.train.network import Start, training_logits, window_px
 CROPS, WINDOWS = 8, 128  # in a step, unless the user says otherwise
 CROP_STEP_PX = 32  # the stride of nearly every encoder: crops of its multiples need no padding
 LARGEST_CROP_PX = 352
-LARGEST_TRIAL_PX = 1024  # side of the image whose validation is timed
+LARGEST_TRIAL_PX, SMALLEST_TRIAL_PX = 1024, 64  # side of the image whose validation is timed
 READING = 1.5  # a validated image takes so many times as long as the network alone
+SLOW = 0.7  # less than this share of the planned steps is told
 VALIDATION_SHARE = 0.08  # of a time budget; more would be taken from learning
 
 
@@ -57,6 +59,7 @@ class Plan:
     inputs: str = "crops"  # what a step draws: crops, or windows around single pixels
     separation: str = ""  # where the objects of the separation weights come from, if those are used
     stage: str = ""  # which of several, in words
+    notes: tuple[str, ...] = ()  # what else the user should know
 
 
 def choose_crop_px(sizes: dict[str, int]) -> int:
@@ -78,8 +81,8 @@ def make_plan(config: RunConfig, inspection: Inspection, start: Start, *, stage:
     # An epoch draws one crop of each image, or as many windows as would cover it.
     per_image = max(1, round(_average_pixels(inspection) / window**2)) if window else 1
     draws = len(epoch_pairs(inspection, crop_px)) * per_image
+    batch, step_s, notes = _largest_batch(config, model, (batch, inspection.channels, crop_px), device, precision)
     per_epoch = math.ceil(draws / (batch * config.devices))
-    step_s = time_steps(config, model, (batch, inspection.channels, crop_px), device, precision)
     val_images = min(val, config.max_val_images or val)
     validation_s = val_images * _image_s(model, inspection, device, precision)
     kind, amount = config.budget
@@ -89,6 +92,9 @@ def make_plan(config: RunConfig, inspection: Inspection, start: Start, *, stage:
         "minutes": max(1, (amount * 60 - validation_s) * (1 - VALIDATION_SHARE) / step_s),
     }[kind]
     every = _validate_every(config, per_epoch, step_s, validation_s) if val else 0
+    expected_s = steps * step_s + (steps // every if every else 0) * validation_s
+    if config.minutes:
+        expected_s = config.minutes * 60
     return Plan(
         data={
             "root": str(folder.root),
@@ -115,13 +121,12 @@ def make_plan(config: RunConfig, inspection: Inspection, start: Start, *, stage:
         validate_every_steps=every,
         step_s=step_s,
         validation_s=validation_s,
-        expected_s=amount * 60
-        if kind == "minutes"
-        else steps * step_s + (steps // every if every else 0) * validation_s,
+        expected_s=min(expected_s, 60 * (config.minutes or config.max_minutes or math.inf)),
         memory_bytes=peak_memory_bytes(device),
         inputs="crops" if window is None else "windows",
         separation=where_objects_come_from(folder.split("train")) if config.separation else "",
         stage=stage,
+        notes=notes,
     )
 
 
@@ -140,6 +145,30 @@ def _validate_every(config: RunConfig, per_epoch: int, step_s: float, validation
     if config.minutes and config.validate_every is None:
         epochs = max(1, math.ceil(validation_s / (VALIDATION_SHARE * per_epoch * step_s)))
     return max(1, round(epochs * per_epoch))
+
+
+def _largest_batch(
+    config: RunConfig, model: nn.Module, shape: tuple[int, int, int], device: torch.device, precision: str
+) -> tuple[int, float, tuple[str, ...]]:
+    """Crops in a step, its seconds, and a note; the N of `shape` (N, C, side), or what fits if the user left it open."""
+    wanted, channels, side = shape
+    batch = wanted
+    while True:
+        try:
+            seconds = time_steps(config, model, (batch, channels, side), device, precision)
+        except (RuntimeError, MemoryError) as error:
+            if config.batch_size or batch <= 2 or not is_out_of_memory(error):
+                raise
+        else:
+            note = f"batch_size={wanted} does not fit into memory, so it is {batch}{free_words(device)}."
+            return batch, seconds, (note,) * (batch < wanted)
+        batch //= 2
+
+
+def free_words(device: torch.device) -> str:
+    """What limits the memory, for a message; nothing where that is not known."""
+    room = memory_room() if device.type == "cpu" else None
+    return f" ({room})" if room else ""
 
 
 def time_steps(
@@ -172,16 +201,27 @@ def time_steps(
 
 def _image_s(model: nn.Module, inspection: Inspection, device: torch.device, precision: str) -> float:
     """Seconds to read, label and score one image: measured on the most frequent size, scaled to the average one."""
-    width, height = (min(int(side), LARGEST_TRIAL_PX) for side in next(iter(inspection.sizes)).split("x"))
+    sides = [int(side) for side in next(iter(inspection.sizes)).split("x")]
     trial = copy.deepcopy(model).to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
-    image = torch.zeros(1, inspection.channels, height, width, device=device)
-    image = image.contiguous(memory_format=torch.channels_last)
+    most = LARGEST_TRIAL_PX
+    while True:
+        width, height = (min(side, most) for side in sides)
+        try:
+            seconds = _pass_s(trial, (1, inspection.channels, height, width), device, precision)
+            return READING * seconds * _average_pixels(inspection) / (width * height)
+        except (RuntimeError, MemoryError) as error:
+            if most <= SMALLEST_TRIAL_PX or not is_out_of_memory(error):
+                raise
+        most //= 2  # the validation itself goes by pieces where memory is short
+
+
+def _pass_s(trial: nn.Module, shape: tuple[int, int, int, int], device: torch.device, precision: str) -> float:
+    image = torch.zeros(shape, device=device).contiguous(memory_format=torch.channels_last)
     with torch.inference_mode(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
         trial(image)
         started = time.perf_counter()
         trial(image).argmax(1).cpu()
-        seconds = time.perf_counter() - started
-    return READING * seconds * _average_pixels(inspection) / (width * height)
+        return time.perf_counter() - started
 
 
 def _average_pixels(inspection: Inspection) -> float:

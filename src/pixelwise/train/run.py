@@ -1,7 +1,7 @@
 """`train`: from a data folder and a configuration to a run folder; in stages, each network starts from the one before."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,10 @@ from torch import nn
 
 from pixelwise.data.check import Inspection, inspect_data
 from pixelwise.data.layouts import DataFolder, open_data
-from pixelwise.errors import DataError, PixelwiseError, UsageError
-from pixelwise.files import write_json
+from pixelwise.errors import DataError, UsageError
+from pixelwise.files import remove_leftovers, write_json
 from pixelwise.infer.estimates import is_out_of_memory
+from pixelwise.infer.predictor import resolve_device
 from pixelwise.models import create_model, model_info
 from pixelwise.models.pretrained import load_network
 from pixelwise.train.config import RunConfig
@@ -29,11 +30,10 @@ from pixelwise.train.folder import (
     write_config,
     write_start,
 )
-from pixelwise.train.loop import Report, TrainingLoop, make_trainer, quiet
-from pixelwise.train.module import SegmentationModule, loss_weights
+from pixelwise.train.job import Job, Material, run_job
+from pixelwise.train.loop import Report
 from pixelwise.train.network import Start, check_options, network_config, start_network
-from pixelwise.train.plan import Plan, make_plan
-from pixelwise.train.stream import make_dataset, make_stream
+from pixelwise.train.plan import SLOW, Plan, free_words, make_plan
 
 STAGES_NAME = "stages"
 OnPlan = Callable[[Plan, Inspection], None]
@@ -50,6 +50,7 @@ class Run:
         steps: optimiser steps done.
         seconds: of training.
         interrupted: the signal that ended it early, or None.
+        is_short: the time was up when much less than the planned steps were done, on a busy machine for example.
     """
 
     folder: Path
@@ -58,6 +59,7 @@ class Run:
     steps: int
     seconds: float
     interrupted: str | None = None
+    is_short: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +112,11 @@ def train(
     """
     out = Path(out)
     config = settle_config(out, config, resume)
+    remove_leftovers(out)
+    if config.devices > 1 and "LOCAL_RANK" in os.environ:
+        raise UsageError(
+            "devices: pixelwise starts the processes of a training itself. Call it once, without torchrun."
+        )
     folder = data if isinstance(data, DataFolder) else open_data(data)
     inspection = inspect_data(folder, reading=config.reading)
     inspection.raise_if_fatal()
@@ -181,6 +188,7 @@ def _train_stage(
 ) -> Run:
     """Train one network; `whole` is the folder and the options of all stages together."""
     config, out = stage.config, stage.folder
+    remove_leftovers(out, out / "checkpoints")
     checkpoint = out / "checkpoints" / LAST_NAME
     first_step = checkpoint_step(checkpoint) if resume else 0
     pl.seed_everything(config.seed, verbose=False)
@@ -189,27 +197,18 @@ def _train_stage(
     on_plan(plan, inspection)
     state = read_state(out) if first_step else {}
     if state.get("finished"):
-        return Run(folder=out, plan=plan, best_miou=state["best_miou"], steps=first_step, seconds=state["seconds"])
-    weight = loss_weights(config, inspection, start.model)
-    dataset = make_dataset(config, plan, inspection, start.model)
+        known = {key: state.get(key, False) for key in ("best_miou", "seconds", "is_short")}
+        return Run(folder=out, plan=plan, steps=first_step, **known)
+    job = Job(config=config, plan=plan, inspection=inspection, folder=out, first_step=first_step)
+    material = Material.of(job, start.model)
     if not state:
         write_config(*whole)  # so that --resume finds the options of all stages
         state = write_start(out, stage.recorded, plan, inspection, command)
-    module = SegmentationModule(start.model, config, plan, weight)
-    loop = TrainingLoop(module, plan, inspection, out, first_step, report)
-    trainer = make_trainer(config, plan, loop, out)
-    loader = make_stream(config, plan, dataset, first_step)
-    with _as_readable_errors(plan, checkpoint), quiet():
-        trainer.fit(module, train_dataloaders=loader, ckpt_path=checkpoint if first_step else None)
-    best, seconds = module.progress.best_miou, module.progress.elapsed_s
-    outcome: dict[str, Any] = {
-        "best_miou": best if best >= 0 else None,
-        "steps": trainer.global_step,
-        "seconds": seconds,
-    }
-    if trainer.is_global_zero:
-        write_json(out / STATE_NAME, state | {"finished": loop.interrupted is None} | outcome)
-    return Run(folder=out, plan=plan, interrupted=loop.interrupted, **outcome)
+    done = run_job(job, material, report)
+    outcome: dict[str, Any] = {"best_miou": done.best_miou, "steps": done.steps, "seconds": done.seconds}
+    outcome["is_short"] = done.is_late and done.steps < SLOW * plan.steps
+    write_json(out / STATE_NAME, state | {"finished": done.interrupted is None} | outcome)
+    return Run(folder=out, plan=plan, interrupted=done.interrupted, **outcome)
 
 
 def _new_plan(stage: Stage, inspection: Inspection, start: Start) -> Plan:
@@ -221,8 +220,9 @@ def _new_plan(stage: Stage, inspection: Inspection, start: Start) -> Plan:
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
             raise UsageError(
-                f"one training step with batch_size={batch} and crop_px={crop_px} does not fit into memory. Use --set "
-                "batch_size=2, or a smaller --set crop_px=256."
+                f"one training step with batch_size={batch} and crop_px={crop_px} does not fit into memory"
+                f"{free_words(resolve_device(config.device))}. Use a smaller --set batch_size=… or --set crop_px=…, or a "
+                "smaller network."
             ) from error
         raise
     except ValueError as error:  # torch's batch norm, and nothing of ours: a UsageError is passed on as it is
@@ -231,18 +231,4 @@ def _new_plan(stage: Stage, inspection: Inspection, start: Start) -> Plan:
         raise UsageError(
             f"batch_size={batch} with crop_px={crop_px} leaves batch norm one value per channel at the coarsest stride. Use "
             "a larger --set batch_size or --set crop_px."
-        ) from error
-
-
-@contextmanager
-def _as_readable_errors(plan: Plan, checkpoint: Path) -> Iterator[None]:
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        kept = f"The checkpoint {checkpoint} is kept." if checkpoint.exists() else "No checkpoint was written yet."
-        raise PixelwiseError(
-            f"memory ran out with batch_size={plan.batch_size} and crop_px={plan.crop_px}. Train with --set batch_size="
-            f"{max(1, plan.batch_size // 2)}, a smaller crop_px, or a smaller network. {kept}"
         ) from error

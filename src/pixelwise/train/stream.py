@@ -13,7 +13,9 @@ from functools import partial
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import tv_tensors
@@ -28,13 +30,16 @@ from pixelwise.data.scan import in_threads
 from pixelwise.data.separation import separate
 from pixelwise.data.transforms import PixelWeight, Windowed, training_transform, window_transform
 from pixelwise.errors import UsageError
+from pixelwise.infer.estimates import is_out_of_memory
+from pixelwise.machine import memory_room, shared_memory_room
 from pixelwise.train.config import RunConfig
 from pixelwise.train.network import window_px
 from pixelwise.train.plan import Plan, epoch_pairs
 
 Weigh = Callable[[Pair, Sample], tuple[Sample, Tensor]]  # a sample as it is trained on, and its pixels' weights (H, W)
 
-CACHE_SHARE = 0.3  # of the machine's memory may hold decoded images
+CACHE_SHARE = 0.4  # of the memory that is free may hold decoded images
+AHEAD = 4  # batches that each worker prepares
 
 
 def seed_of(*parts: int | str) -> int:
@@ -68,6 +73,7 @@ class CropSet(Dataset[tuple[Tensor, ...]]):
         self.pairs, self.reading = epoch_pairs(inspection, crop_px), inspection.reading
         self.transform, self.seed, self.weigh = transform, seed, weigh
         labels = inspection.folder.labels
+        self.crop_bytes = crop_px**2 * (4 * inspection.channels + (1 if weigh is None else 5))
         self._places = {key: ClassPlaces(found, labels) for key, found in inspection.places().items()}
         how: dict[str, Any] = {"labels": labels, "channels": inspection.channels, "reading": self.reading}
         self._read: Callable[[Pair], Sample] = partial(load_sample, **how)
@@ -75,7 +81,11 @@ class CropSet(Dataset[tuple[Tensor, ...]]):
         self._samples: dict[int, tuple[Tensor, ...]] = {}
         if cache:
             whole = [index for index, pair in enumerate(self.pairs) if (pair.mask, pair.plane or 0) not in self._places]
-            self._samples = dict(zip(whole, in_threads(self._load, whole), strict=True))
+            try:
+                self._samples = dict(zip(whole, in_threads(self._load, whole), strict=True))
+            except (MemoryError, RuntimeError) as error:  # each is read when it is drawn, then
+                if not is_out_of_memory(error):
+                    raise
         self._opened.close()  # the workers open their own
 
     def _load(self, index: int) -> tuple[Any, ...]:
@@ -149,17 +159,25 @@ class BatchStream(Sampler[list[tuple[int, int]]]):
 def make_loader(dataset: CropSet, stream: BatchStream, *, workers: int, pin_memory: bool) -> DataLoader[Any]:
     """Batches (images (B, C, s, s) float32 in unit scale, masks (B, s, s) uint8, weights (B, s, s) if there are any).
 
-    They are prepared ahead by `workers` processes.
+    They are prepared ahead by `workers` processes, and handed over in shared memory; where that is small (64 MiB in a
+    container of Docker's), as NumPy arrays through pipes.
     """
-    ahead: dict[str, Any] = {"prefetch_factor": 4, "persistent_workers": True} if workers else {}
+    ahead: dict[str, Any] = {"prefetch_factor": AHEAD, "persistent_workers": True} if workers else {}
+    room, ahead_bytes = shared_memory_room(), 2 * workers * AHEAD * stream.batch_size * dataset.crop_bytes
     return DataLoader(
         dataset,
         batch_sampler=stream,
         num_workers=workers,
         pin_memory=pin_memory,
         worker_init_fn=_leave_the_end_to_the_parent,
+        collate_fn=_in_arrays if room is not None and ahead_bytes > room.bytes else None,
         **ahead,
     )
+
+
+def _in_arrays(crops: list[tuple[Tensor, ...]]) -> tuple[NDArray[Any], ...]:
+    """A batch without a tensor, since torch puts those of a worker into shared memory."""
+    return tuple(np.stack([item.numpy() for item in column]) for column in zip(*crops, strict=True))
 
 
 def _leave_the_end_to_the_parent(_worker: int) -> None:
@@ -178,12 +196,9 @@ def _print_unless_hung_up(kind: type[BaseException], error: BaseException, trace
 
 
 def fits_in_cache(images_bytes: int) -> bool:
-    """Whether decoded images of this size may be kept in memory."""
-    try:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, OSError, ValueError):
-        return images_bytes < 1 << 30  # a machine that does not tell its memory gets a cautious gigabyte
-    return images_bytes < CACHE_SHARE * memory
+    """Whether decoded images of this size may be kept in memory; a machine that does not tell gets a cautious gigabyte."""
+    room = memory_room()
+    return images_bytes < (1 << 30 if room is None else CACHE_SHARE * room.bytes)
 
 
 def make_dataset(config: RunConfig, plan: Plan, inspection: Inspection, model: nn.Module) -> CropSet:

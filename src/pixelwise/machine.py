@@ -1,0 +1,124 @@
+"""What this process may use of the machine: memory, processors, shared memory.
+
+In a container, a job of a cluster or a shell with `ulimit` that is less than the machine has, and whoever counts on the
+machine's is killed without a word. So all limits are asked, and the narrowest is named.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+_CGROUPS, _SELF, _MEMORY, _SHARED = (
+    Path("/sys/fs/cgroup"),
+    Path("/proc/self"),
+    Path("/proc/meminfo"),
+    Path("/dev/shm"),
+)
+
+
+@dataclass(frozen=True, order=True)
+class Room:
+    """Bytes that this process may still take, and what sets the limit, in words."""
+
+    bytes: int
+    limit: str
+
+    def __str__(self) -> str:
+        return f"{max(0, self.bytes) / 2**30:.1f} GiB are free of {self.limit}"
+
+
+def memory_room() -> Room | None:
+    """The memory that this process may still take; None where the system does not tell.
+
+    Example:
+        >>> room = memory_room()
+        >>> room is None or room.bytes > 0
+        True
+    """
+    return min((*_free_of_machine(), *_free_of_cgroups(), *_free_of_process()), default=None)
+
+
+def shared_memory_room() -> Room | None:
+    """What fits into the shared memory by which processes hand over arrays; None on systems that have no such place."""
+    try:
+        free, total = shutil.disk_usage(_SHARED).free, shutil.disk_usage(_SHARED).total
+    except OSError:
+        return None
+    return Room(free, f"the {_bytes(total)} of {_SHARED} (docker: --shm-size)")
+
+
+def processors() -> int:
+    """How many processors this process may use at a time.
+
+    Example:
+        >>> 1 <= processors() <= (os.cpu_count() or 1)
+        True
+    """
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for folder in _cgroups("cpu"):
+        with suppress(OSError, ValueError, ZeroDivisionError, IndexError):
+            if (folder / "cpu.max").is_file():
+                quota, period = (folder / "cpu.max").read_text().split()[:2]
+            else:
+                quota, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+            if quota.strip() != "max" and int(quota) > 0:
+                count = min(count, max(1, int(quota) // int(period)))
+    return count
+
+
+def _free_of_machine() -> Iterator[Room]:
+    with suppress(OSError, ValueError, IndexError, StopIteration):
+        lines = _MEMORY.read_text().splitlines()
+        sizes = {line.partition(":")[0]: int(line.split()[1]) << 10 for line in lines if line.endswith("kB")}
+        yield Room(sizes["MemAvailable"], f"the {_bytes(sizes['MemTotal'])} of this machine")
+        return
+    with suppress(AttributeError, OSError, ValueError, KeyError):
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        yield Room(total, f"the {_bytes(total)} of this machine")
+
+
+def _free_of_cgroups() -> Iterator[Room]:
+    for folder in _cgroups("memory"):
+        names = ("memory.max", "memory.current", "inactive_file")
+        if not (folder / names[0]).is_file():
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        with suppress(OSError, ValueError):
+            limit, used = (folder / names[0]).read_text().strip(), int((folder / names[1]).read_text())
+            if limit == "max" or int(limit) >= 1 << 60:
+                continue
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            used -= int(stat.get(names[2], 0))  # pages of files, which go when memory is short
+            yield Room(int(limit) - used, f"the {_bytes(int(limit))} of this container or job (cgroup)")
+
+
+def _free_of_process() -> Iterator[Room]:
+    with suppress(ImportError, OSError, ValueError, KeyError):
+        import resource  # not on Windows
+
+        lines = (_SELF / "status").read_text(errors="replace").splitlines()
+        sizes = {line.partition(":")[0]: int(line.split()[1]) << 10 for line in lines if line.endswith("kB")}
+        for which, used, name in ((resource.RLIMIT_AS, "VmSize", "-v"), (resource.RLIMIT_DATA, "VmData", "-d")):
+            limit = resource.getrlimit(which)[0]
+            if limit >= 0:
+                yield Room(limit - sizes[used], f"the {_bytes(limit)} that `ulimit {name}` allows")
+
+
+def _cgroups(controller: str) -> Iterator[Path]:
+    """The folders of the cgroups that this process is in, for versions 1 and 2: its own and all above it."""
+    with suppress(OSError, ValueError):
+        for line in (_SELF / "cgroup").read_text().splitlines():
+            _, names, path = line.split(":", 2)
+            if names and controller not in names.split(","):
+                continue
+            top = (
+                _CGROUPS / names if names and (_CGROUPS / names).is_dir() else _CGROUPS / (controller if names else "")
+            )
+            below = top / path.lstrip("/")
+            yield from (folder for folder in (below, *below.parents) if folder == top or top in folder.parents)
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 1 << 30 else f"{count / 2**20:.0f} MiB"

@@ -1,0 +1,200 @@
+"""The training of one network, from its first or its next step to its last; on several devices by a process for each.
+
+The process that was called is the first; it writes all files. It starts the others itself, with all that they need to know,
+so neither a user's script nor a command line runs twice.
+"""
+
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from types import ModuleType
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+
+from pixelwise.data.check import Inspection
+from pixelwise.errors import PixelwiseError
+from pixelwise.infer.estimates import is_out_of_memory
+from pixelwise.machine import shared_memory_room
+from pixelwise.train.config import RunConfig
+from pixelwise.train.folder import LAST_NAME
+from pixelwise.train.loop import Report, TrainingLoop, make_trainer, quiet
+from pixelwise.train.module import SegmentationModule, loss_weights
+from pixelwise.train.network import start_network
+from pixelwise.train.plan import Plan, free_words
+from pixelwise.train.stream import CropSet, make_dataset, make_stream
+
+LOST = ("Connection closed by peer", "Connection reset by peer", "NCCL", "Broken pipe", "Timed out waiting")
+FAREWELL_S = 30.0  # what the other processes get to end after the first
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What every process of a training knows."""
+
+    config: RunConfig
+    plan: Plan
+    inspection: Inspection
+    folder: Path  # the run folder
+    first_step: int  # steps done before
+
+    @property
+    def checkpoint(self) -> Path:
+        """What the training goes on from."""
+        return self.folder / "checkpoints" / LAST_NAME
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a training ended."""
+
+    best_miou: float | None  # of the weights that are kept; None without validation images
+    steps: int  # done in all
+    seconds: float  # of training
+    interrupted: str | None  # the signal that ended it early
+    is_late: bool  # the time was up before the steps were done
+
+
+@dataclass(frozen=True, kw_only=True)
+class Material:
+    """What a process trains with; made before anything is written, since options may not fit the data."""
+
+    model: nn.Module
+    weight: Tensor | None  # of each class in the loss
+    dataset: CropSet
+
+    @classmethod
+    def of(cls, job: Job, model: nn.Module) -> "Material":
+        """The material of a job, with the images in memory if they fit."""
+        dataset = make_dataset(job.config, job.plan, job.inspection, model)
+        return cls(model=model, weight=loss_weights(job.config, job.inspection, model), dataset=dataset)
+
+
+def run_job(job: Job, material: Material, report: Report) -> Outcome:
+    """Train, in this process and in one for each further device."""
+    with _other_processes(job):
+        return _fit(job, material, report)
+
+
+def _fit(job: Job, material: Material, report: Report) -> Outcome:
+    config, plan = job.config, job.plan
+    module = SegmentationModule(material.model, config, plan, material.weight)
+    loop = TrainingLoop(module, plan, job.inspection, job.folder, job.first_step, report)
+    with _as_readable_errors(job, loop), quiet(), _own_signals():
+        loader = make_stream(config, plan, material.dataset, job.first_step)
+        trainer = make_trainer(config, plan, loop, job.folder)
+        trainer.fit(module, train_dataloaders=loader, ckpt_path=job.checkpoint if job.first_step else None)
+    progress = module.progress
+    return Outcome(
+        best_miou=progress.best_miou if progress.best_miou >= 0 else None,
+        steps=trainer.global_step,
+        seconds=progress.elapsed_s,
+        interrupted=loop.interrupted,
+        is_late=not loop.interrupted and module.is_late and trainer.global_step < plan.steps,
+    )
+
+
+@contextmanager
+def _own_signals() -> Iterator[None]:
+    """Afterwards signals do what they did before; Lightning would go on to swallow SIGTERM."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        with suppress(ValueError):  # not the main thread: nothing was changed
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+@contextmanager
+def _other_processes(job: Job) -> Iterator[None]:
+    """The processes of the further devices; Lightning finds them by the variables that torch's own launcher sets."""
+    devices = job.config.devices
+    if devices == 1:
+        yield
+        return
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    known = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0", "WORLD_SIZE": str(devices)}
+    before = {name: os.environ.get(name) for name in (*known, "LOCAL_RANK")}
+    os.environ |= known | {"LOCAL_RANK": "0"}
+    others = [_start_process(job, rank) for rank in range(1, devices)]
+    try:
+        yield
+        for other in others:
+            other.join(FAREWELL_S)
+    finally:
+        for other in others:
+            other.kill()
+            other.join()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            os.environ |= {} if value is None else {name: value}
+
+
+def _start_process(job: Job, rank: int) -> BaseProcess:
+    process = multiprocessing.get_context("spawn").Process(target=_further, args=(job, rank))
+    script = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType(
+        "__main__"
+    )  # else a user's script would run in each process, from its first line
+    try:
+        process.start()
+    finally:
+        sys.modules["__main__"] = script
+    return process
+
+
+def _further(job: Job, rank: int) -> None:
+    """What the process of a further device does."""
+    os.environ["LOCAL_RANK"] = str(rank)
+    pl.seed_everything(job.config.seed, verbose=False)
+    try:
+        start = start_network(job.config, job.inspection, is_resumed=bool(job.first_step))
+        _fit(job, Material.of(job, start.model), lambda _event: None)
+    except PixelwiseError as error:
+        if not any(word in str(error.__cause__) for word in LOST):
+            sys.stderr.write(f"pixelwise: device {rank}: {error}\n")
+        os._exit(2)  # the other processes are gone, so saying goodbye to them would take for ever
+
+
+@contextmanager
+def _as_readable_errors(job: Job, loop: TrainingLoop) -> Iterator[None]:
+    plan, checkpoint = job.plan, job.checkpoint
+    try:
+        yield
+    except (RuntimeError, MemoryError, EOFError) as error:
+        kept = f"The checkpoint {checkpoint} is kept." if checkpoint.exists() else "No checkpoint was written yet."
+        free = free_words(torch.device(plan.device))
+        if is_out_of_memory(error) and loop.is_validating:
+            what = (
+                f"memory ran out while the val images were scored{free}. Training itself fits; score fewer images with "
+            )
+            what += "--set max_val_images=…, or give more memory and go on with --resume."
+        elif is_out_of_memory(error):
+            what = (
+                f"memory ran out with batch_size={plan.batch_size} and crop_px={plan.crop_px}{free}. Train with --set "
+            )
+            what += f"batch_size={max(1, plan.batch_size // 2)}, a smaller crop_px, or a smaller network."
+        elif "DataLoader worker" in str(error) or "shared memory" in str(error).lower():
+            what = (
+                f"a process that prepares crops has ended ({str(error).splitlines()[0]}). If memory was short{free} or "
+            )
+            what += f"shared memory ({shared_memory_room() or 'unknown'}), go on with --resume where there is more, or "
+            what += "start again with --set workers=0."
+        elif job.config.devices > 1 and any(word in str(error) for word in LOST):
+            what = f"the process of another device has ended ({str(error).splitlines()[0][:200]}). Go on with --resume."
+        else:
+            raise
+        raise PixelwiseError(f"{what} {kept}") from error

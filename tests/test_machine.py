@@ -1,0 +1,77 @@
+"""What a process may use is what its container, job or shell allows, not what the machine has."""
+
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pixelwise import machine
+
+GIB = 1 << 30
+
+
+@pytest.fixture
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A machine of 64 GiB, 32 of them free; its cgroups lie in the folder that is given."""
+    (tmp_path / "self").mkdir()
+    (tmp_path / "self" / "status").write_text("Name:\tx\nVmSize:\t 1048576 kB\nVmData:\t 524288 kB\n")
+    (tmp_path / "self" / "cgroup").write_text("0::/jobs/a\n")
+    (tmp_path / "meminfo").write_text(f"MemTotal: {64 << 20} kB\nMemFree: 5 kB\nMemAvailable: {32 << 20} kB\n")
+    for name, path in (("_CGROUPS", "cg"), ("_SELF", "self"), ("_MEMORY", "meminfo")):
+        monkeypatch.setattr(machine, name, tmp_path / path)
+    monkeypatch.setattr(resource, "getrlimit", lambda _which: (-1, -1))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: set(range(16)), raising=False)
+    return tmp_path / "cg"
+
+
+def write(folder: Path, **files: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (folder / name.replace("__", ".")).write_text(content)
+
+
+def test_without_limits_it_is_what_the_machine_has_free(fake: Path) -> None:
+    assert machine.memory_room() == machine.Room(32 * GIB, "the 64.0 GiB of this machine")
+    assert machine.processors() == 16
+
+
+def test_the_narrowest_cgroup_above_a_process_counts(fake: Path) -> None:
+    write(fake / "jobs" / "a", memory__max="max\n", memory__current="7\n", memory__stat="inactive_file 0\n")
+    write(fake / "jobs", memory__max=f"{4 * GIB}\n", memory__current=f"{3 * GIB}\n", cpu__max="250000 100000\n")
+    write(fake / "jobs", memory__stat=f"anon 5\ninactive_file {GIB}\n")
+    room = machine.memory_room()
+    assert room is not None and room.bytes == 2 * GIB and "4.0 GiB of this container or job" in str(room)
+    assert machine.processors() == 2
+
+
+def test_cgroups_of_version_1_and_those_of_a_container_that_sees_only_its_own(fake: Path) -> None:
+    (fake.parent / "self" / "cgroup").write_text("5:cpu,cpuacct:/docker/1\n4:memory:/docker/1\n1:name=systemd:/\n")
+    write(fake / "memory", memory__limit_in_bytes=f"{2 * GIB}", memory__usage_in_bytes=f"{GIB}", memory__stat="x 1")
+    write(fake / "cpu,cpuacct", cpu__cfs_quota_us="50000", cpu__cfs_period_us="100000")
+    assert machine.memory_room() == machine.Room(GIB, "the 2.0 GiB of this container or job (cgroup)")
+    assert machine.processors() == 1
+
+
+def test_ulimit_counts_what_is_taken_already(fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = {resource.RLIMIT_AS: 5 * GIB, resource.RLIMIT_DATA: -1}
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (limits[which], -1))
+    assert machine.memory_room() == machine.Room(4 * GIB, "the 5.0 GiB that `ulimit -v` allows")
+
+
+def test_a_real_limit_is_seen() -> None:
+    code = "from pixelwise.machine import memory_room; print(memory_room())"
+    done = subprocess.run(
+        ["bash", "-c", f'ulimit -v 900000; exec "{sys.executable}" -c "{code}"'], capture_output=True, text=True
+    )
+    assert "GiB are free of the 879 MiB that `ulimit -v` allows" in done.stdout, done.stderr
+
+
+def test_small_shared_memory_is_told(fake: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "_SHARED", tmp_path / "nowhere")
+    assert machine.shared_memory_room() is None
+    monkeypatch.setattr(machine, "_SHARED", tmp_path)
+    room = machine.shared_memory_room()
+    assert room is not None and room.bytes > 0 and "--shm-size" in str(room)
