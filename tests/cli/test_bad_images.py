@@ -224,10 +224,10 @@ def test_a_file_that_changes_while_it_is_read(bundles, program, tmp_path, monkey
     victim = {"f.zarr": "f.zarr/zarr.json", "g": "g/1.dcm"}.get(name, name)
     window = Predictor.window
 
-    def changed(self, pixels):
+    def changed(self, *window_and_holes):
         with (folder / victim).open("ab") as file:
             file.write(b" ")
-        return window(self, pixels)
+        return window(self, *window_and_holes)
 
     monkeypatch.setattr(Predictor, "window", changed)
     done = program("predict", bundles[3], folder / name, "--out", tmp_path / "out")

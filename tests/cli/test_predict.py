@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 
@@ -173,6 +174,7 @@ def test_a_hostile_card_is_an_error_of_one_paragraph(run, images, tmp_path, pixe
     card["mean"] = ["0.5"]
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "model.json").write_text(json.dumps(card))
+    shutil.copy(run / "model.safetensors", tmp_path / "run")
     code, _, err = pixelwise("predict", tmp_path / "run", images, "--out", tmp_path / "out")
     assert code == 2
     assert "'mean'" in err
