@@ -225,9 +225,10 @@ def path(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
     """A run folder of a network for so many channels, with random weights."""
+    base = tmp_path_factory.mktemp("networks")
 
     def make(channels: int) -> Path:
-        folder = tmp_path_factory.getbasetemp() / f"run{channels}"
+        folder = base / f"run{channels}"
         if not folder.exists():
             torch.manual_seed(channels)
             config = {"num_classes": 2, "in_channels": channels, "widths": [4, 6]}
