@@ -35,6 +35,7 @@ MEMORY_BYTES = 2 << 30
 DEADLINE_S = 300.0
 _TRIES = 2  # of a child that works on one request at a time, before a file is blamed for its end
 _REMOTE_PATIENCE = 12  # requests to servers have time limits of their own
+_END_S = 5  # that the system may take to tell why a child ended
 _START_S = 60  # that a child on a busy machine may take before its first deadline begins
 
 
@@ -77,7 +78,7 @@ class _Child:
         self._waiting: dict[int, Future[dict[str, Any]]] = {}
         self._number = 0
         self._lock = threading.Lock()
-        self.is_alive = True
+        self.is_alive, self._reason = True, "its decoder ended"
         self._is_ready = threading.Event()
         self._listener = threading.Thread(target=self._listen, daemon=True, name="pixelwise-decoder")
         self._listener.start()
@@ -99,16 +100,18 @@ class _Child:
         """
         future: Future[dict[str, Any]] = Future()
         with self._lock:
-            if not self.is_alive:
-                raise _Died
             self._number += 1
             number = self._number
-            self._waiting[number] = future
             try:
-                send(self._to, {**message, "number": number})
-            except OSError as error:
-                del self._waiting[number]
-                raise _Died from error
+                is_sent = self.is_alive
+                if is_sent:
+                    send(self._to, {**message, "number": number})
+                    self._waiting[number] = future
+            except OSError:
+                is_sent = False
+        if not is_sent:
+            self._listener.join(_END_S)  # which learns why it ended
+            raise _Died(self._reason)
         self._is_ready.wait(_START_S)
         try:
             answer = future.result(self.deadline_s * patience)
@@ -165,8 +168,9 @@ class _Child:
         self.end()
         code = self._process.wait()
         shutil.rmtree(self._folder, ignore_errors=True)
+        self._reason = _reason(code)
         for future in waiting.values():
-            future.set_exception(_Died(_reason(code)))
+            future.set_exception(_Died(self._reason))
         self._close()
 
 
