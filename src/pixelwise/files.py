@@ -220,7 +220,7 @@ def read_json(path: str | Path) -> Any:
         DataError: the file is missing, unreadable or not JSON.
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(read_regular(Path(path)))
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read as JSON ({error}).") from error
 
@@ -232,7 +232,7 @@ def read_yaml(path: str | Path) -> Any:
         DataError: the file is missing, unreadable, no regular file, larger than 16 MB or not YAML.
     """
     try:
-        return parse_yaml(_read_regular(Path(path)))
+        return parse_yaml(read_regular(Path(path), MAX_YAML_BYTES).decode("utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: a date such as 2001-99-99
         raise DataError(f"{path}: cannot be read as YAML ({' '.join(str(error).split())[:200]}).") from error
 
@@ -271,15 +271,20 @@ def parse_yaml(text: str) -> Any:
     return yaml.load(text, Loader=_YAML_LOADER)
 
 
-def _read_regular(path: Path) -> str:
-    """The text of a file; a pipe or a device would never end, so they are not opened."""
+def read_regular(path: Path, most_bytes: int | None = None) -> bytes:
+    """The content of a file from outside; a pipe or a device would never end, so they are not opened.
+
+    Raises:
+        ValueError: it is no regular file, or is larger than `most_bytes`.
+        OSError: it cannot be read.
+    """
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
         raise ValueError("it is no regular file")
-    if status.st_size > MAX_YAML_BYTES:
-        raise ValueError(f"it has {status.st_size:,} bytes; at most {MAX_YAML_BYTES:,} are read")
+    if most_bytes is not None and status.st_size > most_bytes:
+        raise ValueError(f"it has {status.st_size:,} bytes; at most {most_bytes:,} are read")
     with path.open("rb") as file:
-        return file.read(MAX_YAML_BYTES).decode("utf-8")
+        return file.read(-1 if most_bytes is None else most_bytes)
 
 
 def without_nan(value: Any) -> Any:

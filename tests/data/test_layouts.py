@@ -12,7 +12,7 @@ from PIL import Image
 from pixelwise.data.check import inspect_data
 from pixelwise.data.labels import CAMVID_NAMES, LabelSpec
 from pixelwise.data.layouts import open_data
-from pixelwise.data.matching import Source, match_source, relative
+from pixelwise.data.matching import FolderPair, match_source, relative
 from pixelwise.data.pairs import assign_splits
 from pixelwise.errors import DataError, UsageError
 
@@ -331,7 +331,7 @@ def touch(root, *names):
 
 
 def found(folder, masks):
-    pairs, problems = match_source(Source(split="", images=folder, masks=masks), folder.parent)
+    pairs, problems = match_source(FolderPair(split="", images=folder, masks=masks), folder.parent)
     assert not problems, problems
     return {pair.name: (pair.image.name, pair.mask.name) for pair in pairs}
 

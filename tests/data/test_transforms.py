@@ -19,9 +19,10 @@ OUTSIDE = -1e6  # no image holds it, so that what was filled shows
 
 
 def apply(transform, image, mask, seed=0):
+    """The image without the channel that says where it has data."""
     torch.manual_seed(seed)
-    image, mask = transform(tv_tensors.Image(image), tv_tensors.Mask(mask))
-    return image.as_subclass(Tensor), mask.as_subclass(Tensor)
+    out, mask = transform(tv_tensors.Image(image), tv_tensors.Mask(mask))
+    return out.as_subclass(Tensor)[: len(image)], mask.as_subclass(Tensor)
 
 
 def coordinates(height, width):
@@ -53,14 +54,14 @@ def inner(mask, margin=4):
 )
 def test_image_and_mask_stay_together(size, crop_px, scale, focus, seed):
     position = coordinates(*size)
-    transform = RandomScaleCrop(crop_px, scale=scale, focus=0.0, fill=(OUTSIDE,))
+    transform = RandomScaleCrop(crop_px, scale=scale, focus=0.0, fill=(OUTSIDE, OUTSIDE))
     for axis in (0, 1):  # the mask numbers the rows, then the columns
         image, mask = apply(transform, position, position[axis].to(torch.uint8), seed)
         assert image.shape == (2, crop_px, crop_px) and mask.shape == (crop_px, crop_px)
         assert mask.dtype == torch.uint8 and image.dtype == torch.float32
         sure = inner(mask)
         assert ((image[axis] - mask).abs()[sure] <= 0.51).all()
-    focused = RandomScaleCrop(crop_px, scale=scale, focus=focus, fill=(OUTSIDE,))
+    focused = RandomScaleCrop(crop_px, scale=scale, focus=focus, fill=(OUTSIDE, OUTSIDE))
     image, mask = apply(focused, position, position[0].to(torch.uint8), seed)
     assert ((image[0] - mask).abs()[inner(mask)] <= 0.51).all()
 
@@ -70,7 +71,7 @@ def test_mask_values_are_never_mixed(scale):
     mask = torch.tensor([0, 7, 200], dtype=torch.uint8)[
         torch.randint(3, (50, 61), generator=torch.Generator().manual_seed(0))
     ]
-    transform = RandomScaleCrop(40, scale=scale, focus=0.5)
+    transform = RandomScaleCrop(40, scale=scale, focus=0.5, fill=(0, 0, 0))
     for seed in range(20):
         _, out = apply(transform, torch.zeros(3, 50, 61), mask, seed)
         assert set(out.unique().tolist()) <= {0, 7, 200, IGNORE_INDEX}
@@ -79,8 +80,8 @@ def test_mask_values_are_never_mixed(scale):
 def test_without_magnification_a_crop_is_a_window_of_the_image():
     image = torch.randint(256, (3, 50, 70), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     position = coordinates(50, 70).to(torch.uint8)
-    _, rows = apply(RandomScaleCrop(32), image, position[0], 3)
-    out, columns = apply(RandomScaleCrop(32), image, position[1], 3)
+    _, rows = apply(RandomScaleCrop(32, fill=(0, 0, 0)), image, position[0], 3)
+    out, columns = apply(RandomScaleCrop(32, fill=(0, 0, 0)), image, position[1], 3)
     top, left = int(rows[0, 0]), int(columns[0, 0])
     assert torch.equal(out, image[:, top : top + 32, left : left + 32])
 
@@ -103,7 +104,7 @@ def test_outside_the_image_is_fill_and_void(dtype):
 
 
 def test_a_crop_wider_than_the_image_but_not_as_high_fills_the_sides_only():
-    _, labels = apply(RandomScaleCrop(16), torch.zeros(1, 40, 6), torch.zeros(40, 6, dtype=torch.uint8))
+    _, labels = apply(RandomScaleCrop(16, fill=(0,)), torch.zeros(1, 40, 6), torch.zeros(40, 6, dtype=torch.uint8))
     assert (labels == 0).sum() == 16 * 6
     assert ((labels == 0).sum(1) == 6).all()
 
@@ -111,7 +112,7 @@ def test_a_crop_wider_than_the_image_but_not_as_high_fills_the_sides_only():
 @pytest.mark.parametrize("scale", [(0.2, 0.2), (1.0, 1.0), (5.0, 5.0)])
 def test_one_pixel_is_enough(scale):
     image, mask = torch.full((3, 1, 1), 9.0), torch.full((1, 1), 4, dtype=torch.uint8)
-    out, labels = apply(RandomScaleCrop(8, scale=scale, focus=1.0, fill=(9.0,)), image, mask)
+    out, labels = apply(RandomScaleCrop(8, scale=scale, focus=1.0, fill=(9.0,) * 3), image, mask)
     assert out.shape == (3, 8, 8) and torch.allclose(out, torch.tensor(9.0))
     assert set(labels.unique().tolist()) <= {4, IGNORE_INDEX}
     assert (labels == 4).sum() in (0, 1, 4, 9, 16, 25)
@@ -130,7 +131,7 @@ def test_five_float_channels_keep_their_range():
 
 def test_magnification_is_drawn_evenly_in_its_logarithm():
     position, mask = coordinates(400, 400), torch.zeros(400, 400, dtype=torch.uint8)
-    transform = RandomScaleCrop(64, scale=(0.5, 2.0))
+    transform = RandomScaleCrop(64, scale=(0.5, 2.0), fill=(0, 0))
     factors = []
     for seed in range(120):
         image, _ = apply(transform, position, mask, seed)
@@ -148,7 +149,7 @@ def test_focus_shows_rare_classes_as_often_as_common_ones(place):
     image = torch.zeros(1, 100, 120)
     seen = dict.fromkeys((0.0, 1.0), 0)
     for focus in seen:
-        transform = RandomScaleCrop(16, focus=focus)
+        transform = RandomScaleCrop(16, focus=focus, fill=(0,))
         seen[focus] = sum(bool((apply(transform, image, mask, seed)[1] == 1).any()) for seed in range(60))
     assert seen[1.0] >= 18  # of 60: every second draw is of this class
     assert seen[0.0] <= 6
@@ -159,7 +160,7 @@ def test_a_class_alone_among_void_is_always_found_anywhere_in_the_crop():
     mask[40, 33] = 2
     places = []
     for seed in range(40):
-        _, labels = apply(RandomScaleCrop(16, focus=1.0), torch.zeros(1, 80, 80), mask, seed)
+        _, labels = apply(RandomScaleCrop(16, focus=1.0, fill=(0,)), torch.zeros(1, 80, 80), mask, seed)
         places.append(tuple((labels == 2).nonzero()[0].tolist()))
     rows, columns = zip(*places, strict=True)
     assert min(rows) < 4 and max(rows) > 11 and min(columns) < 4 and max(columns) > 11
@@ -167,7 +168,7 @@ def test_a_class_alone_among_void_is_always_found_anywhere_in_the_crop():
 
 def test_a_mask_of_void_only_can_be_cropped():
     mask = torch.full((20, 20), IGNORE_INDEX, dtype=torch.uint8)
-    _, labels = apply(RandomScaleCrop(8, focus=1.0), torch.zeros(1, 20, 20), mask)
+    _, labels = apply(RandomScaleCrop(8, focus=1.0, fill=(0,)), torch.zeros(1, 20, 20), mask)
     assert (labels == IGNORE_INDEX).all()
 
 
@@ -284,7 +285,7 @@ def test_pixel_weights_do_not_change_what_is_drawn():
 def test_weights_outside_the_image_are_zero():
     torch.manual_seed(0)
     given = tv_tensors.Mask(torch.ones(6, 6).byte()), PixelWeight(torch.full((6, 6), 3.0))
-    _, labels, out = RandomScaleCrop(16)(tv_tensors.Image(torch.zeros(1, 6, 6)), *given)
+    _, labels, out = RandomScaleCrop(16, fill=(0,))(tv_tensors.Image(torch.zeros(1, 6, 6)), *given)
     assert isinstance(out, PixelWeight) and (out[labels == IGNORE_INDEX] == 0).all() and (out[labels == 1] == 3).all()
 
 

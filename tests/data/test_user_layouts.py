@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 import unicodedata
 
@@ -628,3 +629,21 @@ def test_a_csv_with_the_other_unicode_form(tmp_path):
     with (tmp_path / "list.csv").open("w", encoding="utf-8") as file:
         csv.writer(file).writerows([("image", "mask"), (unicodedata.normalize("NFC", "Kraków.png"), "k_mask.png")])
     assert [pair.image.exists() for pair in open_data(tmp_path).pairs] == [True]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+def test_pipes_and_devices_are_refused_and_never_waited_for(tmp_path):
+    save_pairs(tmp_path / "data", "images", "masks", "abc")
+    for name in ("train.txt", "splits.json", "classes.yaml", "list.csv"):
+        os.mkfifo(tmp_path / name)
+    os.mkfifo(tmp_path / "data" / "train.txt")
+    with pytest.raises(DataError, match=r"train\.txt: cannot be read as text \(it is no regular file\)"):
+        open_data(tmp_path / "data")
+    for path in (tmp_path / "list.csv", "/dev/zero"):
+        with pytest.raises(DataError, match="is neither a folder nor a file"):
+            open_data(path)
+    for name in ("splits.json", "classes.yaml"):
+        (tmp_path / "data" / "train.txt").unlink(missing_ok=True)
+        (tmp_path / name).rename(tmp_path / "data" / name)
+    with pytest.raises(DataError, match=r"classes\.yaml: cannot be read as YAML \(it is no regular file\)"):
+        open_data(tmp_path / "data")

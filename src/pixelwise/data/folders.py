@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pixelwise.data.matching import Source, has_images, image_files, match_source, walk
+from pixelwise.data.matching import FolderPair, has_images, image_files, match_source, walk
 from pixelwise.data.names import IMAGE_DIRS, is_mask_name
 from pixelwise.data.pairs import SPLITS, split_of
 from pixelwise.errors import DataError
@@ -33,10 +33,10 @@ class Layout:
         shown = [path.name for source in self.sources(name) for path in (source.images, source.masks) if path]
         return self.words.replace("{masks}", name) if self.words else " ".join(f"{folder}/" for folder in shown)
 
-    def sources(self, name: str, ending: str = "") -> list[Source]:
+    def sources(self, name: str, ending: str = "") -> list[FolderPair]:
         """The folders of images with their masks in the folders of this name, of those with this ending."""
         return [
-            Source(split=split, images=images, masks=masks, ending=ending)
+            FolderPair(split=split, images=images, masks=masks, ending=ending)
             for (split, images), masks in zip(self.images, self.masks[name], strict=True)
         ]
 
@@ -113,7 +113,7 @@ def _split_above_layout(root: Path) -> Layout | None:
 def _one_folder_layout(root: Path) -> Layout | None:
     """Images and masks in one folder or in folders for each case, told apart by their names."""
     splits = [(split_of(name), path) for name, path in _folders(root).items() if split_of(name)] or [("", root)]
-    usable = [Source(split=split, images=path, masks=path) for split, path in splits]
+    usable = [FolderPair(split=split, images=path, masks=path) for split, path in splits]
     images = [pair.image for source in usable for pair in match_source(source, root)[0] if pair.mask]
     if not images or (not splits[0][0] and _lie_deeper(images, root)):
         return None

@@ -9,7 +9,7 @@ from pathlib import Path
 from pixelwise.data.folders import Layout, beside_splits, find_layout
 from pixelwise.data.labels import LabelSpec
 from pixelwise.data.mask_folders import choose_masks, is_doubtful
-from pixelwise.data.matching import Source, match_source
+from pixelwise.data.matching import FolderPair, match_source
 from pixelwise.data.pairs import (
     NO_VALIDATION,
     SPLITS,
@@ -133,9 +133,10 @@ class _Found:
 
 
 def _recognise(root: Path, masks: str | None) -> _Found:
-    if not root.exists():
-        raise DataError(f"{root}: there is no such folder.")
-    sources: list[Source] = []
+    if not (root.is_dir() or root.is_file()):
+        what = "is neither a folder nor a file" if root.exists() else "there is no such folder"
+        raise DataError(f"{root}: {what}. Give a folder of images and masks, or a CSV file that lists them.")
+    sources: list[FolderPair] = []
     doubts: list[Problem] = []
     if tables := find_tables(root):
         if masks is not None:
@@ -255,7 +256,7 @@ def _nothing_pairs(root: Path, words: str, problems: Sequence[Problem]) -> str:
     )
 
 
-def _no_images(root: Path, words: str, sources: list[Source]) -> str:
+def _no_images(root: Path, words: str, sources: list[FolderPair]) -> str:
     other = Counter(
         path.suffix.lower() or path.name
         for source in sources

@@ -31,7 +31,7 @@ _MAX_LOOKS = 20  # files of such names in a folder that are opened
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class FolderPair:
     """A folder of images with its folder of masks; `split` is "" where the layout names none."""
 
     split: str
@@ -40,7 +40,9 @@ class Source:
     ending: str = ""  # of the names of the masks, where several masks for each image lie together
 
 
-def match_source(source: Source, root: Path, listed: Container[Path] | None = None) -> tuple[list[Pair], list[Problem]]:
+def match_source(
+    source: FolderPair, root: Path, listed: Container[Path] | None = None
+) -> tuple[list[Pair], list[Problem]]:
     """Pair the images and masks of one source, still without groups, and say what stays alone, of the `listed` images."""
     notes: list[str] = []
     images, masks, doubled = _files(source, notes)
@@ -72,7 +74,7 @@ def match_source(source: Source, root: Path, listed: Container[Path] | None = No
 _Files = dict[str, list[Path]]
 
 
-def _files(source: Source, notes: list[str]) -> tuple[_Files, _Files, list[tuple[str, list[Path]]]]:
+def _files(source: FolderPair, notes: list[str]) -> tuple[_Files, _Files, list[tuple[str, list[Path]]]]:
     """The images and the masks of a source by their keys, and the keys that several files have."""
     if source.masks == source.images:
         images, masks = _in_one_folder(image_files(source.images, notes=notes))

@@ -12,7 +12,6 @@ from pixelwise.data.orientation import turned_masks
 from pixelwise.data.pairs import NO_VALIDATION, SPLITS, DataFolder, Problem, counted, first_of
 from pixelwise.data.photographs import fills_areas, looks_swapped
 from pixelwise.data.scan import PairScan, place_of
-from pixelwise.data.unread import left_out
 from pixelwise.formats.local import printable
 
 _STRAY_PX, _PLACES = 100, 5  # values in at most so many pixels are shown with their place, so many of them
@@ -32,7 +31,7 @@ def find_problems(folder: DataFolder, scans: Sequence[PairScan]) -> tuple[Proble
         _unknown_values,
         _empty_masks,
         _missing_classes,
-        left_out,
+        _left_out,
     )
     for check in per_split:
         for split, there in by_split.items():
@@ -157,6 +156,16 @@ def _missing_classes(split: str, scans: list[PairScan], folder: DataFolder) -> I
         effect = "cannot be learnt." if split == "train" else "cannot be scored there."
         subject = "It" if len(missing) == 1 else "They"
         yield Problem("warning", f"{split}: no mask contains {first_of(missing, 12)}. {subject} {effect}")
+
+
+def _left_out(split: str, scans: list[PairScan], folder: DataFolder) -> Iterator[Problem]:
+    """Further images of a file, and files beside it that other programs follow."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for scan in scans:
+        for text in scan.image.remarks if scan.image else ():
+            found[text].append(relative(scan.pair.image, folder.root))
+    for text, names in found.items():
+        yield Problem("warning", f"{split}: {first_of(names, 3)}: {text}.", tuple(names))
 
 
 def _swapped(scans: Sequence[PairScan], folder: DataFolder) -> Iterator[Problem]:

@@ -218,16 +218,6 @@ def _propose_numbers(masks: Masks, camvid: bool, ignore: tuple[int, ...]) -> tup
     counts = Counter(
         {value: n for value, n in _numbers(scan.counts for _, scan in masks).items() if value not in ignore}
     )
-    if set(counts) <= {(0, 0, 0), *_ONE_HOT}:
-        values = tuple((color,) for color in (*_ONE_HOT, (0, 0, 0)) if color in counts)
-        names = tuple(
-            f"channel {_ONE_HOT.index(value) + 1}" if value in _ONE_HOT else "no channel" for (value,) in values
-        )
-        spec = LabelSpec(names=names, colors=distinct_colors(len(names)), values=values, kind="rgb")
-        message = (
-            "the masks are one-hot, it seems: each channel of 0 and 1 is read as a class. Give a classes.yaml if not."
-        )
-        return spec.with_ignored(ignore), [Problem("warning", message)]
     strays = _strays(masks, counts)
     few = strays if len(strays) <= _MOST_STRAYS else set()
     is_lossy = any(scan.format in ("jpeg", "mpo") for _, scan in masks)

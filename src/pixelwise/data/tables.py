@@ -13,6 +13,7 @@ from pixelwise.data.matching import relative
 from pixelwise.data.names import IMAGE_DIRS, MASK_DIRS
 from pixelwise.data.pairs import Pair, Problem, composed, counted, first_of, split_of
 from pixelwise.errors import DataError
+from pixelwise.files import read_regular
 from pixelwise.formats import SOURCE_SUFFIXES
 from pixelwise.formats.local import printable
 from pixelwise.formats.registry import stem_of
@@ -29,6 +30,9 @@ _COLUMNS = {
     "split": ("split", "subset", "partition", "set", "usage", "phase", "fold"),
 }  # fmt: skip
 """The columns of a list and the names they may have, the best first."""
+
+MAX_BYTES = 256 << 20
+"""Of a list; one of a million pairs has less than half of it."""
 
 _DELIMITERS = ",;\t|"
 _WANTED = "The first line must name the columns image and mask (and perhaps split)"
@@ -58,10 +62,10 @@ def read_text(path: Path) -> tuple[str, str]:
     """The text of a file with its encoding: UTF-8 or UTF-16, and else Windows' cp1252.
 
     Raises:
-        DataError: it cannot be read, or is no text.
+        DataError: it cannot be read, is no text, or larger than any list.
     """
     try:
-        content = path.read_bytes()
+        content = read_regular(path, MAX_BYTES)
         if content.startswith((b"\xff\xfe", b"\xfe\xff")):
             return content.decode("utf-16"), "utf-16"
         try:

@@ -65,22 +65,20 @@ class RandomScaleCrop(_Crop):
 
     The factor is drawn log-uniformly from `scale`. With probability `focus` the window holds a pixel of a class drawn
     evenly from the classes of the mask, so that rare classes are seen as often as their images are; otherwise it is drawn
-    evenly over the image. What lies outside the image, or has no data, is `fill` in the image; what lies outside is void
-    in the mask. With `marks_outside` such pixels are told by one channel more, that of `with_validity`.
+    evenly over the image. What lies outside the image, or has no data, is `fill`, per channel, in the image, which tells it
+    by one channel more, that of `with_validity`; what lies outside is void in the mask.
     """
 
     def __init__(
         self,
         crop_px: int,
         *,
+        fill: tuple[float, ...],
         scale: tuple[float, float] = (1.0, 1.0),
         focus: float = 0.0,
-        fill: tuple[float, ...] = (0,),
-        marks_outside: bool = False,
     ) -> None:
         super().__init__()
         self.crop_px, self.scale, self.focus, self.fill = crop_px, scale, focus, fill
-        self.marks_outside = marks_outside
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         mask = _labels_of(flat_inputs)
@@ -109,14 +107,12 @@ class RandomScaleCrop(_Crop):
 
     def _filled(self, image: Tensor, padding: tuple[int, int, int, int]) -> Tensor:
         """The image padded, and `fill` where it has no data, so that resampling mixes nothing else into its neighbours."""
-        if self.marks_outside and len(image) == len(self.fill) + 1:
+        if len(image) > len(self.fill):
             colors = torch.tensor(self.fill).to(image.dtype)[:, None, None]
-            return _pad(
-                torch.cat([torch.where(image[-1:] > 0, image[:-1], colors), image[-1:]]), padding, (*self.fill, 0)
-            )
-        if self.marks_outside and any(padding):
-            return _pad(with_validity(image, torch.ones(image.shape[1:], dtype=torch.bool)), padding, (*self.fill, 0))
-        return _pad(image, padding, self.fill)
+            image = torch.cat([torch.where(image[-1:] > 0, image[:-1], colors), image[-1:]])
+        elif any(padding):
+            image = with_validity(image, torch.ones(image.shape[1:], dtype=torch.bool))
+        return _pad(image, padding, (*self.fill, 0))
 
 
 def _start(length: int, window: int, centre: int | None) -> int:
@@ -132,8 +128,8 @@ def _pad(image: Tensor, padding: tuple[int, int, int, int], fill: tuple[float, .
     if not any(padding):
         return image
     left, top, right, bottom = padding
-    channels, height, width = image.shape
-    values = torch.tensor(fill if len(fill) == channels else fill[:1] * channels, dtype=torch.float32).to(image.dtype)
+    _, height, width = image.shape
+    values = torch.tensor(fill, dtype=torch.float32).to(image.dtype)
     canvas = values[:, None, None].repeat(1, height + top + bottom, width + left + right)
     canvas[:, top : top + height, left : left + width] = image
     return canvas
@@ -224,7 +220,7 @@ def training_transform(
     the deviation of the deformation's vectors in crop pixels.
     """
     fill = tuple(value * 255 if is_uint8 else value for value in mean)
-    steps: list[v2.Transform] = [RandomScaleCrop(crop_px, scale=scale, focus=focus, fill=fill, marks_outside=True)]
+    steps: list[v2.Transform] = [RandomScaleCrop(crop_px, scale=scale, focus=focus, fill=fill)]
     if elastic:
         steps.append(RandomElastic(elastic))
     return v2.Compose([*steps, *_in_place(flips, photometric, mean, std)])
