@@ -103,3 +103,30 @@ def test_positions_and_spacings_need_not_agree_to_the_last_digit(tmp_path):
     with open_dicom(str(tmp_path), intensity=(0, 255)) as source:
         assert source.metadata["time_points"] == 2 and source.metadata["even"]
         np.testing.assert_allclose(whole(source), np.concatenate([volume[::2], volume[1::2]]) / 255, atol=1e-6)
+
+
+def table(values):
+    """A Modality LUT Sequence of 16-bit numbers for stored 0, 1, 2, ..."""
+    item = Dataset()
+    item.LUTDescriptor, item.ModalityLUTType, item.LUTData = (
+        [len(values), 0, 16],
+        "US",
+        np.array(values, "<u2").tobytes(),
+    )
+    return [item]
+
+
+def test_a_table_of_meanings_in_dicom_is_not_cut_to_the_stored_type(tmp_path):
+    pixels = np.arange(256).reshape(16, 16)
+    path = write(tmp_path / "a.dcm", pixels, BitsStored=8, HighBit=7, ModalityLUTSequence=table([*range(0, 2560, 10)]))
+    dataset = pydicom.dcmread(path)
+    for name in ("WindowCenter", "WindowWidth"):
+        delattr(dataset, name)
+    dataset.save_as(path)
+    with open_dicom(str(path)) as source:  # auto: the range of the meanings
+        np.testing.assert_allclose(source.read(0, 0, 16, 16)[..., 0], pixels / 255, atol=1e-6)
+    with open_dicom(str(path), intensity=(0, 5100)) as source:
+        np.testing.assert_allclose(source.read(0, 0, 16, 16)[..., 0], pixels * 10 / 5100, atol=1e-6)
+    with open_dicom(str(path), intensity="type") as source:  # the stored numbers
+        found = source.read(0, 0, 16, 16)[..., 0]
+        assert np.array_equal(found if found.dtype == np.uint8 else np.round(found * 255), pixels)

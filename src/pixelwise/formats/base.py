@@ -142,7 +142,7 @@ class Result:
         spec: names and colours of the classes.
         source: the image it was made from; the map has its height, width and planes.
         metadata: the source's own, which the writer of the same format keeps.
-        dtype: of the numbers: uint8 or uint16 for labels, float32 for maps.
+        dtype: of the numbers: uint8 for labels, float32 for maps.
         nodata: the number that stands where the source has no data; None if it has data everywhere.
         rows: (plane, top, bottom) -> the rows top..bottom of a plane, (bottom - top, W).
         mark: JSON-able values on the origin: network, input, options.
@@ -184,6 +184,7 @@ def whole_numbers(array: NDArray[Any]) -> NDArray[Any]:
     if array.dtype.kind in "ui":
         return array
     if array.dtype.kind == "f":
+        array = array.astype(np.float32) if array.dtype.itemsize < 4 else array
         gaps = ~(np.abs(array) < _FILL)
         known = np.where(gaps, 0, array)
         if np.abs(known).max() < 2**32:

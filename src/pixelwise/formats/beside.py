@@ -3,7 +3,9 @@
 They are not read here, for a file should mean the same wherever it is copied to; that they are there is said.
 """
 
+import os
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +23,16 @@ _MEANINGS = {  # elements of GDAL's .aux.xml: what they say, and the metadata th
 def unread(location: str, metadata: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """The names of such files, and what they say, as far as the image (its `metadata`) does not say it itself."""
     path = Path(location)
+    if not path.name:  # "." and "/": nothing beside a folder belongs to it
+        return
     for name, what, known in _candidates(path):
         if not metadata.get(known) and (found := _there(path.with_name(name))):
             yield found.name, what
     for name in (f"{path.name}.aux.xml", f"{path.stem}.aux.xml"):
-        file = path.with_name(name)
-        if file.is_file():
-            with file.open("rb") as opened:
-                content = opened.read(_MOST_BYTES)
-            said = [what for mark, (what, known) in _MEANINGS.items() if mark in content and not metadata.get(known)]
-            if said:
-                yield name, ", ".join(dict.fromkeys(said))
+        content = _content(path.with_name(name))
+        said = [what for mark, (what, known) in _MEANINGS.items() if mark in content and not metadata.get(known)]
+        if said:
+            yield name, ", ".join(dict.fromkeys(said))
 
 
 def not_read(location: str | Path, metadata: Mapping[str, Any]) -> tuple[str, ...]:
@@ -54,9 +55,18 @@ def _candidates(path: Path) -> Iterator[tuple[str, str, str]]:
     yield f"{path.stem}.prj", "its coordinate system", "crs"
 
 
+def _content(path: Path) -> bytes:
+    """How a file begins; nothing of what is no file, or cannot be read."""
+    if not os.path.isfile(path):  # noqa: PTH113  (also of names that no file can have)
+        return b""
+    with suppress(OSError), path.open("rb") as file:
+        return file.read(_MOST_BYTES)
+    return b""
+
+
 def _there(path: Path) -> Path | None:
     """A file of this name, whose suffix may be in capitals."""
     for found in (path, path.with_suffix(path.suffix.upper()), path.with_suffix(path.suffix.lower())):
-        if found.is_file():
+        if os.path.isfile(found):  # noqa: PTH113  (also of names that no file can have)
             return found
     return None

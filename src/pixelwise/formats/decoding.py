@@ -17,6 +17,7 @@ import sys
 import tempfile
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from io import FileIO
@@ -77,6 +78,7 @@ class _Child:
         self._to, self._from = cast(FileIO, self._process.stdin), cast(FileIO, self._process.stdout)
         self._waiting: dict[int, Future[dict[str, Any]]] = {}
         self._number = 0
+        self._forgotten: deque[int] = deque()  # sources that the child shall close
         self._lock = threading.Lock()
         self.is_alive, self._reason = True, "its decoder ended"
         self._is_ready = threading.Event()
@@ -103,6 +105,7 @@ class _Child:
             self._number += 1
             number = self._number
             try:
+                self._send_forgotten()
                 is_sent = self.is_alive
                 if is_sent:
                     send(self._to, {**message, "number": number})
@@ -128,10 +131,18 @@ class _Child:
         raise told
 
     def forget(self, handle: int) -> None:
-        """Close a source; nobody waits for it."""
-        with self._lock, contextlib.suppress(OSError, ValueError):
-            if self.is_alive:
-                send(self._to, {"do": "close", "handle": handle, "number": 0})
+        """Close a source; nobody waits for it. The garbage collector may call this while this thread holds the lock."""
+        self._forgotten.append(handle)
+        if self._lock.acquire(blocking=False):
+            try:
+                with contextlib.suppress(OSError, ValueError):
+                    self._send_forgotten()
+            finally:
+                self._lock.release()
+
+    def _send_forgotten(self) -> None:
+        while self.is_alive and self._forgotten:
+            send(self._to, {"do": "close", "handle": self._forgotten.popleft(), "number": 0})
 
     def end(self, wait_s: float = 0) -> None:
         """End the process; requests that wait for it fail. At most `wait_s` seconds are waited for that."""

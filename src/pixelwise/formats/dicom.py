@@ -167,6 +167,7 @@ class _DicomSource(Source):
         is_8_bit = all(header.bits == 8 and not header.signed and not header.palette for header in headers)
         is_color = first.channels == 3
         same = all((frame.slope, frame.intercept, frame.window) == (1.0, 0.0, None) for frame in frames)
+        same = same and not any(header.has_table for header in headers)
         self._stays = any(header.palette for header in headers) or is_8_bit
         self._stays = self._stays and (intensity == "type" or (intensity == "auto" and (is_color or same)))
         dtype = np.result_type(*map(_stored_type, headers)).name if labels else "uint8" if self._stays else "float32"
@@ -219,7 +220,7 @@ class _DicomSource(Source):
                 array = pixels.pixel_array(dataset, index=frame.index)
             if header.palette and not self._labels:
                 array = _colors(pixels, array, dataset)
-            elif dataset.get("ModalityLUTSequence") and not self._labels:
+            elif header.has_table and not self._labels and self._intensity != "type":
                 array = pixels.apply_modality_lut(array, dataset)
             array = array[:, :, None] if array.ndim == 2 else array
             shape = (self.info.height, self.info.width, self.info.channels)

@@ -35,8 +35,8 @@ _TAGS = [
     "Rows", "Columns", "SamplesPerPixel", "PhotometricInterpretation", "BitsAllocated", "BitsStored",
     "PixelRepresentation", "NumberOfFrames", "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing",
     "SliceThickness", "SpacingBetweenSlices", "RescaleSlope", "RescaleIntercept", "WindowCenter", "WindowWidth",
-    "VOILUTFunction", "VOILUTSequence", "PixelPaddingValue", "SharedFunctionalGroupsSequence",
-    "PerFrameFunctionalGroupsSequence",
+    "VOILUTFunction", "VOILUTSequence", "ModalityLUTSequence",
+    "PixelPaddingValue", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence",
 ]  # fmt: skip
 _COLORS = {"RGB": 3, "YBR_FULL": 3, "YBR_FULL_422": 3, "YBR_ICT": 3, "YBR_RCT": 3}
 _GREYS = ("MONOCHROME1", "MONOCHROME2")
@@ -76,6 +76,7 @@ class Header:
         self.modality, self.reference_uid = text("Modality"), text("FrameOfReferenceUID")
         self.channels = 1 if photometric in _GREYS else 3
         self.palette, self.inverted = photometric == "PALETTE COLOR", photometric == "MONOCHROME1"
+        self.has_table = bool(dataset.get("ModalityLUTSequence"))  # of what the stored numbers stand for
         self.bits = int(dataset.get("BitsStored") or self.allocated)
         self.signed = bool(dataset.get("PixelRepresentation"))
         self.largest = int(2 ** (self.bits - self.signed) - 1)

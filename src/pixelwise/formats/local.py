@@ -265,8 +265,8 @@ def readable(name: str | os.PathLike[str], where: str = "") -> Iterator[None]:
         ) from error
 
 
-# `warnings.catch_warnings` swaps state of the whole process, so only one thread may be inside it. Only headers are read
-# there; decoding runs beside it in any number of threads.
+# `warnings.catch_warnings` swaps state of the whole process, so only one thread may be inside it. Mostly headers
+# are read there, and DICOM frames decoded, one at a time; other decoding runs beside it in any number of threads.
 _header_lock = threading.Lock()
 if hasattr(os, "register_at_fork"):  # a worker must not be forked while another thread holds the lock
     os.register_at_fork(

@@ -115,12 +115,12 @@ class _NiftiSource(Source):
         self._path, self.identity = files[1], Identity.of_stamps(stamps)
         self._lock = threading.Lock()
         self._file: BinaryIO | None = None
-        self._slab = lru_cache(maxsize=2)(self._read_slab)
         with readable(location), np.errstate(all="ignore"):
             header = read_header(nibabel, files[0])
             self._shape, self._dtype = shape, dtype = shape_and_type(header)
             self._offset = voxel_offset(header, stamps, self._path, math.prod(shape) * dtype.itemsize)
             self._modalities = shape[3] if channels == shape[3] and not dtype.names else 1
+            self._slab = lru_cache(maxsize=2 * self._modalities)(self._read_slab)  # of each, what is read at once
             if self._modalities > 1:  # results have three axes
                 header.set_data_shape(shape[:3])
             times = shape[3] // self._modalities
@@ -226,7 +226,7 @@ class _NiftiSource(Source):
     def _stored(self, rows: tuple[int, int], columns: tuple[int, int], index: int, time: int) -> NDArray[Any]:
         """The voxels (height, width) of a window."""
         # a plane along axis 0 takes one voxel from every line of the file, so many planes are read at once and kept
-        thick = _SLAB_BYTES // (self._shape[1] * self._shape[2] * self._dtype.itemsize)
+        thick = _SLAB_BYTES // (self._modalities * self._shape[1] * self._shape[2] * self._dtype.itemsize)
         if self._axis == 0 and thick > 1:
             return self._slab(index // thick, thick, time)[slice(*rows), slice(*columns), index % thick]
         box = [(index, index + 1)] * 3

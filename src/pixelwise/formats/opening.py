@@ -24,10 +24,10 @@ def open_source(location: str | Path, *, format: str | None = None, **options: A
     Args:
         location: a path, or the URL of a file or Zarr folder.
         format: its format, if the content should not decide: a name of `FORMATS`.
-        options: what the format offers, for example `axis` (NIfTI), `level` (slides, OME-Zarr), `series` (DICOM, OME-Zarr),
-            `intensity` (NIfTI, DICOM) or `axes` (Zarr); None is as good as absent. `channels`, how many the network takes,
-            and `allow_no_affine` (NIfTI) help where a file leaves something open and are welcome to all; so is `now`: all
-            of it will be read at once.
+        options: what the format offers, for example `axis` (NIfTI), `level` (slides, OME-Zarr, COG), `series` (DICOM,
+            OME-Zarr, TIFF), `intensity` (NIfTI, DICOM) or `axes` (Zarr, .npy); None is as good as absent. `channels`, how
+            many the network takes, and `allow_no_affine` (NIfTI) help where a file leaves something open and are welcome
+            to all; so is `now`: all of it will be read at once.
 
     Raises:
         DataError: the file is missing, damaged, or of no known format.

@@ -56,7 +56,8 @@ class Format:
         creates: the module and function that writes a `Result`; "" if the format is only read.
         suffixes: what names end in, in lower case; the first is that of written files.
         magic: possible first bytes.
-        looks: the module and function (head, name, opener) that decides where the first bytes cannot; "" if they can.
+        looks: the module and function (head, name; of GeoTIFF also opener) that decides where the first bytes cannot; "" if
+            they can.
         package: what writing needs beside pixelwise itself, with the extra that installs it.
         becomes: the format of results of such images.
         refuses: why it cannot hold a result (of an image, of a kind, with metadata); "" where it can.

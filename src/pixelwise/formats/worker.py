@@ -18,7 +18,7 @@ import tempfile
 import threading
 import traceback
 import weakref
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -103,6 +103,7 @@ class SharedMemory:
         weakref.finalize(self, os.close, self.fd)
         self._end = 0
         self._free: dict[int, list[tuple[int, mmap.mmap]]] = defaultdict(list)
+        self._returned: deque[tuple[int, int, mmap.mmap]] = deque()  # not free yet
         self._kept = self._taken = 0
         self._lock = threading.Lock()
 
@@ -110,6 +111,7 @@ class SharedMemory:
         """Where the child shall write, and the array that will have its pixels; None where it cannot grow (ulimit -f)."""
         size = max(1 << 16, 1 << (int(np.prod(shape)) * dtype.itemsize - 1).bit_length())
         with self._lock:
+            self._take_back()
             if self._free[size]:
                 offset, view = self._free[size].pop()
                 self._kept -= size if size <= _KEPT_BYTES else 0
@@ -130,7 +132,17 @@ class SharedMemory:
         return array if self._taken <= _MOST_MAPS else array.copy()
 
     def _give_back(self, size: int, offset: int, view: mmap.mmap) -> None:
-        with self._lock:
+        """The garbage collector may call this while this thread holds the lock."""
+        self._returned.append((size, offset, view))
+        if self._lock.acquire(blocking=False):
+            try:
+                self._take_back()
+            finally:
+                self._lock.release()
+
+    def _take_back(self) -> None:
+        while self._returned:
+            size, offset, view = self._returned.popleft()
             self._taken -= 1
             if (size > _KEPT_BYTES or self._kept + size > _KEPT_BYTES) and hasattr(mmap, "MADV_REMOVE"):
                 view.madvise(mmap.MADV_REMOVE)
@@ -215,12 +227,19 @@ class _Server:
         return {}
 
 
+def _is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether memory ran out below an error, however often it was put into other words."""
+    while error is not None and not isinstance(error, MemoryError):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
 def _answered(server: _Server, request: dict[str, Any]) -> dict[str, Any]:
     try:
         return server.answer(request)
     except PixelwiseError as error:
         kind = next((name for name, known in ERRORS.items() if isinstance(error, known)), "DataError")
-        if isinstance(error.__cause__ or error.__context__, MemoryError):
+        if _is_out_of_memory(error):
             return {"error": OUT_OF_MEMORY, "message": ""}
         return {"error": kind, "message": str(error)}
     except MemoryError:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from pixelwise.errors import UsageError
 from pixelwise.formats.ranges import Handles
-from pixelwise.formats.tiff.windows import Layout, Span, Stack
+from pixelwise.formats.tiff.windows import CACHE_BYTES, Layout, Span, Stack
 
 _MOST_SIZES = 5  # that a warning lists
 
@@ -63,9 +63,9 @@ class Stacks:
     def __init__(self, images: Sequence[Any], layout: Layout, handles: Handles, *, as_channels: bool = False) -> None:
         lock = threading.RLock()  # of tifffile's handle, which all of them share
         self._lock = lock
-        self._stack = lru_cache(len(images) if as_channels else 2)(
-            lambda number: Stack(images[number], layout, handles, lock)
-        )
+        kept = len(images) if as_channels else 2
+        cache_bytes = CACHE_BYTES // kept if as_channels else CACHE_BYTES  # each window needs all channels
+        self._stack = lru_cache(kept)(lambda number: Stack(images[number], layout, handles, lock, cache_bytes))
         first = self._stack(0)
         self.block, self._each = first.block, first.size[0]
         self.size = (len(images) * self._each, *first.size[1:])

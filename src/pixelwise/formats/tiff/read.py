@@ -152,9 +152,10 @@ class TiffSource(Source):
         rows, columns = self._rendering.as_stored(self.info, (top, top + height), (left, left + width))
         with readable(self.info.location, f"rows {top}..{top + height}, columns {left}..{left + width}"):
             there = self._unmasked(plane, rows, columns)
-            if self._nodata is not None:
-                empty = self._empty(self._rendering.without_opacity(self._stored(plane, rows, columns)))
-                there = ~empty if there is None else there & ~empty  # type: ignore[operator]
+            stored = None if self._nodata is None else self._stored(plane, rows, columns)
+            empty = None if stored is None else self._empty(self._rendering.without_opacity(stored))
+            if empty is not None:
+                there = ~empty if there is None else there & ~empty
         return None if there is None else np.ascontiguousarray(orient(there, self._rendering.orientation))
 
     def close(self) -> None:
@@ -177,8 +178,8 @@ def _representable(value: float | None, dtype: np.dtype[Any]) -> Any:
     if value is None or dtype.kind == "f":
         with np.errstate(over="ignore"):
             return None if value is None else dtype.type(value)
-    limits = np.iinfo(np.uint8 if dtype.kind == "b" else dtype)
-    fits = math.isfinite(value) and float(value).is_integer() and limits.min <= int(value) <= limits.max
+    low, high = (0, 1) if dtype.kind == "b" else (np.iinfo(dtype).min, np.iinfo(dtype).max)
+    fits = math.isfinite(value) and float(value).is_integer() and low <= int(value) <= high
     return dtype.type(int(value)) if fits else None
 
 

@@ -83,14 +83,17 @@ class Stack:
     """Windows of a series of pages.
 
     Of uncompressed pages that lie in one piece the rows of a window are read, of others the strips or tiles, of which the
-    last 64 MiB are kept decoded. A series whose pages are not its images (rows, for example) is decoded as a whole. `block`
-    are the rows and columns that are stored together, `size` is planes, rows, columns, channels.
+    last `cache_bytes` are kept decoded. A series whose pages are not its images (rows, for example) is decoded as a whole.
+    `block` are the rows and columns that are stored together, `size` is planes, rows, columns, channels.
     """
 
-    def __init__(self, series: Any, layout: Layout, handles: Handles, lock: Any = None) -> None:
+    def __init__(
+        self, series: Any, layout: Layout, handles: Handles, lock: Any = None, cache_bytes: int = CACHE_BYTES
+    ) -> None:
         self._series, self._layout, self._handles = series, layout, handles
         self._key, self.size = series.keyframe, layout.size
         key = self._key
+        self._cache_bytes = cache_bytes
         self._lock = lock or threading.Lock()  # tifffile's handle is used by one thread at a time
         self.dtype = np.dtype(key.dtype).newbyteorder("=")
         self._stored = self.dtype.newbyteorder(key.parent.byteorder)
@@ -141,7 +144,7 @@ class Stack:
                 "(tiffcp -8 -t -w 512 -l 512 in.tif out.tif)."
             )
         self._page = lru_cache(64)(self._find_page)
-        self._block = lru_cache(max(1, CACHE_BYTES // block_bytes))(self._decode)
+        self._block = lru_cache(max(1, self._cache_bytes // block_bytes))(self._decode)
         self._turn = threading.Lock() if 4 * block_bytes > CACHE_BYTES else nullcontext()
         offsets, counts, _ = self._page(0)
         self._check_end(max((at + count for at, count in zip(offsets, counts, strict=False) if count), default=0))

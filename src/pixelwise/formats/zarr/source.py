@@ -3,8 +3,10 @@
 NGFF tells levels, scales, channels and labels of an image.
 """
 
+import base64
 import math
 import re
+import struct
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -124,8 +126,9 @@ class ZarrSource(Source):
     def valid(self, top: int, left: int, height: int, width: int, plane: int = 0) -> NDArray[np.bool_] | None:
         """Where the window holds numbers; None unless the array has a number for missing data."""
         key = (top, left, height, width, plane)
-        if self._void is None or key in self._masks:
-            return self._masks.get(key)
+        kept = self._masks.get(key)  # once: another thread may replace the table
+        if self._void is None or kept is not None:
+            return kept
         with readable(self.info.location):
             return self._mask(self._window(*key), key)
 
@@ -180,17 +183,27 @@ def _number(value: Any) -> float | None:
 def _void(node: Any, known: Mapping[str, Any], is_packed: bool) -> float | None:
     """The number that stands for missing data; None if there is none.
 
-    NaN where it is the fill value of an array of floats, else what CF's attributes say; of packed numbers in Zarr 2 xarray
-    keeps it as the fill value.
+    NaN where it is the fill value of an array of floats, else what CF's attributes say. In Zarr 2 xarray keeps it as the
+    fill value, where 0 is everybody's default.
     """
     if node.dtype.kind == "f" and node.fill_value is not None and np.isnan(node.fill_value):
         return math.nan
     for value in (known.get("_FillValue"), known.get("missing_value")):
-        found = _number(value)
+        found = _fill_value(value) if node.dtype.kind == "f" else _number(value)
         if found is not None and (found == found or node.dtype.kind == "f"):
             return found
-    is_kept = is_packed and node.metadata.zarr_format == 2 and node.fill_value is not None
-    return float(node.fill_value) if is_kept else None
+    if node.metadata.zarr_format != 2 or node.fill_value is None:
+        return None
+    is_of_xarray = "_ARRAY_DIMENSIONS" in known and node.dtype.kind == "f" and node.fill_value != 0
+    return float(node.fill_value) if is_packed or is_of_xarray else None
+
+
+def _fill_value(value: Any) -> float | None:
+    """A number for missing data; of floats in Zarr 3 xarray writes the bytes of a double as base64."""
+    if isinstance(value, str):
+        with suppress(ValueError, struct.error):
+            return float(struct.unpack("<d", base64.b64decode(value, validate=True))[0])
+    return _number(value)
 
 
 def _find(place: Place, series: int, labels: bool) -> tuple[str, Any, dict[str, Any] | None]:
