@@ -142,7 +142,7 @@ class Result:
         spec: names and colours of the classes.
         source: the image it was made from; the map has its height, width and planes.
         metadata: the source's own, which the writer of the same format keeps.
-        dtype: of the numbers: uint8 for labels, float32 for maps.
+        dtype: of the numbers: uint8 or uint16 for labels, float32 for maps.
         nodata: the number that stands where the source has no data; None if it has data everywhere.
         rows: (plane, top, bottom) -> the rows top..bottom of a plane, (bottom - top, W).
         mark: JSON-able values on the origin: network, input, options.

@@ -267,7 +267,7 @@ def _source_images(pydicom: Any, result: Result) -> list[Any]:
 
 def _segment_numbers(result: Result, classes: Sequence[int]) -> NDArray[np.uint8]:
     """uint8 (planes, H, W) in the order of the source's frames: 0 nothing, then the segments from 1 on."""
-    numbers = np.zeros(256, dtype=np.uint8)
+    numbers = np.zeros(2 ** (8 * result.dtype.itemsize), dtype=np.uint8)
     numbers[list(classes)] = range(1, len(classes) + 1)
     if result.nodata is not None:
         numbers[result.nodata] = 0

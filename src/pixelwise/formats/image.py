@@ -52,7 +52,7 @@ _WIDE_COLOR = ("RGB;16B", "RGBA;16B", "LA;16B")  # Pillow keeps the upper half o
 
 MARK = "pixelwise"  # keyword of the text chunk
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
-_INDEXED = 3  # colour type
+_INDEXED, _GREY = 3, 0  # colour types
 _BAND_BYTES, _CHUNK_BYTES = 4 << 20, 1 << 20
 _MAX_SIDE = 2**31 - 1
 
@@ -256,14 +256,17 @@ def write_png(path: str | Path, picture: Image.Image, mark: Mapping[str, Any] | 
 
 
 def write_png_labels(path: Path, result: Result) -> None:
-    """Write labels as an indexed PNG; a band of rows is in memory."""
+    """Write labels as an indexed PNG (uint8), or as 16-bit grey without colours (uint16); a band of rows is in memory."""
     source = result.source
     if max(source.height, source.width) > _MAX_SIDE:
         raise UsageError(f"{path}: a PNG has at most {_MAX_SIDE:,} rows and columns. Write it as TIFF.")
+    bits = result.dtype.itemsize * 8
+    color = _INDEXED if bits == 8 else _GREY
     with writing(path) as part, part.open("wb") as file:
-        header = struct.pack(">IIBBBBB", source.width, source.height, 8, _INDEXED, 0, 0, 0)
+        header = struct.pack(">IIBBBBB", source.width, source.height, bits, color, 0, 0, 0)
         file.write(_SIGNATURE + _chunk(b"IHDR", header))
-        file.write(_chunk(b"PLTE", result.spec.palette_bytes()))
+        if color == _INDEXED:
+            file.write(_chunk(b"PLTE", result.spec.palette_bytes()))
         if result.mark:
             text = json.dumps(dict(result.mark), sort_keys=True).encode("ascii")
             file.write(_chunk(b"tEXt", MARK.encode("ascii") + b"\0" + text))
@@ -275,12 +278,13 @@ def write_png_labels(path: Path, result: Result) -> None:
 def _compressed(result: Result) -> Iterator[bytes]:
     """The rows, each behind the number of its filter (0, none), as parts of one zlib stream."""
     height, width = result.source.height, result.source.width
-    step = max(1, _BAND_BYTES // width)
+    dtype = result.dtype.newbyteorder(">")
+    step = max(1, _BAND_BYTES // (width * dtype.itemsize))
     stream, waiting = zlib.compressobj(6), b""
     for top in range(0, height, step):
-        rows = result.rows(0, top, min(top + step, height))
-        lines = np.zeros((len(rows), 1 + width), dtype=np.uint8)
-        lines[:, 1:] = rows
+        rows = np.ascontiguousarray(result.rows(0, top, min(top + step, height)), dtype=dtype)
+        lines = np.zeros((len(rows), 1 + width * dtype.itemsize), dtype=np.uint8)
+        lines[:, 1:] = rows.view(np.uint8).reshape(len(rows), -1)
         waiting += stream.compress(lines.data)
         if len(waiting) >= _CHUNK_BYTES:
             yield waiting

@@ -84,7 +84,7 @@ def _options(result: Result) -> dict[str, Any]:
     }
     if result.dtype.kind == "f":
         options["predictor"] = 3
-    elif result.kind == LABELS:
+    elif result.kind == LABELS and result.dtype == np.uint8:
         colors = np.frombuffer(result.spec.palette_bytes(), dtype=np.uint8).reshape(256, 3)
         options["photometric"], options["colormap"] = "palette", colors.T.astype(np.uint16) * 257
     return options
