@@ -70,7 +70,7 @@ def processors() -> int:
 
 
 def _free_of_machine() -> Iterator[Room]:
-    with suppress(OSError, ValueError, IndexError, StopIteration):
+    with suppress(OSError, ValueError, IndexError, KeyError):
         lines = _MEMORY.read_text().splitlines()
         sizes = {line.partition(":")[0]: int(line.split()[1]) << 10 for line in lines if line.endswith("kB")}
         yield Room(sizes["MemAvailable"], f"the {_bytes(sizes['MemTotal'])} of this machine")

@@ -51,6 +51,7 @@ def demo(
     console.print(f"{sum(SCENES.values()):,} scenes. To inspect them: pixelwise inspect {data}")
     console.rule("2. Train, evaluate, report")
     if (out / "config.yaml").exists():
+        console.print("There is a run already; it goes on with its own options, whatever --steps and --minutes are.")
         train(data, out=out, resume=True)
     else:
         train(data, out=out, model="unet", steps=steps, settings=[*SETTINGS, f"max_minutes={minutes}"])

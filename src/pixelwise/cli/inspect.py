@@ -57,11 +57,10 @@ def inspect(
 
     Example: pixelwise inspect data/scans --write-classes
     """
-    from pixelwise.cli.predict import reading_options
     from pixelwise.data.check import inspect_data
     from pixelwise.data.layouts import open_data
 
-    reading = reading_options(bands, axis, axes, nan_is_nodata, level, series, intensity, allow_no_affine)
+    reading = options.reading_options(bands, axis, axes, nan_is_nodata, level, series, intensity, allow_no_affine)
     folder = open_data(data, classes=classes, ignore=tuple(ignore or ()), group_by=group_by, masks=masks)
     if write_classes is not None:
         classes, ignore = _write_classes(folder, write_classes), None

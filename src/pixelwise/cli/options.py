@@ -1,10 +1,13 @@
 """Options that several commands share, and how results are printed."""
 
+import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+
+from pixelwise.errors import UsageError
 
 _FLAGS = {
     "--pretrained": (".pth", ".pt", ".bin", ".tar", ".safetensors", ".ckpt"),
@@ -67,6 +70,42 @@ BatchStatistics = Annotated[
     bool,
     typer.Option("--batch-statistics", help="Batch norm by the batch at hand, not by the training's averages."),
 ]
+
+
+def reading_options(
+    bands: str | None,
+    axis: int | None,
+    axes: str | None,
+    nan_is_nodata: bool,
+    level: int | None,
+    series: str | None,
+    intensity: str | None,
+    allow_no_affine: bool,
+) -> dict[str, Any]:
+    """What was typed of how images are read.
+
+    Raises:
+        UsageError: bands are no numbers from 1 on, or the intensity is neither auto, type nor two numbers.
+    """
+    if bands is not None and not re.fullmatch(r"\s*0*[1-9]\d{0,5}\s*(,\s*0*[1-9]\d{0,5}\s*)*", bands, re.ASCII):
+        raise UsageError(f"--bands {bands}: write the numbers of the bands, counted from 1, such as 4,3,2.")
+    given: dict[str, Any] = {
+        "bands": None if bands is None else tuple(map(int, bands.split(","))),
+        "axis": axis,
+        "axes": axes,
+        "nan_is_nodata": nan_is_nodata or None,
+        "level": level,
+        "series": int(series) if series is not None and series.isascii() and series.isdigit() else series,
+        "intensity": intensity,
+        "allow_no_affine": allow_no_affine or None,
+    }
+    if intensity not in (None, "auto", "type"):
+        try:
+            low, high = map(float, str(intensity).split(","))
+        except ValueError as error:
+            raise UsageError(f"--intensity {intensity}: write auto, type, or LOW,HIGH such as -100,300.") from error
+        given["intensity"] = low, high
+    return {key: value for key, value in given.items() if value is not None}
 
 
 def with_flag_value(arguments: list[str]) -> list[str]:

@@ -101,7 +101,7 @@ def predict(
     Example: pixelwise predict runs/land scene.tif --out labels --memory 2GiB --maps entropy --geojson
     """
     _check_engine(engine, address, workers)
-    reading = reading_options(bands, axis, axes, nan_is_nodata, level, series, intensity, allow_no_affine)
+    reading = options.reading_options(bands, axis, axes, nan_is_nodata, level, series, intensity, allow_no_affine)
     if overlap is not None and blend is None:
         raise UsageError("--overlap is that of blended tiles; add --blend gaussian, or leave it out.")
     if seed and samples == 1:
@@ -178,42 +178,6 @@ def _parse_list(texts: Sequence[str]) -> tuple[str, ...]:
     """Names with commas between them, from an option that may be repeated; each once."""
     names = [name.strip().replace("-", "_") for text in texts for name in text.split(",")]
     return tuple(dict.fromkeys(name for name in names if name))
-
-
-def reading_options(
-    bands: str | None,
-    axis: int | None,
-    axes: str | None,
-    nan_is_nodata: bool,
-    level: int | None,
-    series: str | None,
-    intensity: str | None,
-    allow_no_affine: bool,
-) -> dict[str, Any]:
-    """What was typed of how images are read.
-
-    Raises:
-        UsageError: bands are no numbers from 1 on, or the intensity is neither auto, type nor two numbers.
-    """
-    if bands is not None and not re.fullmatch(r"\s*0*[1-9]\d{0,5}\s*(,\s*0*[1-9]\d{0,5}\s*)*", bands, re.ASCII):
-        raise UsageError(f"--bands {bands}: write the numbers of the bands, counted from 1, such as 4,3,2.")
-    given: dict[str, Any] = {
-        "bands": None if bands is None else tuple(map(int, bands.split(","))),
-        "axis": axis,
-        "axes": axes,
-        "nan_is_nodata": nan_is_nodata or None,
-        "level": level,
-        "series": int(series) if series is not None and series.isascii() and series.isdigit() else series,
-        "intensity": intensity,
-        "allow_no_affine": allow_no_affine or None,
-    }
-    if intensity not in (None, "auto", "type"):
-        try:
-            low, high = map(float, str(intensity).split(","))
-        except ValueError as error:
-            raise UsageError(f"--intensity {intensity}: write auto, type, or LOW,HIGH such as -100,300.") from error
-        given["intensity"] = low, high
-    return {key: value for key, value in given.items() if value is not None}
 
 
 def _check_engine(engine: str, address: str | None, workers: int | None) -> None:

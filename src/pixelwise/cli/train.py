@@ -125,7 +125,7 @@ def train(
     if run.is_short:
         options.print_plain(
             f"Only {run.steps:,} of {run.plan.steps:,} planned steps were done in the time: the machine was slower than "
-            "when the plan was made, or busy. The scores would be higher with more --minutes, or with --steps."
+            "when the plan was made, or busy. The scores would be higher with more time (--minutes, or max_minutes)."
         )
     options.print_plain(f"{run.steps:,} steps in {run.seconds / 60:.1f} min. Report: {write_report(out)}")
 

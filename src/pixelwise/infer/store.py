@@ -93,6 +93,7 @@ class Store:
     def remove(self) -> None:
         """Forget everything."""
         self._arrays.clear()
+        self._regions = [[] for _ in self._regions]
 
     def _note(self, plane: int, region: Region) -> None:
         with self._lock:
@@ -175,6 +176,7 @@ class DiskStore(Store):
 
     def remove(self) -> None:
         """Delete the folder, and those of the same output by other settings."""
+        super().remove()
         for folder in (self.folder, *_stale(self.folder)):
             shutil.rmtree(folder, ignore_errors=True)
 

@@ -63,10 +63,15 @@ def headline(scores: Scores, names: Sequence[str], foreground: int | None, error
         if math.isnan(value):
             found = "IoU undefined, since no image holds it and none was predicted"
         return Headline(name=f"{name} IoU", value=value, text=f"{name}: {found} {apart}")
-    defined = [(value, name) for value, name in zip(scores.iou, names, strict=True) if not math.isnan(value)]
-    worst = min(defined, key=lambda item: item[0], default=None)
-    named = f" (worst: {worst[1]} {_percent(worst[0])})" if worst and len(defined) > 1 else ""
+    worst = worst_of(scores, names)
+    named = f" (worst: {worst[1]} {_percent(worst[0])})" if worst else ""
     return Headline(name="mIoU", value=scores.miou, text=f"mIoU {_percent(scores.miou)}{spread}{named}")
+
+
+def worst_of(scores: Scores, names: Sequence[str]) -> tuple[float, str] | None:
+    """The lowest IoU with its class; None unless several are defined."""
+    defined = [(value, name) for value, name in zip(scores.iou, names, strict=True) if not math.isnan(value)]
+    return min(defined, key=lambda item: item[0]) if len(defined) > 1 else None
 
 
 def standard_error(parts: Sequence[ConfusionMatrix], score: Callable[[Scores], float]) -> float:

@@ -121,8 +121,8 @@ def _init(module: nn.Module) -> None:
         nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
     elif isinstance(module, nn.BatchNorm2d):
         nn.init.constant_(module.bias, 0.001)
-    if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
-        nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+    if isinstance(module, nn.Conv2d | nn.ConvTranspose2d) and module.bias is not None:
+        nn.init.zeros_(module.bias)
 
 
 PAPER = "Noh, Hong, Han. Learning Deconvolution Network for Semantic Segmentation. ICCV 2015"

@@ -309,7 +309,8 @@ def _init_weights(model: nn.Module) -> None:
                 nn.init.zeros_(module.weight)
             else:
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-            nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
 
 
 PAPER = "Long, Shelhamer, Darrell. Fully Convolutional Networks for Semantic Segmentation. CVPR 2015"

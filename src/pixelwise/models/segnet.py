@@ -155,7 +155,8 @@ def _init_msra(module: nn.Module) -> None:
     """Gaussian weights of standard deviation sqrt(2 / fan in), biases at zero (the prototxts' `msra`; arXiv:1502.01852)."""
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-        nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
 
 
 PAPER = "Badrinarayanan, Kendall, Cipolla. SegNet. PAMI 2017"

@@ -11,6 +11,7 @@ from markupsafe import Markup
 import pixelwise
 from pixelwise.errors import DataError, PixelwiseError, UsageError
 from pixelwise.files import remove_leftovers, write_bytes
+from pixelwise.metrics.headline import worst_of
 from pixelwise.report import formatting
 from pixelwise.report.figures import Line, Points, plot_histogram, plot_lines
 from pixelwise.report.pictures import ERROR_RGB, read_examples
@@ -183,10 +184,8 @@ def headline_tiles(file: EvaluationFile, names: Sequence[str]) -> list[tuple[str
         tiles = [(f"{names[index]} IoU, {file.split}", scores.iou[index]), (f"{names[index]} Dice", scores.dice[index])]
         return [*tiles, apart, ("mIoU", scores.miou), ("Pixel accuracy", scores.global_accuracy)]
     tiles = [(f"mIoU, {file.split}", scores.miou)]
-    defined = [(value, name) for value, name in zip(scores.iou, names, strict=True) if not math.isnan(value)]
-    if len(defined) > 1:
-        value, name = min(defined, key=lambda item: item[0])
-        tiles.append((f"Worst: {name} IoU", value))
+    if worst := worst_of(scores, names):
+        tiles.append((f"Worst: {worst[1]} IoU", worst[0]))
     return [
         *tiles,
         ("Mean Dice", scores.mean_dice),

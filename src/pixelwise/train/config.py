@@ -38,6 +38,7 @@ NEEDS: dict[str, tuple[str, str | None]] = {
     "momentum": ("optimizer", "sgd"),
     "decay": ("schedule", "exponential"),
     "decay_epochs": ("schedule", "exponential"),
+    "poly_power": ("schedule", "poly"),
     "separation_sigma_px": ("separation", None),
     "stage_lr": ("stages", None),
 }
@@ -151,9 +152,11 @@ class RunConfig(BaseModel):
     validate_every: float | None = Field(
         default=None, gt=0, description="epochs between validations; 1, or rarer under `minutes`"
     )
-    patience: int | None = Field(default=None, ge=1, description="stop after so many validations without a better mIoU")
+    patience: int | None = Field(
+        default=None, ge=1, description="stop after so many validations without a better score"
+    )
     checkpoint_minutes: float = Field(default=2.0, ge=0, description="largest time between checkpoints")
-    max_val_images: int | None = Field(default=None, ge=1, description="validate on the first so many images only")
+    max_val_images: int | None = Field(default=None, ge=1, description="validate on so many images only, evenly spread")
 
     @field_validator("stages", mode="before")
     @classmethod
@@ -187,6 +190,8 @@ class RunConfig(BaseModel):
             raise ValueError(f"slices must be an odd number: a slice and as many on each side, not {self.slices}")
         if isinstance(self.intensity, tuple) and not self.intensity[0] < self.intensity[1]:
             raise ValueError(f"intensity must be two numbers, the smaller first, not {self.intensity}")
+        if self.devices > 1 and ":" in self.device:
+            raise ValueError(f"device={self.device} names one device, but devices asks for {self.devices}; write cuda")
         if self.sync_batch_norm and (self.devices == 1 or self.device == "cpu"):
             raise ValueError("sync_batch_norm means nothing but with several devices, which must be GPUs")
         for key, (other, wanted) in NEEDS.items():

@@ -9,7 +9,6 @@ import io
 import json
 import os
 import platform
-import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -32,7 +31,7 @@ from pixelwise.infer.bundle import CARD_NAME, WEIGHTS_NAME
 from pixelwise.train.config import RunConfig, make_config, read_config
 from pixelwise.train.plan import Plan
 
-CONFIG_NAME, PLAN_NAME, STATE_NAME = "config.yaml", "plan.json", "environment.json"
+CONFIG_NAME, DATA_NAME, PLAN_NAME, STATE_NAME = "config.yaml", "data.json", "plan.json", "environment.json"
 LAST_NAME = "last.safetensors"
 COLUMNS = (
     "step", "epoch", "elapsed_s", "lr", "train_loss", "images_per_s", "val_miou", "val_global_accuracy",
@@ -49,9 +48,9 @@ def settle_config(out: Path, config: RunConfig | None, resume: bool) -> RunConfi
     if not stored.is_file():
         raise UsageError(f"--resume: {out} holds no {CONFIG_NAME}, so there is no run to continue. Leave --resume out.")
     previous = make_config(read_config(stored))
-    if config is not None and config != previous:
-        new, old = config.model_dump(), previous.model_dump()
-        rows = ", ".join(f"{key}={new[key]!r} (the run: {old[key]!r})" for key in new if new[key] != old[key])
+    given = config.model_fields_set if config else set()
+    if other := [key for key in sorted(given) if getattr(config, key) != getattr(previous, key)]:
+        rows = ", ".join(f"{key}={getattr(config, key)!r} (the run: {getattr(previous, key)!r})" for key in other)
         raise UsageError(f"--resume continues {out} with its own options, but was given {rows}. Leave them out.")
     return previous
 
@@ -69,6 +68,13 @@ def read_plan(out: Path, inspection: Inspection) -> Plan:
         raise DataError(
             f"{inspection.folder.root}: the data are not those that {out} was trained on (another fingerprint). Continue "
             "with the same files, or start a new run."
+        )
+    stored = read_json(out / DATA_NAME)
+    labels = stored.get("labels") if isinstance(stored, dict) else None
+    if labels != inspection.folder.labels.to_dict():
+        raise DataError(
+            f"{inspection.folder.root}: mask values mean other classes than those that {out} was trained on. Give the same "
+            "--classes and --ignore as then, or start a new run."
         )
     try:
         frozen: dict[str, Any] = {key: tuple(item) if isinstance(item, list) else item for key, item in values.items()}
@@ -108,7 +114,7 @@ def write_start(
         "finished": False,
     }
     write_json(out / PLAN_NAME, asdict(plan))
-    write_json(out / "data.json", inspection.to_dict())
+    write_json(out / DATA_NAME, inspection.to_dict())
     write_json(out / STATE_NAME, state)
     write_config(out, config)
     return state
@@ -125,8 +131,8 @@ def _cpu_name() -> str:
 
 
 def command_line() -> list[str]:
-    """What was typed, as a shell would take it."""
-    return [shlex.quote(part) for part in (Path(sys.argv[0]).name, *sys.argv[1:])]
+    """What was typed, word by word."""
+    return [Path(sys.argv[0]).name, *sys.argv[1:]]
 
 
 class History:

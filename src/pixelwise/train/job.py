@@ -127,8 +127,10 @@ def _other_processes(job: Job) -> Iterator[None]:
     known = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0", "WORLD_SIZE": str(devices)}
     before = {name: os.environ.get(name) for name in (*known, "LOCAL_RANK")}
     os.environ |= known | {"LOCAL_RANK": "0"}
-    others = [_start_process(job, rank) for rank in range(1, devices)]
+    others: list[BaseProcess] = []
     try:
+        for rank in range(1, devices):
+            others.append(_start_process(job, rank))
         yield
         for other in others:
             other.join(FAREWELL_S)
@@ -174,6 +176,8 @@ def _as_readable_errors(job: Job, loop: TrainingLoop) -> Iterator[None]:
     plan, checkpoint = job.plan, job.checkpoint
     try:
         yield
+    except SystemExit as error:  # what Lightning makes of a second Ctrl-C
+        raise KeyboardInterrupt from error
     except (RuntimeError, MemoryError, EOFError) as error:
         kept = f"The checkpoint {checkpoint} is kept." if checkpoint.exists() else "No checkpoint was written yet."
         free = free_words(torch.device(plan.device))

@@ -106,6 +106,9 @@ def window_px(model: nn.Module) -> int | None:
 
 def check_options(config: RunConfig, model: nn.Module) -> None:
     """Refuse options that would be ignored."""
+    has_encoder = any(name.startswith("encoder.") for name, _ in model.named_parameters())
+    if config.encoder_lr != 1 and not has_encoder:
+        raise UsageError(f"{config.model} has no encoder of its own, so encoder_lr means nothing to it. Leave it out.")
     if window_px(model) is None:
         return
     fields = RunConfig.model_fields

@@ -105,14 +105,13 @@ def train(
         PixelwiseError: the disk is full, memory ran out, or training diverged; the last checkpoint is kept.
 
     Example:
-        >>> train("no/such/folder", RunConfig(steps=1), out="runs/example")
+        >>> train("no/such/folder", RunConfig(steps=1), out="runs/example")  # doctest: +ELLIPSIS
         Traceback (most recent call last):
             ...
-        pixelwise.errors.DataError: no/such/folder: there is no such folder.
+        pixelwise.errors.DataError: no/such/folder: there is no such folder. Give a folder of images and masks, ...
     """
     out = Path(out)
     config = settle_config(out, config, resume)
-    remove_leftovers(out)
     if config.devices > 1 and "LOCAL_RANK" in os.environ:
         raise UsageError(
             "devices: pixelwise starts the processes of a training itself. Call it once, without torchrun."

@@ -163,7 +163,10 @@ def make_loader(dataset: CropSet, stream: BatchStream, *, workers: int, pin_memo
     container of Docker's), as NumPy arrays through pipes.
     """
     ahead: dict[str, Any] = {"prefetch_factor": AHEAD, "persistent_workers": True} if workers else {}
-    room, ahead_bytes = shared_memory_room(), 2 * workers * AHEAD * stream.batch_size * dataset.crop_bytes
+    room, ahead_bytes = (
+        shared_memory_room(),
+        2 * workers * AHEAD * stream.batch_size * stream.world * dataset.crop_bytes,
+    )
     return DataLoader(
         dataset,
         batch_sampler=stream,
@@ -230,7 +233,7 @@ def make_dataset(config: RunConfig, plan: Plan, inspection: Inspection, model: n
     weigh = None
     if config.separation:
         weigh = partial(separate, w0=config.separation, sigma_px=config.separation_sigma_px, reading=inspection.reading)
-    cache = fits_in_cache(pixels * bytes_of_pixel)
+    cache = fits_in_cache(pixels * bytes_of_pixel * config.devices)  # each process has its own
     return CropSet(inspection, plan.crop_px, transform, seed=config.seed, cache=cache, weigh=weigh)
 
 

@@ -44,7 +44,7 @@ class _Plan:
     """How an image streams."""
 
     factor: float  # memory of the process over that of the maps
-    has_shelf: bool  # whether rows that wait for long lie on the disk
+    has_spill_file: bool  # whether rows that wait for long lie on the disk
     cuts: tuple[int, ...] = ()  # where the columns begin and end
     stripe_px: int = 0
     cost: float = 1.0
@@ -114,10 +114,10 @@ class Stripes(Scorer):
         needed = self.network.graph.windows(Window(Span(part.top, part.bottom), Span(part.left, part.right)))[0]
         place = {"top": part.top, "left": part.left, "height": part.height, "width": part.width}
         # A file for each column, for its rows are of other sizes than those of the next.
-        on_disk = SpillFile(self.scratch) if self.scratch and self._plan.has_shelf else contextlib.nullcontext()
-        with contextlib.closing(NextRows(read, needed.rows.stop)) as ahead, on_disk as shelf:
+        on_disk = SpillFile(self.scratch) if self.scratch and self._plan.has_spill_file else contextlib.nullcontext()
+        with contextlib.closing(NextRows(read, needed.rows.stop)) as ahead, on_disk as spill_file:
             parts = self.network.stripes(
-                ahead, **place, stripe_px=self.stripe_px, memory_limit=self._heap, spill_file=shelf
+                ahead, **place, stripe_px=self.stripe_px, memory_limit=self._heap, spill_file=spill_file
             )
             for top, logits in parts:
                 yield Scores(Region(top, part.left, logits.shape[1], part.width), logits.float())
@@ -144,12 +144,12 @@ class Stripes(Scorer):
         rows = min(_LEAST_ROWS if tile_px is None else tile_px, self.height)
         # Half of the disk is left to the results, and to others.
         room = shutil.disk_usage(self.scratch).free // 2 if self.scratch else 0
-        for factor, has_shelf in _CPU_WAYS if self._is_cpu else _GPU_WAYS:
-            if has_shelf and self.scratch is None:
+        for factor, has_spill_file in _CPU_WAYS if self._is_cpu else _GPU_WAYS:
+            if has_spill_file and self.scratch is None:
                 break
-            plan = self._in_columns(_Plan(factor, has_shelf), budget_bytes, tile_px)
+            plan = self._in_columns(_Plan(factor, has_spill_file), budget_bytes, tile_px)
             needed = self._forecast(plan, plan.widest, rows)
-            if has_shelf and needed.disk > room:
+            if has_spill_file and needed.disk > room:
                 continue
             found.append((max(0, needed.memory - budget_bytes), plan.cost, plan))
             if needed.memory <= budget_bytes and (plan.cost <= _CHEAP or tile_px is not None):
@@ -201,11 +201,11 @@ class Stripes(Scorer):
         return self._bytes(plan, Window(Span(0, self.height), Span(left, left + wide)), rows)
 
     def _bytes(self, plan: _Plan, window: Window, rows: int) -> Peaks:
-        maps = self._maps(window, rows, plan.has_shelf)
+        maps = self._maps(window, rows, plan.has_spill_file)
         return Peaks(int(plan.factor * maps.memory) + self._reordered, maps.disk)
 
-    def _maps_peaks(self, window: Window, rows: int, has_shelf: bool) -> Peaks:
-        maps = peaks(self.network.graph, window, rows, self._sizes, has_spill_file=has_shelf)
+    def _maps_peaks(self, window: Window, rows: int, has_spill_file: bool) -> Peaks:
+        maps = peaks(self.network.graph, window, rows, self._sizes, has_spill_file=has_spill_file)
         logits = 4 * self.network.num_classes * rows * window.columns.length
         return maps._replace(memory=maps.memory + 3 * logits)  # they, and what is made of them
 
