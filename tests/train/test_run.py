@@ -199,6 +199,15 @@ def test_resuming_refuses_other_options_and_other_data_and_knows_a_finished_run(
             target.write_bytes(path.read_bytes())
     with pytest.raises(DataError, match="another fingerprint"):
         train(other, out=out, resume=True)
+    turned = pixelwise.open_data(toy_data, classes=write_classes(tmp_path / "turned.yaml", {"one": 1, "zero": 0}))
+    with pytest.raises(DataError, match="mask values mean other classes"):
+        train(turned, out=out, resume=True)
+
+
+def write_classes(path: Path, values: dict[str, int]) -> Path:
+    lines = [f"  - {{name: {name}, values: {value}}}\n" for name, value in values.items()]
+    path.write_text("classes:\n" + "".join(lines))
+    return path
 
 
 def test_a_full_disk_is_told_and_keeps_the_last_checkpoint(

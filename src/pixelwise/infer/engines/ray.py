@@ -162,7 +162,7 @@ class _Driver:
             f"each worker that tried it died ({reason}). It may need more memory than a worker has; try --engine local."
         )
         for task in job.tasks:
-            self.left.pop(id(task), None)
+            self._forget_blocks(task)
             yield Outcome(task.path, "failed", f"{task.path}: {text}")
 
     def _take(self, job: Job, found: Found) -> Iterator[Outcome]:
@@ -186,15 +186,19 @@ class _Driver:
             self.stores[id(task)].add(plane, region, arrays)
         self.left[id(task)] -= 1
         if found.outcomes:  # the image is damaged, so its other blocks are of no use; a new job tells what is wrong
-            self.jobs = deque(job for job in self.jobs if job.tasks[0] is not task)
             self.left[id(task)] = 0
         if self.left[id(task)]:
             return
-        del self.left[id(task)]
-        if id(task) in self.stores:
+        if self._forget_blocks(task):
             yield from run_local(self.labeller, [task])
         else:
             self.jobs.append(Job(tasks=[task]))
+
+    def _forget_blocks(self, task: Task) -> DiskStore | None:
+        """Drop what waits of an image's blocks, and let go of its store; None if its windows do not come back."""
+        if self.left.pop(id(task), None) is not None:
+            self.jobs = deque(job for job in self.jobs if job.block is None or job.tasks[0] is not task)
+        return self.stores.pop(id(task), None)
 
     def _tell(self, notes: Sequence[str]) -> None:
         """Every worker says the same; of statements the way and the cost count, not the memory."""

@@ -12,12 +12,12 @@ from functools import partial
 from typing import TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pixelwise.infer.options import Tiling
 from pixelwise.infer.tiling import Read, Region, Scorer, Scores
 from pixelwise.ops.dropout import set_sample, with_spatial_dropout
+from pixelwise.ops.resize import upsample_to
 
 Strategy = TypeVar("Strategy", bound=Scorer)
 Member = Callable[[Read, Region], Tensor]
@@ -45,11 +45,11 @@ class Transform:
         height, width = image.shape[-2:]
         if self.scale == 1:
             return image
-        return _resized(image, (max(1, int(height * self.scale + 0.5)), max(1, int(width * self.scale + 0.5))))
+        return upsample_to(image, (max(1, int(height * self.scale + 0.5)), max(1, int(width * self.scale + 0.5))))
 
     def undo(self, scores: Tensor, size: tuple[int, int]) -> Tensor:
         """(N, K, H', W') -> (N, K, H, W), where `size` = (H, W) is that of the image given to `apply`."""
-        scores = self._flipped(_resized(scores, self.turned(size)))
+        scores = self._flipped(upsample_to(scores, self.turned(size)))
         return scores.transpose(-2, -1) if self.transpose else scores
 
     def turned(self, size: tuple[int, int]) -> tuple[int, int]:
@@ -293,9 +293,3 @@ def on_sample(model: nn.Module, sample: int, run: Callable[..., Tensor]) -> Call
         return run(*args)
 
     return member
-
-
-def _resized(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    if tuple(maps.shape[-2:]) == size:
-        return maps
-    return F.interpolate(maps, size=size, mode="bilinear", align_corners=False, antialias=False)
