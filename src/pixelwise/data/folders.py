@@ -98,13 +98,13 @@ def _below(masks: Path, images: Path) -> Path | None:
 
 def _split_above_layout(root: Path) -> Layout | None:
     """train/ val/ test/, each with images/ + masks/."""
-    splits = [(split_of(name), path) for name, path in _folders(root).items() if split_of(name)]
+    splits = [(split_of(name), path) for name, path in _folders(root).items() if split_of(name) and _images_in(path)]
     found = [(split, images, _folders(path)) for split, path in splits if (images := _images_in(path))]
     names = {path.name.lower(): path.name for _, images, inner in found for path in inner.values() if path != images}
     if not found or not names:
         return None
     return Layout(
-        words=f"{_split_names([(split, images) for split, images, _ in found])} with {found[0][1].name}/ + {{masks}}/ below",
+        words=f"{_split_names(splits)} with {found[0][1].name}/ + {{masks}}/ below",
         images=tuple((split, images) for split, images, _ in found),
         masks={name: tuple(inner.get(low) for _, _, inner in found) for low, name in names.items()},
     )
@@ -179,7 +179,8 @@ def _folders(folder: Path) -> dict[str, Path]:
 
 
 def _split_names(splits: Sequence[tuple[str, Path]]) -> str:
-    return " ".join(f"{split}/" for split, _ in splits)
+    """The folders of the splits, and what is taken for what where their names are others."""
+    return " ".join(f"{path.name}/" + f" ({split})" * (path.name.lower() != split) for split, path in splits)
 
 
 def _not_recognised(root: Path) -> str:
