@@ -85,15 +85,17 @@ def open_data(
     if not any(pair.mask for pair in pairs):
         raise DataError(_nothing_pairs(root, words, problems))
     pairs, split_words = _with_splits(_grouped(pairs, pattern), fractions, found.is_listed)
+    spec, questions, names_file = find_labels(
+        root, pairs, classes=classes, ignore=ignore, labels=labels, camvid=found.is_segnet
+    )
     if root.is_dir():
         told = {name for problem in problems for name in problem.files}
-        problems += find_unused(root, pairs, told, found.list_files)
+        problems += find_unused(root, pairs, told, [*found.list_files, *([names_file] if names_file else [])])
     problems += _undivided_folders(pairs, split_words)
     problems += _doubtful_split(root, found, split_words)
-    spec, questions = find_labels(root, pairs, classes=classes, ignore=ignore, labels=labels, camvid=found.is_segnet)
     return DataFolder(
         root=root,
-        layout=words + split_words,
+        layout=f"{words}{f', class names from {names_file.name}' if names_file else ''}{split_words}",
         pairs=tuple(sorted(pairs, key=lambda pair: (SPLITS.index(pair.split), pair.name))),
         labels=spec,
         problems=(*problems, *questions),
