@@ -9,8 +9,8 @@ from scipy import ndimage
 
 from pixelwise.data.classes import MAX_VALUES, VOID_BY_CUSTOM, propose_labels
 from pixelwise.data.labels import LabelSpec
+from pixelwise.data.masks import mask_values, open_mask_of
 from pixelwise.data.pairs import Pair
-from pixelwise.data.samples import mask_values, open_mask
 from pixelwise.data.scan import WHOLE_PX, MaskScan
 from pixelwise.errors import DataError
 
@@ -50,9 +50,7 @@ class Instances:
         )
         if not self.is_sure:
             return f"{message}If so, merge them in a classes.yaml: {{name: foreground, values: 1-65535}}."
-        return (
-            f"{message}Proposed is one class of all of them; {answer}. If they are classes, list them in a classes.yaml."
-        )
+        return f"{message}Proposed is one class of all of them; {answer}. If they are classes, list them in a classes.yaml."
 
 
 def find_instances(masks: Sequence[tuple[Pair, MaskScan]], ignore: Sequence[int]) -> Instances | None:
@@ -89,7 +87,7 @@ def _numbers(scan: MaskScan, ignore: Sequence[int]) -> set[int]:
 def _wholes(pair: Pair, values: set[int]) -> list[bool]:
     """For each number of a mask, whether its pixels are one connected region; nothing for a mask that is too large."""
     try:
-        with open_mask(pair.mask or "", None, pair.image) as source:
+        with open_mask_of(pair) as source:
             info = source.info
             if info.height * info.width * info.planes > WHOLE_PX:
                 return []
