@@ -287,6 +287,19 @@ def read_regular(path: Path, most_bytes: int | None = None) -> bytes:
         return file.read(-1 if most_bytes is None else most_bytes)
 
 
+def read_ends(path: Path, most_bytes: int) -> bytes:
+    """The first and the last bytes of a regular file, so many of each; all of a smaller one."""
+    size = path.stat().st_size
+    if size <= 2 * most_bytes:
+        return read_regular(path, 2 * most_bytes)
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise ValueError("it is no regular file")
+    with path.open("rb") as file:
+        head = file.read(most_bytes)
+        file.seek(size - most_bytes)
+        return head + file.read(most_bytes)
+
+
 def without_nan(value: Any) -> Any:
     """A copy of nested values with None for NaN and infinities, which JSON cannot hold."""
     if isinstance(value, dict):

@@ -42,7 +42,11 @@ GroupBy = Annotated[
 ]
 Masks = Annotated[
     str | None,
-    typer.Option(metavar="NAME", help="The folder of masks, where several beside the images hold labels."),
+    typer.Option(
+        metavar="NAME",
+        help="The folder of masks, where several beside the images hold labels; or how the names of masks end, where each "
+        "image has several; or 'all', which joins the masks of each image.",
+    ),
 ]
 Bands = Annotated[
     str | None,

@@ -2,14 +2,14 @@
 
 import os
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pixelwise.data.matching import FolderPair, has_images, image_files, match_source, walk
-from pixelwise.data.names import IMAGE_DIRS, is_mask_name
+from pixelwise.data.matching import ALL_MASKS, FolderPair, has_images, image_files, match_source, walk
+from pixelwise.data.names import IMAGE_DIRS, MASK_DIRS, is_mask_name
 from pixelwise.data.pairs import SPLITS, split_of
+from pixelwise.data.text_labels import describe_text_labels
 from pixelwise.errors import DataError
 from pixelwise.formats import SOURCE_SUFFIXES
 
@@ -29,16 +29,24 @@ class Layout:
     def describe(self, name: str, ending: str = "") -> str:
         """The layout in words, with the folders of masks of this name, and the ending of the masks' names."""
         if ending:
-            return f"{self.describe(name)}, masks *{ending}"
+            what = "the masks of each image joined" if ending == ALL_MASKS else f"masks *{ending}"
+            return f"{self.describe(name)}, {what}"
         shown = [path.name for source in self.sources(name) for path in (source.images, source.masks) if path]
         return self.words.replace("{masks}", name) if self.words else " ".join(f"{folder}/" for folder in shown)
 
     def sources(self, name: str, ending: str = "") -> list[FolderPair]:
         """The folders of images with their masks in the folders of this name, of those with this ending."""
         return [
-            FolderPair(split=split, images=images, masks=masks, ending=ending)
+            FolderPair(
+                split=split, images=images, masks=masks, ending=ending, siblings=self._siblings(images, masks, name)
+            )
             for (split, images), masks in zip(self.images, self.masks[name], strict=True)
         ]
+
+    def _siblings(self, images: Path, masks: Path | None, name: str) -> tuple[Path, ...]:
+        """Other folders of images with the same folder of masks."""
+        there = zip(self.images, self.masks[name], strict=True)
+        return tuple(other for (_, other), its in there if its == masks is not None and other != images)
 
 
 def find_layout(root: Path) -> Layout:
@@ -188,7 +196,8 @@ def _not_recognised(root: Path) -> str:
     if images := _images_in(root):
         return (
             f"{root}: there is {images.name}/, but no folder of masks beside it that holds images; it holds {there}. Wanted "
-            f"is masks/ (or labels/, annotations/, …) with an image of labels for each image.{_polygons(root)}"
+            f"is masks/ (or labels/, annotations/, …) with an image of labels for each image.{_in_mask_folders(root)}"
+            f"{describe_text_labels(root)}"
         )
     inner: list[Path] = []
     for here, folders, _ in walk(root):
@@ -202,22 +211,20 @@ def _not_recognised(root: Path) -> str:
     return (
         f"{root}: no layout is recognised; it holds {there or 'nothing'}. Wanted are images/ and masks/ (with train/ "
         "val/ test/ above or below them), SegNet's train/ and trainannot/ …, or a CSV file with the columns image,mask."
-        f"{hint}{_polygons(root)}"
+        f"{hint}{describe_text_labels(root)}"
     )
 
 
-def _polygons(root: Path) -> str:
-    """What to do where labels are polygons or boxes in text: labelme's and COCO's JSON, YOLO's lists, VOC's XML."""
-    found = Counter(
-        f"{suffix} in {here.relative_to(root).parts[0]}/" if here != root else suffix
-        for here, _, names in walk(root)
-        for name in names
-        if (suffix := Path(name).suffix.lower()) in (".json", ".txt", ".xml")
-    )
-    if not found:
-        return ""
-    shown = ", ".join(f"{count:,} x {where}" for where, count in found.most_common(3))
-    return f" Labels in text, such as polygons or boxes ({shown}), have to be drawn as images of labels first."
+def _in_mask_folders(root: Path) -> str:
+    """What lies in folders that are called as those of masks are, but cannot be read."""
+    notes: list[str] = []
+    for name, folder in _folders(root).items():
+        if name in MASK_DIRS:
+            image_files(folder, notes=notes)
+            if not any(names for _, _, names in walk(folder)):
+                notes.append(f"{folder.name}/ is empty.")
+    arrays = " Save arrays with numpy.save, as .npy." if any(".npz" in note for note in notes) else ""
+    return "".join(f" {note}" for note in notes[:3]) + arrays
 
 
 def _looks_right(folder: Path) -> bool:

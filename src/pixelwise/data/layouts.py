@@ -24,6 +24,7 @@ from pixelwise.data.pairs import (
 from pixelwise.data.proposals import find_labels
 from pixelwise.data.split_lists import SplitLists, apply_split_lists, find_split_lists
 from pixelwise.data.tables import Table, find_tables, read_pairs
+from pixelwise.data.text_labels import describe_text_labels
 from pixelwise.data.unused import find_unused, unread_lists
 from pixelwise.errors import DataError, UsageError
 from pixelwise.formats import SOURCE_SUFFIXES
@@ -85,15 +86,17 @@ def open_data(
     if not any(pair.mask for pair in pairs):
         raise DataError(_nothing_pairs(root, words, problems))
     pairs, split_words = _with_splits(_grouped(pairs, pattern), fractions, found.is_listed)
+    spec, questions, names_file = find_labels(
+        root, pairs, classes=classes, ignore=ignore, labels=labels, camvid=found.is_segnet
+    )
     if root.is_dir():
         told = {name for problem in problems for name in problem.files}
-        problems += find_unused(root, pairs, told, found.list_files)
+        problems += find_unused(root, pairs, told, [*found.list_files, *([names_file] if names_file else [])])
     problems += _undivided_folders(pairs, split_words)
     problems += _doubtful_split(root, found, split_words)
-    spec, questions = find_labels(root, pairs, classes=classes, ignore=ignore, labels=labels, camvid=found.is_segnet)
     return DataFolder(
         root=root,
-        layout=words + split_words,
+        layout=f"{words}{f', class names from {names_file.name}' if names_file else ''}{split_words}",
         pairs=tuple(sorted(pairs, key=lambda pair: (SPLITS.index(pair.split), pair.name))),
         labels=spec,
         problems=(*problems, *questions),
@@ -162,6 +165,8 @@ def _recognise(root: Path, masks: str | None) -> _Found:
             beside=beside_splits(layout, root),
         )
         found.take(read)
+        if not any(source.split for source in sources) and any(pair.split for pair in found.pairs):
+            found.words += " with its splits below"
         if masks is None and is_doubtful(layout, chosen[0], root):
             what = f"the masks in {chosen[0]}/ mark much the same region in every image, as a field of view is"
             doubts = [Problem("warning", f"{what}; are they the ones that are meant?")]
@@ -245,6 +250,7 @@ def _no_masks(root: Path, layout: Layout) -> str:
     return (
         f"{root}: there are images, but no folder of masks beside it: of {there} none pairs with the images by name and "
         "holds labels. Say which with --masks NAME, or list the pairs in a CSV file with the columns image,mask."
+        f"{describe_text_labels(root)}"
     )
 
 
@@ -252,7 +258,7 @@ def _nothing_pairs(root: Path, words: str, problems: Sequence[Problem]) -> str:
     reasons = " ".join(problem.message for problem in problems[:3])
     return (
         f"{root}: {words}: not one image has a mask. Names must match by stem; what cannot be renamed can be listed in a "
-        f"CSV file with the columns image,mask. {reasons}"
+        f"CSV file with the columns image,mask. {reasons}{describe_text_labels(root) if root.is_dir() else ''}"
     )
 
 

@@ -11,10 +11,10 @@ import numpy as np
 
 from pixelwise.data.folders import Layout
 from pixelwise.data.labels import Value
-from pixelwise.data.matching import has_images, match_source
+from pixelwise.data.masks import mask_values, open_mask_of
+from pixelwise.data.matching import ALL_MASKS, has_images, match_source
 from pixelwise.data.names import MASK_DIRS
 from pixelwise.data.pairs import Pair
-from pixelwise.data.samples import mask_values, open_mask
 from pixelwise.data.scan import WHOLE_PX, MaskScan, in_threads, scan_mask
 from pixelwise.errors import DataError, UsageError
 
@@ -63,12 +63,18 @@ def choose_masks(layout: Layout, root: Path, wanted: str | None) -> tuple[str, s
     wanted = wanted.strip("/")
     if folder := next((name for name in layout.masks if name.casefold() == wanted.casefold()), None):
         return folder, ""
+    name, _, last = wanted.rpartition("/")
+    if last == ALL_MASKS:
+        folder = next((other for other in layout.masks if other.casefold() == name.casefold()), None)
+        folder = folder or (_find_folder(layout, root) if not name else None)
+        if folder:
+            return folder, ALL_MASKS
     by_ending = [name for name in layout.masks if _pairs(layout, name, root, wanted)] if wanted else []
     if len(by_ending) != 1:
         there = ", ".join(layout.masks) or "none"
         raise UsageError(
             f"--masks {wanted!r}: it is neither a folder beside the images (there are: {there}) nor how the names of masks "
-            "in one of these folders end."
+            f"in one of these folders end, nor {ALL_MASKS!r} (all masks of an image joined)."
         )
     return by_ending[0], wanted
 
@@ -157,7 +163,7 @@ def _is_one_region(candidate: _Candidate) -> bool:
 def _marked(pair: Pair) -> np.ndarray | None:
     """Where the first plane of a mask is not 0, (H, W); None for one that is large or cannot be read."""
     try:
-        with open_mask(Path(pair.mask or ""), {}, pair.image) as source:
+        with open_mask_of(pair) as source:
             height, width = source.info.height, source.info.width
             if height * width > WHOLE_PX:
                 return None

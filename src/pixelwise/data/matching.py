@@ -3,7 +3,7 @@
 import os
 import re
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from pixelwise.data.names import (
     is_no_class_mask,
     match_names,
 )
-from pixelwise.data.pairs import Pair, Problem, counted, first_of
+from pixelwise.data.pairs import Pair, Problem, composed, counted, first_of, split_of
 from pixelwise.files import ZARR_DOCUMENTS
 from pixelwise.formats import FORMATS, SOURCE_SUFFIXES
 from pixelwise.formats.local import HEAD_BYTES, is_dicom_head, printable
@@ -27,6 +27,10 @@ _UNREADABLE = (
     ".heic", ".heif", ".avif", ".jp2", ".j2k", ".jxl", ".ico", ".svg", ".psd", ".xcf", ".raw", ".nef", ".cr2",
     ".dng", ".exr", ".mat", ".npz", ".h5", ".hdf5", ".mha", ".mhd", ".nrrd", ".mp4", ".avi", ".zip",
 )  # fmt: skip
+ALL_MASKS = "all"
+"""In place of an ending: all masks of an image together."""
+
+_LABEL_STUDIO = re.compile(r"task-\d+-annotation-\d+-by-.*-tag-(.+)-\d+$")
 _MAX_LOOKS = 20  # files of such names in a folder that are opened
 
 
@@ -38,6 +42,12 @@ class FolderPair:
     images: Path
     masks: Path | None
     ending: str = ""  # of the names of the masks, where several masks for each image lie together
+    siblings: tuple[Path, ...] = ()  # folders of images of other splits, which have their masks in the same folder
+
+    @property
+    def joins(self) -> bool:
+        """Whether all masks of an image are joined."""
+        return self.ending == ALL_MASKS
 
 
 def match_source(
@@ -45,23 +55,26 @@ def match_source(
 ) -> tuple[list[Pair], list[Problem]]:
     """Pair the images and masks of one source, still without groups, and say what stays alone, of the `listed` images."""
     notes: list[str] = []
-    images, masks, doubled = _files(source, notes)
+    images, masks, doubled, splits = _files(source, notes)
     claims, orphans, by_words = match_names(images, masks)
     where = source.split or source.images.name
     problems = [Problem("warning", f"{where}: {note}") for note in notes]
     problems += _twice(where, doubled, root, "Keep one of them.")
-    problems += _twice(where, list(claims.items()), root, _advice(claims))
+    if source.joins:
+        by_words = [(image, mask) for image, mask in by_words if len(claims[image]) == 1]
+    else:
+        problems += _twice(where, list(claims.items()), root, _advice(claims))
     if by_words:
-        image, mask = (relative(files[key][0], root) for files, key in zip((images, masks), by_words[0], strict=True))
-        count = counted(len(by_words), "mask", "has", "have")
-        message = f"{where}: {count} another spelling than the image that it was paired with: {mask} is for {image}."
-        problems.append(Problem("warning", message))
+        problems.append(_other_names(where, by_words, (images, masks), root))
+    if source.siblings:
+        orphans, shared = _of_siblings(source, masks, claims, orphans, root)
+        problems += shared
     left = [relative(path, root) for path in orphans]
     if orphans:
         count = counted(len(orphans), "mask", "has no image", "have no image")
         problems.append(Problem("warning", f"{where}: {count}: {first_of(left, 5)}. They are not used.", tuple(left)))
     pairs = [
-        Pair(image=paths[0], mask=claims.get(key, [None])[0], split=source.split, name=key)
+        _pair(key, paths[0], claims.get(key, []), source, splits)
         for key, paths in sorted(images.items())
         if listed is None or paths[0] in listed
     ]
@@ -71,24 +84,65 @@ def match_source(
     return pairs, problems
 
 
+def _pair(key: str, image: Path, masks: list[Path], source: FolderPair, splits: Mapping[Path, str]) -> Pair:
+    split = source.split or (splits.get(masks[0], "") if masks else "")
+    more = tuple(masks[1:]) if source.joins else ()
+    return Pair(image=image, mask=masks[0] if masks else None, split=split, name=key, more_masks=more)
+
+
+def _of_siblings(
+    source: FolderPair, masks: "_Files", claims: "_Files", orphans: list[Path], root: Path
+) -> tuple[list[Path], list[Problem]]:
+    """The masks that images of no split claim, and a problem for those that images of several splits do."""
+    theirs = set[Path]()
+    for folder in source.siblings:
+        for paths in match_names(_by_key(image_files(folder)), masks)[0].values():
+            theirs.update(paths)
+    shared = [relative(path, root) for paths in claims.values() for path in paths if path in theirs]
+    problems = []
+    if shared:
+        count = counted(len(shared), "mask", "belongs", "belong")
+        message = (
+            f"{source.split}: {count} to images of several splits by name: {first_of(shared, 3)}. Put the masks in a folder "
+            "for each split, or list all pairs in a CSV file with the columns image,mask,split."
+        )
+        problems.append(Problem("fatal", message, tuple(shared)))
+    return [path for path in orphans if path not in theirs], problems
+
+
 _Files = dict[str, list[Path]]
 
 
-def _files(source: FolderPair, notes: list[str]) -> tuple[_Files, _Files, list[tuple[str, list[Path]]]]:
-    """The images and the masks of a source by their keys, and the keys that several files have."""
+def _files(
+    source: FolderPair, notes: list[str]
+) -> tuple[_Files, _Files, list[tuple[str, list[Path]]], Mapping[Path, str]]:
+    """The images and the masks of a source by their keys, the keys that several files have, and splits that masks lie in."""
     if source.masks == source.images:
         images, masks = _in_one_folder(image_files(source.images, notes=notes))
-        return images, masks, [*images.items(), *masks.items()]
+        return images, masks, [*images.items(), *masks.items()], {}
     wanted = {key for key, _ in image_files(source.images)}
     found = _by_key(image_files(source.masks, wanted, notes) if source.masks else [])
-    found = {key: paths for key, paths in found.items() if key.casefold().endswith(source.ending.casefold())}
-    masks = {key: paths for key, paths in found.items() if source.ending or not is_no_class_mask(key)}
+    ending = "" if source.joins else source.ending.casefold()
+    found = {key: paths for key, paths in found.items() if key.casefold().endswith(ending)}
+    found, splits = (
+        _without_splits(found) if not any(split_of(key.partition("/")[0]) for key in wanted) else (found, {})
+    )
+    masks = {key: paths for key, paths in found.items() if ending or not is_no_class_mask(key)}
     images = _by_key(image_files(source.images, masks, notes))
     doubled = [*images.items(), *found.items()]
     if list(images) == ["."]:  # the folder itself is a series: it has one mask, whatever its name
         images = {source.images.name: images["."]}
         masks = {source.images.name: next(iter(masks.values()))} if len(masks) == 1 else masks
-    return images, masks, doubled
+    return images, masks, doubled, splits
+
+
+def _without_splits(masks: _Files) -> tuple[_Files, dict[Path, str]]:
+    """Masks in folders for each split, of images that lie together: their keys without these folders, and their splits."""
+    tops = {key: split_of(key.partition("/")[0]) for key in masks if "/" in key}
+    if len(tops) < len(masks) or not all(tops.values()):
+        return masks, {}
+    below = _by_key([(key.partition("/")[2], path) for key, paths in masks.items() for path in paths])
+    return below, {path: tops[key] for key, paths in masks.items() for path in paths}
 
 
 def _in_one_folder(files: list[tuple[str, Path]]) -> tuple[_Files, _Files]:
@@ -222,9 +276,31 @@ def _advice(claims: _Files) -> str:
     """What to do where images have several masks: with the same endings for each of them, one ending can be chosen."""
     endings = {tuple(sorted(stem_of(path.name).rpartition("_")[2] for path in paths)) for paths in claims.values()}
     several = next(iter(endings), ())
-    if len(endings) == 1 and len(set(several)) > 1:
-        return "Say which with " + " or ".join(f"--masks {ending}" for ending in several) + "."
-    return "Keep one mask for each image, or list the pairs in a CSV file."
+    join = (
+        f"If they mark different objects, and a number means the same class in all of them, --masks {ALL_MASKS} joins them; "
+        "masks that contradict each other are refused."
+    )
+    if len(endings) == 1 and len(set(several)) > 1 and not any(map(str.isdigit, several)):
+        return f"Say which with {' or '.join(f'--masks {ending}' for ending in several)}. {join}"
+    return f"{join} Or keep one mask for each image, or list the pairs in a CSV file."
+
+
+def _other_names(where: str, pairs: list[tuple[str, str]], files: tuple["_Files", "_Files"], root: Path) -> Problem:
+    """What is said of masks whose names are not those of their images, with what differs in the first."""
+    keys = pairs[0]
+    image, mask = (relative(there[key][0], root) for there, key in zip(files, keys, strict=True))
+    subject = (
+        "1 mask has another name than its image"
+        if len(pairs) == 1
+        else (f"{len(pairs):,} masks have other names than their images")
+    )
+    one, other = (key.rpartition("/")[2] for key in keys)
+    how = ""
+    if composed(one) == composed(other):
+        how = ", in another Unicode form"
+    elif composed(one).casefold() == composed(other).casefold():
+        how = ", which differs in upper and lower case"
+    return Problem("warning", f"{where}: {subject}: {mask} was paired with {image}{how}.")
 
 
 def _twice(where: str, found: list[tuple[str, list[Path]]], root: Path, advice: str) -> Iterator[Problem]:
@@ -233,7 +309,8 @@ def _twice(where: str, found: list[tuple[str, list[Path]]], root: Path, advice: 
     for key, paths in doubled[:1]:
         names = [relative(path, root) for path in paths]
         more = f" {len(doubled) - 1:,} more names stand for several files too." if len(doubled) > 1 else ""
-        message = f"{where}: {' and '.join(names)} both stand for {key!r}.{more} {advice}"
+        word = "both" if len(names) == 2 else "all"
+        message = f"{where}: {first_of(names, 3, ' and ')} {word} stand for {key!r}.{more} {advice}"
         yield Problem("fatal", message, tuple(relative(path, root) for _, paths in doubled for path in paths))
 
 
@@ -245,6 +322,13 @@ def _lonely(where: str, lonely: list[Path], total: int, root: Path, split: str, 
     advice = "Add a mask of the same name for each, or remove them."
     if all(re.search(r"_000[1-9]$", stem_of(path.name)) for path in lonely):
         advice = "They look like further channels of images: stack the channels of each image in one file."
+    elif tags := [found[1] for name in orphans if (found := _LABEL_STUDIO.search(stem_of(name)))]:
+        advice = (
+            f"The masks are named as Label Studio does, by a task's number and a tag ({first_of(sorted(set(tags)), 4)}), "
+            "which do not say the image; the JSON export of the project does (id, data.image). Draw the masks of each task "
+            "into one image of labels, with a number for each tag, named as its image. If there is one tag, list the pairs "
+            "in a CSV file with the columns image,mask: several lines for one image are joined."
+        )
     elif orphans:
         by_name = {name.rpartition("/")[2]: name for name in orphans}
         first = files[0].rpartition("/")[2]

@@ -2,6 +2,7 @@
 
 import difflib
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -57,12 +58,16 @@ def match_names(
         The masks that claim each image; the masks without image; and the (image, mask) keys that were paired by words.
     """
     by_stem = {_IMAGE_SUFFIX.sub("", key): key for key in images}
+    alone = Counter(key.rpartition("/")[0] for key in images)
     claims: dict[str, list[Path]] = {}
     left: dict[str, Path] = {}
     for key, (path, *_) in masks.items():
         stem, folder = MASK_SUFFIX.sub("", key), key.rpartition("/")[0]
         target = next((name for name in (key, stem) if name in images), None) or by_stem.get(stem) or by_stem.get(key)
-        target = target or (folder if folder in images else None)  # a mask in a folder named as the image
+        named = f"{folder}/{folder.rpartition('/')[2]}"  # a mask in a folder named as the image, around it or for masks
+        target = target or next(
+            (name for name in (folder, named) if name in images and (name == folder or alone[folder] == 1)), None
+        )
         if target is None:
             left[key] = path
         else:

@@ -5,8 +5,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from pixelwise.data.masks import mask_values, open_mask_of
 from pixelwise.data.pairs import Problem, first_of
-from pixelwise.data.samples import is_picture, mask_values, open_mask
 from pixelwise.data.scan import PairScan
 from pixelwise.errors import PixelwiseError
 from pixelwise.formats.base import orient
@@ -25,9 +25,7 @@ _ADVICE = (
 def turned_masks(scans: Sequence[PairScan]) -> Iterator[Problem]:
     """A warning, unless the edges of the photos agree with their masks as both are read now."""
     turned = [scan for scan in scans if scan.image and scan.mask and scan.image.grid.orientation != 1]
-    alone = [
-        scan for scan in turned if scan.mask and scan.mask.grid.orientation == 1 and is_picture(scan.pair.mask or "")
-    ]
+    alone = [scan for scan in turned if scan.mask and scan.mask.grid.orientation == scan.mask.grid.planes == 1]
     if not alone:
         return
     now = as_stored = 0.0
@@ -58,7 +56,7 @@ def _edges(scan: PairScan) -> tuple[float, float]:
         return 0.0, 0.0
     try:
         photo = read_image(scan.pair.image).mean(axis=2)
-        with open_mask(scan.pair.mask) as source:
+        with open_mask_of(scan.pair) as source:
             mask = mask_values(source.read(0, 0, source.info.height, source.info.width))
     except PixelwiseError:
         return 0.0, 0.0

@@ -27,6 +27,7 @@ class Pair:
         ""  # what must not be divided between splits, for example the patient; the name, if nothing was asked for
     )
     plane: int | None = None  # the one plane of a volume that is meant; None means all of the file
+    more_masks: tuple[Path, ...] = ()  # joined with `mask`: a pixel means what any of them marks it with
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ def looks_swapped(pairs: Sequence[Pair]) -> str | None:
     some = [pair for pair in pairs if pair.mask is not None][:4]
     for pair in some:
         try:
-            scan = scan_mask(replace(pair, mask=pair.image))
+            scan = scan_mask(replace(pair, mask=pair.image, more_masks=()))
         except DataError:
             return None
         if not 2 <= len(scan.counts) <= _PHOTO_VALUES or _solid_share(scan.counts, scan.solid) < _PHOTO_SOLID:

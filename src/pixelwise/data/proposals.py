@@ -3,12 +3,15 @@
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import cast
 
+from pixelwise.data.class_files import ClassFile, find_class_files, follow, not_used
 from pixelwise.data.classes import CLASSES_NAME, load_labels, propose_labels
+from pixelwise.data.instances import find_instances
 from pixelwise.data.labels import (
     CAMVID_COLORS,
     CAMVID_NAMES,
@@ -20,17 +23,17 @@ from pixelwise.data.labels import (
     value_name,
 )
 from pixelwise.data.pairs import Pair, Problem, counted, first_of
+from pixelwise.data.palettes import common_palette, palettes_differ
 from pixelwise.data.photographs import check_areas, looks_swapped
 from pixelwise.data.scan import MaskScan, in_threads, scan_mask
 from pixelwise.data.soft import find_soft, find_soft_colors, soft_labels, soft_question
 from pixelwise.errors import DataError
-from pixelwise.formats.base import NAN_VALUE, Palette
+from pixelwise.formats.base import NAN_VALUE
 
 Masks = Sequence[tuple[Pair, MaskScan]]
 
 _STRAY_PX, _STRAY_SHARE, _STRAY_MASKS = 100, 1e-3, 0.1
 _ALWAYS_FEW_PX, _TINY_PX = 16, 2048  # whatever the share, unless all masks together are tiny
-_SAME_COLOR = 16  # programs that make palettes round
 _MOST_STRAYS = 3  # as many values in few pixels each are no accident
 _ONE_HOT: tuple[Color, ...] = ((1, 0, 0), (0, 1, 0), (0, 0, 1))
 _ANSWER = "`pixelwise inspect DATA --write-classes` writes it to a classes.yaml that you can change"
@@ -44,30 +47,56 @@ def find_labels(
     ignore: Sequence[int] = (),
     labels: LabelSpec | None = None,
     camvid: bool = False,
-) -> tuple[LabelSpec, list[Problem]]:
+) -> tuple[LabelSpec, list[Problem], Path | None]:
     """The classes of a data folder, with the arguments of `open_data`: known ones, those of a file, or proposed ones.
 
     Returns:
-        The classes, and what must be told or asked about them.
+        The classes, what must be told or asked about them, and the file of a tool that names them, if one does.
 
     Raises:
         DataError: a file of classes cannot be used, or no classes can be found.
         UsageError: a value of `ignore` means a class.
     """
     beside = classes_beside(root)
-    if labels is None and (classes is not None or os.path.lexists(beside)):
-        labels = load_labels(classes or beside)
     if labels is not None:
-        return labels.with_ignored(ignore), []
+        return labels.with_ignored(ignore), [], None
+    files = find_class_files(root, pairs)
+    if classes is not None or os.path.lexists(beside):
+        labels = load_labels(classes or beside)
+        why = f"{Path(classes or beside).name} gives the classes"
+        return labels.with_ignored(ignore), [not_used(known, root, why) for known in files], None
     labelled = [pair for pair in pairs if pair.mask]
     found_or_not = in_threads(_scan_or_error, labelled)
     masks = [(pair, scan) for pair, scan in zip(labelled, found_or_not, strict=True) if isinstance(scan, MaskScan)]
     try:
         if not masks:
             raise DataError(f"none of its masks can be read, for example {found_or_not[0]}")
-        return propose_from_masks(masks, camvid=camvid, ignore=ignore)
+        proposed = cache(lambda: propose_from_masks(masks, camvid=camvid, ignore=ignore))
+        return _named(root, masks, files, proposed, ignore)
     except DataError as error:
         raise DataError(f"{root}: {looks_swapped(labelled) or error}") from error
+
+
+def _named(
+    root: Path,
+    masks: Masks,
+    files: Sequence[ClassFile],
+    propose: Callable[[], tuple[LabelSpec, list[Problem]]],
+    ignore: Sequence[int],
+) -> tuple[LabelSpec, list[Problem], Path | None]:
+    """The classes of the first file that fits the masks, else proposed ones; every other file is named."""
+    found: tuple[LabelSpec, list[Problem]] | None = None
+    used: Path | None = None
+    problems = []
+    for known in files:
+        try:
+            if used is not None:
+                raise DataError(f"{used.name} gives the names")
+            found, used = follow(known, root, masks, propose, ignore), known.path
+        except DataError as error:
+            problems.append(not_used(known, root, str(error)))
+    labels, told = found or propose()
+    return labels, [*told, *problems], used
 
 
 def classes_beside(root: Path) -> Path:
@@ -129,24 +158,6 @@ def with_unknown_ignored(labels: LabelSpec, pairs: Iterable[Pair]) -> LabelSpec:
             if scan.kind == labels.kind:
                 unknown.update(value for value in scan.counts if labels.class_of(value) is None)
     return replace(labels, ignore_values=(*labels.ignore_values, *sorted(unknown)))
-
-
-def palettes_differ(scans: Sequence[MaskScan]) -> bool:
-    """Whether one index has different colours in two masks, or some masks have a palette and others colours."""
-    colors: dict[Value, Color] = {}
-    for scan in scans:
-        used = {value: _color(scan.palette, value) for value in scan.counts if scan.palette}
-        if all(color == (value,) * 3 for value, color in used.items()):
-            continue  # greys that show the numbers
-        for value, color in used.items():
-            if math.dist(colors.setdefault(value, color), color) > _SAME_COLOR:
-                return True
-    return bool(colors) and any(scan.kind == "rgb" for scan in scans)
-
-
-def _color(palette: Palette | None, value: Value) -> Color:
-    known = palette is not None and isinstance(value, int) and value < len(palette)
-    return palette[value] if known else (0, 0, 0)  # type: ignore[index]
 
 
 def _as_numbers(scan: MaskScan) -> MaskScan:
@@ -218,6 +229,11 @@ def _propose_numbers(masks: Masks, camvid: bool, ignore: tuple[int, ...]) -> tup
     counts = Counter(
         {value: n for value, n in _numbers(scan.counts for _, scan in masks).items() if value not in ignore}
     )
+    if instances := find_instances(masks, ignore):
+        question = instances.question(_ANSWER)
+        if instances.is_sure:
+            return instances.labels(ignore), [*problems, Problem("fatal", question)]
+        problems.append(Problem("warning", question))
     strays = _strays(masks, counts)
     few = strays if len(strays) <= _MOST_STRAYS else set()
     is_lossy = any(scan.format in ("jpeg", "mpo") for _, scan in masks)
@@ -237,7 +253,9 @@ def _propose_numbers(masks: Masks, camvid: bool, ignore: tuple[int, ...]) -> tup
         problems.append(Problem("fatal", _two_ways_question(masks, largest)))
         return replace(spec, values=((0,), (1, largest))), problems
     found: dict[Value, int] = {value: count for value, count in counts.items() if value not in strays}
-    return propose_labels(found, palette=_common_palette(masks), camvid=camvid, ignore=ignore), problems
+    return propose_labels(
+        found, palette=common_palette([scan for _, scan in masks]), camvid=camvid, ignore=ignore
+    ), problems
 
 
 def _declared(masks: Masks, ignore: Sequence[int]) -> tuple[list[int], list[Problem]]:
@@ -296,15 +314,6 @@ def _two_ways_question(masks: Masks, largest: int) -> str:
         f"the masks write one class in two ways, it seems: beside 0 there is {said[0]} and {said[1]}, never both. Proposed "
         f"is one class of 1 and {largest}; {_ANSWER}. If {largest} is void, pass --ignore {largest}."
     )
-
-
-def _common_palette(masks: Masks) -> Palette | None:
-    """The palette of the masks, if they have one that tells the values apart."""
-    palette = next((scan.palette for _, scan in masks if scan.palette), None)
-    used = {value for _, scan in masks for value in scan.counts if isinstance(value, int)}
-    if palette is None or max(used) >= len(palette) or len({_color(palette, value) for value in used}) < len(used):
-        return None
-    return palette
 
 
 def _total(counts: Iterable[object]) -> Counter[Value]:

@@ -3,7 +3,7 @@
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,17 +15,14 @@ from numpy.typing import NDArray
 from torch import Tensor, from_numpy
 
 from pixelwise.data.labels import IGNORE_INDEX, LabelSpec
-from pixelwise.data.matching import is_zarr
+from pixelwise.data.masks import Reading, mask_values, open_mask_of
 from pixelwise.data.pairs import Pair
 from pixelwise.errors import DataError, PixelwiseError, UsageError
 from pixelwise.files import extra
-from pixelwise.formats import FORMATS, Source, open_source
-from pixelwise.formats.base import Palette, View
+from pixelwise.formats import Source, open_source
+from pixelwise.formats.base import View
 from pixelwise.formats.local import printable
 from pixelwise.formats.registry import is_picture
-
-Reading = Mapping[str, Any]
-"""Options of `open_source` (axis, level, series, intensity, ...), `bands` and `slices`; a model card stores them."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +100,7 @@ class OpenPair:
         self.mask: Source | None = None
         try:
             if pair.mask is not None:
-                self.mask = open_mask(pair.mask, reading, pair.image, by_color=labels.kind == "rgb")
+                self.mask = open_mask_of(pair, reading, by_color=labels.kind == "rgb")
                 if difference := Grid.of(self.mask).difference(Grid.of(self.image)):
                     name = printable(pair.image)
                     raise DataError(f"{printable(pair.mask)}: the mask {difference.format(name)}")
@@ -273,45 +270,6 @@ def to_tensor(array: np.ndarray, channels: int | None = None) -> torch.Tensor:
     elif planes.dtype != np.uint8:
         planes = planes.astype(np.float32)
     return torch.from_numpy(planes if planes.flags.writeable else planes.copy())
-
-
-def open_mask(
-    path: str | Path, reading: Reading | None = None, image: str | Path | None = None, *, by_color: bool = False
-) -> Source:
-    """Open a mask: the numbers as they are stored, or 8-bit colours; `by_color` those of its palette, if it has one.
-
-    A DICOM segmentation gets the planes of `image`.
-    """
-    options: dict[str, Any] = {"allow_no_affine": True}
-    if str(path).lower().endswith(FORMATS["nifti"].suffixes):
-        options["axis"] = (reading or {}).get("axis")
-    if may_be_segmentation(path):
-        options["like"] = None if image is None else str(image)
-    source = open_source(path, labels=True, **options)
-    palette = source.metadata.get("palette") if by_color else None
-    return PaletteColors(source, palette) if palette else source
-
-
-class PaletteColors(View):
-    """A palette mask as the colours that its indices mean."""
-
-    def __init__(self, source: Source, palette: Palette) -> None:
-        super().__init__(source, channels=3, dtype="uint8")
-        self._colors = np.zeros((max(256, len(palette)), 3), dtype=np.uint8)
-        self._colors[: len(palette)] = palette
-
-    def read(self, top: int, left: int, height: int, width: int, plane: int = 0) -> NDArray[Any]:
-        return self._colors[self.source.read(top, left, height, width, plane)[:, :, 0]]
-
-
-def may_be_segmentation(path: str | Path) -> bool:
-    """Whether a mask is DICOM, by its name or because it is a folder that is no Zarr."""
-    return str(path).lower().endswith(FORMATS["dicom"].suffixes) or (Path(path).is_dir() and not is_zarr(Path(path)))
-
-
-def mask_values(array: NDArray[Any]) -> NDArray[Any]:
-    """What a mask's source gave, (h, w, 1) or (h, w, 3), as `LabelSpec` takes it: (h, w) numbers or (h, w, 3) colours."""
-    return array[:, :, 0] if array.shape[2] == 1 else array
 
 
 def crs_name(wkt: str) -> str:

@@ -8,7 +8,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -17,16 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pixelwise.data.labels import Value, pack_pixels, pack_value, value_counts
+from pixelwise.data.masks import Reading, mask_values, may_be_segmentation, open_mask_of
 from pixelwise.data.pairs import Pair
 from pixelwise.data.places import Places
-from pixelwise.data.samples import (
-    Grid,
-    Reading,
-    mask_values,
-    may_be_segmentation,
-    open_image,
-    open_mask,
-)
+from pixelwise.data.samples import Grid, open_image
 from pixelwise.errors import DataError
 from pixelwise.formats import Source
 from pixelwise.formats.base import Palette
@@ -129,18 +123,19 @@ def scan_pair(
 
 def scan_mask(pair: Pair, reading: Reading | None = None, *, by_color: bool = False) -> MaskScan:
     """Read the mask of a pair and count its values; asked again about an unchanged file, it answers from memory."""
-    path, axis = Path(pair.mask or ""), (reading or {}).get("axis")
-    image = pair.image if may_be_segmentation(path) else None
+    paths = (pair.mask or Path(), *pair.more_masks)
+    image = pair.image if any(map(may_be_segmentation, paths)) else Path()
+    asked = replace(pair, image=image, split="", name="", group="", plane=None)  # in short, for the memory
     try:
-        status = path.stat()
+        states = tuple((status.st_mtime_ns, status.st_size) for status in (path.stat() for path in paths))
     except (OSError, ValueError):
-        return _scan_mask(path, image, axis, by_color, 0, 0)  # which raises the reader's own message
-    return _scan_mask(path, image, axis, by_color, status.st_mtime_ns, status.st_size)
+        states = ()  # the reader has its own message
+    return _scan_mask(asked, (reading or {}).get("axis"), by_color, states)
 
 
 def place_of(pair: Pair, value: Value, reading: Reading | None = None) -> str:
     """Where the first pixel of a value lies in a mask, in words; "" if it is not there."""
-    with open_mask(pair.mask or "", reading, pair.image, by_color=isinstance(value, tuple)) as source:
+    with open_mask_of(pair, reading, by_color=isinstance(value, tuple)) as source:
         for plane, top, bottom in strips(source):
             raw = mask_values(source.read(top, 0, bottom - top, source.info.width, plane))
             here = raw == value if raw.ndim == 2 else (raw == np.array(value)).all(axis=2)
@@ -256,7 +251,7 @@ def _counts_with_data(pair: Pair, reading: Reading | None, channels: int | None,
     counts = Counter[Value]()
     with (
         open_image(pair.image, reading, channels) as image,
-        open_mask(pair.mask or "", reading, pair.image, by_color=by_color) as mask,
+        open_mask_of(pair, reading, by_color=by_color) as mask,
     ):
         for plane, top, bottom in strips(image):
             window = (top, 0, bottom - top, image.info.width, plane)
@@ -266,10 +261,9 @@ def _counts_with_data(pair: Pair, reading: Reading | None, channels: int | None,
 
 
 @lru_cache(maxsize=50_000)
-def _scan_mask(
-    path: Path, image: Path | None, axis: int | None, by_color: bool, _mtime_ns: int, _size: int
-) -> MaskScan:
-    with open_mask(path, {"axis": axis}, image, by_color=by_color) as source:
+def _scan_mask(pair: Pair, axis: int | None, by_color: bool, _states: tuple[tuple[int, int], ...]) -> MaskScan:
+    path = pair.mask or Path()
+    with open_mask_of(pair, {"axis": axis}, by_color=by_color) as source:
         info, counts, solid, border = source.info, Counter[Value](), Counter[Value](), Counter[Value]()
         is_large = info.height * info.width > WHOLE_PX
         places = [Places(info.height, info.width) for _ in range(info.planes if is_large else 0)]

@@ -19,8 +19,9 @@ from scipy import ndimage
 from torch import Tensor, from_numpy
 
 from pixelwise.data.labels import IGNORE_INDEX
+from pixelwise.data.masks import Reading, mask_values, open_mask
 from pixelwise.data.pairs import Pair
-from pixelwise.data.samples import Reading, Sample, mask_values, open_mask
+from pixelwise.data.samples import Sample
 from pixelwise.errors import DataError, UsageError
 from pixelwise.formats.local import printable
 

@@ -150,7 +150,8 @@ def read_pairs(table: Table) -> tuple[list[Pair], list[Problem]]:
     if len({bool(pair.split) for pair in pairs}) > 1:
         raise DataError(f"{path}: some lines give a split and some do not. Give one for all of them or for none.")
     pairs = _named_below(pairs)
-    return pairs, [*_problems(path, pairs), *_notes(table, places)]
+    pairs, joined = _joined(pairs, path)
+    return pairs, [*joined, *_problems(path, pairs), *_notes(table, places)]
 
 
 def _complete_rows(table: Table) -> Iterator[tuple[int, tuple[str, ...]]]:
@@ -256,6 +257,25 @@ def _named_below(pairs: list[Pair]) -> list[Pair]:
         replace(pair, name=os.path.relpath(pair.name, above)) if Path(pair.name).is_absolute() else pair
         for pair in pairs
     ]
+
+
+def _joined(pairs: list[Pair], path: Path) -> tuple[list[Pair], list[Problem]]:
+    """Lines that give one image several masks, as one pair."""
+    found: dict[tuple[Path, str], list[Pair]] = {}
+    for pair in pairs:
+        found.setdefault((pair.image, pair.split), []).append(pair)
+    several = [there for there in found.values() if len({pair.mask for pair in there} - {None}) == len(there) > 1]
+    if not several:
+        return pairs, []
+    first = {id(there[0]): tuple(pair.mask for pair in there[1:] if pair.mask) for there in several}
+    rest = {id(pair) for there in several for pair in there[1:]}
+    kept = [replace(pair, more_masks=first.get(id(pair), ())) for pair in pairs if id(pair) not in rest]
+    count = counted(len(several), "image", "has", "have")
+    name = relative(several[0][0].image, path.parent)
+    message = (
+        f"{path.name}: {count} several masks, which are joined (a pixel is what any of them marks), such as {name}."
+    )
+    return kept, [Problem("warning", message)]
 
 
 def _problems(path: Path, pairs: list[Pair]) -> Iterator[Problem]:

@@ -14,7 +14,8 @@ from PIL import Image
 
 from pixelwise.data.labels import IGNORE_INDEX, LabelSpec
 from pixelwise.data.layouts import DataFolder, Pair
-from pixelwise.data.samples import OpenPair, OpenPairs, mask_values
+from pixelwise.data.masks import mask_values
+from pixelwise.data.samples import OpenPair, OpenPairs
 from pixelwise.errors import DataError
 from pixelwise.formats.base import LABELS, Source, View
 from pixelwise.formats.image import label_image, write_png

@@ -224,8 +224,9 @@ class Rendering:
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """The palette, and what became of a channel that is marked as opacity, if there are."""
+        """The palette, how the pixels were turned, and what became of a channel that is marked as opacity, if there are."""
         known: dict[str, Any] = {} if self.palette is None else {"palette": tuple(map(tuple, self.palette.tolist()))}
+        known |= {"orientation": self.orientation} if self.orientation in range(2, 9) else {}
         return known | (self.opacity.metadata if self.opacity else {})
 
     def info(self, location: str, form: str, size: tuple[int, int, int], block: Span) -> SourceInfo:
