@@ -74,7 +74,7 @@ def _print(evaluation: "Evaluation") -> None:
     for index, name in enumerate(evaluation.names):
         values = (scores.iou[index], scores.dice[index], scores.precision[index], scores.recall[index])
         table.add_row(Text(name), *map(_percent, values), f"{truth[index]:,}")
-    Console().print(table)
+    options.table_console().print(table)
     options.print_plain(f"{evaluation.headline.text}, over {evaluation.images:,} images")
     totals = {
         "mIoU": scores.miou,

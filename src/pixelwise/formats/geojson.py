@@ -6,7 +6,6 @@ simplified together and keep sharing their border: no gaps, no overlaps.
 
 import json
 import math
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pixelwise.errors import PixelwiseError
-from pixelwise.files import extra, writing
+from pixelwise.files import extra, temporary_folder, writing
 from pixelwise.formats.base import BACKGROUND, Result
 from pixelwise.formats.geotiff import write_bands
 from pixelwise.formats.geotiff_tags import gdal
@@ -93,7 +92,7 @@ def write_geojson(path: Path, result: Result, *, simplify_px: float = 1.0, backg
         writing(path) as part,
         part.open("w", encoding="utf-8") as file,
         gdal("GeoJSON") as rasterio,
-        tempfile.TemporaryDirectory(prefix=".pixelwise-", dir=beside) as folder,
+        temporary_folder(beside) as folder,
     ):
         place = find_place(rasterio, result)
         raster = Path(folder, "labels.tif")
