@@ -29,6 +29,7 @@ from safetensors.torch import load_file
 
 from pixelwise.cli import main as pixelwise
 from pixelwise.data.labels import LabelSpec
+from pixelwise.formats import decoding
 from pixelwise.infer import pipeline, store
 from pixelwise.infer.bundle import ModelCard, load_bundle, load_card, save_bundle
 from pixelwise.infer.evaluate import evaluate
@@ -48,7 +49,10 @@ CONFIG = {
     "model": "unet", "options": {"widths": [2, 3], "dropout": 0.3}, "crop_px": 16, "batch_size": 12, "workers": 0,
     "lr": 0.01, "precision": "float32", "checkpoint_minutes": 0, "validate_every": 2, "max_val_images": 2,
 }  # fmt: skip
-OPTIONS = "--tile 32 --maps entropy --probabilities --geojson --coco --overlay --min-area 3 --device cpu".split()
+OPTIONS = [
+    "--tile", "32", "--maps", "entropy", "--probabilities", "--geojson", "--coco", "--overlay", "--min-area", "3",
+    "--device", "cpu",
+]  # fmt: skip
 
 
 def watch(folder: Path, kill_at: int) -> list[int]:
@@ -60,8 +64,8 @@ def watch(folder: Path, kill_at: int) -> list[int]:
         if not is_opened and event not in FOLDERS and event != "os.truncate":
             return
         parent = given[FOLDERS[event]] if event in FOLDERS else None
-        above = os.readlink(f"/proc/self/fd/{parent}") if parent not in (None, -1) else ""
-        if os.path.join(above, os.fsdecode(str(given[0]))).startswith(str(folder)):
+        above = Path(f"/proc/self/fd/{parent}").readlink() if parent not in (None, -1) else Path()
+        if str(above / str(given[0])).startswith(str(folder)):
             count[0] += 1
             if count[0] == kill_at:
                 os._exit(KILLED)
@@ -81,6 +85,7 @@ def call(job: Job, place: Path, kill_at: int = 0) -> tuple[int, int]:
             tempfile.tempdir = str(place / "tmp")
             count = watch(place, kill_at)
             job(place / "out")
+            decoding.stop()  # which the end of a process does; its folder must be gone before it is looked for
             os.write(writer, str(count[0]).encode())
             code = 0
         except BaseException:  # noqa: BLE001  (whatever it is belongs into the output)
@@ -95,7 +100,9 @@ def call(job: Job, place: Path, kill_at: int = 0) -> tuple[int, int]:
     return os.waitstatus_to_exitcode(status), int(told or 0)
 
 
-def sweep(job: Job, facts: Callable[[Path], Facts], check: Callable[[Path, Facts], str], scratch: Path, stride: int) -> Facts:
+def sweep(
+    job: Job, facts: Callable[[Path], Facts], check: Callable[[Path, Facts], str], scratch: Path, stride: int
+) -> Facts:
     """Do a job once without a kill and then once for every `stride`-th operation; what was counted and what was wrong.
 
     Args:
@@ -178,7 +185,9 @@ def make_images(folder: Path) -> None:
     Image.fromarray(pixels[:25, :20]).save(folder / "more" / "b.png")
     name = "scan of the second of march, left side, after " * 5 + ".tif"
     tifffile.imwrite(folder / "more" / name, pixels, tile=(32, 32), photometric="rgb")
-    array = zarr.open_group(folder / "c.zarr", mode="w").create_array("0", shape=(70, 40, 3), chunks=(35, 40, 3), dtype="uint8")
+    array = zarr.open_group(folder / "c.zarr", mode="w").create_array(
+        "0", shape=(70, 40, 3), chunks=(35, 40, 3), dtype="uint8"
+    )
     array[:] = pixels[:, :40]
 
 

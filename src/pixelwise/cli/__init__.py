@@ -70,7 +70,9 @@ def main(arguments: Sequence[str] | None = None) -> Any:
     finally:
         unwritten = streams.close()
     if unwritten:
-        _complain(f"not all that was to be printed could be written ({unwritten}); the work itself was done.")
+        _complain(
+            f"not all that was to be printed could be written ({unwritten})" + "; all else was done." * (not code)
+        )
     sys.exit(code or (2 if unwritten else 0))
 
 

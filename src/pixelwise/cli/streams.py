@@ -1,10 +1,24 @@
 """Printing that never ends the work: a reader that went away, a closed or full output, letters it cannot encode."""
 
+import codecs
 import errno
 import io
 import os
 import sys
 from typing import TextIO, cast
+
+_SPELT = {"■": "#", "±": "+-", "…": "...", "─": "-"}
+
+
+def _spell(error: UnicodeError) -> tuple[str, int]:
+    """Letters that an encoding lacks, such as those of names in an ASCII log, or bytes of a name that are no text."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    letters = error.object[error.start : error.end]
+    return "".join(_SPELT.get(one) or one.encode("ascii", "backslashreplace").decode() for one in letters), error.end
+
+
+codecs.register_error("pixelwise-spell", _spell)
 
 
 class _Descriptor(io.FileIO):
@@ -44,7 +58,7 @@ class Streams:
             text = io.TextIOWrapper(
                 buffered,
                 encoding=getattr(stream, "encoding", None) or "utf-8",
-                errors="backslashreplace",  # names need not be text, and a log may be ASCII
+                errors="pixelwise-spell",
                 line_buffering=getattr(stream, "line_buffering", False),
             )
             setattr(sys, name, text)

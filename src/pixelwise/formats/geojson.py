@@ -21,7 +21,7 @@ from pixelwise.formats.base import BACKGROUND, Result
 from pixelwise.formats.geotiff import write_bands
 from pixelwise.formats.geotiff_tags import gdal
 from pixelwise.formats.globe import ECCENTRICITY_2, EQUATOR_M, areas_m2, cut_at_antimeridian, made_valid
-from pixelwise.formats.local import silence
+from pixelwise.formats.local import printable, silence
 
 MAX_CORNERS = 20_000_000
 """More in one plane are refused: they would take some 8 GB, and hardly any program opens the file."""
@@ -86,7 +86,7 @@ def write_geojson(path: Path, result: Result, *, simplify_px: float = 1.0, backg
     The area is that of the plane of the map where that shows areas true to 2 %, else that on the ellipsoid.
     """
     shapely = extra("shapely", "geo", "GeoJSON")
-    head: dict[str, Any] = {"type": "FeatureCollection", "name": path.stem}
+    head: dict[str, Any] = {"type": "FeatureCollection", "name": printable(path.stem)}
     beside = path.parent if str(path.parent).isprintable() else None  # GDAL takes no other names
     with (
         writing(path) as part,

@@ -197,7 +197,7 @@ def _what_happened(error: Exception, job: Job, loop: TrainingLoop) -> str | None
         return f"{job.folder}: the run folder was removed or renamed while it was trained into."
     if isinstance(error, DataError):
         # A worker process adds where it was; the error itself comes last.
-        told = str(error).rpartition(f"{type(error).__module__}.{type(error).__name__}: ")[2]
+        told = str(error).rpartition(f"{type(error).__module__}.{type(error).__name__}: ")[2].strip()
         return f"{told} Training needs its images and masks as they were at its start: put them back."
     free = free_words(torch.device(plan.device))
     if is_out_of_memory(error) and loop.is_validating:

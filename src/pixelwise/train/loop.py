@@ -228,6 +228,11 @@ def _card(plan: Plan, inspection: Inspection) -> ModelCard:
     )
 
 
+def takes_tensorboard(out: Path) -> bool:
+    """Whether TensorBoard can write into a folder: the bytes of its name must be text."""
+    return str(out) == str(out).encode("utf-8", "replace").decode()
+
+
 def make_trainer(config: RunConfig, plan: Plan, loop: TrainingLoop, out: Path) -> pl.Trainer:
     """Lightning's trainer, without what the loop does itself."""
     index = torch.device(plan.device).index
@@ -243,7 +248,7 @@ def make_trainer(config: RunConfig, plan: Plan, loop: TrainingLoop, out: Path) -
             callbacks=[loop],
             plugins=[SafeCheckpointIO(), *([LightningEnvironment()] if config.devices > 1 else [])],
             sync_batchnorm=config.sync_batch_norm,
-            logger=TensorBoardLogger(out, name="tensorboard", version=""),
+            logger=TensorBoardLogger(out, name="tensorboard", version="") if takes_tensorboard(out) else False,
             limit_val_batches=0,
             num_sanity_val_steps=0,
             enable_checkpointing=False,
