@@ -1,5 +1,6 @@
 """What a process may use is what its container, job or shell allows, not what the machine has."""
 
+import errno
 import os
 import resource
 import subprocess
@@ -75,3 +76,31 @@ def test_small_shared_memory_is_told(fake: Path, tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(machine, "_SHARED", tmp_path)
     room = machine.shared_memory_room()
     assert room is not None and room.bytes > 0 and "--shm-size" in str(room)
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (
+            OSError(errno.ENFILE, "Too many open files in system", "a.png"),
+            "a.png: too many files are open at once (ulimit -n)",
+        ),
+        (RuntimeError("unable to open file </torch_1>: Too many open files (24)"), "too many files are open at once"),
+        (
+            BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"),
+            "no further process or thread may be started",
+        ),
+        (OSError(errno.EDQUOT, "Disk quota exceeded", "run"), "run: the disk is full (Disk quota exceeded). Free some"),
+        (MemoryError(), "memory ran out"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "memory ran out"),
+        (RuntimeError("could not create a primitive"), "memory ran out"),
+        (RuntimeError("can't start new thread"), "memory ran out or no further thread was allowed (ulimit -u)"),
+        (PermissionError(errno.EACCES, "Permission denied", "out"), "out: Permission denied."),
+        (OSError("odd"), "odd."),
+        (RuntimeError("a bug"), None),
+        (KeyError("a bug"), None),
+    ],
+)
+def test_what_the_machine_refuses_is_told_in_words(error: Exception, told: str | None) -> None:
+    found = machine.refused(error)
+    assert found is None if told is None else found is not None and found.startswith(told)

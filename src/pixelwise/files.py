@@ -10,6 +10,7 @@ import re
 import secrets
 import shutil
 import stat
+import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +30,7 @@ ZARR_DOCUMENTS = ("zarr.json", ".zarray", ".zgroup")
 MAX_YAML_BYTES = 16 << 20
 _MAX_YAML_VALUES, _MAX_YAML_DEPTH, _MAX_YAML_TEXT = 100_000, 50, 10_000
 _YAML_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the one in C is many times faster
-_LEFTOVER = re.compile(r"\..+\.(?P<home>[0-9a-f]{6})-(?P<pid>[0-9a-f]+)-[0-9a-f]{8}\.(part(\..*)?|old)", re.DOTALL)
+_LEFTOVER = re.compile(r"\..+\.(?P<home>[0-9a-f]{6})-(?P<pid>[0-9a-f]+)-[0-9a-z_]{8}\.(part(\..*)?|old)", re.DOTALL)
 _DAY_S = 24 * 60 * 60
 
 
@@ -64,7 +65,39 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 def hidden_name(path: Path, end: str) -> Path:
     """A new hidden name beside `path`, which tells the process that it belongs to: see `remove_leftovers`."""
-    return path.with_name(f".{path.name}.{_home()}-{os.getpid():x}-{secrets.token_hex(4)}.{end}")
+    return path.with_name(f".{short_name(path.name, 100)}.{_home()}-{os.getpid():x}-{secrets.token_hex(4)}.{end}")
+
+
+def make_temporary_folder(parent: Path | None = None) -> Path:
+    """A new folder of this user's alone, in that of temporary files or another; its name is as those of `hidden_name`."""
+    if parent is None:
+        remove_leftovers(Path(tempfile.gettempdir()))
+    return Path(tempfile.mkdtemp(".part", f".pixelwise.{_home()}-{os.getpid():x}-", parent))
+
+
+@contextmanager
+def temporary_folder(parent: Path | None = None) -> Iterator[Path]:
+    """As `make_temporary_folder`; it is removed when the block ends."""
+    folder = make_temporary_folder(parent)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def short_name(name: str, most_bytes: int) -> str:
+    """A name in at most so many bytes, since file systems allow 255; a longer one is cut, and a hash tells it from others.
+
+    Example:
+        >>> short_name("scan.tif", 40), short_name("x" * 300, 20)
+        ('scan.tif', 'xxxxxxxxxxx-98a84d97')
+    """
+    if len(os.fsencode(name)) <= most_bytes:
+        return name
+    digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:8]
+    while len(os.fsencode(name)) > most_bytes - len(digest) - 1:
+        name = name[:-1]
+    return f"{name}-{digest}"
 
 
 def remove_leftovers(*folders: Path) -> None:
@@ -191,6 +224,10 @@ def cannot_write(path: str | Path, error: OSError, more: str = "") -> PixelwiseE
         >>> print(cannot_write("a.tif", OSError(errno.EROFS, "Read-only file system"), "what is finished is kept"))
         a.tif: cannot be written (Read-only file system). Choose another folder; what is finished is kept.
     """
+    if error.errno == errno.ENAMETOOLONG:
+        return DataError(
+            f"{path}: its name is too long for this disk, which takes 255 bytes at most. Give the image a shorter name."
+        )
     advice = "Free some space or choose" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "Choose"
     return PixelwiseError(
         f"{path}: cannot be written ({error.strerror or error}). {advice} another folder{'; ' * bool(more)}{more}."

@@ -4,6 +4,7 @@ In a container, a job of a cluster or a shell with `ulimit` that is less than th
 machine's is killed without a word. So all limits are asked, and the narrowest is named.
 """
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -67,6 +68,52 @@ def processors() -> int:
             if quota.strip() != "max" and int(quota) > 0:
                 count = min(count, max(1, int(quota) // int(period)))
     return count
+
+
+_OUT_OF_MEMORY = (
+    "not enough memory", "can't allocate memory", "cannot allocate memory", "out of memory", "alloc_failed",
+    "could not create a primitive", "can't start new thread",
+)  # fmt: skip
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that memory ran out, as Python, torch and the system say it."""
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in _OUT_OF_MEMORY)
+
+
+def refused(error: BaseException) -> str | None:
+    """What the machine refused and what to do, as one sentence or two; None if the error is of another kind.
+
+    Example:
+        >>> print(refused(OSError(errno.EMFILE, "Too many open files", "a.png")))
+        a.png: too many files are open at once (ulimit -n). Allow more (ulimit -n 4096), or use fewer worker processes.
+    """
+    if is_out_of_memory(error):
+        room, threads = memory_room(), " or no further thread was allowed (ulimit -u)" * ("thread" in str(error))
+        return f"memory ran out{threads}{f'; {room}' if room else ''}. Give it more, or ask for less at a time."
+    number, name = getattr(error, "errno", None), getattr(error, "filename", None)
+    where = f"{name}: " if name else ""
+    for text in (str(error),) if number is None else ():  # torch and multiprocessing say it in words only
+        number = next((code for words, code in _IN_WORDS.items() if words in text), None)
+    if number in (errno.EMFILE, errno.ENFILE):
+        more = "Allow more (ulimit -n 4096), or use fewer worker processes."
+        return f"{where}too many files are open at once (ulimit -n). {more}"
+    if number == errno.EAGAIN:
+        return (
+            f"{where}no further process or thread may be started (ulimit -u, or the limit of this container or job). "
+            "Allow more, or use fewer worker processes."
+        )
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        return f"{where}the disk is full ({os.strerror(number)}). Free some space or choose another folder."
+    return f"{where}{getattr(error, 'strerror', None) or error}." if isinstance(error, OSError) else None
+
+
+_IN_WORDS = {
+    "Too many open files": errno.EMFILE, "received 0 items of ancdata": errno.EMFILE, "No space left": errno.ENOSPC,
+    "Resource temporarily unavailable": errno.EAGAIN,
+}  # fmt: skip
 
 
 def _free_of_machine() -> Iterator[Room]:

@@ -1,4 +1,5 @@
 import json
+import os
 import sys
 
 import numpy as np
@@ -153,3 +154,12 @@ def test_help_shows_an_example(pixelwise):
     code, out, _ = pixelwise("evaluate", "--help")
     assert code == 0
     assert "Example: pixelwise evaluate" in " ".join(out.split())
+
+
+def test_a_run_folder_that_may_not_be_written_is_scored_all_the_same(run, data, tmp_path, pixelwise, monkeypatch):
+    (run / "evaluation-val.json").unlink(missing_ok=True)
+    monkeypatch.setattr(os, "access", lambda path, mode: (path, mode) != (run, os.W_OK))
+    code, out, err = pixelwise("evaluate", run, data, "--split", "val", "--json", tmp_path / "scores.json")
+    assert code == 0 and "val: 2 images" in out and (tmp_path / "scores.json").exists(), err
+    assert "nothing may be written there, so evaluation-val.json and the pictures are left out" in err
+    assert not (run / "evaluation-val.json").exists()

@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from PIL import Image
 
 from pixelwise.cli import main
 from pixelwise.data.labels import LabelSpec
+from pixelwise.files import hidden_name
 from pixelwise.formats.opening import read_mask
 from pixelwise.infer.bundle import ModelCard, save_bundle
 from pixelwise.infer.predictor import load
@@ -278,3 +280,50 @@ def test_the_decoder_starts_before_torch_is_imported(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.stdout == "False\n", done.stderr
+
+
+def test_what_killed_calls_left_is_removed_and_what_a_neighbour_writes_is_not(run, images, tmp_path, pixelwise):
+    out = tmp_path / "out"
+    assert pixelwise("predict", run, images, "--out", out)[0] == 0
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+
+    def hidden(path, pid):
+        part = hidden_name(path, "part")
+        return part.with_name(part.name.replace(f"-{os.getpid():x}-", f"-{pid:x}-"))
+
+    left = [hidden(out / name, ended.pid) for name in ("a.png", "night/d.tif", ".pixelwise/night/d.tif.json")]
+    written = [hidden(path.with_name("x"), os.getppid()) for path in left]
+    for path in (*left, *written):
+        path.write_bytes(b"half")
+    stores = [out / "night" / f".{name}.store-{'0' * 16}" for name in ("d.tif", "e.tif")]  # the other is not finished
+    for folder in stores:
+        folder.mkdir()
+    code, text, _ = pixelwise("predict", run, images, "--out", out)
+    assert code == 0 and "4 finished before" in text
+    assert not any(path.exists() for path in left) and all(path.exists() for path in written)
+    assert [folder.exists() for folder in stores] == [False, True]
+
+
+def test_names_may_be_as_long_as_the_disk_takes_them(run, images, tmp_path, pixelwise):
+    out, name = tmp_path / "out", "ä" * 125 + ".png"  # 254 bytes
+    shutil.copy(images / "a.png", images / name)
+    shutil.copy(images / "a.png", images / f"{name[:-5]}ö.png")  # which differs at its end
+    for told in ("6 labelled", "6 finished before"):
+        code, text, err = pixelwise("predict", run, images, "--out", out)
+        assert code == 0 and told in text and (out / name).exists(), err
+    code, text, err = pixelwise("predict", run, images, "--out", tmp_path / "more", "--overlay")
+    assert code == 1 and "4 labelled, 2 failed" in text
+    assert err.count("its name is too long for this disk") == 2
+
+
+def test_names_need_not_be_text(run, tmp_path, pixelwise):
+    folder = tmp_path / os.fsdecode(b"\xff\nin")
+    folder.mkdir()
+    Image.new("RGB", (8, 8)).save(folder / os.fsdecode(b"caf\xe9.png"))
+    out = tmp_path / os.fsdecode(b"out\xfe")
+    code, text, err = pixelwise("predict", run, folder, "--out", out, "--geojson", "--coco", "--overlay", "--tile", "8")
+    assert code == 0 and text.endswith("out\\udcfe\n"), err
+    assert len([path for path in out.iterdir() if path.name.startswith("caf")]) == 4
+    found = json.loads((out / os.fsdecode(b"caf\xe9.geojson")).read_text(encoding="utf-8"))
+    assert found["name"] == "caf\\udce9"

@@ -13,12 +13,13 @@ from pixelwise.cli.evaluate import evaluate
 from pixelwise.cli.heatmap import heatmap
 from pixelwise.cli.inspect import inspect
 from pixelwise.cli.models import models
-from pixelwise.cli.options import with_flag_value
+from pixelwise.cli.options import printable, with_flag_value
 from pixelwise.cli.predict import predict
 from pixelwise.cli.report import report
+from pixelwise.cli.streams import Streams
 from pixelwise.cli.train import train
-from pixelwise.errors import PixelwiseError
-from pixelwise.machine import processors
+from pixelwise.errors import PixelwiseError, UsageError
+from pixelwise.machine import processors, refused
 
 app = typer.Typer(
     name="pixelwise",
@@ -53,7 +54,8 @@ def _version(wanted: bool) -> None:
 def main(arguments: Sequence[str] | None = None) -> Any:
     """Run the command line; the exit code is 0 (done), 1 (some inputs failed) or 2 (wrong usage or unusable data).
 
-    What a user can cause is told in one paragraph; `--debug` shows where it came from. Ctrl-C ends with 130.
+    What a user can cause is told in one paragraph; `--debug` shows where it came from. Ctrl-C ends with 130. The work goes
+    on when nobody reads what is printed (`| head`); where it cannot be written the exit code is 2 in the end.
     """
     # Nothing phones home: the libraries below are told so before they are imported.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -62,16 +64,45 @@ def main(arguments: Sequence[str] | None = None) -> Any:
         os.cpu_count() or 1
     ):  # torch counts those of the machine, and its threads would wait for each other
         os.environ.setdefault("OMP_NUM_THREADS", str(processors()))
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    arguments = with_flag_value(arguments)
+    streams, unwritten = Streams(), ""
     try:
+        code = _run(with_flag_value(list(sys.argv[1:] if arguments is None else arguments)))
+    finally:
+        unwritten = streams.close()
+    if unwritten:
+        _complain(
+            f"not all that was to be printed could be written ({unwritten})" + "; all else was done." * (not code)
+        )
+    sys.exit(code or (2 if unwritten else 0))
+
+
+def _run(arguments: list[str]) -> int:
+    """The exit code of a command line."""
+    try:
+        if not _is_somewhere():
+            raise UsageError("the folder in which this was started was deleted or moved. Change into another one (cd).")
         app(arguments, prog_name="pixelwise")
-    except BrokenPipeError:  # the reader of a pipe (`| head`) has seen enough
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123  (python flushes it once more at its end)
-        sys.exit(0)
-    except (PixelwiseError, OSError) as error:  # OSError: the disk is full, a folder may not be written
-        if "--debug" in arguments:
+    except SystemExit as ended:
+        return ended.code if isinstance(ended.code, int) else int(bool(ended.code))
+    except (PixelwiseError, OSError, RuntimeError, MemoryError) as error:
+        told = str(error) if isinstance(error, PixelwiseError) else refused(error)
+        if told is None or "--debug" in arguments:
             raise
-        # No markup and no wrapping at the terminal's width: paths must stay whole to be copied.
-        Console(stderr=True, soft_wrap=True).print(f"pixelwise: {error}", markup=False, highlight=False)
-        sys.exit(2)
+        _complain(told)
+        return 2
+    return 0
+
+
+def _is_somewhere() -> bool:
+    """Whether there is a current folder; torch would end the process without one."""
+    try:
+        os.getcwd()  # noqa: PTH109
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _complain(text: str) -> None:
+    # No markup and no wrapping at the terminal's width: paths must stay whole to be copied.
+    text = printable(f"pixelwise: {text}", kept="\n")
+    Console(stderr=True, soft_wrap=True).print(text, markup=False, highlight=False)

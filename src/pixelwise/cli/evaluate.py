@@ -42,7 +42,7 @@ def evaluate(
     Example: pixelwise evaluate runs/street data/camvid --split test
     """
     from pixelwise import infer
-    from pixelwise.infer.evaluate import open_for, write_evaluation
+    from pixelwise.infer.evaluate import open_for, place_of_results, write_evaluation
 
     predictor = infer.load(run, device=device, precision=precision, batch_statistics=batch_statistics)
     folder = open_for(predictor, data, classes=classes, ignore=ignore or (), group_by=group_by, masks=masks)
@@ -55,6 +55,9 @@ def evaluate(
             on_progress=lambda done, total: progress.update(task, completed=done, total=total),
             batch=batch,
         )
+    if place_of_results(predictor) is None:
+        text = f"{run}: nothing may be written there, so evaluation-{split}.json and the pictures are left out; --json FILE"
+        Console(stderr=True).print(options.printable(f"{text} writes the results."), markup=False, soft_wrap=True)
     if str(json_file) == "-":
         typer.echo(json.dumps(evaluation.to_dict(), indent=2))
         return
@@ -74,7 +77,7 @@ def _print(evaluation: "Evaluation") -> None:
     for index, name in enumerate(evaluation.names):
         values = (scores.iou[index], scores.dice[index], scores.precision[index], scores.recall[index])
         table.add_row(Text(name), *map(_percent, values), f"{truth[index]:,}")
-    Console().print(table)
+    options.table_console().print(table)
     options.print_plain(f"{evaluation.headline.text}, over {evaluation.images:,} images")
     totals = {
         "mIoU": scores.miou,

@@ -73,7 +73,7 @@ def inspect(
         typer.echo(json.dumps(inspection.to_dict() | {"class_weights": weights}, indent=2))
     else:
         table = _class_table(inspection, weights)
-        Console().print(Group(_facts(inspection), Text(), table, Text(), _problem_list(inspection)))
+        options.table_console().print(Group(_facts(inspection), Text(), table, Text(), _problem_list(inspection)))
     if any(problem.severity == "fatal" for problem in inspection.problems):
         raise typer.Exit(2)
 
@@ -91,7 +91,7 @@ def _write_classes(folder: "DataFolder", name: str) -> Path:
     save_labels(path, labels)
     void = ", ".join(map(str, as_ranges(labels.ignore_values))) or "none"
     text = f"Wrote {path}: {labels.num_classes} classes, void values: {void}. Change it where it is wrong."
-    Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)
+    Console(stderr=True).print(options.printable(text), markup=False, highlight=False, soft_wrap=True)
     return path
 
 

@@ -5,8 +5,9 @@ from typing import Annotated
 
 import typer
 from rich.box import SIMPLE
-from rich.console import Console
 from rich.table import Table
+
+from pixelwise.cli import options
 
 TILE_PX = 1024  # of the tiles whose cost is given
 
@@ -50,10 +51,7 @@ def _show_costs(names: Sequence[str]) -> None:
         row = describe_model(name)
         cost = f"{row['multiply_adds'] / 1e9:.1f}"
         table.add_row(name, f"{row['parameters']:,}", cost, str(row["stride"]), row["paper"])
-    console = Console()
-    if not console.is_terminal:  # a pipe has no width: a line for each network
-        console = Console(width=200)
-    console.print(table)
+    options.table_console().print(table)
 
 
 def _show_fields(names: Sequence[str]) -> None:

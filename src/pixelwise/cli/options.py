@@ -126,4 +126,16 @@ def with_flag_value(arguments: list[str]) -> list[str]:
 
 def print_plain(text: str) -> None:
     """Print a line of a result: names are no markup, and nothing is wrapped, so that paths can be copied."""
-    Console().print(text, markup=False, highlight=False, soft_wrap=True)
+    Console().print(printable(text), markup=False, highlight=False, soft_wrap=True)
+
+
+def printable(text: str, *, kept: str = "") -> str:
+    """File names need not be valid text, and may hold control characters (those in `kept` are no harm) for a terminal."""
+    text = text.encode("utf-8", "backslashreplace").decode()
+    return "".join(char if char.isprintable() or char in kept else "\N{REPLACEMENT CHARACTER}" for char in text)
+
+
+def table_console() -> Console:
+    """Where tables are printed: neither a log, which has no width, nor a terminal of a few columns may cut them."""
+    console = Console()
+    return Console(width=max(console.width, 80 if console.is_terminal else 200))

@@ -211,7 +211,7 @@ def _label(predictor: Any, batch: Any, **how: Any) -> "list[Outcome]":
         task = progress.add_task("labelling", total=len(batch.tasks) + len(batch.missing))
 
         def show(text: str) -> None:
-            progress.console.print(_printable(text), markup=False, highlight=False, soft_wrap=True)
+            progress.console.print(options.printable(text), markup=False, highlight=False, soft_wrap=True)
 
         def advance(done: int, total: int) -> None:
             progress.update(task, completed=len(outcomes) + done / total)
@@ -233,12 +233,6 @@ def _summarise(outcomes: "list[Outcome]", out: str) -> None:
     parts = [f"{counts['done']:,} labelled"]
     for status, words in (("skipped", "finished before"), ("failed", "failed")):
         parts += [f"{counts[status]:,} {words}"] if counts[status] else []
-    Console().print(_printable(f"{', '.join(parts)}: {out}"), markup=False, highlight=False, soft_wrap=True)
+    options.print_plain(f"{', '.join(parts)}: {out}")
     if counts["failed"]:
         raise typer.Exit(1)
-
-
-def _printable(text: str) -> str:
-    """File names need not be valid text, and may hold control characters; a terminal must survive both."""
-    text = text.encode("utf-8", "replace").decode("utf-8")
-    return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)

@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.box import SIMPLE
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -97,7 +96,7 @@ def train(
     given = merge_options(read_config(config) if config else {}, parse_settings(settings or []), typed)
     asked = make_config(given) if given or not resume else None
     folder = open_data(data, classes=classes, ignore=tuple(ignore or ()), group_by=group_by, masks=masks)
-    console = Console()
+    console = options.table_console()
     with TrainingProgress(console) as progress:
         run = train_network(
             folder,

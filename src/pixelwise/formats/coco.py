@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from pixelwise.files import writing
 from pixelwise.formats.base import Result
+from pixelwise.formats.local import printable
 
 _BAND_PX = 256  # rows that are asked for at once, and columns that are looked at together
 _GROUP_BITS, _MORE, _OFFSET = 5, 0x20, 48
@@ -75,13 +76,13 @@ def _characters(numbers: NDArray[np.int64]) -> bytes:
 
 def _head(path: Path, result: Result) -> dict[str, Any]:
     info = result.source
-    place = {"file_name": PurePath(info.location).name, "width": info.width, "height": info.height}
+    place = {"file_name": printable(PurePath(info.location).name), "width": info.width, "height": info.height}
     images = [{"id": plane + 1} | place | ({"plane": plane} if info.planes > 1 else {}) for plane in range(info.planes)]
     categories = [
         {"id": index, "name": name, "supercategory": "", "color": list(color), "isthing": 0}
         for index, (name, color) in enumerate(zip(result.spec.names, result.spec.colors, strict=True))
     ]
-    about = {"description": path.stem} | ({"pixelwise": dict(result.mark)} if result.mark else {})
+    about = {"description": printable(path.stem)} | ({"pixelwise": dict(result.mark)} if result.mark else {})
     return {"info": about, "images": images, "categories": categories}
 
 

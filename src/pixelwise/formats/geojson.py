@@ -6,7 +6,6 @@ simplified together and keep sharing their border: no gaps, no overlaps.
 
 import json
 import math
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,12 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pixelwise.errors import PixelwiseError
-from pixelwise.files import extra, writing
+from pixelwise.files import extra, temporary_folder, writing
 from pixelwise.formats.base import BACKGROUND, Result
 from pixelwise.formats.geotiff import write_bands
 from pixelwise.formats.geotiff_tags import gdal
 from pixelwise.formats.globe import ECCENTRICITY_2, EQUATOR_M, areas_m2, cut_at_antimeridian, made_valid
-from pixelwise.formats.local import silence
+from pixelwise.formats.local import printable, silence
 
 MAX_CORNERS = 20_000_000
 """More in one plane are refused: they would take some 8 GB, and hardly any program opens the file."""
@@ -87,13 +86,13 @@ def write_geojson(path: Path, result: Result, *, simplify_px: float = 1.0, backg
     The area is that of the plane of the map where that shows areas true to 2 %, else that on the ellipsoid.
     """
     shapely = extra("shapely", "geo", "GeoJSON")
-    head: dict[str, Any] = {"type": "FeatureCollection", "name": path.stem}
+    head: dict[str, Any] = {"type": "FeatureCollection", "name": printable(path.stem)}
     beside = path.parent if str(path.parent).isprintable() else None  # GDAL takes no other names
     with (
         writing(path) as part,
         part.open("w", encoding="utf-8") as file,
         gdal("GeoJSON") as rasterio,
-        tempfile.TemporaryDirectory(prefix=".pixelwise-", dir=beside) as folder,
+        temporary_folder(beside) as folder,
     ):
         place = find_place(rasterio, result)
         raster = Path(folder, "labels.tif")

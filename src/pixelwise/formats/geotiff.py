@@ -7,7 +7,6 @@ files: `CLASSES` and `PIXELWISE`.
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
@@ -19,7 +18,7 @@ import tifffile
 from numpy.typing import NDArray
 
 from pixelwise.errors import DataError, PixelwiseError, UsageError
-from pixelwise.files import cannot_write, extra, writing
+from pixelwise.files import cannot_write, extra, temporary_folder, writing
 from pixelwise.formats.base import LABELS, TIFF_MAGIC, Opener, Result
 from pixelwise.formats.geotiff_tags import at_level, describe, gdal, raw
 from pixelwise.formats.local import Identity, readable, silence
@@ -215,7 +214,7 @@ def write_cog(path: Path, result: Result) -> None:
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        with temporary_folder(path.parent) as folder:
             plain, cog = Path(folder, "plain.tif"), Path(folder, "cog.tif")
             write_bands(plain, result, **_header(result))
             _check_room(path, plain.stat().st_size)

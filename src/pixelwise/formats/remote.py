@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Self, cast
 
 from pixelwise.errors import DataError, PixelwiseError, UsageError
-from pixelwise.files import ZARR_DOCUMENTS, extra
+from pixelwise.files import ZARR_DOCUMENTS, extra, make_temporary_folder, remove_leftovers
 from pixelwise.formats.base import Opener
 from pixelwise.formats.local import changed, protocol_of, sampled, shown, size_change
 from pixelwise.formats.urls import NoSuchObject, bounded, filesystem, is_web, patiently, remote_errors
@@ -167,13 +167,14 @@ def localise(
         objects = {"": (location, stamps)}
     chosen, size = Path(folder or tempfile.gettempdir()), sum(stamp.size for _, stamp in objects.values())
     try:
+        remove_leftovers(chosen)
         free = shutil.disk_usage(chosen).free
         if size > free * 0.95:
             raise DataError(
                 f"{shown(location)}: takes {size:,} bytes on this machine, but {chosen} has {free:,} free. "
                 "Free some space, or set TMPDIR to a larger disk."
             )
-        copy = LocalCopy(Path(tempfile.mkdtemp(prefix="pixelwise-", dir=chosen)) / name)
+        copy = LocalCopy(make_temporary_folder(chosen) / name)
     except OSError as error:
         raise DataError(f"{shown(location)}: cannot be copied to {chosen} ({error.strerror or error}).") from None
     try:

@@ -18,11 +18,6 @@ from pixelwise.ops.streaming.memory import resident_bytes
 PROCESS_BYTES = 2 << 30
 """What a process may take in all on a CPU, unless the user says otherwise."""
 
-# How torch reports that memory ran out where it does not raise torch.OutOfMemoryError.
-_OUT_OF_MEMORY = (
-    "not enough memory", "can't allocate memory", "out of memory", "alloc_failed", "could not create a primitive",
-    "can't start new thread",
-)  # fmt: skip
 _SPARE = 0.05  # of that, for what is not foreseen
 _LEAST_FOR_MAPS, _MOST_FOR_MAPS = 512 << 20, 1 << 30
 _OVERLAY_BYTES_PER_PX = 32  # measured; the picture is mixed in float32
@@ -46,13 +41,6 @@ def peak_memory_bytes(device: torch.device) -> int | None:
     except ImportError:
         return None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` says that memory ran out."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in _OUT_OF_MEMORY)
 
 
 def pipeline_bytes(source: Source, *, in_one_window: bool = False) -> int:

@@ -93,7 +93,8 @@ def evaluate(
         run: A run folder, or a predictor.
         data: A data folder, or its path; without a classes.yaml of its own its masks are read as the training's were.
         split: Which split to score.
-        out: Where to write; by default the run folder (nothing is written for a predictor that came from none).
+        out: Where to write; by default the run folder (nothing is written for a predictor that came from none,
+            or from one that may not be written into).
         on_progress: Called after each image with the number done and the number in all.
         batch: The most images in one pass; only neighbours of equal size share one. By default 1, or 10 for a predictor
             with batch statistics.
@@ -133,7 +134,7 @@ def evaluate(
     parts, per_image, groups = score_pairs(predictor, folder, pairs, batch, on_progress)
     confusion = sum(parts.values(), ConfusionMatrix(predictor.labels.num_classes))
     foreground = foreground_of(predictor.labels.names, predictor.labels.values)
-    target = predictor.folder if out is None else Path(out)
+    target = place_of_results(predictor) if out is None else Path(out)
     if target is not None:
         remove_leftovers(target, *target.glob(f"evaluation-{split}/*"))
     chosen = choose_examples(per_image) if target is not None else {}
@@ -159,6 +160,12 @@ def evaluate(
         write_examples(pictures, predictor, folder, pairs, chosen, groups)
         write_evaluation(evaluation, target / f"evaluation-{split}.json")
     return evaluation
+
+
+def place_of_results(predictor: Predictor) -> Path | None:
+    """The run folder that a network is from; None if there is none, or nothing may be written there (a colleague's)."""
+    folder = predictor.folder
+    return folder if folder is not None and os.access(folder, os.W_OK) else None
 
 
 def write_evaluation(evaluation: Evaluation, path: str | Path) -> None:

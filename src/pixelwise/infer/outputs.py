@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path, PurePath
@@ -18,14 +19,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pixelwise.errors import DataError, PixelwiseError
-from pixelwise.files import hidden_name
+from pixelwise.files import cannot_write, hidden_name, remove_leftovers, short_name
 from pixelwise.formats.base import LABELS, Result, Writer
 from pixelwise.formats.local import is_url, local_path
 from pixelwise.formats.remote import RemoteStamp, check_writable, exists, publish, read_small, write_small
 from pixelwise.formats.urls import check_package
 from pixelwise.infer.cleanup import remove_small
 from pixelwise.infer.pipeline import Pipeline
-from pixelwise.infer.store import DiskStore, Store
+from pixelwise.infer.store import DiskStore, Store, store_folder, stores_in
 from pixelwise.ops.streaming.memory import return_freed_memory
 
 Location = Path | str
@@ -54,6 +55,7 @@ class OutFolder:
             check_writable(str(out))
             check_package(str(out))
         self.out: Location = str(out).rstrip("/") if path is None else Path(path)
+        self._stores: dict[Path, dict[str, list[Path]]] = {}  # that lay in the folders when they were first looked at
 
     def at(self, name: str | PurePath) -> Location:
         """Where the output of this name goes."""
@@ -110,9 +112,20 @@ class OutFolder:
             finished &= bool(made_of) and all(made_of.get(key) == wanted.get(key) for key in _COMPARED)
         return finished
 
+    def tidy(self, output: Location, *, is_finished: bool) -> None:
+        """Remove what killed calls have left beside an output; of one that is finished its store too."""
+        staged = self.stage(output)
+        if staged.parent not in self._stores:
+            records = self._record_place({LABELS: output})
+            remove_leftovers(staged.parent, *([records.parent] if isinstance(records, Path) else []))
+            self._stores[staged.parent] = stores_in(staged.parent)
+        if is_finished:
+            for folder in self._stores[staged.parent].get(store_folder(staged, "").name, ()):
+                shutil.rmtree(folder, ignore_errors=True)
+
     def _record_place(self, outputs: Mapping[str, Location]) -> Location:
         name = self.name(outputs[LABELS])
-        return self.at(PurePath(RECORDS) / name.with_name(name.name + ".json"))
+        return self.at(PurePath(RECORDS) / name.with_name(short_name(name.name, 250) + ".json"))
 
     def _record(self, outputs: Mapping[str, Location]) -> dict[str, Any]:
         """What is known of outputs, by name; nothing if the record is missing or damaged."""
@@ -139,8 +152,9 @@ class OutFolder:
             part.write_bytes(content)
             part.replace(place)
         except OSError as error:
-            part.unlink(missing_ok=True)
-            raise PixelwiseError(f"{place}: cannot be written ({error.strerror or error}).") from error
+            with suppress(OSError):
+                part.unlink(missing_ok=True)
+            raise cannot_write(place, error) from error
 
     def _stamp(self, output: Location) -> list[Any]:
         """What differs when a file, or one in a folder, was changed: on a disk its size, time and checksum."""

@@ -27,6 +27,7 @@ from pixelwise.infer.options import Decision, JobOptions, Tiling
 from pixelwise.infer.prefetch import WindowReader
 from pixelwise.infer.store import DiskStore, Store, store_folder
 from pixelwise.infer.tiling import Note, Region, Scorer, Scores, choose_scorer, default_budget
+from pixelwise.machine import is_out_of_memory
 
 if TYPE_CHECKING:
     from pixelwise.infer.predictor import Predictor
@@ -215,7 +216,7 @@ class Pipeline:
                     self._score(store, scorer, number, region)
                 return
             except (MemoryError, RuntimeError) as error:
-                if not estimates.is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
             # The traceback, which holds the tensors of the pass, is gone by here.
             tiling, is_retry, in_one_pass = self._halved(tiling, scorer), True, False
@@ -318,7 +319,7 @@ def compute_together(pipelines: Sequence[Pipeline], stores: Sequence[Store]) -> 
     try:
         _one_pass(pipelines, stores)
     except (MemoryError, RuntimeError) as error:
-        if not estimates.is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         raise PixelwiseError(
             f"{info.location} and {len(pipelines) - 1} more: {info.width} x {info.height} px with {info.channels} channels "

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pixelwise.errors import PixelwiseError
-from pixelwise.files import atomic_path, cannot_write
+from pixelwise.files import atomic_path, cannot_write, short_name
 from pixelwise.formats.base import SourceInfo
 from pixelwise.infer.tiling import Region
 
@@ -39,6 +39,7 @@ FLUSH_S = 30.0
 MOST_BYTES = 4 * FLUSH_BYTES  # what grows, two times what waits to be written, and one of these as it is joined
 
 _NAME = re.compile(r"([a-z_0-9]{1,40})-(\d{1,9})-(\d{1,9})-(\d{1,9})-(\d{1,9})-(\d{1,9})\.npy")
+_STORE = re.compile(r"\..+\.store-[0-9a-f]{16}", re.DOTALL)
 _FOOTER = b"PWPART"  # before the checksum, 4 bytes, little-endian
 _CHUNK_BYTES = 1 << 20
 
@@ -300,7 +301,16 @@ def uncovered(target: Region, done: Iterable[Region]) -> list[Region]:
 def store_folder(output: str | Path, key: str) -> Path:
     """The hidden folder beside `output` for the store of the prediction called `key` (hexadecimal)."""
     output = Path(output)
-    return output.with_name(f".{output.name[:40]}.store-{key[:16]}")
+    return output.with_name(f".{short_name(output.name, 80)}.store-{key[:16]}")
+
+
+def stores_in(folder: Path) -> dict[str, list[Path]]:
+    """The folders of stores that lie in a folder, by the beginning of their names, which tells the output."""
+    found: dict[str, list[Path]] = defaultdict(list)
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if _STORE.fullmatch(path.name):
+            found[path.name[:-16]].append(path)
+    return found
 
 
 def _stale(folder: Path) -> list[Path]:

@@ -103,7 +103,9 @@ def write_report(run: str | Path, out: str | Path | None = None) -> Path:
         # File names may hold bytes that are not valid text: they are shown as question marks.
         write_bytes(target, html.encode("utf-8", "replace"))
     except OSError as error:
-        raise PixelwiseError(f"{target}: the report cannot be written ({error.strerror or error}).") from error
+        raise PixelwiseError(
+            f"{target}: the report cannot be written ({error.strerror or error}). Name another file: --out FILE."
+        ) from error
     return target
 
 

@@ -180,7 +180,7 @@ class SafeCheckpointIO(CheckpointIO):
         except (OSError, SafetensorError) as error:
             raise PixelwiseError(
                 f"{path}: the checkpoint cannot be written ({error}). The previous one is untouched: make room on the disk "
-                "and continue with --resume."
+                "and go on with --resume."
             ) from error
 
     def load_checkpoint(

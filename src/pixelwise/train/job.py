@@ -18,14 +18,14 @@ from types import ModuleType
 
 import lightning.pytorch as pl
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from pixelwise.data.check import Inspection
-from pixelwise.errors import PixelwiseError
-from pixelwise.infer.estimates import is_out_of_memory
-from pixelwise.machine import shared_memory_room
+from pixelwise.errors import DataError, PixelwiseError
+from pixelwise.machine import is_out_of_memory, refused, shared_memory_room
 from pixelwise.train.config import RunConfig
-from pixelwise.train.folder import LAST_NAME
+from pixelwise.train.folder import CONFIG_NAME, LAST_NAME
 from pixelwise.train.loop import Report, TrainingLoop, make_trainer, quiet
 from pixelwise.train.module import SegmentationModule, loss_weights
 from pixelwise.train.network import start_network
@@ -173,32 +173,52 @@ def _further(job: Job, rank: int) -> None:
 
 @contextmanager
 def _as_readable_errors(job: Job, loop: TrainingLoop) -> Iterator[None]:
-    plan, checkpoint = job.plan, job.checkpoint
+    """What the machine, the disk or the data do in the middle of a training, as one paragraph that says what is kept."""
     try:
         yield
     except SystemExit as error:  # what Lightning makes of a second Ctrl-C
         raise KeyboardInterrupt from error
-    except (RuntimeError, MemoryError, EOFError) as error:
-        kept = f"The checkpoint {checkpoint} is kept." if checkpoint.exists() else "No checkpoint was written yet."
-        free = free_words(torch.device(plan.device))
-        if is_out_of_memory(error) and loop.is_validating:
-            what = (
-                f"memory ran out while the val images were scored{free}. Training itself fits; score fewer images with "
-            )
-            what += "--set max_val_images=…, or give more memory and go on with --resume."
-        elif is_out_of_memory(error):
-            what = (
-                f"memory ran out with batch_size={plan.batch_size} and crop_px={plan.crop_px}{free}. Train with --set "
-            )
-            what += f"batch_size={max(1, plan.batch_size // 2)}, a smaller crop_px, or a smaller network."
-        elif "DataLoader worker" in str(error) or "shared memory" in str(error).lower():
-            what = (
-                f"a process that prepares crops has ended ({str(error).splitlines()[0]}). If memory was short{free} or "
-            )
-            what += f"shared memory ({shared_memory_room() or 'unknown'}), go on with --resume where there is more, or "
-            what += "start again with --set workers=0."
-        elif job.config.devices > 1 and any(word in str(error) for word in LOST):
-            what = f"the process of another device has ended ({str(error).splitlines()[0][:200]}). Go on with --resume."
-        else:
+    except (PixelwiseError, SafetensorError, OSError, RuntimeError, MemoryError, EOFError) as error:
+        what = _what_happened(error, job, loop)
+        if what is None:
             raise
-        raise PixelwiseError(f"{what} {kept}") from error
+        kept = "No checkpoint was written yet."
+        if job.checkpoint.exists():
+            kept = f"The checkpoint {job.checkpoint} is kept." + " Then go on with --resume." * ("--resume" not in what)
+        raise (DataError if isinstance(error, DataError) else PixelwiseError)(f"{what} {kept}") from error
+
+
+def _what_happened(error: Exception, job: Job, loop: TrainingLoop) -> str | None:
+    """What went wrong and what to do, in words; None if that is not known, or is said already."""
+    plan, first = job.plan, (str(error).splitlines() or [""])[0][:200]
+    if isinstance(error, PixelwiseError) and not isinstance(error, DataError):
+        return None
+    if not (job.folder / CONFIG_NAME).exists():
+        return f"{job.folder}: the run folder was removed or renamed while it was trained into."
+    if isinstance(error, DataError):
+        # A worker process adds where it was; the error itself comes last.
+        told = str(error).rpartition(f"{type(error).__module__}.{type(error).__name__}: ")[2].strip()
+        return f"{told} Training needs its images and masks as they were at its start: put them back."
+    free = free_words(torch.device(plan.device))
+    if is_out_of_memory(error) and loop.is_validating:
+        return (
+            f"memory ran out while the val images were scored{free}. Training itself fits; score fewer images with "
+            "--set max_val_images=…, or give more memory and go on with --resume."
+        )
+    if is_out_of_memory(error):
+        return (
+            f"memory ran out with batch_size={plan.batch_size} and crop_px={plan.crop_px}{free}. Give it more and go on "
+            f"with --resume, or train anew with --set batch_size={max(1, plan.batch_size // 2)}, a smaller crop_px, or a "
+            "smaller network."
+        )
+    if (text := refused(error)) is not None:
+        return text
+    if "DataLoader worker" in str(error) or "shared memory" in str(error).lower():
+        return (
+            f"a process that prepares crops has ended ({first}). If memory was short{free} or shared memory "
+            f"({shared_memory_room() or 'unknown'}), go on with --resume where there is more, or start again with --set "
+            "workers=0."
+        )
+    if job.config.devices > 1 and any(word in str(error) for word in LOST):
+        return f"the process of another device has ended ({first}). Go on with --resume."
+    return None

@@ -1,5 +1,6 @@
 """What happens after every step: log, validate, keep the best weights, checkpoint, stop. In this order, in one place."""
 
+import errno
 import logging
 import math
 import platform
@@ -25,7 +26,7 @@ from pixelwise.infer.bundle import ModelCard, save_bundle
 from pixelwise.infer.evaluate import Evaluation, evaluate
 from pixelwise.infer.predictor import Predictor
 from pixelwise.train.config import RunConfig
-from pixelwise.train.folder import COLUMNS, LAST_NAME, History, SafeCheckpointIO
+from pixelwise.train.folder import COLUMNS, CONFIG_NAME, LAST_NAME, History, SafeCheckpointIO
 from pixelwise.train.module import SegmentationModule
 from pixelwise.train.plan import Plan
 from pixelwise.train.selection import Choice, keep
@@ -107,6 +108,8 @@ class TrainingLoop(pl.Callback):
         """Write all that is needed to go on from here, unless it is written already."""
         state = (trainer.global_step, self.module.progress.validated_step)
         if state != self._saved:
+            if trainer.is_global_zero and not (self.run / CONFIG_NAME).exists():  # a new folder could not go on
+                raise FileNotFoundError(errno.ENOENT, "the run folder is gone", str(self.run))
             trainer.save_checkpoint(self.run / "checkpoints" / LAST_NAME)
             self._saved = state
         self._saved_at = time.monotonic()
@@ -225,6 +228,11 @@ def _card(plan: Plan, inspection: Inspection) -> ModelCard:
     )
 
 
+def takes_tensorboard(out: Path) -> bool:
+    """Whether TensorBoard can write into a folder: the bytes of its name must be text."""
+    return str(out) == str(out).encode("utf-8", "replace").decode()
+
+
 def make_trainer(config: RunConfig, plan: Plan, loop: TrainingLoop, out: Path) -> pl.Trainer:
     """Lightning's trainer, without what the loop does itself."""
     index = torch.device(plan.device).index
@@ -240,7 +248,7 @@ def make_trainer(config: RunConfig, plan: Plan, loop: TrainingLoop, out: Path) -
             callbacks=[loop],
             plugins=[SafeCheckpointIO(), *([LightningEnvironment()] if config.devices > 1 else [])],
             sync_batchnorm=config.sync_batch_norm,
-            logger=TensorBoardLogger(out, name="tensorboard", version=""),
+            logger=TensorBoardLogger(out, name="tensorboard", version="") if takes_tensorboard(out) else False,
             limit_val_batches=0,
             num_sanity_val_steps=0,
             enable_checkpointing=False,

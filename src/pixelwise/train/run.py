@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,8 @@ from pixelwise.data.check import Inspection, inspect_data
 from pixelwise.data.layouts import DataFolder, open_data
 from pixelwise.errors import DataError, UsageError
 from pixelwise.files import remove_leftovers, write_json
-from pixelwise.infer.estimates import is_out_of_memory
 from pixelwise.infer.predictor import resolve_device
+from pixelwise.machine import is_out_of_memory
 from pixelwise.models import create_model, model_info
 from pixelwise.models.pretrained import load_network
 from pixelwise.train.config import RunConfig
@@ -31,7 +31,7 @@ from pixelwise.train.folder import (
     write_start,
 )
 from pixelwise.train.job import Job, Material, run_job
-from pixelwise.train.loop import Report
+from pixelwise.train.loop import Report, takes_tensorboard
 from pixelwise.train.network import Start, check_options, network_config, start_network
 from pixelwise.train.plan import SLOW, Plan, free_words, make_plan
 
@@ -193,6 +193,10 @@ def _train_stage(
     pl.seed_everything(config.seed, verbose=False)
     start = start_network(config, inspection, is_resumed=bool(first_step))
     plan = read_plan(out, inspection) if first_step else _new_plan(stage, inspection, start)
+    if not takes_tensorboard(out) and not first_step:
+        plan = replace(
+            plan, notes=(*plan.notes, "no TensorBoard logs, since the name of the run folder is no valid text")
+        )
     on_plan(plan, inspection)
     state = read_state(out) if first_step else {}
     if state.get("finished"):

@@ -30,8 +30,7 @@ from pixelwise.data.scan import in_threads
 from pixelwise.data.separation import separate
 from pixelwise.data.transforms import PixelWeight, Windowed, training_transform, window_transform
 from pixelwise.errors import UsageError
-from pixelwise.infer.estimates import is_out_of_memory
-from pixelwise.machine import memory_room, shared_memory_room
+from pixelwise.machine import is_out_of_memory, memory_room, shared_memory_room
 from pixelwise.train.config import RunConfig
 from pixelwise.train.network import window_px
 from pixelwise.train.plan import Plan, epoch_pairs

@@ -82,8 +82,11 @@ class Labeller:
                 provenance["statistics"] = "batch"
             if self.changes:
                 provenance["options"] = self.changes
-            if fingerprint is None and not self.overwrite and self.folder.is_finished(outputs, provenance):
-                return None
+            if fingerprint is None:
+                is_finished = not self.overwrite and self.folder.is_finished(outputs, provenance)
+                self.folder.tidy(outputs[LABELS], is_finished=is_finished)
+                if is_finished:
+                    return None
             staged = self.folder.stage(outputs[LABELS])
             small, info = in_memory(source), source.info
             if fingerprint is None:
