@@ -54,6 +54,7 @@ def evaluate(
             split=split,
             on_progress=lambda done, total: progress.update(task, completed=done, total=total),
             batch=batch,
+            note=lambda text: progress.console.print(text, markup=False, highlight=False, soft_wrap=True),
         )
     if str(json_file) == "-":
         typer.echo(json.dumps(evaluation.to_dict(), indent=2))

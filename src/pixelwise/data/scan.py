@@ -65,6 +65,39 @@ class MaskScan:
     places: tuple[Places, ...] = ()  # where the values are, for each plane if they are too large to be read as a whole
 
 
+@dataclass
+class Sums:
+    """Of numbers in unit scale (divided by the largest of their type), per channel; zero and infinite for none."""
+
+    total: NDArray[np.float64]
+    squares: NDArray[np.float64]
+    low: NDArray[np.float64]
+    high: NDArray[np.float64]
+
+    @classmethod
+    def none(cls, channels: int) -> "Sums":
+        """Of no numbers."""
+        zeros, ends = np.zeros(channels), np.full(channels, np.inf)
+        return cls(zeros, zeros, ends, -ends)
+
+    def add(self, array: NDArray[Any]) -> None:
+        """Count pixels (..., C) too. Whole numbers of 8 bit are added exactly, others in float64."""
+        flat, values = array.reshape(-1, array.shape[-1]), np.arange(256)
+        scale = float(np.iinfo(array.dtype).max) if array.dtype.kind in "ui" else 1.0
+        for start in range(0, len(flat), _BLOCK_PX):
+            block = flat[start : start + _BLOCK_PX].T
+            if array.dtype == np.uint8:
+                counts = np.stack([np.bincount(channel, minlength=256) for channel in block])
+                total, squares = counts @ values, counts @ values**2
+                low, high = (counts > 0).argmax(axis=1), 255 - (counts[:, ::-1] > 0).argmax(axis=1)
+            else:
+                wide = block.astype(np.float64, order="C")
+                total, squares = wide.sum(axis=1), np.einsum("cn,cn->c", wide, wide)
+                low, high = wide.min(axis=1), wide.max(axis=1)
+            self.total, self.squares = self.total + total / scale, self.squares + squares / scale**2
+            self.low, self.high = np.minimum(self.low, low / scale), np.maximum(self.high, high / scale)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ImageScan:
     """What one image holds."""
@@ -78,8 +111,7 @@ class ImageScan:
     pixels: int = 0  # how many hold data
     opacity: str = ""  # what became of a band that is marked as opacity, in words
     opacity_kind: str = ""  # "opacity", "band" or "constant", by its numbers
-    sums: tuple[float, ...] = ()  # per channel in unit scale, over the pixels that hold data; empty if nobody asked
-    squares: tuple[float, ...] = ()  # likewise, of the squares
+    sums: Sums | None = None  # over the pixels that hold data; None if nobody asked
     remarks: tuple[str, ...] = ()  # what of the file, or beside it, is not read
 
 
@@ -164,26 +196,6 @@ def strips(source: Source) -> Iterator[tuple[int, int, int]]:
             yield plane, top, min(top + rows, height)
 
 
-def sums_in_unit_scale(array: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Per channel of pixels (..., C): the sum and the sum of squares of its numbers divided by their type's maximum.
-
-    Whole numbers of 8 bit are added exactly, others in float64.
-    """
-    flat, values = array.reshape(-1, array.shape[-1]), np.arange(256)
-    sums, squares = np.zeros(array.shape[-1]), np.zeros(array.shape[-1])
-    scale = float(np.iinfo(array.dtype).max) if array.dtype.kind in "ui" else 1.0
-    for start in range(0, len(flat), _BLOCK_PX):
-        block = flat[start : start + _BLOCK_PX]
-        if array.dtype == np.uint8:
-            counts = np.stack([np.bincount(channel, minlength=256) for channel in block.T])
-            added = counts @ values, counts @ values**2
-        else:
-            wide = block.astype(np.float64)
-            added = wide.sum(axis=0), np.einsum("nc,nc->c", wide, wide)
-        sums, squares = sums + added[0], squares + added[1]
-    return sums / scale, squares / scale**2
-
-
 def pixel_digest(source: Source, arrays: Iterator[NDArray[Any]]) -> str:
     """SHA-256 of decoded pixels with their shape and type: equal for one image in two lossless formats."""
     digest, info = None, source.info
@@ -219,10 +231,10 @@ def worker_count() -> int:
 def _scan_image(path: Path, reading: Reading | None, channels: int | None, *, with_sums: bool) -> ImageScan:
     with open_image(path, reading, channels) as source:
         info = source.info
-        sums, squares, pixels = np.zeros(info.channels), np.zeros(info.channels), 0
+        sums, pixels = Sums.none(info.channels), 0
 
         def arrays() -> Iterator[NDArray[Any]]:
-            nonlocal sums, squares, pixels
+            nonlocal pixels
             for plane, top, bottom in strips(source):
                 array = source.read(top, 0, bottom - top, info.width, plane)
                 if array.dtype.kind == "f" and not np.isfinite(array).all():
@@ -231,8 +243,7 @@ def _scan_image(path: Path, reading: Reading | None, channels: int | None, *, wi
                 valid = source.valid(top, 0, bottom - top, info.width, plane)
                 pixels += int(valid.sum()) if valid is not None else (bottom - top) * info.width
                 if with_sums:
-                    added = sums_in_unit_scale(array if valid is None else array[valid])
-                    sums, squares = sums + added[0], squares + added[1]
+                    sums.add(array if valid is None else array[valid])
 
         digest = pixel_digest(source, arrays())
         return ImageScan(
@@ -245,8 +256,7 @@ def _scan_image(path: Path, reading: Reading | None, channels: int | None, *, wi
             format=path.suffix.lower().lstrip(".") if is_picture(path) else info.format,
             spacing=_spacing(source.metadata),
             pixels=pixels,
-            sums=tuple(sums.tolist()) if with_sums else (),
-            squares=tuple(squares.tolist()) if with_sums else (),
+            sums=sums if with_sums else None,
             remarks=not_read(path, source.metadata),
         )
 
