@@ -192,7 +192,7 @@ def inspect_data(
         splits=splits,
         numbers=_numbers(train, channels),
         fingerprint=_fingerprint(scans),
-        problems=find_problems(folder, scans),
+        problems=find_problems(folder, scans, reading),
         scans=tuple(scans),
         reading=reading,
     )

@@ -161,13 +161,13 @@ def scan_pair(
 
 def scan_mask(pair: Pair, reading: Reading | None = None, *, by_color: bool = False) -> MaskScan:
     """Read the mask of a pair and count its values; asked again about an unchanged file, it answers from memory."""
-    path, axis = Path(pair.mask or ""), (reading or {}).get("axis")
+    path, axes = Path(pair.mask or ""), tuple((reading or {}).get(key) for key in ("axis", "axes"))
     image = pair.image if may_be_segmentation(path) else None
     try:
         status = path.stat()
     except (OSError, ValueError):
-        return _scan_mask(path, image, axis, by_color, 0, 0)  # which raises the reader's own message
-    return _scan_mask(path, image, axis, by_color, status.st_mtime_ns, status.st_size)
+        return _scan_mask(path, image, axes, by_color, 0, 0)  # which raises the reader's own message
+    return _scan_mask(path, image, axes, by_color, status.st_mtime_ns, status.st_size)
 
 
 def place_of(pair: Pair, value: Value, reading: Reading | None = None) -> str:
@@ -178,7 +178,8 @@ def place_of(pair: Pair, value: Value, reading: Reading | None = None) -> str:
             here = raw == value if raw.ndim == 2 else (raw == np.array(value)).all(axis=2)
             if here.any():
                 row, column = np.unravel_index(int(here.argmax()), here.shape)
-                within = f"plane {plane}, " if source.info.planes > 1 else ""
+                along = f" along axis {source.metadata['axis']}" if "axis" in source.metadata else ""
+                within = f"plane {plane}{along}, " if source.info.planes > 1 else ""
                 return f"{within}row {top + row}, column {column}"
     return ""
 
@@ -277,9 +278,9 @@ def _counts_with_data(pair: Pair, reading: Reading | None, channels: int | None,
 
 @lru_cache(maxsize=50_000)
 def _scan_mask(
-    path: Path, image: Path | None, axis: int | None, by_color: bool, _mtime_ns: int, _size: int
+    path: Path, image: Path | None, axes: tuple[Any, ...], by_color: bool, _mtime_ns: int, _size: int
 ) -> MaskScan:
-    with open_mask(path, {"axis": axis}, image, by_color=by_color) as source:
+    with open_mask(path, {"axis": axes[0], "axes": axes[1]}, image, by_color=by_color) as source:
         info, counts, solid, border = source.info, Counter[Value](), Counter[Value](), Counter[Value]()
         is_large = info.height * info.width > WHOLE_PX
         places = [Places(info.height, info.width) for _ in range(info.planes if is_large else 0)]
