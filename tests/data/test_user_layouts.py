@@ -82,7 +82,9 @@ def test_splits_are_known_by_other_names(tmp_path, words, splits, where):
     folder = open_data(tmp_path)
     assert counts(folder) == {split: 3 + number for number, split in enumerate(splits)}
     assert all(pair.mask for pair in folder.pairs)
-    said = [word + ("/" if word.lower() == split else f"/ ({split})") for word, split in zip(words, splits, strict=True)]
+    said = [
+        word + ("/" if word.lower() == split else f"/ ({split})") for word, split in zip(words, splits, strict=True)
+    ]
     assert where == "segnet" or " ".join(said) in folder.layout
 
 

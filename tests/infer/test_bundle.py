@@ -1,6 +1,6 @@
 import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from hashlib import sha256
 
 import numpy as np
@@ -9,6 +9,7 @@ import safetensors.torch
 import torch
 
 from pixelwise.data.labels import LabelSpec
+from pixelwise.data.numbers import Numbers
 from pixelwise.errors import DataError
 from pixelwise.infer.bundle import ModelCard, load_bundle, load_card, save_bundle
 from pixelwise.models import create_model
@@ -88,8 +89,12 @@ def test_saving_leaves_the_model_alone(tmp_path):
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_card_survives_json_exactly():
-    assert ModelCard.from_dict(json.loads(json.dumps(CARD.to_dict()))) == CARD
+NUMBERS = Numbers(mean=(0.4,) * 3, std=(0.2,) * 3, low=(0.0,) * 3, high=(1.0,) * 3, dtypes=("uint8", "float32"))
+
+
+@pytest.mark.parametrize("card", [CARD, replace(CARD, numbers=NUMBERS)], ids=["earlier versions", "with numbers"])
+def test_card_survives_json_exactly(card):
+    assert ModelCard.from_dict(json.loads(json.dumps(card.to_dict()))) == card
 
 
 @pytest.mark.parametrize("make", [lambda path: None, lambda path: path.mkdir(), lambda path: path.write_text("x")])
@@ -126,6 +131,20 @@ BAD_VALUES = {
     "versions": [None, "1.0"],
     "scores": [None, [0.5]],
     "weights_sha256": [None, "", 3, "0" * 63, "../../etc", "Z" * 64, HUGE],
+    "numbers": [[], "x", {}, {"mean": [1.0] * 3}]
+    + [
+        asdict(NUMBERS) | change
+        for change in (
+            {"std": [0.0] * 3},
+            {"low": [0.0]},
+            {"high": [math.inf] * 3},
+            {"mean": None},
+            {"dtypes": "x"},
+            {"dtypes": [HUGE]},
+            {"dtypes": ["x" * 1000]},
+            {"extra": 1},
+        )
+    ],
     "format": [None, 0, 2, True, "1", HUGE, [], math.nan],
 }
 

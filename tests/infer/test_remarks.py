@@ -1,5 +1,6 @@
 """What is said of an image before its labels are believed: numbers unlike those of the training, files that are not read."""
 
+import re
 import warnings
 
 import numpy as np
@@ -9,7 +10,8 @@ from PIL import Image
 from torch import nn
 
 from pixelwise.data.labels import LabelSpec
-from pixelwise.infer import plan_batch, run_batch
+from pixelwise.data.numbers import Numbers
+from pixelwise.infer import evaluate, plan_batch, run_batch
 from pixelwise.infer.bundle import ModelCard
 from pixelwise.infer.predictor import Predictor
 
@@ -86,13 +88,7 @@ def test_files_beside_an_image_are_named_once_for_each_kind(tmp_path):
     )
     notes = notes_of(folder, tmp_path / "out")
     found = sorted(note.split(": ", 1)[1].split(" beside")[0] for note in notes)
-    assert [name.partition(".")[2] for name in found] == [
-        "pgw",
-        "png.aux.xml",
-        "prj",
-        "TFW",
-        "tif.msk",
-    ]  # a.pgw or b.pgw
+    assert sorted(name.partition(".")[2] for name in found) == ["TFW", "pgw", "png.aux.xml", "prj", "tif.msk"]
     assert any("which pixels hold data" in note for note in notes) and any("place on Earth" in note for note in notes)
 
 
@@ -123,3 +119,47 @@ def test_suffixes_that_are_passed_over_are_counted_and_named(tmp_path):
         "passed over in folders: 2 .jp2, 1 .heic, 1 .raw; images are looked for by .bif"
     )
     assert plan_batch([folder / "a.png"], tmp_path / "out").passed_over == ""
+
+
+GREY = Numbers(mean=(0.1,), std=(0.2,), low=(0.0,), high=(1.0,), dtypes=("uint8",))
+MIXED = Numbers(mean=(0.2, 300.0), std=(0.1, 5.0), low=(0.0, 280.0), high=(0.6, 320.0), dtypes=("float32",))
+
+
+@pytest.mark.parametrize(
+    ("trained", "pixels", "said"),
+    [
+        (GREY, BYTES[:, :, :1].astype(np.int32), r"numbers \(int32, 1.4e-08..6.47e-08.*on \(uint8, 0..1, mean 0.1, "),
+        (GREY, np.random.default_rng(1).normal(0, 1, (40, 50, 1)), r"numbers \(float64, -[23].*, mean .*on \(uint8, 0..1"),
+        (GREY, BYTES[:, :, :1] // 8, ""),  # dark, but bytes as they were learnt
+        (GREY, BYTES[:, :, :1] / 255, ""),
+        (MIXED, np.dstack([BYTES[:, :, 0] / 255, BYTES[:, :, 1] / 30 + 300]), ""),
+        (MIXED, np.dstack([BYTES[:, :, 0] / 255, BYTES[:, :, 1] / 9 + 27]), r"of band 2 \(float64, 30.*\(float32, 280..320"),
+    ],
+    ids=["int32 where dark bytes were learnt", "standardised", "dark", "unit", "two units", "Celsius for Kelvin"],
+)  # fmt: skip
+def test_the_range_and_type_of_the_training_count_too(trained, pixels, said):
+    found = trained.difference(pixels.reshape(-1, pixels.shape[2]))
+    assert re.search(said, found) if said else found == ""
+
+
+def test_evaluation_and_python_tell_what_the_command_tells(tmp_path):
+    """Numbers unlike those of the training, and opacity that is left out, each in one line."""
+    for kind in ("images", "masks"):
+        (tmp_path / "data" / "test" / kind).mkdir(parents=True)
+    for name in ("a", "b"):
+        rgba = np.dstack([np.round(BYTES / 255 * 10000), np.full((40, 50), 65535)]).astype(np.uint16)
+        rgba[:9, :, 3] = 0
+        tifffile.imwrite(
+            tmp_path / "data/test/images" / f"{name}.tif", rgba, photometric="rgb", extrasamples=["unassalpha"]
+        )
+        Image.fromarray(BYTES[:, :, 0] % 3).save(tmp_path / "data/test/masks" / f"{name}.png")
+    notes, images = [], tmp_path / "data/test/images"
+    evaluate(predictor(), tmp_path / "data", note=notes.append)
+    assert len(notes) == 2 and "band 4 is left out" in notes[0] and "far from those" in notes[1]
+    assert {note.replace("b.tif", "a.tif") for note in notes_of(images, tmp_path / "out")} == set(notes)
+    for call in (predictor().predict, lambda path: evaluate(predictor(), tmp_path / "data")):
+        with pytest.warns(UserWarning, match=r"a\.tif: ") as caught:
+            call(images / "a.tif")
+        assert [str(warning.message) for warning in caught] == notes
+        assert {warning.filename for warning in caught} == {__file__}
+    evaluate(predictor(), tmp_path / "data", note=None)  # in silence, as during a training

@@ -54,6 +54,7 @@ def evaluate(
             split=split,
             on_progress=lambda done, total: progress.update(task, completed=done, total=total),
             batch=batch,
+            note=lambda text: progress.console.print(text, markup=False, highlight=False, soft_wrap=True),
         )
     if place_of_results(predictor) is None:
         text = f"{run}: nothing may be written there, so evaluation-{split}.json and the pictures are left out; --json FILE"

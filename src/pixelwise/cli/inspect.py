@@ -127,6 +127,7 @@ def _facts(inspection: "Inspection") -> Table:
         ("Bit depth", _counted(inspection.dtypes)),
         ("Mean", _numbers(inspection.mean)),
         ("Deviation", _numbers(inspection.std)),
+        ("Range", _ranges(inspection.numbers.low, inspection.numbers.high)),
         ("Masks", "RGB colours" if folder.labels.kind == "rgb" else "index"),
         ("Fingerprint", inspection.fingerprint[:16]),
     ):
@@ -183,6 +184,12 @@ def _values(values: tuple[Any, ...]) -> str:
     from pixelwise.data.labels import as_ranges
 
     return ", ".join(map(str, as_ranges(values)))
+
+
+def _ranges(low: tuple[float, ...], high: tuple[float, ...]) -> str:
+    from pixelwise.data.pairs import first_of
+
+    return first_of([f"{one:.4g}..{other:.4g}" for one, other in zip(low, high, strict=True)], 8)
 
 
 def _numbers(values: tuple[float, ...]) -> str:

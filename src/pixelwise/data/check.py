@@ -1,6 +1,7 @@
 """Everything that can be known about a data set before it is trained on: what it holds, and what is wrong with it."""
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -11,12 +12,15 @@ from typing import Any
 import numpy as np
 
 from pixelwise.data.labels import IGNORE_INDEX, LabelSpec, as_lists
+from pixelwise.data.numbers import Numbers
 from pixelwise.data.pairs import SPLITS, DataFolder, Pair, Problem
 from pixelwise.data.places import Places
 from pixelwise.data.problems import find_problems
 from pixelwise.data.samples import are_pictures, crs_name
 from pixelwise.data.scan import ImageScan, PairScan, in_threads, scan_pair
 from pixelwise.errors import DataError
+
+_LARGEST = 1e29  # that is shown of a range: beyond are fill values that nobody declared
 
 __all__ = ["Inspection", "SplitStats", "inspect_data"]
 
@@ -44,8 +48,8 @@ class Inspection:
         dtypes: how many images have each number type, for example {"uint8": 701}.
         sizes: how many images have each "WIDTHxHEIGHT", the most frequent first.
         splits: statistics per split.
-        mean: per channel, of the training images, in unit scale (0..1 for whole numbers).
-        std: likewise; 1 for a channel that is constant, so that it can be divided by.
+        numbers: per channel, of the training images, in unit scale (0..1 for whole numbers): mean, deviation (1 for a
+            channel that is constant, so that it can be divided by), range and types.
         fingerprint: SHA-256 over the splits, names and decoded pixels of all images and masks.
         problems: fatal ones first.
         scans: what each pair of the folder holds, in its order.
@@ -57,12 +61,21 @@ class Inspection:
     dtypes: dict[str, int]
     sizes: dict[str, int]
     splits: dict[str, SplitStats]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    numbers: Numbers
     fingerprint: str
     problems: tuple[Problem, ...]
     scans: tuple[PairScan, ...] = ()
     reading: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        """Of the training images, per channel, in unit scale."""
+        return self.numbers.mean
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        """As `mean`; 1 for a channel that is constant."""
+        return self.numbers.std
 
     def samples(self, split: str) -> tuple[Pair, ...]:
         """The pairs of a split, those of volumes plane by plane."""
@@ -120,6 +133,8 @@ class Inspection:
             "splits": {name: asdict(stats) for name, stats in self.splits.items()},
             "mean": self.mean,
             "std": self.std,
+            "low": self.numbers.low,
+            "high": self.numbers.high,
             "fingerprint": self.fingerprint,
             "reading": dict(self.reading),
             **self.describe_images(),
@@ -164,7 +179,6 @@ def inspect_data(
     images = [scan.image for scan in scans if scan.image is not None]
     channels = _common_channels(images)
     train = [scan.image for scan in scans if scan.image is not None and scan.pair.split == "train"]
-    mean, std = _mean_and_std(train, channels)
     splits = {
         name: _split_stats([scan for scan in scans if scan.pair.split == name], folder.labels)
         for name in SPLITS
@@ -176,10 +190,9 @@ def inspect_data(
         dtypes=dict(Counter(image.dtype for image in images).most_common()),
         sizes=dict(Counter(f"{image.grid.width}x{image.grid.height}" for image in images).most_common()),
         splits=splits,
-        mean=mean,
-        std=std,
+        numbers=_numbers(train, channels),
         fingerprint=_fingerprint(scans),
-        problems=find_problems(folder, scans),
+        problems=find_problems(folder, scans, reading),
         scans=tuple(scans),
         reading=reading,
     )
@@ -229,19 +242,27 @@ def _split_stats(scans: Sequence[PairScan], labels: LabelSpec) -> SplitStats:
     )
 
 
-def _mean_and_std(images: Sequence[ImageScan], channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _numbers(images: Sequence[ImageScan], channels: int) -> Numbers:
     """Over all pixels of all images together; grey counts for every channel of RGB."""
-    usable = [image for image in images if image.channels in (channels, 1)]
-    total = sum(image.pixels for image in usable)
-    mean, std = [0.0] * channels, [1.0] * channels
-    for channel in range(channels if total else 0):
-        added = sum(image.sums[channel if image.channels > 1 else 0] for image in usable)
-        squared = sum(image.squares[channel if image.channels > 1 else 0] for image in usable)
-        mean[channel] = added / total
-        variance = max(squared / total - mean[channel] ** 2, 0.0)
+    usable = [image for image in images if image.channels in (channels, 1) and image.pixels and image.sums]
+    pixels = sum(image.pixels for image in usable)
+    found: dict[str, list[float]] = {"mean": [], "std": [], "low": [], "high": []}
+    for channel in range(channels):
+        total, squares, low, high = 0.0, 0.0, math.inf, -math.inf
+        for image in usable:
+            sums, place = image.sums, channel if image.channels > 1 else 0
+            if sums is not None:
+                total, squares = total + sums.total[place], squares + sums.squares[place]
+                low, high = min(low, sums.low[place]), max(high, sums.high[place])
+        mean = total / max(1, pixels)
+        variance = max(squares / max(1, pixels) - mean**2, 0.0)
+        found["mean"].append(float(mean))
         # Below this the difference of two nearly equal sums is rounding, not contrast.
-        std[channel] = variance**0.5 if variance > 1e-12 * max(mean[channel] ** 2, 1e-12) else 1.0
-    return tuple(mean), tuple(std)
+        found["std"].append(float(variance**0.5) if variance > 1e-12 * max(mean**2, 1e-12) else 1.0)
+        found["low"].append(float(max(low, -_LARGEST)) if pixels else 0.0)
+        found["high"].append(float(min(high, _LARGEST)) if pixels else 0.0)
+    of_bands = {key: tuple(values) for key, values in found.items()}
+    return Numbers(**of_bands, dtypes=tuple(dict.fromkeys(image.dtype for image in usable)))
 
 
 def _fingerprint(scans: Sequence[PairScan]) -> str:

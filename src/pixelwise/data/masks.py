@@ -17,6 +17,7 @@ from pixelwise.formats.local import printable
 Reading = Mapping[str, Any]
 """Options of `open_source` (axis, level, series, intensity, ...), `bands` and `slices`; a model card stores them."""
 
+_AXES = {"axis": ("nifti",), "axes": ("npy", "zarr")}  # options of the images that count for masks of these formats
 _JOINED_PX = 64_000_000  # masks are joined in memory
 
 
@@ -45,11 +46,12 @@ def open_mask(
 ) -> Source:
     """Open a mask: the numbers as they are stored, or 8-bit colours; `by_color` those of its palette, if it has one.
 
-    A DICOM segmentation gets the planes of `image`.
+    Its planes are cut as those of its image. A DICOM segmentation gets the planes of `image`.
     """
     options: dict[str, Any] = {"allow_no_affine": True}
-    if str(path).lower().endswith(FORMATS["nifti"].suffixes):
-        options["axis"] = (reading or {}).get("axis")
+    for option, names in _AXES.items():
+        if str(path).lower().endswith(tuple(suffix for name in names for suffix in FORMATS[name].suffixes)):
+            options[option] = (reading or {}).get(option)
     if may_be_segmentation(path):
         options["like"] = None if image is None else str(image)
     source = open_source(path, labels=True, **options)

@@ -2,6 +2,7 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import combinations
 
 from pixelwise.data.classes import VOID_BY_CUSTOM
@@ -11,6 +12,7 @@ from pixelwise.data.matching import relative
 from pixelwise.data.orientation import turned_masks
 from pixelwise.data.pairs import NO_VALIDATION, SPLITS, DataFolder, Problem, counted, first_of
 from pixelwise.data.photographs import fills_areas, looks_swapped
+from pixelwise.data.samples import Reading
 from pixelwise.data.scan import PairScan, place_of
 from pixelwise.formats.local import printable
 
@@ -20,15 +22,15 @@ _LISTED = 20
 """Of more problems of one kind in one split, the rest is told in one message."""
 
 
-def find_problems(folder: DataFolder, scans: Sequence[PairScan]) -> tuple[Problem, ...]:
-    """All problems of a folder, fatal ones first: those of the names, then those of the files."""
+def find_problems(folder: DataFolder, scans: Sequence[PairScan], reading: Reading | None = None) -> tuple[Problem, ...]:
+    """All problems of a folder whose images are read so, fatal ones first: those of the names, then those of the files."""
     problems = [*folder.problems, *_missing_parts(folder)]
     by_split = {name: [scan for scan in scans if scan.pair.split == name] for name in folder.splits}
     per_split: tuple[Callable[[str, list[PairScan], DataFolder], Iterable[Problem]], ...] = (
         _unreadable,
         _size_mismatches,
         _other_kind,
-        _unknown_values,
+        partial(_unknown_values, reading=reading),
         _empty_masks,
         _missing_classes,
         _left_out,
@@ -110,7 +112,9 @@ def _other_kind(split: str, scans: list[PairScan], folder: DataFolder) -> Iterat
         yield Problem("warning", message, _mask_files(folder, painted))
 
 
-def _unknown_values(split: str, scans: list[PairScan], folder: DataFolder) -> Iterator[Problem]:
+def _unknown_values(
+    split: str, scans: list[PairScan], folder: DataFolder, reading: Reading | None
+) -> Iterator[Problem]:
     wrong, unknown, pixels = [], Counter[Value](), 0
     for scan in scans:
         counts = scan.mask.counts if scan.mask and scan.mask.kind == folder.labels.kind else {}
@@ -121,7 +125,9 @@ def _unknown_values(split: str, scans: list[PairScan], folder: DataFolder) -> It
     if wrong:
         message = folder.labels.unknown_message(dict(unknown.most_common()))
         places = [
-            _place(wrong, value) for value, count in unknown.items() if count <= _STRAY_PX and value != IGNORE_INDEX
+            _place(wrong, value, reading)
+            for value, count in unknown.items()
+            if count <= _STRAY_PX and value != IGNORE_INDEX
         ]
         if places:
             message += f" Values in so few pixels may be strays: {first_of(places, _PLACES, separator='; ')}."
@@ -130,11 +136,11 @@ def _unknown_values(split: str, scans: list[PairScan], folder: DataFolder) -> It
         yield Problem("fatal", f"{split}: {_masks(wrong)} {message}", _mask_files(folder, wrong))
 
 
-def _place(scans: list[PairScan], value: Value) -> str:
+def _place(scans: list[PairScan], value: Value, reading: Reading | None) -> str:
     """Where the first pixel of a value is: "7 in a.png at row 3, column 5"."""
     holder = next(scan.pair for scan in scans if scan.mask and value in scan.mask.counts)
     name = printable(holder.mask.name if holder.mask else "")
-    return f"{value_name(value)} in {name} at {place_of(holder, value)}"
+    return f"{value_name(value)} in {name} at {place_of(holder, value, reading)}"
 
 
 def _empty_masks(split: str, scans: list[PairScan], folder: DataFolder) -> Iterator[Problem]:

@@ -59,6 +59,39 @@ class MaskScan:
     places: tuple[Places, ...] = ()  # where the values are, for each plane if they are too large to be read as a whole
 
 
+@dataclass
+class Sums:
+    """Of numbers in unit scale (divided by the largest of their type), per channel; zero and infinite for none."""
+
+    total: NDArray[np.float64]
+    squares: NDArray[np.float64]
+    low: NDArray[np.float64]
+    high: NDArray[np.float64]
+
+    @classmethod
+    def none(cls, channels: int) -> "Sums":
+        """Of no numbers."""
+        zeros, ends = np.zeros(channels), np.full(channels, np.inf)
+        return cls(zeros, zeros, ends, -ends)
+
+    def add(self, array: NDArray[Any]) -> None:
+        """Count pixels (..., C) too. Whole numbers of 8 bit are added exactly, others in float64."""
+        flat, values = array.reshape(-1, array.shape[-1]), np.arange(256)
+        scale = float(np.iinfo(array.dtype).max) if array.dtype.kind in "ui" else 1.0
+        for start in range(0, len(flat), _BLOCK_PX):
+            block = flat[start : start + _BLOCK_PX].T
+            if array.dtype == np.uint8:
+                counts = np.stack([np.bincount(channel, minlength=256) for channel in block])
+                total, squares = counts @ values, counts @ values**2
+                low, high = (counts > 0).argmax(axis=1), 255 - (counts[:, ::-1] > 0).argmax(axis=1)
+            else:
+                wide = block.astype(np.float64, order="C")
+                total, squares = wide.sum(axis=1), np.einsum("cn,cn->c", wide, wide)
+                low, high = wide.min(axis=1), wide.max(axis=1)
+            self.total, self.squares = self.total + total / scale, self.squares + squares / scale**2
+            self.low, self.high = np.minimum(self.low, low / scale), np.maximum(self.high, high / scale)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ImageScan:
     """What one image holds."""
@@ -72,8 +105,7 @@ class ImageScan:
     pixels: int = 0  # how many hold data
     opacity: str = ""  # what became of a band that is marked as opacity, in words
     opacity_kind: str = ""  # "opacity", "band" or "constant", by its numbers
-    sums: tuple[float, ...] = ()  # per channel in unit scale, over the pixels that hold data; empty if nobody asked
-    squares: tuple[float, ...] = ()  # likewise, of the squares
+    sums: Sums | None = None  # over the pixels that hold data; None if nobody asked
     remarks: tuple[str, ...] = ()  # what of the file, or beside it, is not read
 
 
@@ -126,11 +158,12 @@ def scan_mask(pair: Pair, reading: Reading | None = None, *, by_color: bool = Fa
     paths = (pair.mask or Path(), *pair.more_masks)
     image = pair.image if any(map(may_be_segmentation, paths)) else Path()
     asked = replace(pair, image=image, split="", name="", group="", plane=None)  # in short, for the memory
+    axes = tuple((reading or {}).get(key) for key in ("axis", "axes"))
     try:
         states = tuple((status.st_mtime_ns, status.st_size) for status in (path.stat() for path in paths))
     except (OSError, ValueError):
         states = ()  # the reader has its own message
-    return _scan_mask(asked, (reading or {}).get("axis"), by_color, states)
+    return _scan_mask(asked, axes, by_color, states)
 
 
 def place_of(pair: Pair, value: Value, reading: Reading | None = None) -> str:
@@ -141,7 +174,8 @@ def place_of(pair: Pair, value: Value, reading: Reading | None = None) -> str:
             here = raw == value if raw.ndim == 2 else (raw == np.array(value)).all(axis=2)
             if here.any():
                 row, column = np.unravel_index(int(here.argmax()), here.shape)
-                within = f"plane {plane}, " if source.info.planes > 1 else ""
+                along = f" along axis {source.metadata['axis']}" if "axis" in source.metadata else ""
+                within = f"plane {plane}{along}, " if source.info.planes > 1 else ""
                 return f"{within}row {top + row}, column {column}"
     return ""
 
@@ -157,26 +191,6 @@ def strips(source: Source) -> Iterator[tuple[int, int, int]]:
     for plane in range(source.info.planes):
         for top in range(0, height, rows):
             yield plane, top, min(top + rows, height)
-
-
-def sums_in_unit_scale(array: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Per channel of pixels (..., C): the sum and the sum of squares of its numbers divided by their type's maximum.
-
-    Whole numbers of 8 bit are added exactly, others in float64.
-    """
-    flat, values = array.reshape(-1, array.shape[-1]), np.arange(256)
-    sums, squares = np.zeros(array.shape[-1]), np.zeros(array.shape[-1])
-    scale = float(np.iinfo(array.dtype).max) if array.dtype.kind in "ui" else 1.0
-    for start in range(0, len(flat), _BLOCK_PX):
-        block = flat[start : start + _BLOCK_PX]
-        if array.dtype == np.uint8:
-            counts = np.stack([np.bincount(channel, minlength=256) for channel in block.T])
-            added = counts @ values, counts @ values**2
-        else:
-            wide = block.astype(np.float64)
-            added = wide.sum(axis=0), np.einsum("nc,nc->c", wide, wide)
-        sums, squares = sums + added[0], squares + added[1]
-    return sums / scale, squares / scale**2
 
 
 def pixel_digest(source: Source, arrays: Iterator[NDArray[Any]]) -> str:
@@ -214,10 +228,10 @@ def worker_count() -> int:
 def _scan_image(path: Path, reading: Reading | None, channels: int | None, *, with_sums: bool) -> ImageScan:
     with open_image(path, reading, channels) as source:
         info = source.info
-        sums, squares, pixels = np.zeros(info.channels), np.zeros(info.channels), 0
+        sums, pixels = Sums.none(info.channels), 0
 
         def arrays() -> Iterator[NDArray[Any]]:
-            nonlocal sums, squares, pixels
+            nonlocal pixels
             for plane, top, bottom in strips(source):
                 array = source.read(top, 0, bottom - top, info.width, plane)
                 if array.dtype.kind == "f" and not np.isfinite(array).all():
@@ -226,8 +240,7 @@ def _scan_image(path: Path, reading: Reading | None, channels: int | None, *, wi
                 valid = source.valid(top, 0, bottom - top, info.width, plane)
                 pixels += int(valid.sum()) if valid is not None else (bottom - top) * info.width
                 if with_sums:
-                    added = sums_in_unit_scale(array if valid is None else array[valid])
-                    sums, squares = sums + added[0], squares + added[1]
+                    sums.add(array if valid is None else array[valid])
 
         digest = pixel_digest(source, arrays())
         return ImageScan(
@@ -240,8 +253,7 @@ def _scan_image(path: Path, reading: Reading | None, channels: int | None, *, wi
             format=path.suffix.lower().lstrip(".") if is_picture(path) else info.format,
             spacing=_spacing(source.metadata),
             pixels=pixels,
-            sums=tuple(sums.tolist()) if with_sums else (),
-            squares=tuple(squares.tolist()) if with_sums else (),
+            sums=sums if with_sums else None,
             remarks=not_read(path, source.metadata),
         )
 
@@ -261,9 +273,9 @@ def _counts_with_data(pair: Pair, reading: Reading | None, channels: int | None,
 
 
 @lru_cache(maxsize=50_000)
-def _scan_mask(pair: Pair, axis: int | None, by_color: bool, _states: tuple[tuple[int, int], ...]) -> MaskScan:
+def _scan_mask(pair: Pair, axes: tuple[Any, ...], by_color: bool, _states: tuple[tuple[int, int], ...]) -> MaskScan:
     path = pair.mask or Path()
-    with open_mask_of(pair, {"axis": axis}, by_color=by_color) as source:
+    with open_mask_of(pair, {"axis": axes[0], "axes": axes[1]}, by_color=by_color) as source:
         info, counts, solid, border = source.info, Counter[Value](), Counter[Value](), Counter[Value]()
         is_large = info.height * info.width > WHOLE_PX
         places = [Places(info.height, info.width) for _ in range(info.planes if is_large else 0)]

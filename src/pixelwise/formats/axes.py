@@ -40,6 +40,15 @@ def axes_of(
     return tuple(guess)
 
 
+def axes_of_mask(shape: Sequence[int], axes: str | None) -> str | None:
+    """The axes of a mask beside an image whose axes are given: the same, without channels; None if it has others."""
+    for wanted in (axes or "", (axes or "").replace("c", "")):
+        is_flat = "c" not in wanted or (len(wanted) == len(shape) and shape[wanted.index("c")] == 1)
+        if len(wanted) == len(shape) and is_flat:
+            return wanted
+    return None
+
+
 def role_of(name: str) -> str:
     """The letter of an axis of this name, where it is rows, columns or channels; else the name itself."""
     plain = name.strip().lower()

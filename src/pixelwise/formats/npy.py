@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from pixelwise.errors import DataError
 from pixelwise.files import writing
-from pixelwise.formats.axes import axes_of, axes_of_numpy
+from pixelwise.formats.axes import axes_of, axes_of_mask, axes_of_numpy
 from pixelwise.formats.base import Opener, Result, Source, SourceInfo, check_finite, pixel_type, whole_numbers
 from pixelwise.formats.local import Identity, readable, silence
 from pixelwise.formats.ranges import Handles, opening
@@ -32,9 +32,9 @@ def open_npy(
     """Open an array (H, W), (H, W, C) or (planes, H, W, C); only its header is read.
 
     Other orders are read where they fit the number of `channels` that the network takes in one way only (`axes_of_numpy`),
-    or as `axes` says ("cyx"). Of masks (`labels`) three axes are (planes, H, W), unless the last one has length 1, or
-    length 3 in 8 bits. An `opener` opens the file anew at each call, for reading, seekable; `identity` tells whether it
-    changed.
+    or as `axes` says ("cyx"). Of masks (`labels`) `axes` are those of the image, which count where the mask has as many
+    (without channels); else three axes are (planes, H, W), unless the last one has length 1, or length 3 in 8 bits. An
+    `opener` opens the file anew at each call, for reading, seekable; `identity` tells whether it changed.
     """
     with opening(location, opener, identity) as file:
         return _NpySource(location, file, axes, channels, labels)
@@ -49,6 +49,7 @@ class _NpySource(Source):
         if end > file.size:
             raise DataError(f"it says it has {end:,} bytes, but {file.size:,} are there; it is truncated.")
         is_color = shape[-1] == 3 and self._dtype == np.uint8
+        axes = axes_of_mask(shape, axes) if labels else axes
         if axes is not None:
             self._axes = "".join(axes_of(shape, None, axes))
         elif labels and len(shape) == 3:

@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from pixelwise.data.labels import LabelSpec
+from pixelwise.data.numbers import Numbers
 from pixelwise.errors import DataError
 from pixelwise.files import atomic_path, read_json, without_nan, write_json
 from pixelwise.models import create_model
@@ -60,6 +61,7 @@ class ModelCard:
         versions: Versions of pixelwise, torch and python that trained it.
         scores: What it scored, by split.
         reading: How its images were opened (axis, intensity window, bands, slices), if not by the defaults.
+        numbers: Mean, deviation, range and types of the images it was trained on; None in cards of earlier versions.
         weights_sha256: Of `model.safetensors`, 64 hex digits; filled in by `save_bundle`.
         format: Version of this layout.
     """
@@ -73,6 +75,7 @@ class ModelCard:
     versions: dict[str, Any] = field(default_factory=dict)
     scores: dict[str, Any] = field(default_factory=dict)
     reading: dict[str, Any] = field(default_factory=dict)
+    numbers: Numbers | None = None
     weights_sha256: str = ""
     format: int = FORMAT
 
@@ -81,6 +84,10 @@ class ModelCard:
         values = {item.name: getattr(self, item.name) for item in fields(self)} | {"labels": self.labels.to_dict()}
         if not self.reading:
             del values["reading"]  # so that older versions read the card
+        if self.numbers is None:
+            del values["numbers"]
+        else:
+            values["numbers"] = asdict(self.numbers)
         return values
 
     @classmethod
@@ -96,7 +103,8 @@ class ModelCard:
         if version != FORMAT or isinstance(version, bool):
             text = f"this version of pixelwise reads format {FORMAT}. Update pixelwise."
             raise DataError(f"format {_short(version)} is unknown; {text}")
-        values, known = {"reading": {}} | values, {item.name for item in fields(cls)}  # older cards have no reading
+        older: dict[str, Any] = {"reading": {}, "numbers": None}  # what cards of earlier versions lack
+        values, known = older | values, {item.name for item in fields(cls)}
         if missing := known - values.keys():
             raise DataError(f"{', '.join(sorted(missing))} missing.")
         if unknown := values.keys() - known:
@@ -114,7 +122,8 @@ class ModelCard:
             values[key] = {name: _config_value(name, value) for name, value in values[key].items()}
         for key in ("mean", "std"):
             values[key] = _numbers(key, values[key])
-        card = cls(**values | {"labels": LabelSpec.from_dict(values["labels"])})
+        numbers = None if values["numbers"] is None else _numbers_of(values["numbers"], len(values["mean"]))
+        card = cls(**values | {"labels": LabelSpec.from_dict(values["labels"]), "numbers": numbers})
         # What the card says twice must agree, or predictions would be wrong without notice.
         if len(card.mean) != len(card.std):
             raise DataError(f"'mean' has {len(card.mean)} channels, but 'std' has {len(card.std)}.")
@@ -292,6 +301,20 @@ def _build(card: ModelCard, path: Path) -> nn.Module:
         return create_model(card.model, **card.config)
     except _BUILD_ERRORS as error:
         raise DataError(f"{path}: model {card.model} cannot be built from this config: {_short(error, 400)}") from error
+
+
+def _numbers_of(values: Any, bands: int) -> Numbers:
+    """What the card says of the images of the training."""
+    known = {item.name for item in fields(Numbers)}
+    if not isinstance(values, dict) or values.keys() != known:
+        raise DataError(f"'numbers' must be a mapping of {', '.join(sorted(known))}, not {_short(values)}.")
+    names = values["dtypes"]
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) and len(name) <= 20 for name in names):
+        raise DataError(f"'numbers' dtypes must list names of number types, not {_short(names)}.")
+    found = {key: _numbers(f"numbers {key}", values[key]) for key in ("mean", "std", "low", "high")}
+    if any(len(item) != bands for item in found.values()) or any(value <= 0 for value in found["std"]):
+        raise DataError(f"'numbers' must have {bands} numbers of each kind, and 'std' above zero.")
+    return Numbers(**found, dtypes=tuple(names))
 
 
 def _numbers(key: str, values: Any) -> tuple[float, ...]:

@@ -15,7 +15,9 @@ from pixelwise.data.proposals import classes_beside
 from pixelwise.errors import DataError, PixelwiseError, UsageError
 from pixelwise.files import remove_leftovers, write_json
 from pixelwise.infer.predictor import Predictor, load
+from pixelwise.infer.remarks import warn
 from pixelwise.infer.scoring import ImageScore, score_pairs, write_examples
+from pixelwise.infer.tiling import Note
 from pixelwise.metrics.confusion import ConfusionMatrix, Scores
 from pixelwise.metrics.headline import Headline, foreground_of, headline, standard_error
 
@@ -82,6 +84,7 @@ def evaluate(
     out: str | Path | None = None,
     on_progress: Callable[[int, int], None] | None = None,
     batch: int | None = None,
+    note: Note | None = warn,
 ) -> Evaluation:
     """Score a trained network on a split of a data folder.
 
@@ -98,6 +101,8 @@ def evaluate(
         on_progress: Called after each image with the number done and the number in all.
         batch: The most images in one pass; only neighbours of equal size share one. By default 1, or 10 for a predictor
             with batch statistics.
+        note: Takes what should be known of the images, a line for each kind (numbers far from those of the training, a band
+            that is left out, files beside an image); by default a `UserWarning`, None for nothing.
 
     Raises:
         UsageError: the batch is less than 1.
@@ -131,7 +136,7 @@ def evaluate(
         batch = BATCH if predictor.batch_statistics else 1
     if batch < 1:
         raise UsageError(f"batch must be at least 1, not {batch}.")
-    parts, per_image, groups = score_pairs(predictor, folder, pairs, batch, on_progress)
+    parts, per_image, groups = score_pairs(predictor, folder, pairs, batch, on_progress, note)
     confusion = sum(parts.values(), ConfusionMatrix(predictor.labels.num_classes))
     foreground = foreground_of(predictor.labels.names, predictor.labels.values)
     target = place_of_results(predictor) if out is None else Path(out)

@@ -245,7 +245,7 @@ class Predictor:
         pipeline = Pipeline(network=self, source=source, options=options, with_logits=probabilities)
         store = pipeline.store()
         pipeline.label(store)
-        for _, text in remarks(source, self.card.mean, self.card.std):
+        for _, text in remarks(source, self.card):
             warnings.warn(text, stacklevel=2)
         height, width = source.info.height, source.info.width
         with np.errstate(over="ignore"):

@@ -1,60 +1,74 @@
 """What a user should know of an image before its labels are believed: what of it is not read, and numbers unlike trained."""
 
-from collections.abc import Iterator, Sequence
+import threading
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pixelwise.data.numbers import Numbers
 from pixelwise.formats.base import Source
 from pixelwise.formats.beside import unread
 from pixelwise.formats.local import is_url, printable
+from pixelwise.infer.bundle import ModelCard
 
 _SIDE_PX, _PLACES = 64, 3  # windows of an image that are looked at: so large, so many along rows and columns
 _MOST_PX = 1 << 16  # of an image in memory
-_FAR = 5.0  # deviations that the mean may be off
-_NARROW, _OFF = 0.25, 0.5  # deviations that the numbers may be spread and off at once
 
 
-def remarks(source: Source, mean: Sequence[float], std: Sequence[float]) -> Iterator[tuple[str, str]]:
-    """(kind, one line) of all that should be known of an open image, for a network trained on such mean and deviation."""
-    name = printable(source.info.location)
+def warn(text: str) -> None:
+    """Tell whoever called `evaluate` in Python."""
+    warnings.warn(text, stacklevel=6)  # through tell, look, score_pairs and evaluate
+
+
+class Remarks:
+    """What is told of the images of one job, through `note`: each kind once, since it is said of every image.
+
+    Example:
+        >>> told = Remarks(print)
+        >>> told.tell("a.tif: band 4 is left out.", key="band 4"), told.tell("b.tif: band 4 is left out.", key="band 4")
+        a.tif: band 4 is left out.
+        (None, None)
+    """
+
+    def __init__(self, note: Callable[[str], None]) -> None:
+        self._note, self._lock = note, threading.Lock()  # images are opened by several threads
+        self._told: set[object] = set()
+
+    def tell(self, text: str, key: object = None) -> None:
+        """Tell one line, unless one of this kind (`key`, else the text itself) was told."""
+        with self._lock:
+            is_new = (key or text) not in self._told
+            self._told.add(key or text)
+        if is_new:
+            self._note(text)
+
+    def look(self, source: Source, card: ModelCard, *, all_bands: bool = False) -> None:
+        """Tell the `remarks` on an open image."""
+        for kind, text in remarks(source, card, all_bands=all_bands):
+            self.tell(text, kind)
+
+
+def remarks(source: Source, card: ModelCard, *, all_bands: bool = False) -> Iterator[tuple[str, str]]:
+    """(kind, one line) of all that should be known of an open image, for a network with this card.
+
+    A band that is marked as opacity and is left out is one of these; with `all_bands`, also one that is read.
+    """
+    name, pixels = printable(source.info.location), _sampled(source)  # first: a picture is decoded by it
     for warning in source.metadata.get("warnings", ()):
         yield f"{name}: {warning}", f"{name}: {warning}."
+    is_kept = source.metadata.get("opacity_is_kept", False)
+    if (opacity := source.metadata.get("opacity")) and (all_bands or not is_kept):
+        yield opacity, f"{name}: {opacity}."
     if not is_url(source.info.location):
         for file, what in unread(source.info.location, source.metadata):
             told = f"{name}: {printable(file)} beside it is not read ({what}), nor is that of other images."
             yield f"beside{file[file.rfind('.') :]}", f"{told} Write both into one GeoTIFF: gdal_translate IN OUT.tif."
-    if told := unlike_trained(source, mean, std):
-        yield "numbers", told
-
-
-def unlike_trained(source: Source, mean: Sequence[float], std: Sequence[float]) -> str:
-    """One line on an image whose numbers are far from those that a network was trained on; "" if they are not.
-
-    Far are numbers whose mean is off by five deviations of the training, and those that are spread over less than a quarter
-    of its deviation and also off by half of it, as reflectances in 16 bits are for a network that learnt bytes. Of 8 bits
-    the latter are dark or hazy photos.
-    """
-    pixels = _sampled(source)
-    if pixels is None or pixels.shape[1] not in (1, len(mean)):
-        return ""
-    unit = pixels.astype(np.float64)
-    if pixels.dtype.kind in "ui":
-        unit /= np.iinfo(pixels.dtype).max
-    found, spread = unit.mean(axis=0), unit.std(axis=0)  # (C,)
-    off = np.abs(found - np.array(mean)) / np.array(std)
-    is_far = off.mean() > _FAR
-    if pixels.dtype != np.uint8 and 0 < spread.mean() < _NARROW * np.mean(std):
-        is_far |= bool(off.mean() > _OFF)
-    if not is_far:
-        return ""
-    here, there = (f"mean {np.mean(m):.3g}, deviation {np.mean(s):.3g}" for m, s in ((found, spread), (mean, std)))
-    return (
-        f"{printable(source.info.location)}: its numbers ({here}) are far from those that the network was trained on "
-        f"({there}), so its labels may mean nothing. Whole numbers count as shares of the largest of their type, fractions "
-        "as they are; scale them as the training images were."
-    )
+    trained = card.numbers or Numbers(mean=card.mean, std=card.std)
+    if told := "" if pixels is None else trained.difference(pixels):
+        yield "numbers", f"{name}: {told}."
 
 
 def _sampled(source: Source) -> NDArray[Any] | None:

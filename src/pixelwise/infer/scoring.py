@@ -23,8 +23,9 @@ from pixelwise.infer.overlay import displayable, thinned
 from pixelwise.infer.pipeline import ONE_PASS_PX, Pipeline, compute_together, in_memory, is_small
 from pixelwise.infer.predictor import Predictor
 from pixelwise.infer.prefetch import prefetch
+from pixelwise.infer.remarks import Remarks
 from pixelwise.infer.store import Arrays, Store
-from pixelwise.infer.tiling import Region
+from pixelwise.infer.tiling import Note, Region
 from pixelwise.metrics.confusion import ConfusionMatrix
 
 EXAMPLE_PX = 1024  # the long side of an example picture, at most
@@ -132,18 +133,22 @@ def score_pairs(
     pairs: Sequence[Pair],
     batch: int,
     on_progress: Callable[[int, int], None] | None,
+    note: Note | None = None,
 ) -> tuple[dict[str, ConfusionMatrix], list[ImageScore], list[range]]:
     """The matrix of each group of images (slices of a volume are one), each image's scores, and which shared a pass."""
     parts: dict[str, ConfusionMatrix] = {}
     keeps_apart = len(pairs) * predictor.labels.num_classes**2 <= MOST_COUNTS
     per_image: list[ImageScore] = []
     groups: list[range] = []
+    told = None if note is None else Remarks(note)
     for group in _groups(predictor, folder, pairs, batch):
         groups.append(range(len(per_image), len(per_image) + len(group)))
         stores = [_Counting(labelled, predictor.labels.num_classes) for labelled in group]
         _label(predictor, group, stores)
         for labelled, store in zip(group, stores, strict=True):
             pair = labelled.pair
+            if told is not None:
+                told.look(labelled.image, predictor.card)
             key = (pair.group or pair.name) if keeps_apart else ""
             parts[key] = parts[key] + store.confusion if key in parts else store.confusion
             found = store.confusion.scores()

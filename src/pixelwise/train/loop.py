@@ -159,7 +159,7 @@ class TrainingLoop(pl.Callback):
         module = self.module
         was_training, self.is_validating = module.evaluated.training, True
         predictor = Predictor(module.evaluated, self.card, device=module.device, precision=self.plan.precision)
-        evaluation = evaluate(predictor, self._val_folder(), split="val")
+        evaluation = evaluate(predictor, self._val_folder(), split="val", note=None)
         module.evaluated.train(was_training)
         self.is_validating = False
         return evaluation
@@ -225,6 +225,7 @@ def _card(plan: Plan, inspection: Inspection) -> ModelCard:
             "python": platform.python_version(),
         },
         reading=dict(inspection.reading),
+        numbers=inspection.numbers,
     )
 
 

@@ -44,8 +44,8 @@ class Opacity:
         return not self.is_kept and self.kind != "band"
 
     @property
-    def metadata(self) -> dict[str, str]:
-        """ "opacity", what was done in words, and "opacity_kind"."""
+    def metadata(self) -> dict[str, Any]:
+        """ "opacity", what was done in words, "opacity_kind", and "opacity_is_kept"."""
         name, others = f"band {self.band}", [n + 1 for n in range(self.bands) if n + 1 != self.band]
         if self.is_kept:
             text = f"{name}, which is marked as opacity, has the values of a measurement and is read as a band"
@@ -55,7 +55,7 @@ class Opacity:
             text += f" {len(others)} bands"
         else:
             text = f"{name} is left out: it is marked as opacity, and has {_SEEN[self.kind]}"
-        return {"opacity": text, "opacity_kind": self.kind}
+        return {"opacity": text, "opacity_kind": self.kind, "opacity_is_kept": self.is_kept}
 
 
 def look(pixels: Pixels, band: int, wanted: int | None) -> Opacity:

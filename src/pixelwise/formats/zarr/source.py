@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pixelwise.errors import DataError, UsageError
-from pixelwise.formats.axes import axes_of, role_of
+from pixelwise.formats.axes import axes_of, axes_of_mask, role_of
 from pixelwise.formats.base import Source, SourceInfo, check_finite, pixel_type, whole_numbers
 from pixelwise.formats.local import readable, shown
 from pixelwise.formats.zarr.store import Place, open_node, open_place
@@ -74,7 +74,10 @@ class ZarrSource(Source):
         elif level or series:
             raise UsageError("this is a plain array; it has level 0 and series 0 only.")
         self._array = node
-        self._axes = axes_of(node.shape, _axis_names(node, image), axes, channels)
+        names = _axis_names(node, image)
+        if labels:  # of the image, while the mask may name its own
+            axes = None if names and all(names) else axes_of_mask(node.shape, axes)
+        self._axes = axes_of(node.shape, names, axes, channels)
         self._planes = [index for index, name in enumerate(self._axes) if name not in ("y", "x", "c")]
         known = {} if labels or image is not None else node.attrs.asdict()
         self._scale, self._offset = (_number(known.get(key)) for key in ("scale_factor", "add_offset"))

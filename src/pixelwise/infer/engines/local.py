@@ -26,7 +26,7 @@ from pixelwise.infer.outputs import Location
 from pixelwise.infer.overlay import write_overlay
 from pixelwise.infer.pipeline import Pipeline, Progress, in_memory
 from pixelwise.infer.predictor import Predictor
-from pixelwise.infer.remarks import remarks
+from pixelwise.infer.remarks import Remarks
 from pixelwise.infer.store import DiskStore, Store
 from pixelwise.infer.tiling import Note
 from pixelwise.ops.dropout import with_spatial_dropout
@@ -62,7 +62,7 @@ class Labeller:
             self.options = replace(self.options, reading=tuple(sorted(reading.items())))
         self.folder = self.batch.folder
         self.changes = self.options.changes()
-        self._told: set[object] = set()
+        self._remarks = Remarks(self.note)
         # An unknown class, and a network without dropout, is an error once, not for each image.
         Decision.of(self.network.labels, self.options, self.network.precision)
         if self.options.tiling.samples > 1:
@@ -90,13 +90,12 @@ class Labeller:
             staged = self.folder.stage(outputs[LABELS])
             small, info = in_memory(source), source.info
             if fingerprint is None:
-                for kind, text in remarks(small, self.network.card.mean, self.network.card.std):
-                    self._tell(text, key=kind)
+                self._remarks.look(small, self.network.card, all_bands=True)
             if "overlay" in writers:
                 writers["overlay"] = partial(write_overlay, source=small)
             pipeline = Pipeline(
                 network=self.network, source=small, options=self.options, progress=self.progress,
-                note=self._tell, state=partial(self._tell, key=(info.height, info.width)),
+                note=self._remarks.tell, state=partial(self._remarks.tell, key=(info.height, info.width)),
             )  # fmt: skip
             stack.pop_all()
         return Opened(pipeline=pipeline, staged=staged, outputs=outputs, writers=writers, provenance=provenance)
@@ -107,9 +106,6 @@ class Labeller:
             stack.callback(opened.pipeline.source.close)
             store = opened.pipeline.store_for(opened.staged, opened.provenance)
             opened.pipeline.label(store)
-            source = opened.pipeline.source
-            if text := source.metadata.get("opacity"):  # of a picture it is known when it was read
-                self._tell(f"{source.info.location}: {text}.", text)
             finish = partial(self._finish, opened, store, stack.pop_all())
         if not isinstance(store, DiskStore):
             return finish
@@ -142,12 +138,6 @@ class Labeller:
             else:
                 writers[kind] = _writer(kind, self.options.background)
         return places, writers
-
-    def _tell(self, text: str, key: object = None) -> None:
-        """What holds for the network, or for images of one size (`key`), is said of every image; once is enough."""
-        if (key or text) not in self._told:
-            self._told.add(key or text)
-            self.note(text)
 
 
 def run_batch(
