@@ -90,7 +90,7 @@ def short_name(name: str, most_bytes: int) -> str:
 
     Example:
         >>> short_name("scan.tif", 40), short_name("x" * 300, 20)
-        ('scan.tif', 'xxxxxxxxxxx-98a84d97')
+        ('scan.tif', 'xxxxxxxxxxx-0d4e2ca9')
     """
     if len(os.fsencode(name)) <= most_bytes:
         return name

@@ -12,6 +12,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from pixelwise.errors import PixelwiseError
+
 _CGROUPS, _SELF, _MEMORY, _SHARED = (
     Path("/sys/fs/cgroup"),
     Path("/proc/self"),
@@ -80,7 +82,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether `error` says that memory ran out, as Python, torch and the system say it."""
     if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
         return True
-    return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in _OUT_OF_MEMORY)
+    return isinstance(error, RuntimeError | PixelwiseError) and any(
+        text in str(error).lower() for text in _OUT_OF_MEMORY
+    )
 
 
 def refused(error: BaseException) -> str | None:
@@ -90,7 +94,10 @@ def refused(error: BaseException) -> str | None:
         >>> print(refused(OSError(errno.EMFILE, "Too many open files", "a.png")))
         a.png: too many files are open at once (ulimit -n). Allow more (ulimit -n 4096), or use fewer worker processes.
     """
-    if is_out_of_memory(error):
+    is_cut_short = (
+        isinstance(error, ImportError | SystemError) and _has_limit_on_addresses()
+    )  # of a library as it is loaded
+    if is_out_of_memory(error) or is_cut_short:
         room, threads = memory_room(), " or no further thread was allowed (ulimit -u)" * ("thread" in str(error))
         return f"memory ran out{threads}{f'; {room}' if room else ''}. Give it more, or ask for less at a time."
     number, name = getattr(error, "errno", None), getattr(error, "filename", None)
@@ -108,6 +115,10 @@ def refused(error: BaseException) -> str | None:
     if number in (errno.ENOSPC, errno.EDQUOT):
         return f"{where}the disk is full ({os.strerror(number)}). Free some space or choose another folder."
     return f"{where}{getattr(error, 'strerror', None) or error}." if isinstance(error, OSError) else None
+
+
+def _has_limit_on_addresses() -> bool:
+    return any("ulimit -v" in room.limit for room in _free_of_process())
 
 
 _IN_WORDS = {

@@ -84,7 +84,7 @@ def _run(arguments: list[str]) -> int:
         app(arguments, prog_name="pixelwise")
     except SystemExit as ended:
         return ended.code if isinstance(ended.code, int) else int(bool(ended.code))
-    except (PixelwiseError, OSError, RuntimeError, MemoryError) as error:
+    except (PixelwiseError, OSError, RuntimeError, MemoryError, ImportError, SystemError) as error:
         told = str(error) if isinstance(error, PixelwiseError) else refused(error)
         if told is None or "--debug" in arguments:
             raise
