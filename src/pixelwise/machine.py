@@ -87,6 +87,10 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
+_NO_PROCESS = "no further process or thread may be started (ulimit -u, or the limit of this container or job)"
+_FEWER = "Allow more, or use fewer worker processes."
+
+
 def refused(error: BaseException) -> str | None:
     """What the machine refused and what to do, as one sentence or two; None if the error is of another kind.
 
@@ -98,8 +102,11 @@ def refused(error: BaseException) -> str | None:
         isinstance(error, ImportError | SystemError) and _has_limit_on_addresses()
     )  # of a library as it is loaded
     if is_out_of_memory(error) or is_cut_short:
-        room, threads = memory_room(), " or no further thread was allowed (ulimit -u)" * ("thread" in str(error))
-        return f"memory ran out{threads}{f'; {room}' if room else ''}. Give it more, or ask for less at a time."
+        room = memory_room()
+        free = f"; {room}" if room else ""
+        if "start new thread" in str(error):
+            return f"{_NO_PROCESS}, or memory ran out{free}. {_FEWER}"
+        return f"memory ran out{free}. Give it more, or ask for less at a time."
     number, name = getattr(error, "errno", None), getattr(error, "filename", None)
     where = f"{name}: " if name else ""
     for text in (str(error),) if number is None else ():  # torch and multiprocessing say it in words only
@@ -108,10 +115,7 @@ def refused(error: BaseException) -> str | None:
         more = "Allow more (ulimit -n 4096), or use fewer worker processes."
         return f"{where}too many files are open at once (ulimit -n). {more}"
     if number == errno.EAGAIN:
-        return (
-            f"{where}no further process or thread may be started (ulimit -u, or the limit of this container or job). "
-            "Allow more, or use fewer worker processes."
-        )
+        return f"{where}{_NO_PROCESS}. {_FEWER}"
     if number in (errno.ENOSPC, errno.EDQUOT):
         return f"{where}the disk is full ({os.strerror(number)}). Free some space or choose another folder."
     return f"{where}{getattr(error, 'strerror', None) or error}." if isinstance(error, OSError) else None
