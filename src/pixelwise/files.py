@@ -71,7 +71,7 @@ def hidden_name(path: Path, end: str) -> Path:
 def make_temporary_folder(parent: Path | None = None) -> Path:
     """A new folder of this user's alone, in that of temporary files or another; its name is as those of `hidden_name`."""
     if parent is None:
-        remove_leftovers(Path(tempfile.gettempdir()))
+        remove_leftovers(Path(tempfile.gettempdir()), foreign=False)
     return Path(tempfile.mkdtemp(".part", f".pixelwise.{_home()}-{os.getpid():x}-", parent))
 
 
@@ -100,15 +100,16 @@ def short_name(name: str, most_bytes: int) -> str:
     return f"{name}-{digest}"
 
 
-def remove_leftovers(*folders: Path) -> None:
+def remove_leftovers(*folders: Path, foreign: bool = True) -> None:
     """Remove what processes that were killed have left half written in these folders; what lives is left alone.
 
-    Whether a process of another machine or container still writes cannot be known; its files go when they are a day old.
+    Whether a process of another machine or container still writes cannot be known; its files go when they are a day old,
+    or not at all without `foreign`, where files may be in use for days.
     """
     for folder in folders:
         for path in folder.iterdir() if folder.is_dir() else ():
             match = _LEFTOVER.fullmatch(path.name)
-            if match is None or _may_be_written(path, match["home"], int(match["pid"], 16)):
+            if match is None or _may_be_written(path, match["home"], int(match["pid"], 16), foreign):
                 continue
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)
@@ -117,10 +118,10 @@ def remove_leftovers(*folders: Path) -> None:
                     path.unlink()
 
 
-def _may_be_written(path: Path, home: str, pid: int) -> bool:
+def _may_be_written(path: Path, home: str, pid: int, foreign: bool) -> bool:
     with suppress(OSError):
         if home != _home() or os.name != "posix":
-            return time.time() - path.lstat().st_mtime < _DAY_S
+            return not foreign or time.time() - path.lstat().st_mtime < _DAY_S
         if pid == os.getpid():
             return True
         try:
