@@ -58,8 +58,10 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         _allow_as_others(part)
         part.replace(path)
-    except BaseException:
+    except BaseException as error:
         part.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename == str(part):
+            error.filename = str(path)  # the name that the user knows
         raise
 
 
@@ -151,9 +153,7 @@ def _umask() -> int:
     with suppress(OSError, StopIteration, ValueError):
         lines = Path("/proc/self/status").read_text(errors="replace").splitlines()
         return int(next(line for line in lines if line.startswith("Umask:")).split()[1], 8)
-    mask = os.umask(
-        0o077
-    )  # the only other way to ask; for a moment other threads are more careful than they need to be
+    mask = os.umask(0o077)  # the only other way to ask; for a moment other threads are more careful than they need be
     os.umask(mask)
     return mask
 
