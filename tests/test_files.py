@@ -54,6 +54,8 @@ def test_what_a_killed_process_left_is_removed_and_what_others_write_is_not(tmp_
         os.utime(elsewhere[1], (time.time() - 90_000,) * 2)
         for name in (".hidden", ".x.part", ".b.1234.part", "c.part"):
             write_text(tmp_path / name, "the user's own")
+        remove_leftovers(tmp_path, foreign=False)
+        assert elsewhere[1].exists()
         remove_leftovers(tmp_path, tmp_path / "nowhere")
         assert part.exists() and elsewhere[0].exists()
         assert not left.exists() and not folder.exists() and not elsewhere[1].exists()

@@ -94,7 +94,7 @@ def test_small_shared_memory_is_told(fake: Path, tmp_path: Path, monkeypatch: py
         (MemoryError(), "memory ran out"),
         (OSError(errno.ENOMEM, "Cannot allocate memory"), "memory ran out"),
         (RuntimeError("could not create a primitive"), "memory ran out"),
-        (RuntimeError("can't start new thread"), "memory ran out or no further thread was allowed (ulimit -u)"),
+        (RuntimeError("can't start new thread"), "no further process or thread may be started (ulimit -u"),
         (PermissionError(errno.EACCES, "Permission denied", "out"), "out: Permission denied."),
         (OSError("odd"), "odd."),
         (RuntimeError("a bug"), None),

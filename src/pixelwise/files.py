@@ -58,8 +58,10 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         _allow_as_others(part)
         part.replace(path)
-    except BaseException:
+    except BaseException as error:
         part.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename == str(part):
+            error.filename = str(path)  # the name that the user knows
         raise
 
 
@@ -71,7 +73,7 @@ def hidden_name(path: Path, end: str) -> Path:
 def make_temporary_folder(parent: Path | None = None) -> Path:
     """A new folder of this user's alone, in that of temporary files or another; its name is as those of `hidden_name`."""
     if parent is None:
-        remove_leftovers(Path(tempfile.gettempdir()))
+        remove_leftovers(Path(tempfile.gettempdir()), foreign=False)
     return Path(tempfile.mkdtemp(".part", f".pixelwise.{_home()}-{os.getpid():x}-", parent))
 
 
@@ -90,7 +92,7 @@ def short_name(name: str, most_bytes: int) -> str:
 
     Example:
         >>> short_name("scan.tif", 40), short_name("x" * 300, 20)
-        ('scan.tif', 'xxxxxxxxxxx-98a84d97')
+        ('scan.tif', 'xxxxxxxxxxx-0d4e2ca9')
     """
     if len(os.fsencode(name)) <= most_bytes:
         return name
@@ -100,15 +102,16 @@ def short_name(name: str, most_bytes: int) -> str:
     return f"{name}-{digest}"
 
 
-def remove_leftovers(*folders: Path) -> None:
+def remove_leftovers(*folders: Path, foreign: bool = True) -> None:
     """Remove what processes that were killed have left half written in these folders; what lives is left alone.
 
-    Whether a process of another machine or container still writes cannot be known; its files go when they are a day old.
+    Whether a process of another machine or container still writes cannot be known; its files go when they are a day old,
+    or not at all without `foreign`, where files may be in use for days.
     """
     for folder in folders:
         for path in folder.iterdir() if folder.is_dir() else ():
             match = _LEFTOVER.fullmatch(path.name)
-            if match is None or _may_be_written(path, match["home"], int(match["pid"], 16)):
+            if match is None or _may_be_written(path, match["home"], int(match["pid"], 16), foreign):
                 continue
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)
@@ -117,10 +120,10 @@ def remove_leftovers(*folders: Path) -> None:
                     path.unlink()
 
 
-def _may_be_written(path: Path, home: str, pid: int) -> bool:
+def _may_be_written(path: Path, home: str, pid: int, foreign: bool) -> bool:
     with suppress(OSError):
         if home != _home() or os.name != "posix":
-            return time.time() - path.lstat().st_mtime < _DAY_S
+            return not foreign or time.time() - path.lstat().st_mtime < _DAY_S
         if pid == os.getpid():
             return True
         try:
@@ -150,9 +153,7 @@ def _umask() -> int:
     with suppress(OSError, StopIteration, ValueError):
         lines = Path("/proc/self/status").read_text(errors="replace").splitlines()
         return int(next(line for line in lines if line.startswith("Umask:")).split()[1], 8)
-    mask = os.umask(
-        0o077
-    )  # the only other way to ask; for a moment other threads are more careful than they need to be
+    mask = os.umask(0o077)  # the only other way to ask; for a moment other threads are more careful than they need be
     os.umask(mask)
     return mask
 

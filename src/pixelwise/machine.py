@@ -12,6 +12,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from pixelwise.errors import PixelwiseError
+
 _CGROUPS, _SELF, _MEMORY, _SHARED = (
     Path("/sys/fs/cgroup"),
     Path("/proc/self"),
@@ -80,7 +82,13 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether `error` says that memory ran out, as Python, torch and the system say it."""
     if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
         return True
-    return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in _OUT_OF_MEMORY)
+    return isinstance(error, RuntimeError | PixelwiseError) and any(
+        text in str(error).lower() for text in _OUT_OF_MEMORY
+    )
+
+
+_NO_PROCESS = "no further process or thread may be started (ulimit -u, or the limit of this container or job)"
+_FEWER = "Allow more, or use fewer worker processes."
 
 
 def refused(error: BaseException) -> str | None:
@@ -90,9 +98,15 @@ def refused(error: BaseException) -> str | None:
         >>> print(refused(OSError(errno.EMFILE, "Too many open files", "a.png")))
         a.png: too many files are open at once (ulimit -n). Allow more (ulimit -n 4096), or use fewer worker processes.
     """
-    if is_out_of_memory(error):
-        room, threads = memory_room(), " or no further thread was allowed (ulimit -u)" * ("thread" in str(error))
-        return f"memory ran out{threads}{f'; {room}' if room else ''}. Give it more, or ask for less at a time."
+    is_cut_short = (
+        isinstance(error, ImportError | SystemError) and _has_limit_on_addresses()
+    )  # of a library as it is loaded
+    if is_out_of_memory(error) or is_cut_short:
+        room = memory_room()
+        free = f"; {room}" if room else ""
+        if "start new thread" in str(error):
+            return f"{_NO_PROCESS}, or memory ran out{free}. {_FEWER}"
+        return f"memory ran out{free}. Give it more, or ask for less at a time."
     number, name = getattr(error, "errno", None), getattr(error, "filename", None)
     where = f"{name}: " if name else ""
     for text in (str(error),) if number is None else ():  # torch and multiprocessing say it in words only
@@ -101,13 +115,14 @@ def refused(error: BaseException) -> str | None:
         more = "Allow more (ulimit -n 4096), or use fewer worker processes."
         return f"{where}too many files are open at once (ulimit -n). {more}"
     if number == errno.EAGAIN:
-        return (
-            f"{where}no further process or thread may be started (ulimit -u, or the limit of this container or job). "
-            "Allow more, or use fewer worker processes."
-        )
+        return f"{where}{_NO_PROCESS}. {_FEWER}"
     if number in (errno.ENOSPC, errno.EDQUOT):
         return f"{where}the disk is full ({os.strerror(number)}). Free some space or choose another folder."
     return f"{where}{getattr(error, 'strerror', None) or error}." if isinstance(error, OSError) else None
+
+
+def _has_limit_on_addresses() -> bool:
+    return any("ulimit -v" in room.limit for room in _free_of_process())
 
 
 _IN_WORDS = {

@@ -1,5 +1,6 @@
 """The command line: parse, call one function, print. One file a verb; heavy imports wait until a verb runs."""
 
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -64,6 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> Any:
         os.cpu_count() or 1
     ):  # torch counts those of the machine, and its threads would wait for each other
         os.environ.setdefault("OMP_NUM_THREADS", str(processors()))
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # which Lightning imports; without a HOME it complains
     streams, unwritten = Streams(), ""
     try:
         code = _run(with_flag_value(list(sys.argv[1:] if arguments is None else arguments)))
@@ -84,13 +86,23 @@ def _run(arguments: list[str]) -> int:
         app(arguments, prog_name="pixelwise")
     except SystemExit as ended:
         return ended.code if isinstance(ended.code, int) else int(bool(ended.code))
-    except (PixelwiseError, OSError, RuntimeError, MemoryError) as error:
-        told = str(error) if isinstance(error, PixelwiseError) else refused(error)
-        if told is None or "--debug" in arguments:
+    except (PixelwiseError, OSError, RuntimeError, MemoryError, ImportError, SystemError) as error:
+        if "--debug" in arguments:
             raise
-        _complain(told)
+        try:
+            told = str(error) if isinstance(error, PixelwiseError) else refused(error)
+            if told is not None:
+                _complain(told)
+        except MemoryError:  # there is none left to say it in full
+            told = _NO_MEMORY.decode()
+            os.write(2, _NO_MEMORY)
+        if told is None:
+            raise
         return 2
     return 0
+
+
+_NO_MEMORY = b"pixelwise: memory ran out. Give it more (ulimit -v, or the limit of this container or job).\n"
 
 
 def _is_somewhere() -> bool:

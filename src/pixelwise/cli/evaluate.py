@@ -37,7 +37,7 @@ def evaluate(
 ) -> None:
     """Score a trained network: one exact confusion matrix over all pixels of a split, at full resolution.
 
-    Writes evaluation-SPLIT.json and the best, median and worst images into the run folder.
+    Writes evaluation-SPLIT.json and the best, median and worst images into the run folder, where that may be written.
 
     Example: pixelwise evaluate runs/street data/camvid --split test
     """

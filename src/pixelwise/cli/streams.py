@@ -62,9 +62,15 @@ class Streams:
                 line_buffering=getattr(stream, "line_buffering", False),
             )
             setattr(sys, name, text)
+        self._hook = sys.unraisablehook
+        if (
+            self._before
+        ):  # what a destructor of a library stumbles over, after the error that is told, is no news to a user
+            sys.unraisablehook = lambda _found: None
 
     def close(self) -> str:
         """Give the streams back; why not all of stdout was written, "" if it was, or if its reader had seen enough."""
+        sys.unraisablehook = self._hook
         for name, stream in self._before.items():
             getattr(sys, name).flush()
             setattr(sys, name, stream)

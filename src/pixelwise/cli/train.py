@@ -1,5 +1,6 @@
 """`pixelwise train`: a trained network, an honest score and a page to look at."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +14,7 @@ from pixelwise.cli import options
 if TYPE_CHECKING:
     from pixelwise.data.check import Inspection
     from pixelwise.train.plan import Plan
+    from pixelwise.train.run import Run
 
 
 def train(
@@ -97,7 +99,8 @@ def train(
     asked = make_config(given) if given or not resume else None
     folder = open_data(data, classes=classes, ignore=tuple(ignore or ()), group_by=group_by, masks=masks)
     console = options.table_console()
-    with TrainingProgress(console) as progress:
+    run = None
+    with TrainingProgress(console) as progress, suppress(KeyboardInterrupt):
         run = train_network(
             folder,
             asked,
@@ -107,10 +110,8 @@ def train(
             on_plan=lambda plan, inspection: console.print(_page(plan, inspection)),
             report=progress.update,
         )
-    if run.interrupted:
-        stage = f" of stage {run.plan.stage.partition(',')[0]}" if run.plan.stage else ""
-        where = f"Stopped by {run.interrupted} at step {run.steps:,}{stage}"
-        options.print_plain(f"{where}; the checkpoint is written. Continue with --resume.")
+    if run is None or run.interrupted:
+        options.print_plain(_stopped(run, out))
         raise typer.Exit(130)
     for split in ("val", "test"):
         pairs = folder.split(split)
@@ -127,6 +128,16 @@ def train(
             "when the plan was made, or busy. The scores would be higher with more time (--minutes, or max_minutes)."
         )
     options.print_plain(f"{run.steps:,} steps in {run.seconds / 60:.1f} min. Report: {write_report(out)}")
+
+
+def _stopped(run: "Run | None", out: Path) -> str:
+    """What to say of a training that was ended early; there is no `run` where it was asked twice, and ended at once."""
+    if run is None:
+        return f"Stopped at once; if {out} holds a checkpoint, --resume goes on from it."
+    stage = f" of stage {run.plan.stage.partition(',')[0]}" if run.plan.stage else ""
+    return (
+        f"Stopped by {run.interrupted} at step {run.steps:,}{stage}; the checkpoint is written. Continue with --resume."
+    )
 
 
 def _page(plan: "Plan", inspection: "Inspection") -> Table:

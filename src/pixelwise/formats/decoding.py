@@ -61,10 +61,10 @@ class _Child:
     def __init__(self) -> None:
         self.environment = dict(os.environ)
         self.deadline_s = _setting("PIXELWISE_DECODER_SECONDS", DEADLINE_S)
-        memory = str(int(_setting("PIXELWISE_DECODER_MEMORY", MEMORY_BYTES)))
+        memory = int(_setting("PIXELWISE_DECODER_MEMORY", MEMORY_BYTES))
         self.memory = SharedMemory() if os.name == "posix" else None
         self._folder = str(make_temporary_folder())  # of its temporary files, which it may leave behind
-        given = (str(self.memory.fd if self.memory else -1), memory, self._folder)
+        given = (str(self.memory.fd if self.memory else -1), str(memory), self._folder)
         self._process = subprocess.Popen(
             # -P: nothing is imported from the folder that the user happens to be in
             [sys.executable, "-P", "-m", "pixelwise.formats.worker", *given],
@@ -352,7 +352,7 @@ class WorkerSource(Source):
                 reason = str(error)
                 if reason == OUT_OF_MEMORY:
                     break
-        memory = str(int(_setting("PIXELWISE_DECODER_MEMORY", MEMORY_BYTES)))
+        memory = int(_setting("PIXELWISE_DECODER_MEMORY", MEMORY_BYTES))
         what = f"takes more than {memory:,} bytes of memory" if reason == OUT_OF_MEMORY else f"fails: {reason}"
         raise DataError(
             f"{self._name}: the file is damaged or too large: decoding it {what}. If it is sound, allow more memory by the "

@@ -167,7 +167,7 @@ def localise(
         objects = {"": (location, stamps)}
     chosen, size = Path(folder or tempfile.gettempdir()), sum(stamp.size for _, stamp in objects.values())
     try:
-        remove_leftovers(chosen)
+        remove_leftovers(chosen, foreign=False)
         free = shutil.disk_usage(chosen).free
         if size > free * 0.95:
             raise DataError(

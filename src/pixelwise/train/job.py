@@ -179,26 +179,37 @@ def _as_readable_errors(job: Job, loop: TrainingLoop) -> Iterator[None]:
     except SystemExit as error:  # what Lightning makes of a second Ctrl-C
         raise KeyboardInterrupt from error
     except (PixelwiseError, SafetensorError, OSError, RuntimeError, MemoryError, EOFError) as error:
-        what = _what_happened(error, job, loop)
+        # Where Lightning ends what it had not begun, that hides why.
+        first = error.__context__ if "combined_loader" in str(error) and error.__context__ else error
+        if isinstance(first, KeyboardInterrupt | SystemExit):
+            raise KeyboardInterrupt from error
+        what = _what_happened(first, job, loop)
         if what is None:
             raise
-        kept = "No checkpoint was written yet."
+        kept = "No checkpoint was written yet." * ("renamed" not in what)
         if job.checkpoint.exists():
             kept = f"The checkpoint {job.checkpoint} is kept." + " Then go on with --resume." * ("--resume" not in what)
-        raise (DataError if isinstance(error, DataError) else PixelwiseError)(f"{what} {kept}") from error
+        raise (DataError if isinstance(first, DataError) else PixelwiseError)(f"{what} {kept}".strip()) from error
 
 
-def _what_happened(error: Exception, job: Job, loop: TrainingLoop) -> str | None:
+def _what_happened(error: BaseException, job: Job, loop: TrainingLoop) -> str | None:
     """What went wrong and what to do, in words; None if that is not known, or is said already."""
     plan, first = job.plan, (str(error).splitlines() or [""])[0][:200]
     if isinstance(error, PixelwiseError) and not isinstance(error, DataError):
         return None
     if not (job.folder / CONFIG_NAME).exists():
-        return f"{job.folder}: the run folder was removed or renamed while it was trained into."
+        return (
+            f"{job.folder}: the run folder was removed or renamed while it was trained into. If it was renamed, go on with "
+            "--resume and its new name."
+        )
     if isinstance(error, DataError):
         # A worker process adds where it was; the error itself comes last.
         told = str(error).rpartition(f"{type(error).__module__}.{type(error).__name__}: ")[2].strip()
+        if is_out_of_memory(error):
+            return told
         return f"{told} Training needs its images and masks as they were at its start: put them back."
+    if "start new thread" in str(error):  # which may be for want of memory
+        return refused(error)
     free = free_words(torch.device(plan.device))
     if is_out_of_memory(error) and loop.is_validating:
         return (

@@ -5,6 +5,7 @@ import logging
 import math
 import platform
 import signal
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -261,7 +262,12 @@ def make_trainer(config: RunConfig, plan: Plan, loop: TrainingLoop, out: Path) -
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Lightning's hints about options that are set on purpose are not for the user of pixelwise."""
+    """Lightning's hints about options that are set on purpose are not for the user of pixelwise.
+
+    Nor is what TensorBoard's thread prints when it cannot write: the loop gets that error with its next row.
+    """
+    hook = threading.excepthook
+    threading.excepthook = lambda found: None if issubclass(found.exc_type, OSError) else hook(found)
     logger = logging.getLogger("lightning.pytorch")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -272,3 +278,4 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
+        threading.excepthook = hook
