@@ -1,6 +1,7 @@
 import json
 import os
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ from PIL import Image
 from pixelwise.cli import main
 from pixelwise.data.classes import save_labels
 from pixelwise.data.labels import LabelSpec
-from pixelwise.infer.bundle import ModelCard, save_bundle
+from pixelwise.data.numbers import Numbers
+from pixelwise.infer.bundle import ModelCard, load_bundle, save_bundle
 from pixelwise.infer.evaluate import evaluate
 from pixelwise.models import create_model
 
@@ -163,3 +165,28 @@ def test_a_run_folder_that_may_not_be_written_is_scored_all_the_same(run, data, 
     assert code == 0 and "val: 2 images" in out and (tmp_path / "scores.json").exists(), err
     assert "nothing may be written there, so evaluation-val.json and the pictures are left out" in err
     assert not (run / "evaluation-val.json").exists()
+
+
+def test_what_should_be_known_of_the_images_is_said_beside_the_scores(run, data, pixelwise):
+    """One line each on stderr, with names as they are; JSON stays alone on stdout."""
+    for index in range(2):
+        path = data / "test" / "images" / f"test{index}.png"
+        pixels = np.dstack([np.asarray(Image.open(path)) // 64 + 250, np.full((12, 15), 9 * index, np.uint8)])
+        Image.fromarray(pixels.astype(np.uint8)).save(path)
+    faint = save_bundle_with_numbers(run, data.parent / "faint")
+    code, out, err = pixelwise("evaluate", faint, data, "--json", "-")
+    assert code == 0 and json.loads(out)["images"] == 2
+    opacity, numbers = err.strip().splitlines()
+    assert opacity.startswith(f"{data}/test/images/test0.png: its opacity (alpha) is left out")
+    assert numbers.startswith(f"{data}/test/images/test0.png: its numbers (uint8, 0.98..0.992")
+    assert "trained on (uint8, 0..0.1, mean 0.04, deviation 0.02)" in numbers
+
+
+def save_bundle_with_numbers(run, folder):
+    """The same network, as if it had learnt faint images."""
+    model, card = load_bundle(run)
+    low, high, mean, std = ((value,) * 3 for value in (0.0, 0.1, 0.04, 0.02))
+    numbers = Numbers(mean=mean, std=std, low=low, high=high, dtypes=("uint8",))
+    folder.mkdir()
+    save_bundle(folder, model, replace(card, numbers=numbers))
+    return folder

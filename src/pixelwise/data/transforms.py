@@ -212,28 +212,39 @@ def training_transform(
     std: tuple[float, ...],
     is_uint8: bool,
     elastic: float = 0.0,
+    fill: tuple[float, ...] | None = None,
 ) -> v2.Transform:
     """The augmentation of training: scale and crop, elastic deformation, flips, photometric; float32 in unit scale.
 
     The deformation comes after the crop: the same in effect, and only what is trained on is deformed.
-    `mean` and `std` are those of the data, per channel in unit scale; what lies outside the image has the mean. `elastic` is
-    the deviation of the deformation's vectors in crop pixels.
+    `mean` and `std` are those of the data, per channel in unit scale; what lies outside the image, and pixels without data,
+    are filled with what the network takes for 0 (`fill`, by default the mean). `elastic` is the deviation of the
+    deformation's vectors in crop pixels.
     """
-    fill = tuple(value * 255 if is_uint8 else value for value in mean)
-    steps: list[v2.Transform] = [RandomScaleCrop(crop_px, scale=scale, focus=focus, fill=fill)]
+    fill = mean if fill is None else fill
+    stored = tuple(value * 255 if is_uint8 else value for value in fill)
+    steps: list[v2.Transform] = [RandomScaleCrop(crop_px, scale=scale, focus=focus, fill=stored)]
     if elastic:
         steps.append(RandomElastic(elastic))
-    return v2.Compose([*steps, *_in_place(flips, photometric, mean, std)])
+    return v2.Compose([*steps, *_in_place(flips, photometric, mean, std, fill)])
 
 
 def window_transform(
-    *, window_px: int, flips: Flips, photometric: float, mean: tuple[float, ...], std: tuple[float, ...]
+    *,
+    window_px: int,
+    flips: Flips,
+    photometric: float,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    fill: tuple[float, ...] | None = None,
 ) -> v2.Transform:
     """The augmentation of training on windows: one around a pixel of an evenly drawn class, flips, photometric."""
-    return v2.Compose([RandomWindow(window_px), *_in_place(flips, photometric, mean, std)])
+    return v2.Compose([RandomWindow(window_px), *_in_place(flips, photometric, mean, std, fill or mean)])
 
 
-def _in_place(flips: Flips, photometric: float, mean: tuple[float, ...], std: tuple[float, ...]) -> list[v2.Transform]:
+def _in_place(
+    flips: Flips, photometric: float, mean: tuple[float, ...], std: tuple[float, ...], fill: tuple[float, ...]
+) -> list[v2.Transform]:
     """What changes no size: flips, then colours, on the way to unit scale."""
     steps: list[v2.Transform] = []
     if flips in ("horizontal", "both"):
@@ -245,7 +256,7 @@ def _in_place(flips: Flips, photometric: float, mean: tuple[float, ...], std: tu
     steps.append(ToUnit())
     if photometric:
         steps.append(RandomPhotometric(photometric, mean, std))
-    return [*steps, FillNoData(mean)]
+    return [*steps, FillNoData(fill)]
 
 
 class RandomWindow(_Crop):

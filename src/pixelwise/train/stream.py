@@ -206,6 +206,8 @@ def fits_in_cache(images_bytes: int) -> bool:
 def make_dataset(config: RunConfig, plan: Plan, inspection: Inspection, model: nn.Module) -> CropSet:
     """What the steps draw from; the images are read here if they fit into memory."""
     is_uint8 = set(inspection.dtypes) == {"uint8"}
+    # Those of the data; weights from elsewhere bring a normalisation of their own (`plan.mean`).
+    numbers: dict[str, Any] = {"mean": inspection.mean, "std": inspection.std, "fill": plan.mean}
     if window_px(model) is None:
         transform = training_transform(
             crop_px=plan.crop_px,
@@ -213,14 +215,13 @@ def make_dataset(config: RunConfig, plan: Plan, inspection: Inspection, model: n
             focus=config.focus,
             flips=config.flips,
             photometric=config.photometric,
-            mean=plan.mean,
-            std=plan.std,
             is_uint8=is_uint8,
             elastic=config.elastic,
+            **numbers,
         )
     else:
         transform = window_transform(
-            window_px=plan.crop_px, flips=config.flips, photometric=config.photometric, mean=plan.mean, std=plan.std
+            window_px=plan.crop_px, flips=config.flips, photometric=config.photometric, **numbers
         )
     large = inspection.places()
     bytes_of_pixel = inspection.channels * (1 if is_uint8 else 4) + 1 + (4 if config.separation else 0)
