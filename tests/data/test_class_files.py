@@ -148,6 +148,15 @@ def test_classes_yaml_wins_and_other_files_are_named(tmp_path):
     assert "class names in labels.txt are not used: codes.txt gives the names." in told(open_data(tmp_path))
 
 
+def test_files_beside_a_csv_are_read_too(tmp_path):
+    write(tmp_path, {"classes.txt": "background\ncat\ndog", "codes.txt": ""})
+    rows = [f"images/{number}.png,masks/{number}.png" for number in range(6)]
+    (tmp_path / "pairs.csv").write_text("\n".join(["image,mask", *rows]))
+    folder = open_data(tmp_path / "pairs.csv")
+    assert folder.labels.names == BACKGROUND_CAT_DOG
+    assert "class names in codes.txt are not used: it names nothing." in told(folder)
+
+
 def test_files_of_the_splits_must_agree(tmp_path):
     for split, last in (("train", "dog"), ("valid", "dog"), ("test", "cow")):
         (tmp_path / split).mkdir()

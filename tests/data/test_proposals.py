@@ -103,6 +103,24 @@ def test_soft_rims_are_no_classes(masks, mode, suffix, scale):
     assert (masks.labels(folder) != masks.truth).mean() < 0.02
 
 
+def test_soft_rims_of_16_bits_may_hold_thousands_of_values(masks):
+    draws = np.random.default_rng(3)
+
+    def make(truth, number):
+        mask = np.kron(truth, np.ones((4, 4), np.uint16)) * np.uint16(65_535)
+        mask[:36] = draws.integers(2_000, 63_000, (36, 192))  # a rim of 6,912 pixels
+        image = masks.root / f"images/{masks.path().name}"
+        Image.open(image).resize((192, 192)).save(image)
+        return mask
+
+    masks.write(make, count=4)
+    assert "only 0 and 65535 fill areas" in masks.problems()[0]
+    labels = open_data(masks.root).labels
+    assert (labels.values[0][-1], labels.values[1][0]) == (32_767, 32_768)
+    save_labels(masks.root / "classes.yaml", labels)
+    assert masks.problems() == []
+
+
 def test_soft_rims_of_three_classes_are_void_between_them(masks):
     def mask(truth, _):
         truth[:8] = 2
@@ -508,7 +526,7 @@ def folder_of(root, masks):
     for kind in ("images", "masks"):
         (root / kind).mkdir()
     for number, mask in enumerate(masks):
-        photo = np.random.default_rng(number).integers(0, 255, (*mask.shape, 3), dtype=np.uint8)
+        photo = np.random.default_rng(number).integers(0, 255, (*mask.shape[:2], 3), dtype=np.uint8)
         Image.fromarray(photo).save(root / f"images/{number:02}.png")
         Image.fromarray(mask).save(root / f"masks/{number:02}.png")
     return open_data(root)
@@ -529,6 +547,12 @@ def test_masks_that_number_objects_are_one_class(tmp_path, goes_on):
     assert not again.problems
     sample = load_sample(again.pairs[0], again.labels)
     assert int(sample.mask.sum()) == int((masks[int(again.pairs[0].image.stem)] > 0).sum())
+
+
+def test_numbered_objects_in_three_equal_channels(tmp_path):
+    folder = folder_of(tmp_path, [np.dstack([discs(count).astype(np.uint8)] * 3) for count in (5, 17, 30, 9)])
+    assert "number objects" in folder.problems[0].message
+    assert folder.labels.values[1][-1] == (255, 255, 255)
 
 
 def test_a_few_numbered_objects_are_a_warning(tmp_path):
