@@ -103,6 +103,24 @@ def test_soft_rims_are_no_classes(masks, mode, suffix, scale):
     assert (masks.labels(folder) != masks.truth).mean() < 0.02
 
 
+def test_soft_rims_of_16_bits_may_hold_thousands_of_values(masks):
+    draws = np.random.default_rng(3)
+
+    def make(truth, number):
+        mask = np.kron(truth, np.ones((4, 4), np.uint16)) * np.uint16(65_535)
+        mask[:36] = draws.integers(2_000, 63_000, (36, 192))  # a rim of 6,912 pixels
+        image = masks.root / f"images/{masks.path().name}"
+        Image.open(image).resize((192, 192)).save(image)
+        return mask
+
+    masks.write(make, count=4)
+    assert "only 0 and 65535 fill areas" in masks.problems()[0]
+    labels = open_data(masks.root).labels
+    assert (labels.values[0][-1], labels.values[1][0]) == (32_767, 32_768)
+    save_labels(masks.root / "classes.yaml", labels)
+    assert masks.problems() == []
+
+
 def test_soft_rims_of_three_classes_are_void_between_them(masks):
     def mask(truth, _):
         truth[:8] = 2
@@ -467,13 +485,19 @@ def test_masks_of_turned_photos_whose_sizes_tell(masks):
 
 @pytest.mark.parametrize("orientation", [3, 6, 8])
 @pytest.mark.parametrize("turned", [False, True])
-def test_masks_drawn_on_the_pixels_of_a_turned_photo(masks, orientation, turned):
+@pytest.mark.parametrize("suffix", [".jpg", ".tif"])
+def test_masks_drawn_on_the_pixels_of_a_turned_photo(masks, orientation, turned, suffix):
     exif = Image.Exif()
     exif[0x0112] = orientation
     for _ in range(10):
         truth = masks.next()
         image = masks.root / f"images/{masks.path().name}"
-        Image.open(image).convert("RGB").save(image.with_suffix(".jpg"), exif=exif, quality=95)
+        photo = Image.open(image).convert("RGB")
+        if suffix == ".jpg":
+            photo.save(image.with_suffix(".jpg"), exif=exif, quality=95)
+        else:
+            tag = (0x0112, "H", 1, orientation, True)
+            tifffile.imwrite(image.with_suffix(".tif"), np.asarray(photo), photometric="rgb", extratags=[tag])
         image.unlink()
         Image.fromarray(np.ascontiguousarray(orient(truth, orientation)) if turned else truth).save(masks.path())
     found = [message for message in masks.problems("warning") if "EXIF" in message]
@@ -482,3 +506,74 @@ def test_masks_drawn_on_the_pixels_of_a_turned_photo(masks, orientation, turned)
     else:
         assert "10 photos carry an EXIF orientation that their masks do not" in found[0]
         assert "times stronger edges" in found[0]
+
+
+# -- numbered objects --
+
+
+def discs(count, first=1, size=96, seed=0):
+    """So many discs of different numbers that do not touch, (size, size)."""
+    mask = np.zeros((size, size), np.uint16)
+    places = np.random.default_rng(seed).permutation((size // 12) ** 2)[:count]
+    rows, columns = np.mgrid[:size, :size]
+    for number, place in enumerate(places):
+        y, x = divmod(int(place), size // 12)
+        mask[(rows - 12 * y - 6) ** 2 + (columns - 12 * x - 6) ** 2 < 20] = first + number
+    return mask
+
+
+def folder_of(root, masks):
+    for kind in ("images", "masks"):
+        (root / kind).mkdir()
+    for number, mask in enumerate(masks):
+        photo = np.random.default_rng(number).integers(0, 255, (*mask.shape[:2], 3), dtype=np.uint8)
+        Image.fromarray(photo).save(root / f"images/{number:02}.png")
+        Image.fromarray(mask).save(root / f"masks/{number:02}.png")
+    return open_data(root)
+
+
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_masks_that_number_objects_are_one_class(tmp_path, goes_on):
+    counts = [5, 17, 30, 9, 22, 12]
+    firsts = np.cumsum([1, *counts]) if goes_on else [1] * len(counts)
+    masks = [discs(count, int(first), seed=count) for count, first in zip(counts, firsts, strict=False)]
+    folder = folder_of(tmp_path, masks)
+    (problem,) = [problem for problem in folder.problems if problem.severity == "fatal"]
+    largest = max(map(np.max, masks))
+    assert f"number objects, it seems, and no classes: each number (1 to {largest})" in problem.message
+    assert [values[:3] for values in folder.labels.values] == [(0,), (1, 2, 3)]
+    save_labels(tmp_path / "classes.yaml", folder.labels)
+    again = open_data(tmp_path)
+    assert not again.problems
+    sample = load_sample(again.pairs[0], again.labels)
+    assert int(sample.mask.sum()) == int((masks[int(again.pairs[0].image.stem)] > 0).sum())
+
+
+def test_numbered_objects_in_three_equal_channels(tmp_path):
+    folder = folder_of(tmp_path, [np.dstack([discs(count).astype(np.uint8)] * 3) for count in (5, 17, 30, 9)])
+    assert "number objects" in folder.problems[0].message
+    assert folder.labels.values[1][-1] == (255, 255, 255)
+
+
+def test_a_few_numbered_objects_are_a_warning(tmp_path):
+    folder = folder_of(tmp_path, [discs(1 + number % 4, seed=number) for number in range(8)])
+    assert folder.labels.values == ((0,), (1,), (2,), (3,), (4,))
+    assert [problem.severity for problem in folder.problems if "number objects" in problem.message] == ["warning"]
+
+
+def test_many_classes_are_no_numbered_objects(tmp_path):
+    rng = np.random.default_rng(0)
+    scenes = [np.kron(rng.choice(np.arange(1, 30), 6, replace=False)[rng.integers(0, 6, (8, 8))], np.ones((12, 12), int))
+              for _ in range(6)]  # fmt: skip
+    for scene in scenes:
+        scene[:12] = 0
+    organs = []  # one region for each class, but the same classes in every mask, some missing
+    for number in range(6):
+        organ = discs(9, seed=7)
+        organ[organ == 1 + number] = 0
+        organs.append(organ)
+    for name, masks in (("scenes", [scene.astype(np.uint8) for scene in scenes]), ("organs", organs)):
+        (tmp_path / name).mkdir()
+        folder = folder_of(tmp_path / name, masks)
+        assert not any("number objects" in problem.message for problem in folder.problems)
+        assert folder.labels.num_classes > 8

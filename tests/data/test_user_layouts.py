@@ -259,6 +259,62 @@ def test_polygons_are_named(tmp_path, files, count):
         open_data(tmp_path)
 
 
+TEXT_LABELS = {
+    "labelme's polygons (train/*.json": ("train/{0}.json", '{"version": "5.0", "shapes": [], "imagePath": "0.jpg"}'),
+    "COCO's annotations (annotations/*.json": (
+        "annotations/{0}.json",
+        '{"images": [], "annotations": [], "categories": []}',
+    ),
+    "YOLO polygons (labels/*.txt": ("labels/{0}.txt", "0 0.1 0.1 0.5 0.1 0.5 0.5\n1 0.5 0.5 0.6 0.5 0.6 0.7\n"),
+    "YOLO boxes (train/labels/*.txt": ("train/labels/{0}.txt", "0 0.1 0.1 0.5 0.25\n"),
+    "VOC boxes (Annotations/*.xml": (
+        "Annotations/{0}.xml",
+        "<annotation><object><bndbox></bndbox></object></annotation>",
+    ),
+    "CVAT's XML (*.xml": ("{0}.xml", '<annotations><image id="0"><polygon/></image></annotations>'),
+    "tasks of Label Studio (*.json": ("{0}.json", '[{"id": 1, "annotations": [{"result": [{"from_name": "tag"}]}]}]'),
+}
+
+
+@pytest.mark.parametrize("said", TEXT_LABELS)
+def test_labels_in_text_are_named_by_the_tool_that_writes_them(tmp_path, said):
+    name, text = TEXT_LABELS[said]
+    images = {"train/labels": "train/images", "train": "train"}.get(name.rpartition("/")[0], "images")
+    for index in range(4):
+        save(tmp_path / images / f"{index}.jpg")
+        path = tmp_path / name.format(index)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    with pytest.raises(DataError, match=re.escape(f"There are labels as text: {said}: 4 files)")) as error:
+        open_data(tmp_path)
+    assert "or list the pairs in a CSV file" in str(error.value)
+
+
+def test_folders_of_masks_that_hold_no_images_are_named(tmp_path):
+    save(tmp_path / "images/0.png")
+    (tmp_path / "masks").mkdir()
+    with pytest.raises(DataError, match="masks/ is empty"):
+        open_data(tmp_path)
+    np.savez(tmp_path / "masks/0.npz", blob())
+    with pytest.raises(DataError, match=r"1 x \.npz.*numpy\.save"):
+        open_data(tmp_path)
+
+
+def test_what_differs_in_a_name_is_said(tmp_path):
+    for image, mask in (("Zug", "zug"), ("Bu\u0308hne", "B\u00fchne"), ("image_01", "mask_01")):
+        root = tmp_path / image
+        save_pairs(root, "images", "masks", ["a", "b"])
+        save(root / f"images/{image}.png")
+        save(root / f"masks/{mask}.png", blob())
+        how = {"Zug": ", which differs in upper and lower case.", "image_01": "."}.get(
+            image, ", in another Unicode form."
+        )
+        assert (
+            f"1 mask has another name than its image: masks/{mask}.png was paired with images/{image}.png{how}"
+            in told(open_data(root))
+        )
+
+
 def test_folders_that_may_be_splits_are_named_and_channels_in_files_of_their_own_too(tmp_path):
     for split, stems in (("part1", "abcd"), ("part2", "ef")):
         save_pairs(tmp_path / "a", f"images/{split}", f"masks/{split}", stems)

@@ -86,7 +86,7 @@ def follow(
     greys = scans[0].kind == "rgb" and not known.has_colors
     labels = _labels(known, common_palette(scans), greys, ignore)
     found = {_plain(value, greys) for scan in scans for value in scan.counts}
-    unknown = found - known.values - set(ignore)
+    unknown = {value for value in found - known.values if _plain(value, True) not in ignore}
     if not unknown:
         return labels, _void_names(known, root)
     proposed, problems = propose()
@@ -180,7 +180,7 @@ def _void_names(known: ClassFile, root: Path) -> list[Problem]:
 def _read(path: Path, reader: Callable[[str], ClassFile | _Names | None]) -> ClassFile | None:
     try:
         content = reader(read_text(path)[0])
-    except (DataError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (DataError, ValueError, LookupError, TypeError, RecursionError, csv.Error) as error:
         return ClassFile(path=path, doubt=f"it is not written as files of this name are ({str(error)[:200]})")
     if content is None:
         return None

@@ -169,7 +169,7 @@ def propose_labels(
 ) -> LabelSpec:
     """Classes for masks that come without `classes.yaml`, from the values found in them.
 
-    0 with 1 or 255 is background and foreground. With `camvid` (SegNet's folder layout) the values 0..11 are CamVid's
+    0 with 1, 255 or 65535 is background and foreground. With `camvid` (SegNet's folder layout) the values 0..11 are CamVid's
     eleven classes and void. Otherwise each value is a class, except numbers that by custom are void (a 255 or 65535
     beside small indices, -1, -9999, NaN): only the user can know, so they are left out here and the data check asks.
 
@@ -210,7 +210,7 @@ def _propose_indices(values: list[int], palette: Sequence[Color] | None, ignore:
     values = [value for value in values if value not in _NEVER_A_CLASS] or values
     colors = distinct_colors(len(values))
     names = tuple(f"class {value}" for value in values)
-    if values in ([0, 1], [0, 255]):
+    if values in ([0, 1], [0, 255], [0, 65_535]):
         names, colors = ("background", "foreground"), ((0, 0, 0), (230, 60, 60))
     if palette is not None and min(values) >= 0 and max(values) < len(palette):
         colors = tuple(palette[value] for value in values)

@@ -94,7 +94,7 @@ def _wholes(pair: Pair, values: set[int]) -> list[bool]:
             planes = [mask_values(source.read(0, 0, info.height, info.width, plane)) for plane in range(info.planes)]
     except DataError:
         return []
-    stack = np.stack(planes)
+    stack = np.stack([plane if plane.ndim == 2 else plane[:, :, 0] for plane in planes])  # greys
     keys, inverse = np.unique(stack, return_inverse=True)
     numbers = np.where(np.isin(keys, list(values)), np.arange(1, len(keys) + 1), 0)[inverse].reshape(stack.shape)
     boxes = enumerate(ndimage.find_objects(numbers), start=1)

@@ -276,13 +276,13 @@ def _advice(claims: _Files) -> str:
     """What to do where images have several masks: with the same endings for each of them, one ending can be chosen."""
     endings = {tuple(sorted(stem_of(path.name).rpartition("_")[2] for path in paths)) for paths in claims.values()}
     several = next(iter(endings), ())
-    join = (
+    are_kinds = all("_" in stem_of(path.name) for paths in claims.values() for path in paths)
+    if len(endings) == 1 and len(set(several)) > 1 and are_kinds and not any(map(str.isdigit, several)):
+        return f"Say which with {' or '.join(f'--masks {ending}' for ending in several)}."
+    return (
         f"If they mark different objects, and a number means the same class in all of them, --masks {ALL_MASKS} joins them; "
-        "masks that contradict each other are refused."
+        "masks that contradict each other are refused. Or keep one mask for each image, or list the pairs in a CSV file."
     )
-    if len(endings) == 1 and len(set(several)) > 1 and not any(map(str.isdigit, several)):
-        return f"Say which with {' or '.join(f'--masks {ending}' for ending in several)}. {join}"
-    return f"{join} Or keep one mask for each image, or list the pairs in a CSV file."
 
 
 def _other_names(where: str, pairs: list[tuple[str, str]], files: tuple["_Files", "_Files"], root: Path) -> Problem:

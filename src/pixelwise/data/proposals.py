@@ -64,7 +64,7 @@ def find_labels(
     if classes is not None or os.path.lexists(beside):
         labels = load_labels(classes or beside)
         why = f"{Path(classes or beside).name} gives the classes"
-        return labels.with_ignored(ignore), [not_used(known, root, why) for known in files], None
+        return labels.with_ignored(ignore), [not_used(known, beside.parent, why) for known in files], None
     labelled = [pair for pair in pairs if pair.mask]
     found_or_not = in_threads(_scan_or_error, labelled)
     masks = [(pair, scan) for pair, scan in zip(labelled, found_or_not, strict=True) if isinstance(scan, MaskScan)]
@@ -72,7 +72,7 @@ def find_labels(
         if not masks:
             raise DataError(f"none of its masks can be read, for example {found_or_not[0]}")
         proposed = cache(lambda: propose_from_masks(masks, camvid=camvid, ignore=ignore))
-        return _named(root, masks, files, proposed, ignore)
+        return _named(beside.parent, masks, files, proposed, ignore)
     except DataError as error:
         raise DataError(f"{root}: {looks_swapped(labelled) or error}") from error
 
@@ -171,7 +171,7 @@ def _as_numbers(scan: MaskScan) -> MaskScan:
 
 def _as_greys(labels: LabelSpec) -> LabelSpec:
     def greys(values: Iterable[Value]) -> tuple[Value, ...]:
-        return tuple((value, value, value) for value in values if isinstance(value, int))
+        return tuple((value, value, value) for value in values if isinstance(value, int) and 0 <= value < 256)
 
     values = tuple(greys(there) for there in labels.values)
     return replace(labels, values=values, ignore_values=greys(labels.ignore_values), kind="rgb")

@@ -29,7 +29,8 @@ from pixelwise.formats.local import printable
 from pixelwise.formats.registry import is_picture
 from pixelwise.machine import processors
 
-MAX_VALUES = 4096
+MAX_VALUES = 4096  # of more, most pixels must lie in areas
+_MAX_STORED = 65_536
 MAX_VALUES_OF_LARGE = 256  # of each the places are counted
 WHOLE_PX = 16_000_000
 """Planes of more pixels are not read as a whole, neither here nor in training."""
@@ -290,7 +291,8 @@ def _scan_mask(pair: Pair, axes: tuple[Any, ...], by_color: bool, _states: tuple
                 border.update(_border_counts(raw, top == 0, bottom == info.height))
                 if len(counts) > MAX_VALUES_OF_LARGE and is_picture(path):
                     places.clear()  # all of it is in memory while it is open, so it can be trained on as a whole
-                if len(counts) > (MAX_VALUES_OF_LARGE if places else MAX_VALUES):
+                has_areas = not places and len(counts) <= _MAX_STORED and 2 * sum(solid.values()) > sum(counts.values())
+                if len(counts) > (MAX_VALUES_OF_LARGE if places else MAX_VALUES) and not has_areas:
                     raise DataError(
                         f"{printable(path)}: holds {len(counts):,} different values; it looks like a photograph, not a mask "
                         "of classes. If it is one, save it again as PNG, without JPEG and antialiasing."
@@ -302,7 +304,7 @@ def _scan_mask(pair: Pair, axes: tuple[Any, ...], by_color: bool, _states: tuple
         return MaskScan(
             grid=Grid.of(source),
             kind="rgb" if info.channels == 3 else "index",
-            counts=dict(sorted(counts.items(), key=lambda item: pack_value(item[0]))),
+            counts=dict(sorted(_short(counts, solid).items(), key=lambda item: pack_value(item[0]))),
             palette=source.metadata.get("palette"),
             digest=digest,
             format=info.format,
@@ -311,6 +313,19 @@ def _scan_mask(pair: Pair, axes: tuple[Any, ...], by_color: bool, _states: tuple
             nodata=source.metadata.get("nodata"),
             places=tuple(places),
         )
+
+
+def _short(counts: Counter[Value], solid: Mapping[Value, int]) -> Counter[Value]:
+    """Of thousands of values, as soft rims of 16 bits have, those that fill no area by the grey of 8 bits that they show.
+
+    Masks are remembered, so what they hold must be small; which side of a threshold a pixel of a rim lies on matters little.
+    """
+    if len(counts) <= MAX_VALUES:
+        return counts
+    short = Counter[Value]()
+    for value, count in counts.items():
+        short[value // 257 * 257 if isinstance(value, int) and not solid.get(value) else value] += count
+    return short
 
 
 def _solid_counts(raw: NDArray[Any], found: Mapping[Value, int]) -> Mapping[Value, int]:
