@@ -371,7 +371,7 @@ def test_a_volume_is_scored_plane_by_plane(tmp_path, plane):
     ]
     pair = SimpleNamespace(name="a", mask="mask", plane=plane)
     with strongest().open(tmp_path / "image.tif") as image:
-        labelled = scoring._Labelled.of(SimpleNamespace(image=image, mask=mask, labels=SPEC), pair)
+        labelled = scoring._Labelled.of(SimpleNamespace(image=image, mask=mask, region=None, labels=SPEC), pair)
         store = scoring._Counting(labelled, 3)
         scoring._label(strongest(), [labelled], [store])
     wanted, planes = ConfusionMatrix(3), slice(None) if plane is None else slice(plane, plane + 1)

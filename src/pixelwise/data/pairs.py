@@ -27,6 +27,7 @@ class Pair:
         ""  # what must not be divided between splits, for example the patient; the name, if nothing was asked for
     )
     plane: int | None = None  # the one plane of a volume that is meant; None means all of the file
+    region: Path | None = None  # a mask that is not 0 where pixels count; None means everywhere
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,9 @@ class DataFolder:
         pairs: by split, then by name.
         labels: from `classes.yaml`, or proposed from the masks.
         problems: what matching the names showed; `inspect_data` looks into the files.
-        group_by: the regular expression of the groups that must not be divided, or None.
+        group_by: the regular expression, or the column of a CSV file, of the groups that must not be divided, or None.
         masks: the folder of masks that was asked for by name, or None.
+        region: the folder, or the column of a CSV file, of masks of what counts, or None.
     """
 
     root: Path
@@ -59,12 +61,18 @@ class DataFolder:
     problems: tuple[Problem, ...] = ()
     group_by: str | None = None
     masks: str | None = None
+    region: str | None = None
 
     @property
     def splits(self) -> tuple[str, ...]:
         """The splits that have images, in the order train, val, test."""
         found = {pair.split for pair in self.pairs}
         return tuple(name for name in SPLITS if name in found)
+
+    @property
+    def choices(self) -> dict[str, str | None]:
+        """What was asked for by name, which a run remembers: the keywords of `open_data`."""
+        return {"group_by": self.group_by, "masks": self.masks, "region": self.region}
 
     def split(self, name: str) -> tuple[Pair, ...]:
         """The pairs of one split, by name; empty if there are none."""

@@ -22,7 +22,19 @@ _LISTED = 20
 
 def find_problems(folder: DataFolder, scans: Sequence[PairScan]) -> tuple[Problem, ...]:
     """All problems of a folder, fatal ones first: those of the names, then those of the files."""
-    problems = [*folder.problems, *_missing_parts(folder)]
+    problems = [*folder.problems, *_missing_parts(folder), *file_problems(folder, scans)]
+    problems += [*_shared_images(folder, scans), *_divided_groups(folder), *propose_groups(folder)]
+    return fatal_first(problems)
+
+
+def fatal_first(problems: Iterable[Problem]) -> tuple[Problem, ...]:
+    """The same problems, in the order in which they are told."""
+    return tuple(sorted(problems, key=lambda problem: problem.severity != "fatal"))
+
+
+def file_problems(folder: DataFolder, scans: Sequence[PairScan]) -> list[Problem]:
+    """What is wrong with files, whatever they are used for."""
+    problems: list[Problem] = []
     by_split = {name: [scan for scan in scans if scan.pair.split == name] for name in folder.splits}
     per_split: tuple[Callable[[str, list[PairScan], DataFolder], Iterable[Problem]], ...] = (
         _unreadable,
@@ -35,16 +47,9 @@ def find_problems(folder: DataFolder, scans: Sequence[PairScan]) -> tuple[Proble
     )
     for check in per_split:
         for split, there in by_split.items():
-            problems += check(split, there, folder)
+            problems += check(split, there, folder) if there else ()
     problems += [*_swapped(scans, folder), *_inverted(scans, folder), *turned_masks(scans)]
-    problems += [
-        *_mixed_images(folder, scans),
-        *_opacity(folder, scans),
-        *_shared_images(folder, scans),
-        *_divided_groups(folder),
-        *propose_groups(folder),
-    ]
-    return tuple(sorted(problems, key=lambda problem: problem.severity != "fatal"))
+    return [*problems, *_mixed_images(folder, scans), *_opacity(folder, scans)]
 
 
 def _missing_parts(folder: DataFolder) -> Iterator[Problem]:

@@ -3,6 +3,7 @@
 import csv
 import os
 import re
+import shlex
 import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from pixelwise.data.matching import relative
 from pixelwise.data.names import IMAGE_DIRS, MASK_DIRS
 from pixelwise.data.pairs import Pair, Problem, composed, counted, first_of, split_of
-from pixelwise.errors import DataError
+from pixelwise.errors import DataError, UsageError
 from pixelwise.files import read_regular
 from pixelwise.formats import SOURCE_SUFFIXES
 from pixelwise.formats.local import printable
@@ -34,6 +35,13 @@ _COLUMNS = {
 MAX_BYTES = 256 << 20
 """Of a list; one of a million pairs has less than half of it."""
 
+_GROUP = re.compile(
+    r"(patient|pat|case|subject|sub|participant|person|donor|animal|mouse|group|cluster|scene|site|study|exam|session|drive"
+    r"|video|clip|sequence|seq|slide|series|volume|vol|scan|plate|well|specimen|sample|farm|plot|location|place|city|region"
+    r"|area|flight|mission|orthophoto|tile|camera|hospital|cent(?:er|re))(id|ids|no|nr|number|name|key|uid|index)?s?"
+)
+_FEWEST_GROUPS = 3
+
 _DELIMITERS = ",;\t|"
 _WANTED = "The first line must name the columns image and mask (and perhaps split)"
 
@@ -52,6 +60,11 @@ class Table:
         """Whether one of its columns holds nothing but names of splits."""
         rows = [cells for _, cells in self.rows if len(cells) == len(self.header)]
         return bool(rows) and any(all(split_of(cell) for cell in column) for column in zip(*rows, strict=True))
+
+    def place(self, title: str | None) -> int | None:
+        """The place of a column by its title as it is, whatever its case; None if there is none."""
+        wanted = (title or "").strip().casefold()
+        return next((place for place, name in enumerate(self.header) if name.casefold() == wanted and wanted), None)
 
     def cell(self, cells: Sequence[str], column: str) -> str:
         """The cell of a column, "" if there is no such column."""
@@ -137,12 +150,24 @@ def _lists_pairs(table: Table) -> bool:
     return any(cell.lower().endswith(SOURCE_SUFFIXES) for cell in cells)
 
 
-def read_pairs(table: Table) -> tuple[list[Pair], list[Problem]]:
-    """The pairs of a list. A file named train.csv, val.csv or test.csv needs no column for the split."""
+def read_pairs(
+    table: Table, region: str | None = None, group_by: str | None = None
+) -> tuple[list[Pair], list[Problem]]:
+    """The pairs of a list, with the regions and the groups that the columns of these titles name.
+
+    A file named train.csv, val.csv or test.csv needs no column for the split.
+    """
     path = table.path
     if not {"image", "mask"} <= set(table.columns):
         shown = ", ".join(table.header)[:200] or "nothing"
         raise DataError(f"{path}: {_WANTED[0].lower()}{_WANTED[1:]}; it has {shown}.")
+    further = {"region": region, "group": group_by}
+    for role, title in further.items():
+        if title is not None and table.place(title) is None:
+            raise UsageError(f"--{role if role == 'region' else 'group-by'} {title}: {path} has no such column; it has "
+                             f"{', '.join(table.header)[:200]}.")  # fmt: skip
+    named = {role: place for role, title in further.items() if (place := table.place(title)) is not None}
+    table = replace(table, columns=table.columns | named)
     places = _Places(path.parent)
     pairs = [_pair(table, line, cells, places) for line, cells in _complete_rows(table)]
     if not pairs:
@@ -174,7 +199,18 @@ def _pair(table: Table, line: int, cells: Sequence[str], places: "_Places") -> P
             message += f" If the column {column!r} numbers folds, write val for the one to validate on, else train."
         raise DataError(message)
     image, name = places.find(named, IMAGE_DIRS)
-    return Pair(image=image, mask=places.find(mask, MASK_DIRS)[0] if mask else None, split=split, name=name)
+    region, group = table.cell(cells, "region"), table.cell(cells, "group")
+    for role, cell in (("region", region), ("group", group)):
+        if role in table.columns and not cell:
+            raise DataError(f"{where}: the column {table.header[table.columns[role]]!r} is empty; fill it in each line.")
+    return Pair(
+        image=image,
+        mask=places.find(mask, MASK_DIRS)[0] if mask else None,
+        split=split,
+        name=name,
+        group=group,
+        region=places.find(region, MASK_DIRS)[0] if region else None,
+    )
 
 
 class _Places:
@@ -294,4 +330,25 @@ def _notes(table: Table, places: _Places) -> Iterator[Problem]:
     known = set(table.columns.values())
     spare = [title for place, title in enumerate(table.header) if place not in known and title]
     if spare:
-        yield Problem("warning", f"{name}: columns that are not used: {printable(first_of(spare, 8))}.")
+        advice = " ".join(_advice(table, title) for title in spare)
+        yield Problem("warning", f"{name}: columns that are not used: {printable(first_of(spare, 8))}. {advice}".strip())
+
+
+def _advice(table: Table, title: str) -> str:
+    """What a column that is not used may be for: it names groups, or files."""
+    place = table.place(title)
+    rows = [(cells[place].strip(), cells) for _, cells in table.rows if place is not None]
+    groups: dict[str, set[str]] = {}
+    for value, cells in rows:
+        groups.setdefault(value, set()).add(split_of(table.cell(cells, "split")))
+    if all(value.lower().endswith(SOURCE_SUFFIXES) for value in groups):
+        option = f"--region {shlex.quote(title)}"
+        return f"{title!r} names files: if they are masks of what counts, such as a field of view, pass {option}."
+    is_group = _GROUP.fullmatch(re.sub(r"[_\- ]", "", title.casefold()))
+    if not is_group or not _FEWEST_GROUPS <= len(groups) < len(rows) or "" in groups:
+        return ""
+    what = f"{title!r} looks like {len(groups):,} groups of images"
+    if "split" not in table.columns:
+        return f"{what}: --group-by {shlex.quote(title)} keeps each in one split."
+    divided = sum(len(there) > 1 for there in groups.values())
+    return f"{what}; {divided:,} are in several splits, which flatters the scores." if divided else ""

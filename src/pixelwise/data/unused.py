@@ -23,7 +23,7 @@ def find_unused(root: Path, pairs: Sequence[Pair], told: Collection[str], lists:
         lists: the lists that were read.
     """
     root = root.absolute()
-    used = {path.absolute() for pair in pairs for path in (pair.image, pair.mask) if path is not None}
+    used = {path.absolute() for pair in pairs for path in (pair.image, pair.mask, pair.region) if path is not None}
     read = {path.absolute() for path in lists}
     above = {parent for path in used for parent in path.parents}
     images, others = Counter[Path](), Counter[Path]()

@@ -5,12 +5,13 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from pixelwise.data.check import check_split
 from pixelwise.data.classes import CLASSES_NAME
-from pixelwise.data.layouts import DataFolder, Pair, open_data
+from pixelwise.data.layouts import DataFolder, Pair, Problem, open_data
 from pixelwise.data.proposals import classes_beside
 from pixelwise.errors import DataError, PixelwiseError, UsageError
 from pixelwise.files import remove_leftovers, write_json
@@ -41,6 +42,7 @@ class Evaluation:
         batch: The most images in one pass; with statistics of the batch the scores depend on it.
         foreground: Of two classes, the one that is no background; None if there are more, or both are looked for.
         standard_error: Of the headline (the foreground's IoU, else mIoU), over the images; NaN if it cannot be told.
+        warnings: What a look at the masks showed that may make the scores mean something else.
     """
 
     split: str
@@ -56,6 +58,7 @@ class Evaluation:
     batch: int = 1
     foreground: int | None = None
     standard_error: float = math.nan
+    warnings: tuple[str, ...] = ()
 
     @property
     def headline(self) -> Headline:
@@ -82,6 +85,7 @@ def evaluate(
     out: str | Path | None = None,
     on_progress: Callable[[int, int], None] | None = None,
     batch: int | None = None,
+    check: bool = True,
 ) -> Evaluation:
     """Score a trained network on a split of a data folder.
 
@@ -97,10 +101,12 @@ def evaluate(
         on_progress: Called after each image with the number done and the number in all.
         batch: The most images in one pass; only neighbours of equal size share one. By default 1, or 10 for a predictor
             with batch statistics.
+        check: Look at the masks first, as `inspect_data` does. False for data that were inspected.
 
     Raises:
         UsageError: the batch is less than 1.
-        DataError: the data's classes are not the network's, the split is empty, or a file cannot be read.
+        DataError: the data's classes are not the network's, the split is empty, a file cannot be read, or masks hold what
+            is no class, differ from their images in size, or do not look like masks.
         PixelwiseError: an image does not fit into memory, or a result cannot be written.
 
     Example:
@@ -130,6 +136,8 @@ def evaluate(
         batch = BATCH if predictor.batch_statistics else 1
     if batch < 1:
         raise UsageError(f"batch must be at least 1, not {batch}.")
+    how: dict[str, Any] = {"channels": predictor.in_channels, "reading": predictor.card.reading}
+    warnings = check_split(folder, split, **how) if check else ()
     parts, per_image, groups = score_pairs(predictor, folder, pairs, batch, on_progress)
     confusion = sum(parts.values(), ConfusionMatrix(predictor.labels.num_classes))
     foreground = foreground_of(predictor.labels.names, predictor.labels.values)
@@ -153,6 +161,7 @@ def evaluate(
         examples={key: per_image[index]["name"] for key, index in chosen.items()},
         statistics="batch" if predictor.batch_statistics else "running",
         batch=batch,
+        warnings=warnings,
     )
     if target is not None:
         pictures = target / f"evaluation-{split}"
@@ -181,13 +190,15 @@ def open_for(
     ignore: Sequence[int] = (),
     group_by: str | None = None,
     masks: str | None = None,
+    region: str | None = None,
 ) -> DataFolder:
     """Open a data folder to score `predictor` on it.
 
     The meaning of mask values is the data's own if it says so (`classes`, or a classes.yaml in `root`), and else the
     one that the network was trained with. A split that has to be made is made as for the training: unless `group_by`
     is given, with the card's `data["group_by"]`, or training images would be scored as unseen ones. `masks` names the
-    folder of masks where several hold labels; without it the one that the network was trained with, if `root` has it.
+    folder of masks where several hold labels, and `region` that of what counts; without them those that the network was
+    trained with, if `root` has them.
 
     Raises:
         DataError: the folder cannot be used.
@@ -195,15 +206,23 @@ def open_for(
     """
     root = Path(root)
     known = None if classes is not None or os.path.lexists(classes_beside(root)) else predictor.labels
-    trained = predictor.card.data.get("group_by")
-    if group_by is None and isinstance(trained, str):
-        group_by = trained
-    given: dict[str, Any] = {"classes": classes, "ignore": tuple(ignore), "group_by": group_by, "labels": known}
-    chosen = predictor.card.data.get("masks")
-    if masks is None and isinstance(chosen, str):
-        with suppress(UsageError):  # other data need not have a folder of this name
-            return open_data(root, masks=chosen, **given)
-    return open_data(root, masks=masks, **given)
+    asked = {"group_by": group_by, "masks": masks, "region": region}
+    named = {key: name for key, name in asked.items() if name is not None}
+    trained = {key: name for key in asked if isinstance(name := predictor.card.data.get(key), str) and key not in named}
+    named |= {"group_by": trained.pop("group_by")} if "group_by" in trained else {}
+    given: dict[str, Any] = {"classes": classes, "ignore": tuple(ignore), "labels": known} | named
+    for left_out in ((), ("region",), ("masks",)):  # other data need not have folders of these names
+        if set(left_out) <= set(trained):
+            with suppress(UsageError):
+                folder = open_data(root, **given, **{key: trained[key] for key in trained if key not in left_out})
+                return _with_warning(folder, trained["region"]) if left_out == ("region",) else folder
+    folder = open_data(root, **given)
+    return _with_warning(folder, trained["region"]) if "region" in trained else folder
+
+
+def _with_warning(folder: DataFolder, region: str) -> DataFolder:
+    message = f"the network was trained with --region {region}, which is not here: all pixels count."
+    return replace(folder, problems=(*folder.problems, Problem("warning", message)))
 
 
 def _check_classes(wanted: tuple[str, ...], folder: DataFolder) -> None:

@@ -68,16 +68,18 @@ class _Labelled:
     image: Source
     mask: Source
     spec: LabelSpec
+    region: Source | None = None  # a mask that is not 0 where pixels count
 
     @classmethod
     def of(cls, opened: OpenPair, pair: Pair) -> "_Labelled":
         """The plane that a pair means; a small one is read."""
-        image, mask = opened.image, opened.mask
+        image, mask, region = opened.image, opened.mask, opened.region
         if mask is None:
             raise DataError(f"{pair.image}: has no mask.")
         if pair.plane is not None:
             image, mask = _OnePlane(image, pair.plane), _OnePlane(mask, pair.plane)
-        return cls(pair, in_memory(image), in_memory(mask), opened.labels)
+            region = region and _OnePlane(region, pair.plane)
+        return cls(pair, in_memory(image), in_memory(mask), opened.labels, region and in_memory(region))
 
     def is_like(self, other: "_Labelled") -> bool:
         """Whether both may share a pass."""
@@ -85,13 +87,17 @@ class _Labelled:
         keys = ("height", "width", "channels", "dtype", "planes")
         return is_small(mine) and all(getattr(mine, key) == getattr(its, key) for key in keys)
 
-    def truth(self, plane: int, region: Region, step: int = 1) -> NDArray[np.uint8]:
-        """Class ids in a region, or of every `step`-th row and column of it, and void."""
-        raw = mask_values(self.mask.read(*region, plane)[::step, ::step])
+    def truth(self, plane: int, window: Region, step: int = 1) -> NDArray[np.uint8]:
+        """Class ids in a window, or of every `step`-th row and column of it, and void."""
+        raw = mask_values(self.mask.read(*window, plane)[::step, ::step])
         try:
-            return self.spec.encode(raw)
+            labels = self.spec.encode(raw)
         except DataError as error:
             raise DataError(f"{self.pair.mask}: the mask {error}") from error
+        if self.region is None:
+            return labels
+        inside = self.region.read(*window, plane)[::step, ::step].any(axis=2)
+        return np.where(inside, labels, np.uint8(IGNORE_INDEX))
 
 
 class _Counting(Store):

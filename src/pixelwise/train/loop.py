@@ -156,7 +156,7 @@ class TrainingLoop(pl.Callback):
         module = self.module
         was_training, self.is_validating = module.evaluated.training, True
         predictor = Predictor(module.evaluated, self.card, device=module.device, precision=self.plan.precision)
-        evaluation = evaluate(predictor, self._val_folder(), split="val")
+        evaluation = evaluate(predictor, self._val_folder(), split="val", check=False)
         module.evaluated.train(was_training)
         self.is_validating = False
         return evaluation
@@ -215,7 +215,7 @@ def _card(plan: Plan, inspection: Inspection) -> ModelCard:
         labels=folder.labels,
         mean=plan.mean,
         std=plan.std,
-        data={**plan.data, "root": Path(plan.data["root"]).name, "group_by": folder.group_by, "masks": folder.masks},
+        data={**plan.data, "root": Path(plan.data["root"]).name, **folder.choices},
         versions={
             "pixelwise": metadata.version("pixelwise"),
             "torch": torch.__version__,
