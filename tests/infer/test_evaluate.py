@@ -234,7 +234,8 @@ def test_images_without_labelled_pixels_have_no_score(tmp_path):
     write_pair(tmp_path / "data", "test", "void", rng, void=1.1)
     write_pair(tmp_path / "data", "test", "seen", rng)
     save_labels(tmp_path / "data" / "classes.yaml", SPEC)
-    evaluation = evaluate(strongest(), tmp_path / "data", out=tmp_path / "out")
+    with pytest.warns(UserWarning, match="test: 1 mask holds no labelled pixel"):
+        evaluation = evaluate(strongest(), tmp_path / "data", out=tmp_path / "out")
     entry = next(entry for entry in evaluation.per_image if entry["name"] == "void")
     assert entry["pixels"] == 0
     assert math.isnan(entry["miou"])

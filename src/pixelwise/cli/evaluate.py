@@ -56,9 +56,8 @@ def evaluate(
             split=split,
             on_progress=lambda done, total: progress.update(task, completed=done, total=total),
             batch=batch,
+            note=lambda text: progress.console.print(f"warning: {text}", markup=False, highlight=False, soft_wrap=True),
         )
-    for message in evaluation.warnings:
-        Console(stderr=True).print(f"warning: {message}", markup=False, highlight=False, soft_wrap=True)
     if str(json_file) == "-":
         typer.echo(json.dumps(evaluation.to_dict(), indent=2))
         return

@@ -38,7 +38,10 @@ Ignore = Annotated[
 ]
 GroupBy = Annotated[
     str | None,
-    typer.Option(metavar="REGEX", help="Regular expression: images with the same group 1 stay in one split. Or a column of a CSV file."),
+    typer.Option(
+        metavar="REGEX",
+        help="Regular expression: images with the same group 1 stay in one split. Or a column of a CSV file.",
+    ),
 ]
 Masks = Annotated[
     str | None,

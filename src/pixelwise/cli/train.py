@@ -123,7 +123,7 @@ def train(
         if unlabelled := sum(pair.mask is None for pair in pairs):
             options.print_plain(f"{split}: not scored, {unlabelled:,} of its {len(pairs):,} images have no mask.")
         elif pairs:
-            found = evaluate(out, folder, split=split, check=False)
+            found = evaluate(out, folder, split=split, note=None)
             options.print_plain(f"{split}, {found.images:,} images: {found.headline.text}")
             means = f"mIoU {100 * found.scores.miou:.2f}, global accuracy {100 * found.scores.global_accuracy:.2f}"
             options.print_plain(f"{split}: {means}")

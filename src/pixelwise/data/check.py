@@ -149,6 +149,7 @@ def check_split(
         DataError: something is wrong that would make the scores wrong.
     """
     by_color = folder.labels.kind == "rgb"
+    reading = {**(reading or {}), **folder.reading}
     scan = partial(scan_pair, reading=reading, channels=channels, by_color=by_color, with_pixels=False)
     others = tuple(f"{name}: " for name in SPLITS if name != split)
     of_names = [problem for problem in folder.problems if not problem.message.startswith(others)]
@@ -187,7 +188,7 @@ def inspect_data(
         >>> inspect_data(open_data(root)).sizes
         {'8x6': 4}
     """
-    reading = {key: value for key, value in (reading or {}).items() if value is not None}
+    reading = {key: value for key, value in (reading or {}).items() if value is not None} | folder.reading
     scan = partial(scan_pair, reading=reading, by_color=folder.labels.kind == "rgb")
     scans = _with_one_opacity(in_threads(scan, folder.pairs, on_progress), scan, reading)
     images = [scan.image for scan in scans if scan.image is not None]

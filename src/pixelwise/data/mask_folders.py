@@ -75,7 +75,9 @@ def add_regions(
     """
     name, ending = _named(layout, root, wanted, "--region")
     if (name, ending) == masks:
-        raise UsageError(f"--region {wanted}: these are the masks. Name the folder of what counts, such as a field of view.")
+        raise UsageError(
+            f"--region {wanted}: these are the masks. Name the folder of what counts, such as a field of view."
+        )
     shown = f"*{ending}" if ending else f"{name}/"
     regions = {pair.image: pair.mask for pair in _pairs(layout, name, root, ending)}
     found = [replace(pair, region=regions.get(pair.image)) for pair in pairs]

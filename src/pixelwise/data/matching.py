@@ -11,6 +11,8 @@ from pixelwise.data.names import (
     IMAGE_DIRS,
     MASK_DIRS,
     MASK_SUFFIX,
+    channel_file,
+    channel_of,
     closest,
     is_mask_name,
     is_no_class_mask,
@@ -46,9 +48,11 @@ def match_source(
     """Pair the images and masks of one source, still without groups, and say what stays alone, of the `listed` images."""
     notes: list[str] = []
     images, masks, doubled = _files(source, notes)
+    images, channels = _with_channels(images, masks)
     claims, orphans, by_words = match_names(images, masks)
     where = source.split or source.images.name
     problems = [Problem("warning", f"{where}: {note}") for note in notes]
+    problems += _incomplete(where, channels, images, root)
     problems += _twice(where, doubled, root, "Keep one of them.")
     problems += _twice(where, list(claims.items()), root, _advice(claims))
     if by_words:
@@ -61,7 +65,13 @@ def match_source(
         count = counted(len(orphans), "mask", "has no image", "have no image")
         problems.append(Problem("warning", f"{where}: {count}: {first_of(left, 5)}. They are not used.", tuple(left)))
     pairs = [
-        Pair(image=paths[0], mask=claims.get(key, [None])[0], split=source.split, name=key)
+        Pair(
+            image=paths[0],
+            mask=claims.get(key, [None])[0],
+            split=source.split,
+            name=key,
+            channel_files=1 + max(channels.get(key, [0])),
+        )
         for key, paths in sorted(images.items())
         if listed is None or paths[0] in listed
     ]
@@ -89,6 +99,49 @@ def _files(source: FolderPair, notes: list[str]) -> tuple[_Files, _Files, list[t
         images = {source.images.name: images["."]}
         masks = {source.images.name: next(iter(masks.values()))} if len(masks) == 1 else masks
     return images, masks, doubled
+
+
+def _with_channels(images: _Files, masks: _Files) -> tuple[_Files, dict[str, list[int]]]:
+    """The images with those as one whose channels lie in files of their own, and the numbers of the files that are there.
+
+    Files are channels if there is a mask for all of them and none for each; without masks, if all images have the same.
+    """
+    named = {MASK_SUFFIX.sub("", key) for key in masks} | set(masks)
+    found: dict[str, dict[int, str]] = {}
+    for key in images:
+        if (channel := channel_of(key)) and key not in named and (channel[0] in named or not masks):
+            found.setdefault(channel[0], {})[channel[1]] = key
+    alike = {tuple(sorted(there)) for there in found.values()}
+    if not masks and (len(alike) != 1 or alike == {(0,)} or sum(map(len, found.values())) < len(images)):
+        return images, {}
+    if len(images.keys() & found.keys()):  # case_7 lies beside case_7_0000: nobody knows
+        return images, {}
+    folded = {
+        key: paths
+        for key, paths in images.items()
+        if key not in {k for there in found.values() for k in there.values()}
+    }
+    for name, there in found.items():
+        folded[name] = images[there[min(there)]]
+    return folded, {name: sorted(there) for name, there in found.items()}
+
+
+def _incomplete(where: str, channels: dict[str, list[int]], images: _Files, root: Path) -> Iterator[Problem]:
+    """Images that lack a channel which others have."""
+    wanted = {number for there in channels.values() for number in there}
+    wanted = set(range(1 + max(wanted, default=-1)))
+    lacking = [
+        relative(Path(channel_file(str(images[name][0]), number)), root)
+        for name, there in sorted(channels.items())
+        for number in sorted(wanted - set(there))
+    ]
+    if lacking:
+        count = counted(len(lacking), "file", "is", "are")
+        message = f"{where}: the images have {len(wanted)} channels in files of their own, but {count} missing: "
+        message += (
+            f"{first_of(lacking, 5)}. Add {'it' if len(lacking) == 1 else 'them'}, or remove all files of these images."
+        )
+        yield Problem("fatal", message, tuple(lacking))
 
 
 def _in_one_folder(files: list[tuple[str, Path]]) -> tuple[_Files, _Files]:
@@ -243,9 +296,7 @@ def _lonely(where: str, lonely: list[Path], total: int, root: Path, split: str, 
         return Problem("warning", f"test: none of the {total:,} images has a mask, so it cannot be evaluated.", files)
     count = counted(len(lonely), "image", "has no mask", "have no mask")
     advice = "Add a mask of the same name for each, or remove them."
-    if all(re.search(r"_000[1-9]$", stem_of(path.name)) for path in lonely):
-        advice = "They look like further channels of images: stack the channels of each image in one file."
-    elif orphans:
+    if orphans:
         by_name = {name.rpartition("/")[2]: name for name in orphans}
         first = files[0].rpartition("/")[2]
         like = closest(first, by_name) or next(iter(by_name))

@@ -1,4 +1,4 @@
-"""What is measured of pixels: their sums, a hash of them, and how many of a value have equal neighbours or lie on the frame."""
+"""What is measured of pixels: sums, a hash, and how many of a value have equal neighbours or lie on the frame."""
 
 import hashlib
 from collections import Counter

@@ -26,6 +26,7 @@ class Pair:
     group: str = (
         ""  # what must not be divided between splits, for example the patient; the name, if nothing was asked for
     )
+    channel_files: int = 1  # of so many files the image is the first: case_0000.png, case_0001.png
     plane: int | None = None  # the one plane of a volume that is meant; None means all of the file
     region: Path | None = None  # a mask that is not 0 where pixels count; None means everywhere
 
@@ -68,6 +69,12 @@ class DataFolder:
         """The splits that have images, in the order train, val, test."""
         found = {pair.split for pair in self.pairs}
         return tuple(name for name in SPLITS if name in found)
+
+    @property
+    def reading(self) -> dict[str, int]:
+        """How its images are opened, as the layout shows: from how many files each."""
+        files = max((pair.channel_files for pair in self.pairs), default=1)
+        return {"channel_files": files} if files > 1 else {}
 
     @property
     def choices(self) -> dict[str, str | None]:

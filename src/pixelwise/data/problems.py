@@ -12,6 +12,7 @@ from pixelwise.data.orientation import turned_masks
 from pixelwise.data.pairs import NO_VALIDATION, SPLITS, DataFolder, Problem, counted, first_of
 from pixelwise.data.photographs import fills_areas, looks_swapped
 from pixelwise.data.scan import PairScan, place_of
+from pixelwise.data.soft import find_soft, soft_question
 from pixelwise.formats.local import printable
 
 _STRAY_PX, _PLACES = 100, 5  # values in at most so many pixels are shown with their place, so many of them
@@ -23,8 +24,10 @@ _LISTED = 20
 def find_problems(folder: DataFolder, scans: Sequence[PairScan]) -> tuple[Problem, ...]:
     """All problems of a folder, fatal ones first: those of the names, then those of the files."""
     problems = [*folder.problems, *_missing_parts(folder), *file_problems(folder, scans)]
-    problems += [*_shared_images(folder, scans), *_divided_groups(folder), *propose_groups(folder)]
-    return fatal_first(problems)
+    for split in folder.splits:
+        problems += _left_out(split, [scan for scan in scans if scan.pair.split == split], folder)
+    problems += [*_opacity(folder, scans), *_shared_images(folder, scans)]
+    return fatal_first([*problems, *_divided_groups(folder), *propose_groups(folder)])
 
 
 def fatal_first(problems: Iterable[Problem]) -> tuple[Problem, ...]:
@@ -33,7 +36,7 @@ def fatal_first(problems: Iterable[Problem]) -> tuple[Problem, ...]:
 
 
 def file_problems(folder: DataFolder, scans: Sequence[PairScan]) -> list[Problem]:
-    """What is wrong with files, whatever they are used for."""
+    """What is wrong with images and masks as such, whatever they are used for."""
     problems: list[Problem] = []
     by_split = {name: [scan for scan in scans if scan.pair.split == name] for name in folder.splits}
     per_split: tuple[Callable[[str, list[PairScan], DataFolder], Iterable[Problem]], ...] = (
@@ -43,13 +46,12 @@ def file_problems(folder: DataFolder, scans: Sequence[PairScan]) -> list[Problem
         _unknown_values,
         _empty_masks,
         _missing_classes,
-        _left_out,
     )
     for check in per_split:
         for split, there in by_split.items():
             problems += check(split, there, folder) if there else ()
     problems += [*_swapped(scans, folder), *_inverted(scans, folder), *turned_masks(scans)]
-    return [*problems, *_mixed_images(folder, scans), *_opacity(folder, scans)]
+    return [*problems, *_mixed_images(folder, scans)]
 
 
 def _missing_parts(folder: DataFolder) -> Iterator[Problem]:
@@ -124,6 +126,9 @@ def _unknown_values(split: str, scans: list[PairScan], folder: DataFolder) -> It
         wrong += [scan] if here else []
         pixels += sum(counts.values())
     if wrong:
+        if soft := _soft(scans):
+            yield Problem("fatal", f"{split}: {soft}", _mask_files(folder, wrong))
+            return
         message = folder.labels.unknown_message(dict(unknown.most_common()))
         places = [
             _place(wrong, value) for value, count in unknown.items() if count <= _STRAY_PX and value != IGNORE_INDEX
@@ -132,7 +137,28 @@ def _unknown_values(split: str, scans: list[PairScan], folder: DataFolder) -> It
             message += f" Values in so few pixels may be strays: {first_of(places, _PLACES, separator='; ')}."
         if 2 * sum(unknown.values()) > pixels and not set(unknown) <= set(VOID_BY_CUSTOM):
             message += " Most pixels are of no class: are these masks of another data set, or the classes?"
+        lost = [
+            name
+            for index, name in enumerate(folder.labels.names)
+            if not any(index in _classes(scan, folder.labels) for scan in scans)
+        ]
+        if lost and 2 * len(wrong) > len(scans) and not set(unknown) <= set(VOID_BY_CUSTOM):
+            message += (
+                f" No mask holds a value of {first_of([repr(name) for name in lost], 3)}: if one of these values means it, "
+                "say so in classes.yaml; --ignore would leave nothing of it."
+            )
         yield Problem("fatal", f"{split}: {_masks(wrong)} {message}", _mask_files(folder, wrong))
+
+
+def _soft(scans: list[PairScan]) -> str:
+    """What is asked about masks of numbers whose classes have soft rims; "" if they have none."""
+    masks = [scan.mask for scan in scans if scan.mask and scan.mask.kind == "index"]
+    counts, solid = Counter[int](), Counter[int]()
+    for mask in masks:
+        counts.update({value: n for value, n in mask.counts.items() if isinstance(value, int)})
+        solid.update({value: n for value, n in mask.solid.items() if isinstance(value, int)})
+    found = find_soft(counts, solid, any(mask.format in ("jpeg", "mpo") for mask in masks)) if masks else None
+    return "" if found is None else soft_question(found, "write them to a classes.yaml (values: 128-255)")
 
 
 def _place(scans: list[PairScan], value: Value) -> str:

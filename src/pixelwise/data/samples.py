@@ -16,8 +16,9 @@ from torch import Tensor, from_numpy
 
 from pixelwise.data.labels import IGNORE_INDEX, LabelSpec
 from pixelwise.data.matching import is_zarr
+from pixelwise.data.names import channel_file
 from pixelwise.data.pairs import Pair
-from pixelwise.data.views import InRegion, PaletteColors, SelectedBands, SliceStack
+from pixelwise.data.views import ChannelFiles, InRegion, PaletteColors, SelectedBands, SliceStack
 from pixelwise.errors import DataError, PixelwiseError
 from pixelwise.files import extra
 from pixelwise.formats import FORMATS, Source, open_source
@@ -25,7 +26,7 @@ from pixelwise.formats.local import printable
 from pixelwise.formats.registry import is_picture
 
 Reading = Mapping[str, Any]
-"""Options of `open_source` (axis, level, series, intensity, ...), `bands` and `slices`; a model card stores them."""
+"""Options of `open_source` (axis, level, series, ...), `bands`, `slices`, `channel_files`; a model card stores them."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class Grid:
         if self.planes != image.planes:
             mine, its = _count(self.planes), _count(image.planes)
             return f"has {mine}, but its image {{}} has {its}. Both must have the same size."
-        advice = "Resample the mask to the grid of its image."
+        advice = "Resample it to the grid of its image."
         if self.crs and image.crs and not _same_crs(self.crs, image.crs):
             mine, its = crs_name(self.crs), crs_name(image.crs)
             return f"is in the coordinate system {mine}, but its image {{}} is in {its}. {advice}"
@@ -204,13 +205,33 @@ def open_image(path: str | Path, reading: Reading | None = None, channels: int |
     """Open an image as the network of a run sees it, which takes so many `channels`, neighbouring planes included."""
     options = dict(reading or {})
     bands, slices = options.pop("bands", None), options.pop("slices", None) or 1
-    source = open_source(path, channels=None if bands else channels and channels // slices, **options)
+    files = options.pop("channel_files", None) or 1
+    names = list(dict.fromkeys(channel_file(str(path), number) for number in range(files)))
+    if len(names) > 1:
+        source = _open_channels(names, options)
+    else:
+        source = open_source(path, channels=None if bands else channels and channels // slices, **options)
     if bands:
         if max(bands) == source.info.channels + 1 and "opacity" in source.metadata:  # asked for, so it is a band
             source.close()
             source = open_source(path, channels=max(bands), **options)
         source = SelectedBands(source, bands)
     return source if slices == 1 else SliceStack(source, slices)
+
+
+def _open_channels(names: Sequence[str], options: Mapping[str, Any]) -> Source:
+    """The files of an image as its channels, in this order."""
+    sources: list[Source] = []
+    try:
+        for name in names:
+            sources.append(open_source(name, **options))
+            if difference := Grid.of(sources[-1]).difference(Grid.of(sources[0])):
+                raise DataError(f"{printable(name)}: the channel {difference.format(printable(names[0]))}")
+    except PixelwiseError:
+        for source in sources:
+            source.close()
+        raise
+    return ChannelFiles(sources)
 
 
 def are_pictures(pair: Pair) -> bool:

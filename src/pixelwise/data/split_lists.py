@@ -144,8 +144,8 @@ def apply_split_lists(lists: SplitLists, pairs: Sequence[Pair], root: Path) -> t
     """The pairs that are listed, with the splits that the lists give them, and what does not fit."""
     by_name: dict[str, list[int]] = defaultdict(list)
     for index, pair in enumerate(pairs):
-        by_name[_parts(pair.image.name)[-1]].append(index)
-    paths = [_parts(relative(pair.image, root)) for pair in pairs]
+        by_name[_parts(_listed_as(pair))[-1]].append(index)
+    paths = [_parts(relative(pair.image.with_name(_listed_as(pair)), root)) for pair in pairs]
     given: dict[int, set[str]] = defaultdict(set)
     unknown: dict[Path, list[str]] = defaultdict(list)
     for name, split, path in lists.entries:
@@ -159,6 +159,11 @@ def apply_split_lists(lists: SplitLists, pairs: Sequence[Pair], root: Path) -> t
         pairs
     )  # none of the names fits, which is fatal: the rest of the check goes on without the lists
     return kept, [*_disagreements(lists, pairs, given, root), *_left_over(lists, pairs, given, unknown, root)]
+
+
+def _listed_as(pair: Pair) -> str:
+    """The name under which lists know an image: that of its file, or of all files of its channels."""
+    return pair.image.name if pair.channel_files == 1 else pair.name.rpartition("/")[2]
 
 
 def _find(name: str, by_name: dict[str, list[int]], paths: list[tuple[str, ...]]) -> int | None:

@@ -202,7 +202,9 @@ def _pair(table: Table, line: int, cells: Sequence[str], places: "_Places") -> P
     region, group = table.cell(cells, "region"), table.cell(cells, "group")
     for role, cell in (("region", region), ("group", group)):
         if role in table.columns and not cell:
-            raise DataError(f"{where}: the column {table.header[table.columns[role]]!r} is empty; fill it in each line.")
+            raise DataError(
+                f"{where}: the column {table.header[table.columns[role]]!r} is empty; fill it in each line."
+            )
     return Pair(
         image=image,
         mask=places.find(mask, MASK_DIRS)[0] if mask else None,
@@ -331,7 +333,9 @@ def _notes(table: Table, places: _Places) -> Iterator[Problem]:
     spare = [title for place, title in enumerate(table.header) if place not in known and title]
     if spare:
         advice = " ".join(_advice(table, title) for title in spare)
-        yield Problem("warning", f"{name}: columns that are not used: {printable(first_of(spare, 8))}. {advice}".strip())
+        yield Problem(
+            "warning", f"{name}: columns that are not used: {printable(first_of(spare, 8))}. {advice}".strip()
+        )
 
 
 def _advice(table: Table, title: str) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from pixelwise.data.matching import is_zarr, relative, walk
+from pixelwise.data.names import channel_file
 from pixelwise.data.pairs import Pair, Problem, counted, first_of, split_of
 from pixelwise.data.tables import tables_in
 from pixelwise.formats import SOURCE_SUFFIXES
@@ -24,6 +25,8 @@ def find_unused(root: Path, pairs: Sequence[Pair], told: Collection[str], lists:
     """
     root = root.absolute()
     used = {path.absolute() for pair in pairs for path in (pair.image, pair.mask, pair.region) if path is not None}
+    several = [pair for pair in pairs if pair.channel_files > 1]
+    used |= {Path(channel_file(str(p.image.absolute()), number)) for p in several for number in range(p.channel_files)}
     read = {path.absolute() for path in lists}
     above = {parent for path in used for parent in path.parents}
     images, others = Counter[Path](), Counter[Path]()

@@ -1,5 +1,6 @@
-"""Other pixels of an open image: some of its bands, its neighbouring planes, its palette's colours, and what of it counts."""
+"""Other pixels of open images: some bands, neighbouring planes, colours of a palette, several files as one, a region."""
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,38 @@ from numpy.typing import NDArray
 from pixelwise.errors import DataError, UsageError
 from pixelwise.formats import Source
 from pixelwise.formats.base import Palette, View
+from pixelwise.formats.intensity import by_type
+
+
+class ChannelFiles(View):
+    """Several images of one size as the channels of one; where their types differ, in unit scale."""
+
+    def __init__(self, sources: Sequence[Source]) -> None:
+        kinds = {source.info.dtype for source in sources}
+        dtype = kinds.pop() if len(kinds) == 1 else "float32"
+        super().__init__(sources[0], channels=sum(source.info.channels for source in sources), dtype=dtype)
+        self._sources = sources
+
+    def read(self, top: int, left: int, height: int, width: int, plane: int = 0) -> NDArray[Any]:
+        arrays = [source.read(top, left, height, width, plane) for source in self._sources]
+        mixed = any(array.dtype != self.info.dtype for array in arrays)
+        return np.concatenate([by_type(array) for array in arrays] if mixed else arrays, axis=2)
+
+    def valid(self, top: int, left: int, height: int, width: int, plane: int = 0) -> NDArray[np.bool_] | None:
+        found = [source.valid(top, left, height, width, plane) for source in self._sources]
+        known = [valid for valid in found if valid is not None]
+        return np.stack(known).all(axis=0) if known else None
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256("".join(source.fingerprint() for source in self._sources).encode()).hexdigest()
+
+    def check_unchanged(self) -> None:
+        for source in self._sources:
+            source.check_unchanged()
+
+    def close(self) -> None:
+        for source in self._sources:
+            source.close()
 
 
 class SelectedBands(View):

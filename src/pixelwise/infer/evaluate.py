@@ -3,6 +3,7 @@
 import math
 import os
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
@@ -17,6 +18,7 @@ from pixelwise.errors import DataError, PixelwiseError, UsageError
 from pixelwise.files import remove_leftovers, write_json
 from pixelwise.infer.predictor import Predictor, load
 from pixelwise.infer.scoring import ImageScore, score_pairs, write_examples
+from pixelwise.infer.tiling import Note
 from pixelwise.metrics.confusion import ConfusionMatrix, Scores
 from pixelwise.metrics.headline import Headline, foreground_of, headline, standard_error
 
@@ -42,7 +44,6 @@ class Evaluation:
         batch: The most images in one pass; with statistics of the batch the scores depend on it.
         foreground: Of two classes, the one that is no background; None if there are more, or both are looked for.
         standard_error: Of the headline (the foreground's IoU, else mIoU), over the images; NaN if it cannot be told.
-        warnings: What a look at the masks showed that may make the scores mean something else.
     """
 
     split: str
@@ -58,7 +59,6 @@ class Evaluation:
     batch: int = 1
     foreground: int | None = None
     standard_error: float = math.nan
-    warnings: tuple[str, ...] = ()
 
     @property
     def headline(self) -> Headline:
@@ -77,6 +77,11 @@ class Evaluation:
         return plain | more | {"per_image": per_image}
 
 
+def warn(text: str) -> None:
+    """Tell whoever called `evaluate` in Python."""
+    warnings.warn(text, stacklevel=3)
+
+
 def evaluate(
     run: str | Path | Predictor,
     data: str | Path | DataFolder,
@@ -85,7 +90,7 @@ def evaluate(
     out: str | Path | None = None,
     on_progress: Callable[[int, int], None] | None = None,
     batch: int | None = None,
-    check: bool = True,
+    note: Note | None = warn,
 ) -> Evaluation:
     """Score a trained network on a split of a data folder.
 
@@ -101,7 +106,8 @@ def evaluate(
         on_progress: Called after each image with the number done and the number in all.
         batch: The most images in one pass; only neighbours of equal size share one. By default 1, or 10 for a predictor
             with batch statistics.
-        check: Look at the masks first, as `inspect_data` does. False for data that were inspected.
+        note: Takes what a look at the masks showed that may make the scores mean something else, one line each; by default a
+            `UserWarning`. None, for data that were inspected, does not look at them before.
 
     Raises:
         UsageError: the batch is less than 1.
@@ -122,10 +128,11 @@ def evaluate(
         >>> root = Path(tempfile.mkdtemp())
         >>> for kind, mode in (("images", "RGB"), ("masks", "L")):
         ...     (root / "test" / kind).mkdir(parents=True)
-        ...     Image.new(mode, (8, 6)).save(root / "test" / kind / "a.png")
+        ...     for value in (0, 1):
+        ...         Image.new(mode, (8, 6), value).save(root / "test" / kind / f"{value}.png")
         >>> evaluation = evaluate(predictor, root)
-        >>> evaluation.scores.pixels, evaluation.scores.recall[1]
-        (48, nan)
+        >>> evaluation.scores.pixels, evaluation.images
+        (96, 2)
     """
     started = time.perf_counter()
     predictor = run if isinstance(run, Predictor) else load(run)
@@ -136,8 +143,9 @@ def evaluate(
         batch = BATCH if predictor.batch_statistics else 1
     if batch < 1:
         raise UsageError(f"batch must be at least 1, not {batch}.")
-    how: dict[str, Any] = {"channels": predictor.in_channels, "reading": predictor.card.reading}
-    warnings = check_split(folder, split, **how) if check else ()
+    if note is not None:
+        for text in check_split(folder, split, channels=predictor.in_channels, reading=predictor.card.reading):
+            note(text)
     parts, per_image, groups = score_pairs(predictor, folder, pairs, batch, on_progress)
     confusion = sum(parts.values(), ConfusionMatrix(predictor.labels.num_classes))
     foreground = foreground_of(predictor.labels.names, predictor.labels.values)
@@ -161,7 +169,6 @@ def evaluate(
         examples={key: per_image[index]["name"] for key, index in chosen.items()},
         statistics="batch" if predictor.batch_statistics else "running",
         batch=batch,
-        warnings=warnings,
     )
     if target is not None:
         pictures = target / f"evaluation-{split}"
@@ -214,7 +221,8 @@ def open_for(
     for left_out in ((), ("region",), ("masks",)):  # other data need not have folders of these names
         if set(left_out) <= set(trained):
             with suppress(UsageError):
-                folder = open_data(root, **given, **{key: trained[key] for key in trained if key not in left_out})
+                there: dict[str, Any] = {key: name for key, name in trained.items() if key not in left_out}
+                folder = open_data(root, **given, **there)
                 return _with_warning(folder, trained["region"]) if left_out == ("region",) else folder
     folder = open_data(root, **given)
     return _with_warning(folder, trained["region"]) if "region" in trained else folder

@@ -167,8 +167,8 @@ def score_pairs(
 
 def _groups(predictor: Predictor, folder: DataFolder, pairs: Sequence[Pair], batch: int) -> Iterator[list[_Labelled]]:
     """The images that share a pass: neighbours of one size; their files are open until the next group."""
-    card = predictor.card
-    files = OpenPairs(lambda pair: OpenPair(pair, folder.labels, predictor.in_channels, card.reading))
+    reading = predictor.card.reading | folder.reading
+    files = OpenPairs(lambda pair: OpenPair(pair, folder.labels, predictor.in_channels, reading))
     group: list[_Labelled] = []
     with closing(files), closing(prefetch(lambda pair: _Labelled.of(files.get(pair), pair), pairs)) as coming:
         for _, future in coming:

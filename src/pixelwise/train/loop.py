@@ -156,7 +156,7 @@ class TrainingLoop(pl.Callback):
         module = self.module
         was_training, self.is_validating = module.evaluated.training, True
         predictor = Predictor(module.evaluated, self.card, device=module.device, precision=self.plan.precision)
-        evaluation = evaluate(predictor, self._val_folder(), split="val", check=False)
+        evaluation = evaluate(predictor, self._val_folder(), split="val", note=None)
         module.evaluated.train(was_training)
         self.is_validating = False
         return evaluation
