@@ -93,6 +93,21 @@ SPLIT_ALIASES = {
     "holdout": "test", "hold_out": "test", "hold-out": "test",
 }  # fmt: skip
 _SPLIT_ENDING = re.compile(r"[_\-. ]?(?:set|split)?[_\-. ]?(?:(?:19|20)\d\d)?$")  # trainset, train2017, val_2012
+_LIST_WORDS = (
+    "list",
+    "lists",
+    "ids",
+    "id",
+    "names",
+    "files",
+    "filenames",
+    "images",
+    "imgs",
+    "index",
+    "split",
+    "set",
+    "paths",
+)
 NO_VALIDATION = ", all of it train"
 """How the words of a layout end where a list says that all images are for training."""
 
@@ -104,6 +119,12 @@ def split_of(name: str) -> str:
     """The split that a folder, a list or a cell means by its name, "" if none: "train2017" and "Training" mean train."""
     name = name.strip().casefold()
     return SPLIT_ALIASES.get(name) or SPLIT_ALIASES.get(_SPLIT_ENDING.sub("", name), "")
+
+
+def split_of_list(stem: str) -> str:
+    """The split that a list means by its name, "" if none: "train_list" and "ids-val" as well as "train"."""
+    words = [word for word in re.split(r"[_\-. ]+", stem.casefold()) if word not in _LIST_WORDS]
+    return split_of(stem) or (split_of(words[0]) if len(words) == 1 else "")
 
 
 def composed(text: str) -> str:

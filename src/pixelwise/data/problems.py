@@ -43,13 +43,13 @@ def file_problems(folder: DataFolder, scans: Sequence[PairScan]) -> list[Problem
         _unreadable,
         _size_mismatches,
         _other_kind,
-        _unknown_values,
         _empty_masks,
         _missing_classes,
     )
     for check in per_split:
         for split, there in by_split.items():
             problems += check(split, there, folder) if there else ()
+    problems += _unknown_values(scans, folder)
     problems += [*_swapped(scans, folder), *_inverted(scans, folder), *turned_masks(scans)]
     return [*problems, *_mixed_images(folder, scans)]
 
@@ -117,15 +117,21 @@ def _other_kind(split: str, scans: list[PairScan], folder: DataFolder) -> Iterat
         yield Problem("warning", message, _mask_files(folder, painted))
 
 
-def _unknown_values(split: str, scans: list[PairScan], folder: DataFolder) -> Iterator[Problem]:
-    wrong, unknown, pixels = [], Counter[Value](), 0
+def _unknown_values(scans: Sequence[PairScan], folder: DataFolder) -> Iterator[Problem]:
+    """One question for all splits."""
+    wrong, unknown, pixels = list[PairScan](), Counter[Value](), Counter[str]()
     for scan in scans:
         counts = scan.mask.counts if scan.mask and scan.mask.kind == folder.labels.kind else {}
         here = {value: count for value, count in counts.items() if folder.labels.class_of(value) is None}
         unknown.update(here)
         wrong += [scan] if here else []
-        pixels += sum(counts.values())
+        pixels[scan.pair.split] += sum(counts.values())
     if wrong:
+        by_split = Counter(scan.pair.split for scan in wrong)
+        split, masks = ", ".join(by_split), _masks(wrong)
+        if len(by_split) > 1:
+            each = ", ".join(f"{count:,} in {name}" for name, count in by_split.items())
+            masks = masks.replace("pixels added up", f"{each}, pixels added up")
         if soft := _soft(scans):
             yield Problem("fatal", f"{split}: {soft}", _mask_files(folder, wrong))
             return
@@ -135,22 +141,18 @@ def _unknown_values(split: str, scans: list[PairScan], folder: DataFolder) -> It
         ]
         if places:
             message += f" Values in so few pixels may be strays: {first_of(places, _PLACES, separator='; ')}."
-        if 2 * sum(unknown.values()) > pixels and not set(unknown) <= set(VOID_BY_CUSTOM):
+        if 2 * sum(unknown.values()) > sum(pixels[name] for name in by_split) and not set(unknown) <= set(
+            VOID_BY_CUSTOM
+        ):
             message += " Most pixels are of no class: are these masks of another data set, or the classes?"
-        lost = [
-            name
-            for index, name in enumerate(folder.labels.names)
-            if not any(index in _classes(scan, folder.labels) for scan in scans)
-        ]
-        if lost and 2 * len(wrong) > len(scans) and not set(unknown) <= set(VOID_BY_CUSTOM):
-            message += (
-                f" No mask holds a value of {first_of([repr(name) for name in lost], 3)}: if one of these values means it, "
-                "say so in classes.yaml; --ignore would leave nothing of it."
-            )
-        yield Problem("fatal", f"{split}: {_masks(wrong)} {message}", _mask_files(folder, wrong))
+        elif len(left := set[int]().union(*(_classes(scan, folder.labels) for scan in scans)) - {IGNORE_INDEX}) < 2:
+            lost = [repr(name) for index, name in enumerate(folder.labels.names) if index not in left]
+            message += f" No mask holds {first_of(lost, 3)}: if one of these values means it, say so in classes.yaml; "
+            message += "--ignore would leave nothing of it."
+        yield Problem("fatal", f"{split}: {masks} {message}", _mask_files(folder, wrong))
 
 
-def _soft(scans: list[PairScan]) -> str:
+def _soft(scans: Sequence[PairScan]) -> str:
     """What is asked about masks of numbers whose classes have soft rims; "" if they have none."""
     masks = [scan.mask for scan in scans if scan.mask and scan.mask.kind == "index"]
     counts, solid = Counter[int](), Counter[int]()

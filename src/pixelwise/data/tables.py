@@ -4,20 +4,18 @@ import csv
 import os
 import re
 import shlex
-import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 
+from pixelwise.data.listed_files import ListedFiles
 from pixelwise.data.matching import relative
 from pixelwise.data.names import IMAGE_DIRS, MASK_DIRS
-from pixelwise.data.pairs import Pair, Problem, composed, counted, first_of, split_of
+from pixelwise.data.pairs import Pair, Problem, counted, first_of, split_of
 from pixelwise.errors import DataError, UsageError
 from pixelwise.files import read_regular
 from pixelwise.formats import SOURCE_SUFFIXES
 from pixelwise.formats.local import printable
-from pixelwise.formats.registry import stem_of
 
 _COLUMNS = {
     "image": (
@@ -42,6 +40,7 @@ _GROUP = re.compile(
 )
 _FEWEST_GROUPS = 3
 
+_SPLITTING = re.compile(r"fold|split|subset|^(is_?)?(train|val|valid|validation|test)(ing)?$", re.IGNORECASE)
 _DELIMITERS = ",;\t|"
 _WANTED = "The first line must name the columns image and mask (and perhaps split)"
 
@@ -56,10 +55,14 @@ class Table:
     columns: dict[str, int]
     encoding: str
 
-    def says_splits(self) -> bool:
-        """Whether one of its columns holds nothing but names of splits."""
+    def may_say_splits(self) -> bool:
+        """Whether one of its columns holds nothing but names of splits, or is called so."""
+        return bool(self.split_columns()) or any(map(_SPLITTING.search, self.header))
+
+    def split_columns(self) -> list[int]:
+        """The columns that hold nothing but names of splits."""
         rows = [cells for _, cells in self.rows if len(cells) == len(self.header)]
-        return bool(rows) and any(all(split_of(cell) for cell in column) for column in zip(*rows, strict=True))
+        return [place for place, column in enumerate(zip(*rows, strict=True)) if all(map(split_of, column))]
 
     def place(self, title: str | None) -> int | None:
         """The place of a column by its title as it is, whatever its case; None if there is none."""
@@ -106,7 +109,19 @@ def read_table(path: Path) -> Table:
         rows = tuple((start + reader.line_num, tuple(cells)) for cells in reader if any(map(str.strip, cells)))
     except (csv.Error, ValueError) as error:
         raise DataError(f"{path}: cannot be read as CSV ({error}).") from error
-    return Table(path=path, header=header, rows=rows, columns=_columns(header), encoding=encoding)
+    table = Table(path=path, header=header, rows=rows, columns=_columns(header), encoding=encoding)
+    by_cells = [place for place in table.split_columns() if place not in table.columns.values()]
+    if "split" not in table.columns and by_cells:
+        return replace(table, columns=table.columns | {"split": by_cells[0]})
+    return table
+
+
+def folds_question(column: str) -> str:
+    """What is asked about a column of numbers of folds, and the like."""
+    return (
+        f"the column {column!r} numbers folds or says a split in words that are not known, and nothing says which images to "
+        "validate on. Write a column split with val for these and train for the others."
+    )
 
 
 def _columns(header: Sequence[str]) -> dict[str, int]:
@@ -168,7 +183,7 @@ def read_pairs(
                              f"{', '.join(table.header)[:200]}.")  # fmt: skip
     named = {role: place for role, title in further.items() if (place := table.place(title)) is not None}
     table = replace(table, columns=table.columns | named)
-    places = _Places(path.parent)
+    places = ListedFiles(path.parent)
     pairs = [_pair(table, line, cells, places) for line, cells in _complete_rows(table)]
     if not pairs:
         raise DataError(f"{path}: lists no pairs; below the line `image,mask` one line for each pair is wanted.")
@@ -186,7 +201,7 @@ def _complete_rows(table: Table) -> Iterator[tuple[int, tuple[str, ...]]]:
         yield line, cells[:width]
 
 
-def _pair(table: Table, line: int, cells: Sequence[str], places: "_Places") -> Pair:
+def _pair(table: Table, line: int, cells: Sequence[str], places: ListedFiles) -> Pair:
     named, mask, given = (table.cell(cells, column) for column in ("image", "mask", "split"))
     where = f"{table.path}, line {line}"
     if not named:
@@ -213,75 +228,6 @@ def _pair(table: Table, line: int, cells: Sequence[str], places: "_Places") -> P
         group=group,
         region=places.find(region, MASK_DIRS)[0] if region else None,
     )
-
-
-class _Places:
-    """Finds the files that a list names, whatever system wrote the names; `moved` counts absolute paths found elsewhere."""
-
-    def __init__(self, base: Path) -> None:
-        self.base = base
-        self.moved: list[tuple[str, Path]] = []
-        self.beside: list[tuple[str, Path]] = []
-
-    def find(self, text: str, folders: Sequence[str]) -> tuple[Path, str]:
-        """The file and the name that it has in the data: its path below the list without suffix, or its absolute path."""
-        drive = re.match(r"[A-Za-z]:[\\/]|\\\\", text)
-        exists = os.path.lexists(self.base / text)
-        parts = PureWindowsPath(text).parts if not exists and (drive or "\\" in text) else PurePosixPath(text).parts
-        named = Path(*parts[1:]) if drive else Path(*parts)
-        if not drive and (found := _on_disk(self.base / named)):
-            inside = named.is_absolute() and named.resolve().is_relative_to(self.base.resolve())
-            return found, _without_suffix(named.resolve().relative_to(self.base.resolve()) if inside else named)
-        if drive or named.is_absolute():
-            rest = named.parts if drive else named.parts[1:]
-            for start in range(len(rest)):
-                below = Path(*rest[start:])
-                if found := _on_disk(self.base / below):
-                    self.moved.append((text, found))
-                    return found, _without_suffix(below)
-        elif len(named.parts) == 1:  # a bare name, of a file in images/ or masks/
-            for folder in sorted(path for path in self.base.iterdir() if path.name.casefold() in folders):
-                if found := _on_disk(folder / named):
-                    self.beside.append((text, found))
-                    return found, _without_suffix(named)
-        return self.base / named, _without_suffix(named)
-
-
-def _without_suffix(path: Path) -> str:
-    return path.with_name(stem_of(path.name)).as_posix()
-
-
-def _on_disk(path: Path) -> Path | None:
-    """The file of this name, also if the disk holds its name in the other Unicode form."""
-    if path.exists():
-        return path
-    if path.parent.is_dir() and not path.name.lower().endswith(SOURCE_SUFFIXES):  # a list of names without suffixes
-        named = _files_by_stem(path.parent, path.parent.stat().st_mtime_ns).get(path.name, [])
-        return path.with_name(named[0]) if len(named) == 1 else None
-    if path.as_posix().isascii():
-        return None
-    for form in ("NFC", "NFD"):
-        other = Path(unicodedata.normalize(form, str(path)))
-        if other.exists():
-            return other
-    if not path.parent.is_dir():
-        return None
-    found = _names_in(path.parent, path.parent.stat().st_mtime_ns).get(composed(path.name))
-    return path.with_name(found) if found else None
-
-
-@lru_cache(maxsize=256)
-def _files_by_stem(folder: Path, _mtime_ns: int) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
-    for path in folder.iterdir():
-        if path.name.lower().endswith(SOURCE_SUFFIXES):
-            found.setdefault(stem_of(path.name), []).append(path.name)
-    return found
-
-
-@lru_cache(maxsize=256)
-def _names_in(folder: Path, _mtime_ns: int) -> dict[str, str]:
-    return {composed(path.name): path.name for path in folder.iterdir()}
 
 
 def _named_below(pairs: list[Pair]) -> list[Pair]:
@@ -318,7 +264,7 @@ def _problems(path: Path, pairs: list[Pair]) -> Iterator[Problem]:
         yield Problem("fatal", message, tuple(lonely))
 
 
-def _notes(table: Table, places: _Places) -> Iterator[Problem]:
+def _notes(table: Table, places: ListedFiles) -> Iterator[Problem]:
     """What was read in another way than its author may have meant, and what was not used."""
     name = table.path.name
     if table.encoding == "cp1252":
@@ -331,6 +277,9 @@ def _notes(table: Table, places: _Places) -> Iterator[Problem]:
                           f"{printable(text)} is {relative(found, table.path.parent)}.")  # fmt: skip
     known = set(table.columns.values())
     spare = [title for place, title in enumerate(table.header) if place not in known and title]
+    doubtful = [title for title in spare if _SPLITTING.search(title)] if "split" not in table.columns else []
+    for title in doubtful[:1]:
+        yield Problem("fatal", f"{name}: no split was found, but {folds_question(title)} Or take the column out.")
     if spare:
         advice = " ".join(_advice(table, title) for title in spare)
         yield Problem(

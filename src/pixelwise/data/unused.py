@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pixelwise.data.matching import is_zarr, relative, walk
 from pixelwise.data.names import channel_file
-from pixelwise.data.pairs import Pair, Problem, counted, first_of, split_of
+from pixelwise.data.pairs import Pair, Problem, counted, first_of, split_of_list
 from pixelwise.data.tables import tables_in
 from pixelwise.formats import SOURCE_SUFFIXES
 
@@ -71,13 +71,17 @@ def unread_lists(root: Path) -> list[Path]:
     if not root.is_dir():
         return []
     folders = [
-        path for path in root.iterdir() if path.is_dir() and re.search("split|fold|imagesets", path.name.lower())
+        path
+        for path in root.iterdir()
+        if path.is_dir() and re.search("split|fold|imagesets|lists?$", path.name.lower())
     ]
     files = [path for place in (root, *folders) for path in sorted(place.iterdir())]
     files = [path for path in files if path.suffix.lower() in (*_LISTS, ".yaml", ".yml")]
-    tables = {table.path for table in tables_in(root) if table.says_splits()}
+    tables = {table.path for table in tables_in(root) if table.may_say_splits()}
     return [
-        path for path in files if split_of(path.stem) or re.search("split|fold", path.stem.casefold()) or path in tables
+        path
+        for path in files
+        if split_of_list(path.stem) or re.search("split|fold", path.stem.casefold()) or path in tables
     ]
 
 
@@ -86,4 +90,4 @@ def _is_list(path: Path) -> bool:
     name = path.stem.casefold()
     if not path.is_file() or path.suffix.lower() not in _LISTS:
         return False
-    return path.suffix.lower() in (".csv", ".tsv") or bool(split_of(name)) or "split" in name or "fold" in name
+    return path.suffix.lower() in (".csv", ".tsv") or bool(split_of_list(name)) or "split" in name or "fold" in name

@@ -30,7 +30,7 @@ class ChannelFiles(View):
     def valid(self, top: int, left: int, height: int, width: int, plane: int = 0) -> NDArray[np.bool_] | None:
         found = [source.valid(top, left, height, width, plane) for source in self._sources]
         known = [valid for valid in found if valid is not None]
-        return np.stack(known).all(axis=0) if known else None
+        return np.asarray(np.stack(known).all(axis=0)) if known else None
 
     def fingerprint(self) -> str:
         return hashlib.sha256("".join(source.fingerprint() for source in self._sources).encode()).hexdigest()
@@ -107,7 +107,7 @@ class InRegion(View):
         return self.source.read(top, left, height, width, plane)
 
     def valid(self, top: int, left: int, height: int, width: int, plane: int = 0) -> NDArray[np.bool_] | None:
-        inside = self._region.read(top, left, height, width, plane).any(axis=2)
+        inside = np.asarray(self._region.read(top, left, height, width, plane).any(axis=2))
         valid = self.source.valid(top, left, height, width, plane)
         return inside if valid is None else inside & valid
 

@@ -224,7 +224,13 @@ def open_for(
                 there: dict[str, Any] = {key: name for key, name in trained.items() if key not in left_out}
                 folder = open_data(root, **given, **there)
                 return _with_warning(folder, trained["region"]) if left_out == ("region",) else folder
-    folder = open_data(root, **given)
+    try:
+        folder = open_data(root, **given)
+    except UsageError as error:
+        if group_by is not None or "group_by" not in given:
+            raise
+        advice = "The network was trained with it. Pass --group-by for these data; '(.*)' keeps each image by itself."
+        raise UsageError(f"{error} {advice}") from error
     return _with_warning(folder, trained["region"]) if "region" in trained else folder
 
 
