@@ -10,9 +10,10 @@ import pytest
 from PIL import Image
 
 from pixelwise.data.check import inspect_data
+from pixelwise.data.image_files import relative
 from pixelwise.data.labels import CAMVID_NAMES, LabelSpec
 from pixelwise.data.layouts import open_data
-from pixelwise.data.matching import FolderPair, match_source, relative
+from pixelwise.data.matching import FolderPair, match_source
 from pixelwise.data.pairs import assign_splits
 from pixelwise.errors import DataError, UsageError
 

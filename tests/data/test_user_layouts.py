@@ -216,8 +216,31 @@ def test_csv_files_named_as_splits_are_followed(tmp_path, folder, lines):
 
 
 @pytest.mark.parametrize(
+    "files",
+    [
+        {"lists/train_list.txt": "a\nb\nc\nd", "lists/val_list.txt": "e\nf"},
+        {"splits/train.json": '["a", "b", "c", "d"]', "splits/val.json": '["e", "f"]'},
+        {"splits/one.json": '{"train": ["a", "b", "c", "d"], "val": ["e", "f"]}'},
+        {"ImageSets/one.yaml": "train: [a, b, c, d]\nval: [e, f]"},
+        {"lists/all.csv": "image,split\na,train\nb,train\nc,train\nd,train\ne,val\nf,val"},
+    ],
+)
+def test_lists_in_folders_of_their_own_are_followed(tmp_path, files):
+    save_pairs(tmp_path, "images", "masks", "abcdef")
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    found = open_data(tmp_path)
+    assert {split: "".join(pair.name for pair in found.split(split)) for split in found.splits} == {
+        "train": "abcd",
+        "val": "ef",
+    }
+    assert told(found) == told(found, "fatal") == ""
+
+
+@pytest.mark.parametrize(
     ("name", "text"),
-    [("splits.yaml", "train: [a]"), ("x.csv", "key,part\na,train\nb,val"), ("folds.json", '{"a.png": 0, "b.png": 1}')],
+    [("splits.yaml", "folds: 5"), ("x.csv", "key,part\na,train\nb,val"), ("folds.json", '{"a.png": 0, "b.png": 1}')],
 )
 def test_what_may_list_splits_and_is_not_understood_is_refused(tmp_path, name, text):
     save_pairs(tmp_path, "images", "masks", "abc")
@@ -315,15 +338,10 @@ def test_what_differs_in_a_name_is_said(tmp_path):
         )
 
 
-def test_folders_that_may_be_splits_are_named_and_channels_in_files_of_their_own_too(tmp_path):
+def test_folders_that_may_be_splits_are_named(tmp_path):
     for split, stems in (("part1", "abcd"), ("part2", "ef")):
         save_pairs(tmp_path / "a", f"images/{split}", f"masks/{split}", stems)
     assert "the folders part1/ (4), part2/ (2) are not taken as splits" in told(open_data(tmp_path / "a"))
-    for case in "xyz":
-        save(tmp_path / f"b/labelsTr/{case}.png", blob())
-        for channel in range(2):
-            save(tmp_path / f"b/imagesTr/{case}_000{channel}.png")
-    assert "stack the channels of each image in one file" in told(open_data(tmp_path / "b"), "fatal")
 
 
 def test_what_lies_outside_of_the_data_folder_does_not_count(tmp_path):
@@ -413,6 +431,49 @@ def test_folds_in_a_csv_are_refused_and_other_columns_named(tmp_path):
         open_data(tmp_path)
     write_csv(tmp_path, ",image,mask,split,patient", rows=[("0", *row, "p1") for row in rows])
     assert "columns that are not used: patient." in told(open_data(tmp_path))
+
+
+@pytest.mark.parametrize("title", ["kfold", "cv_fold", "is_train"])
+def test_columns_that_may_say_a_split_are_asked_about(tmp_path, title):
+    rows = [(*row[:2], str(index % 2)) for index, row in enumerate(rows_of(tmp_path))]
+    write_csv(tmp_path, f"image,mask,{title}", rows=rows)
+    assert f"no split was found, but the column '{title}' numbers folds or says" in told(open_data(tmp_path), "fatal")
+
+
+def test_a_column_of_splits_is_followed_whatever_its_title(tmp_path):
+    write_csv(tmp_path, "image,mask,dataset", rows=rows_of(tmp_path))
+    assert counts(open_data(tmp_path)) == {"train": 3, "val": 2, "test": 1}
+
+
+def test_a_column_names_groups_that_stay_together(tmp_path):
+    rows = rows_of(tmp_path)
+    patients = ["p1", "p1", "p2", "p2", "p3", "p3"]
+    write_csv(tmp_path, "image,mask,split,Patient ID", rows=[(*row, p) for row, p in zip(rows, patients, strict=True)])
+    assert "'Patient ID' looks like 3 groups of images; 2 are in several splits" in told(open_data(tmp_path))
+    assert "divide groups: 'p2' (train and val), 'p3' (val and test)" in told(
+        open_data(tmp_path, group_by="patient id"), "fatal"
+    )
+    write_csv(tmp_path, "image,mask,patient", rows=[(*row[:2], p) for row, p in zip(rows, patients, strict=True)])
+    assert "'patient' looks like 3 groups of images: --group-by patient keeps each in one split." in told(
+        open_data(tmp_path)
+    )
+    found = open_data(tmp_path, group_by="patient")
+    assert {pair.name[-2:]: pair.group for pair in found.pairs} == {f"{i:02d}": p for i, p in enumerate(patients)}
+    assert all(len({pair.split for pair in found.pairs if pair.group == p}) == 1 for p in patients)
+    assert counts(found) == {"train": 2, "val": 2, "test": 2} and "not used" not in told(found)
+    write_csv(tmp_path, "image,mask,patient", rows=[(*row[:2], "") for row in rows])
+    with pytest.raises(DataError, match="line 2: the column 'patient' is empty"):
+        open_data(tmp_path, group_by="patient")
+
+
+def test_a_void_value_is_asked_about_once_for_all_splits(tmp_path):
+    for split, stems in (("train", "abc"), ("val", "de")):
+        for stem in stems:
+            save(tmp_path / split / "images" / f"{stem}.jpg")
+            save(tmp_path / split / "masks" / f"{stem}.png", np.where(np.arange(32) < 9, 255, blob()).astype(np.uint8))
+    assert told(open_data(tmp_path), "fatal").startswith(
+        "train, val: mask a.png (and 4 more masks, 3 in train, 2 in val, pixels added up) holds value 255 (1,080 px), but"
+    )
 
 
 def test_everything_is_train_in_a_csv_means_it(tmp_path):

@@ -7,7 +7,7 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.pixels import apply_voi_lut
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
-from pixelwise.data.matching import is_series
+from pixelwise.data.image_files import is_series
 from pixelwise.errors import DataError
 from pixelwise.formats import open_source
 from pixelwise.formats.dicom import open_dicom

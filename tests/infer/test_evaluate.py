@@ -234,12 +234,94 @@ def test_images_without_labelled_pixels_have_no_score(tmp_path):
     write_pair(tmp_path / "data", "test", "void", rng, void=1.1)
     write_pair(tmp_path / "data", "test", "seen", rng)
     save_labels(tmp_path / "data" / "classes.yaml", SPEC)
-    evaluation = evaluate(strongest(), tmp_path / "data", out=tmp_path / "out")
+    with pytest.warns(UserWarning, match="test: 1 mask holds no labelled pixel"):
+        evaluation = evaluate(strongest(), tmp_path / "data", out=tmp_path / "out")
     entry = next(entry for entry in evaluation.per_image if entry["name"] == "void")
     assert entry["pixels"] == 0
     assert math.isnan(entry["miou"])
     assert evaluation.examples == {"best-1": "seen"}
     assert json.loads((tmp_path / "out" / "evaluation-test.json").read_text())["per_image"][1]["miou"] is None
+
+
+TWO = LabelSpec(names=("background", "cell"), colors=((0, 0, 0), (250, 0, 0)), values=((0,), (255,)))
+
+
+def binary(root, change=lambda mask: mask, count=4):
+    """Images of a bright square each, and masks of 0 and 255 that were changed."""
+    for index in range(count):
+        mask = np.zeros((40, 48), np.uint8)
+        mask[6 + index : 26, 8:30] = 255
+        image = np.repeat((mask // 2 + 20)[..., None] + np.random.default_rng(index).integers(0, 9, (40, 48, 3)), 1, 2)
+        for kind, content in (("images", image.astype(np.uint8)), ("masks", change(mask))):
+            path = root / "test" / kind / f"{index}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(content).save(path)
+
+
+class Bright(nn.Module):
+    """Class 1 is bright."""
+
+    def forward(self, image):
+        return torch.cat([0.3 - image[:, :1], image[:, :1] - 0.3], 1)
+
+
+def soft(mask):
+    return np.array(Image.fromarray(mask).resize((24, 20), Image.Resampling.BILINEAR).resize((48, 40)))
+
+
+def stray(mask):
+    return np.where((np.indices(mask.shape) == 3).all(axis=0), np.uint8(7), mask)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (soft, "only 0 and 255 fill areas; .* between, as antialiasing, resizing or JPEG leaves them"),
+        (stray, "Values in so few pixels may be strays: 7 in 0.png at row 3, column 3"),
+        (lambda mask: mask // 255, "No mask holds 'cell': if one of these values means it"),
+        (lambda mask: mask[:20], "is 48 x 20 px, but its image"),
+        (lambda mask: mask[..., None] // 9 * np.array([3, 5, 7]) % 251 + soft(mask)[..., None], "masks"),
+    ],
+)
+@pytest.mark.parametrize("reads", ["path", "folder"])
+def test_masks_that_cannot_be_meant_give_no_score(tmp_path, change, message, reads):
+    binary(tmp_path, lambda mask: change(mask).astype(np.uint8))
+    predictor = strongest(replace(CARD, labels=TWO))
+    data = tmp_path if reads == "path" else open_for(predictor, tmp_path)
+    with pytest.raises(DataError, match=message):
+        evaluate(predictor, data)
+
+
+def test_what_may_make_scores_mean_something_else_is_told(tmp_path):
+    binary(tmp_path, lambda mask: 255 - mask)
+    predictor = Predictor(Bright(), replace(CARD, labels=TWO), device="cpu", precision="float32")
+    folder = open_for(predictor, tmp_path)
+    with pytest.warns(UserWarning, match="4 masks look inverted"):
+        evaluate(predictor, folder)
+    told = []
+    binary(tmp_path, lambda mask: mask * 0)
+    evaluate(predictor, tmp_path, note=told.append)
+    assert told == [
+        "test: 4 masks hold nothing but background: test/masks/0.png, test/masks/1.png, test/masks/2.png and 1 more.",
+        "test: no mask contains 'cell'. It cannot be scored there.",
+    ]
+    binary(tmp_path)
+    for path in (tmp_path / "test" / "images").iterdir():
+        with Image.open(path) as image:
+            exif = image.getexif()
+            exif[0x0112] = 3
+            image.save(path, exif=exif)
+    evaluate(predictor, tmp_path, note=told.append)
+    assert "4 photos carry an EXIF orientation that their masks do not" in told[2]
+
+
+def test_images_and_masks_that_are_swapped_give_no_score(tmp_path):
+    binary(tmp_path)
+    (tmp_path / "test/images").rename(tmp_path / "test/x")
+    (tmp_path / "test/masks").rename(tmp_path / "test/images")
+    (tmp_path / "test/x").rename(tmp_path / "test/masks")
+    with pytest.raises(DataError, match="images and masks seem to be swapped"):
+        evaluate(strongest(replace(CARD, labels=TWO)), tmp_path)
 
 
 def test_an_unwritable_place_is_an_error_of_one_sentence(root, tmp_path):
@@ -371,7 +453,7 @@ def test_a_volume_is_scored_plane_by_plane(tmp_path, plane):
     ]
     pair = SimpleNamespace(name="a", mask="mask", plane=plane)
     with strongest().open(tmp_path / "image.tif") as image:
-        labelled = scoring._Labelled.of(SimpleNamespace(image=image, mask=mask, labels=SPEC), pair)
+        labelled = scoring._Labelled.of(SimpleNamespace(image=image, mask=mask, region=None, labels=SPEC), pair)
         store = scoring._Counting(labelled, 3)
         scoring._label(strongest(), [labelled], [store])
     wanted, planes = ConfusionMatrix(3), slice(None) if plane is None else slice(plane, plane + 1)

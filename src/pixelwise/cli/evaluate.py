@@ -3,7 +3,7 @@
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -28,6 +28,7 @@ def evaluate(
     ignore: options.Ignore = None,
     group_by: options.GroupBy = None,
     masks: options.Masks = None,
+    region: options.Region = None,
     device: options.Device = "auto",
     precision: options.Precision = "auto",
     batch: Annotated[
@@ -45,7 +46,8 @@ def evaluate(
     from pixelwise.infer.evaluate import open_for, place_of_results, write_evaluation
 
     predictor = infer.load(run, device=device, precision=precision, batch_statistics=batch_statistics)
-    folder = open_for(predictor, data, classes=classes, ignore=ignore or (), group_by=group_by, masks=masks)
+    how: dict[str, Any] = {"group_by": group_by, "masks": masks, "region": region}
+    folder = open_for(predictor, data, classes=classes, ignore=ignore or (), **how)
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(f"scoring {split}", total=None)
         evaluation = infer.evaluate(

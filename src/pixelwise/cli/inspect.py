@@ -30,6 +30,7 @@ def inspect(
     ignore: options.Ignore = None,
     group_by: options.GroupBy = None,
     masks: options.Masks = None,
+    region: options.Region = None,
     bands: options.Bands = None,
     axis: options.Axis = None,
     axes: options.Axes = None,
@@ -61,10 +62,11 @@ def inspect(
     from pixelwise.data.layouts import open_data
 
     reading = options.reading_options(bands, axis, axes, nan_is_nodata, level, series, intensity, allow_no_affine)
-    folder = open_data(data, classes=classes, ignore=tuple(ignore or ()), group_by=group_by, masks=masks)
+    how: dict[str, Any] = {"group_by": group_by, "masks": masks, "region": region}
+    folder = open_data(data, classes=classes, ignore=tuple(ignore or ()), **how)
     if write_classes is not None:
         classes, ignore = _write_classes(folder, write_classes), None
-        folder = open_data(data, classes=classes, group_by=group_by, masks=masks)
+        folder = open_data(data, classes=classes, **how)
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("Reading", total=len(folder.pairs))
         inspection = inspect_data(folder, lambda done, total: progress.update(task, completed=done), reading=reading)

@@ -38,7 +38,10 @@ Ignore = Annotated[
 ]
 GroupBy = Annotated[
     str | None,
-    typer.Option(metavar="REGEX", help="Regular expression: images with the same group 1 stay in one split."),
+    typer.Option(
+        metavar="REGEX",
+        help="Regular expression: images with the same group 1 stay in one split. Or a column of a CSV file.",
+    ),
 ]
 Masks = Annotated[
     str | None,
@@ -46,6 +49,13 @@ Masks = Annotated[
         metavar="NAME",
         help="The folder of masks, where several beside the images hold labels; or how the names of masks end, where each "
         "image has several; or 'all', which joins the masks of each image.",
+    ),
+]
+Region = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="The folder, or column of a CSV file, of masks that are 0 where pixels do not count: a field of view.",
     ),
 ]
 Bands = Annotated[

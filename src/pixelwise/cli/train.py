@@ -44,6 +44,7 @@ def train(
     ignore: options.Ignore = None,
     group_by: options.GroupBy = None,
     masks: options.Masks = None,
+    region: options.Region = None,
     bands: options.Bands = None,
     axis: options.Axis = None,
     slices: Annotated[
@@ -79,6 +80,7 @@ def train(
     from pixelwise.report import write_report
     from pixelwise.train import command_line, make_config, merge_options, parse_settings, read_config
     from pixelwise.train import train as train_network
+    from pixelwise.train.folder import recorded_choices
 
     typed: dict[str, Any] = {
         "model": model,
@@ -97,7 +99,10 @@ def train(
         typed["options"] = {"backbone": backbone}
     given = merge_options(read_config(config) if config else {}, parse_settings(settings or []), typed)
     asked = make_config(given) if given or not resume else None
-    folder = open_data(data, classes=classes, ignore=tuple(ignore or ()), group_by=group_by, masks=masks)
+    named = {"group_by": group_by, "masks": masks, "region": region}
+    chosen = recorded_choices(out) if resume else {}
+    chosen |= {key: value for key, value in named.items() if value is not None}
+    folder = open_data(data, classes=classes, ignore=tuple(ignore or ()), **chosen)
     console = options.table_console()
     run = None
     with TrainingProgress(console) as progress, suppress(KeyboardInterrupt):
@@ -118,7 +123,7 @@ def train(
         if unlabelled := sum(pair.mask is None for pair in pairs):
             options.print_plain(f"{split}: not scored, {unlabelled:,} of its {len(pairs):,} images have no mask.")
         elif pairs:
-            found = evaluate(out, folder, split=split, note=options.print_plain)
+            found = evaluate(out, folder, split=split, check=False, note=options.print_plain)
             options.print_plain(f"{split}, {found.images:,} images: {found.headline.text}")
             means = f"mIoU {100 * found.scores.miou:.2f}, global accuracy {100 * found.scores.global_accuracy:.2f}"
             options.print_plain(f"{split}: {means}")

@@ -15,7 +15,7 @@ from pixelwise.data.labels import IGNORE_INDEX, LabelSpec, as_lists
 from pixelwise.data.numbers import Numbers
 from pixelwise.data.pairs import SPLITS, DataFolder, Pair, Problem
 from pixelwise.data.places import Places
-from pixelwise.data.problems import find_problems
+from pixelwise.data.problems import fatal_first, file_problems, find_problems
 from pixelwise.data.samples import are_pictures, crs_name
 from pixelwise.data.scan import ImageScan, PairScan, in_threads, scan_pair
 from pixelwise.errors import DataError
@@ -114,18 +114,14 @@ class Inspection:
         Raises:
             DataError: listing all of them.
         """
-        fatal = [problem.message for problem in self.problems if problem.severity == "fatal"]
-        if len(fatal) == 1:
-            raise DataError(f"{self.folder.root}: {fatal[0]}")
-        if fatal:
-            listing = "".join(f"\n- {message}" for message in fatal)
-            raise DataError(f"{self.folder.root}: {len(fatal)} problems must be fixed first:{listing}")
+        raise_if_fatal(self.folder, self.problems)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the single pairs, for JSON."""
         content = {
             "root": str(self.folder.root),
             "layout": self.folder.layout,
+            **self.folder.choices,
             "labels": self.folder.labels.to_dict(),
             "channels": self.channels,
             "dtypes": self.dtypes,
@@ -141,6 +137,40 @@ class Inspection:
             "problems": [asdict(problem) for problem in self.problems],
         }
         return {key: as_lists(value) for key, value in content.items()}
+
+
+def raise_if_fatal(folder: DataFolder, problems: Sequence[Problem]) -> None:
+    """Raise a `DataError` that lists the fatal ones, if there are any."""
+    fatal = [problem.message for problem in problems if problem.severity == "fatal"]
+    if len(fatal) == 1:
+        raise DataError(f"{folder.root}: {fatal[0]}")
+    if fatal:
+        listing = "".join(f"\n- {message}" for message in fatal)
+        raise DataError(f"{folder.root}: {len(fatal)} problems must be fixed first:{listing}")
+
+
+def check_split(
+    folder: DataFolder, split: str, *, channels: int, reading: Mapping[str, Any] | None = None
+) -> tuple[str, ...]:
+    """Look at what is to be scored: the masks of a split, and the headers of its images. Returns warnings.
+
+    Args:
+        folder: as `open_data` gives it.
+        split: its name.
+        channels: of the network.
+        reading: as of `inspect_data`.
+
+    Raises:
+        DataError: something is wrong that would make the scores wrong.
+    """
+    by_color = folder.labels.kind == "rgb"
+    reading = {**(reading or {}), **folder.reading}
+    scan = partial(scan_pair, reading=reading, channels=channels, by_color=by_color, with_pixels=False)
+    others = tuple(f"{name}: " for name in SPLITS if name != split)
+    of_names = [problem for problem in folder.problems if not problem.message.startswith(others)]
+    problems = fatal_first([*of_names, *file_problems(folder, in_threads(scan, folder.split(split)))])
+    raise_if_fatal(folder, problems)
+    return tuple(problem.message for problem in problems)
 
 
 def inspect_data(
@@ -173,7 +203,7 @@ def inspect_data(
         >>> inspect_data(open_data(root)).sizes
         {'8x6': 4}
     """
-    reading = {key: value for key, value in (reading or {}).items() if value is not None}
+    reading = {key: value for key, value in (reading or {}).items() if value is not None} | folder.reading
     scan = partial(scan_pair, reading=reading, by_color=folder.labels.kind == "rgb")
     scans = _with_one_opacity(in_threads(scan, folder.pairs, on_progress), scan, reading)
     images = [scan.image for scan in scans if scan.image is not None]
@@ -268,7 +298,7 @@ def _numbers(images: Sequence[ImageScan], channels: int) -> Numbers:
 def _fingerprint(scans: Sequence[PairScan]) -> str:
     digest = hashlib.sha256()
     for scan in scans:
-        image = scan.image.digest if scan.image else "unreadable"
+        image = scan.image.digest + scan.image.region if scan.image else "unreadable"
         mask = scan.mask.digest if scan.mask else "none"
         name = scan.pair.name.encode("utf-8", "surrogateescape")
         digest.update(scan.pair.split.encode() + b"\0" + name + f"\0{image}\0{mask}\n".encode())

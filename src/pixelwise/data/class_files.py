@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from pixelwise.data.image_files import relative
 from pixelwise.data.labels import Color, LabelSpec, Value, distinct_colors, pack_value, value_name
-from pixelwise.data.matching import relative
 from pixelwise.data.pairs import Pair, Problem, first_of
 from pixelwise.data.palettes import common_palette, palettes_differ
 from pixelwise.data.scan import MaskScan, scan_mask

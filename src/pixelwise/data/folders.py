@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pixelwise.data.matching import ALL_MASKS, FolderPair, has_images, image_files, match_source, walk
+from pixelwise.data.image_files import has_images, image_files, walk
+from pixelwise.data.matching import ALL_MASKS, FolderPair, match_source
 from pixelwise.data.names import IMAGE_DIRS, MASK_DIRS, is_mask_name
 from pixelwise.data.pairs import SPLITS, split_of
 from pixelwise.data.text_labels import describe_text_labels

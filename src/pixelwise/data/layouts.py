@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pixelwise.data.folders import Layout, beside_splits, find_layout
 from pixelwise.data.labels import LabelSpec
-from pixelwise.data.mask_folders import choose_masks, is_doubtful
+from pixelwise.data.mask_folders import add_regions, choose_masks, is_doubtful, propose_region
 from pixelwise.data.matching import FolderPair, match_source
 from pixelwise.data.pairs import (
     NO_VALIDATION,
@@ -43,6 +43,7 @@ def open_data(
     fractions: Sequence[float] = (0.8, 0.1, 0.1),
     labels: LabelSpec | None = None,
     masks: str | None = None,
+    region: str | None = None,
 ) -> DataFolder:
     """Recognise a data folder, pair its files, decide its splits and its classes.
 
@@ -55,10 +56,12 @@ def open_data(
         root: the folder, or the CSV file.
         classes: a `classes.yaml`; without it the one in `root`, else classes are proposed from the masks.
         ignore: mask values that mean void, besides those in `classes.yaml`.
-        group_by: a regular expression on names; what its group 1 (or the whole match) is equal in, stays together.
+        group_by: a regular expression on names; what its group 1 (or the whole match) is equal in, stays together. Or the
+            column of a CSV file that names the groups.
         fractions: of train, val, test.
         labels: classes that are already known, for example a network's; `classes.yaml` is then not looked for.
         masks: the name of the folder of masks, where several hold labels.
+        region: the name of the folder, or of the column of a CSV file, of masks that are 0 where pixels do not count.
 
     Returns:
         The pairs, by split and name. Images without masks and the like are listed in `problems`.
@@ -80,11 +83,11 @@ def open_data(
         (9, ('train', 'val', 'test'))
     """
     root = Path(root)
-    pattern = compile_group_by(group_by)
-    found = _recognise(root, masks)
+    found = _recognise(root, masks, region, group_by)
     pairs, problems, words = found.pairs, found.problems, found.words
     if not any(pair.mask for pair in pairs):
         raise DataError(_nothing_pairs(root, words, problems))
+    pattern = None if found.is_grouped else compile_group_by(group_by)
     pairs, split_words = _with_splits(_grouped(pairs, pattern), fractions, found.is_listed)
     spec, questions, names_file = find_labels(
         root, pairs, classes=classes, ignore=ignore, labels=labels, camvid=found.is_segnet
@@ -92,7 +95,7 @@ def open_data(
     if root.is_dir():
         told = {name for problem in problems for name in problem.files}
         problems += find_unused(root, pairs, told, [*found.list_files, *([names_file] if names_file else [])])
-    problems += _undivided_folders(pairs, split_words)
+    problems += _undivided_folders(pairs, split_words) if group_by is None else []
     problems += _doubtful_split(root, found, split_words)
     return DataFolder(
         root=root,
@@ -102,6 +105,7 @@ def open_data(
         problems=(*problems, *questions),
         group_by=group_by,
         masks=masks,
+        region=region,
     )
 
 
@@ -115,6 +119,7 @@ class _Found:
     is_segnet: bool = False
     tables: tuple[Table, ...] = ()  # the CSV files that list the pairs
     lists: SplitLists | None = None
+    is_grouped: bool = False  # a column of theirs says what must not be divided
     beside: tuple[str, ...] = ()  # folders with images that lie beside splits and are none by their names
 
     def take(self, read: Sequence[tuple[list[Pair], list[Problem]]]) -> None:
@@ -135,11 +140,12 @@ class _Found:
         return (*(table.path for table in self.tables), *(self.lists.files if self.lists else ()))
 
 
-def _recognise(root: Path, masks: str | None) -> _Found:
+def _recognise(root: Path, masks: str | None, region: str | None, group_by: str | None) -> _Found:
     if not (root.is_dir() or root.is_file()):
         what = "is neither a folder nor a file" if root.exists() else "there is no such folder"
         raise DataError(f"{root}: {what}. Give a folder of images and masks, or a CSV file that lists them.")
     sources: list[FolderPair] = []
+    layout, chosen = None, ("", "")
     doubts: list[Problem] = []
     if tables := find_tables(root):
         if masks is not None:
@@ -147,13 +153,14 @@ def _recognise(root: Path, masks: str | None) -> _Found:
         found = _Found(
             words="CSV " + ", ".join(table.path.name for table in tables),
             tables=tuple(tables),
+            is_grouped=any(table.place(group_by) is not None for table in tables),
         )
-        found.take([read_pairs(table) for table in tables])
+        found.take([read_pairs(table, region, group_by if found.is_grouped else None) for table in tables])
     else:
         layout = find_layout(root)
-        chosen = choose_masks(layout, root, masks)
-        if chosen is None:
+        if (found_masks := choose_masks(layout, root, masks)) is None:
             raise DataError(_no_masks(root, layout))
+        chosen = found_masks
         sources = layout.sources(*chosen)
         read = [match_source(source, root) for source in sources]
         words = layout.describe(*chosen)
@@ -170,6 +177,8 @@ def _recognise(root: Path, masks: str | None) -> _Found:
         if masks is None and is_doubtful(layout, chosen[0], root):
             what = f"the masks in {chosen[0]}/ mark much the same region in every image, as a field of view is"
             doubts = [Problem("warning", f"{what}; are they the ones that are meant?")]
+        elif masks is not None and region is None:
+            doubts = propose_region(layout, chosen[0], root)
     if root.is_dir() and not any("split" in table.columns for table in found.tables):
         found.lists = find_split_lists(root, [table.path for table in found.tables])
     if found.lists:
@@ -179,6 +188,9 @@ def _recognise(root: Path, masks: str | None) -> _Found:
             found.take([match_source(source, root, {pair.image for pair in pairs}) for source in sources])
         found.pairs, found.problems = pairs, found.problems + more
     found.problems += doubts
+    if layout is not None and region is not None:
+        found.pairs, more, region_words = add_regions(found.pairs, layout, root, region, chosen)
+        found.problems, found.words = found.problems + more, found.words + region_words
     return found
 
 
@@ -214,7 +226,7 @@ def _grouped(pairs: list[Pair], pattern: re.Pattern[str] | None) -> list[Pair]:
     grouped, unmatched = [], []
     for pair in pairs:
         found = pattern.search(pair.name) if pattern else None
-        group = pair.name if pattern is None else found and found.group(1 if pattern.groups else 0)
+        group = (pair.group or pair.name) if pattern is None else found and found.group(1 if pattern.groups else 0)
         if group is None:
             unmatched.append(pair.name)
         name = f"{pair.split}/{pair.name}" if count[pair.name] > 1 and pair.split else pair.name

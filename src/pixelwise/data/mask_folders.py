@@ -3,18 +3,19 @@
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
 from pixelwise.data.folders import Layout
+from pixelwise.data.image_files import has_images, relative
 from pixelwise.data.labels import Value
 from pixelwise.data.masks import mask_values, open_mask_of
-from pixelwise.data.matching import ALL_MASKS, has_images, match_source
+from pixelwise.data.matching import ALL_MASKS, match_source
 from pixelwise.data.names import MASK_DIRS
-from pixelwise.data.pairs import Pair
+from pixelwise.data.pairs import Pair, Problem, counted, first_of
 from pixelwise.data.scan import WHOLE_PX, MaskScan, in_threads, scan_mask
 from pixelwise.errors import DataError, UsageError
 
@@ -60,11 +61,58 @@ def choose_masks(layout: Layout, root: Path, wanted: str | None) -> tuple[str, s
     if wanted is None:
         found = _find_folder(layout, root)
         return (found, "") if found else None
+    return _named(layout, root, wanted, "--masks")
+
+
+def add_regions(
+    pairs: Sequence[Pair], layout: Layout, root: Path, wanted: str, masks: tuple[str, str]
+) -> tuple[list[Pair], list[Problem], str]:
+    """The pairs with the masks of what counts in the folder, or with the ending, that is `wanted`; its name in words.
+
+    Images that have none are a problem.
+
+    Raises:
+        UsageError: nothing has this name, or it is that of the masks.
+    """
+    name, ending = _named(layout, root, wanted, "--region")
+    if (name, ending) == masks:
+        raise UsageError(
+            f"--region {wanted}: these are the masks. Name the folder of what counts, such as a field of view."
+        )
+    shown = f"*{ending}" if ending else f"{name}/"
+    regions = {pair.image: pair.mask for pair in _pairs(layout, name, root, ending)}
+    found = [replace(pair, region=regions.get(pair.image)) for pair in pairs]
+    return found, _missing_regions(found, root, shown), f", inside of {shown}"
+
+
+def _missing_regions(pairs: Sequence[Pair], root: Path, where: str) -> list[Problem]:
+    """A fatal problem if images with a mask have no region `where` it is said."""
+    lonely = tuple(relative(pair.image, root) for pair in pairs if pair.mask and not pair.region)
+    if not lonely:
+        return []
+    count = counted(len(lonely), "image", "has", "have")
+    what = f"{count} no mask of what counts in {where}: {first_of(lonely, 5)}. Add it, or leave --region out."
+    return [Problem("fatal", what, lonely)]
+
+
+def propose_region(layout: Layout, masks: str, root: Path) -> list[Problem]:
+    """A warning that names a folder, beside those `masks` that were chosen, which marks a field of view."""
+    others = [name for name in layout.masks if name != masks and not _NO_CLASSES.search(name)]
+    for found in (_scanned(_candidate(layout, name, root)) for name in others):
+        if found.holds_labels and all(0 in counts for counts in found.counts) and _is_one_region(found):
+            what = f"{found.name}/ marks much the same region in every image, as a field of view is"
+            advice = f"--region {found.name} counts only the pixels inside of it."
+            return [Problem("warning", f"{what}, and is not used; {advice}")]
+    return []
+
+
+def _named(layout: Layout, root: Path, wanted: str, option: str) -> tuple[str, str]:
+    """The name of a folder of masks, and the ending of the names of its files if that is what was `wanted`."""
     wanted = wanted.strip("/")
     if folder := next((name for name in layout.masks if name.casefold() == wanted.casefold()), None):
         return folder, ""
     name, _, last = wanted.rpartition("/")
-    if last == ALL_MASKS:
+    if last == ALL_MASKS and option == "--masks":
         folder = next((other for other in layout.masks if other.casefold() == name.casefold()), None)
         folder = folder or (_find_folder(layout, root) if not name else None)
         if folder:
@@ -72,9 +120,10 @@ def choose_masks(layout: Layout, root: Path, wanted: str | None) -> tuple[str, s
     by_ending = [name for name in layout.masks if _pairs(layout, name, root, wanted)] if wanted else []
     if len(by_ending) != 1:
         there = ", ".join(layout.masks) or "none"
+        joined = f", nor {ALL_MASKS!r} (all masks of an image joined)" * (option == "--masks")
         raise UsageError(
-            f"--masks {wanted!r}: it is neither a folder beside the images (there are: {there}) nor how the names of masks "
-            f"in one of these folders end, nor {ALL_MASKS!r} (all masks of an image joined)."
+            f"{option} {wanted!r}: it is neither a folder beside the images (there are: {there}) nor how the names of masks "
+            f"in one of these folders end{joined}."
         )
     return by_ending[0], wanted
 
@@ -187,7 +236,11 @@ def _question(root: Path, candidates: Sequence[_Candidate]) -> str:
             f"- {candidate.name}/: masks for {len(candidate.pairs):,} of {candidate.images:,} images, values "
             f"{shares}{more}{region}"
         )
+    proposed, regions = candidates[0], [found.name for found in candidates[1:] if _is_one_region(found)]
+    advice = f"--masks {proposed.name}"
+    if len(regions) == 1 and not _is_one_region(proposed):
+        advice += f" --region {regions[0]}, which counts only the pixels inside of {regions[0]}/"
     return (
-        f"{root}: several folders hold masks of these images. Say which with --masks NAME; proposed is --masks "
-        f"{candidates[0].name}.\n" + "\n".join(lines)
+        f"{root}: several folders hold masks of these images. Say which with --masks NAME; proposed is {advice}.\n"
+        + "\n".join(lines)
     )

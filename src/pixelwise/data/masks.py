@@ -7,15 +7,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pixelwise.data.matching import is_zarr
+from pixelwise.data.image_files import is_zarr
 from pixelwise.data.pairs import Pair
+from pixelwise.data.views import PaletteColors
 from pixelwise.errors import DataError, PixelwiseError
 from pixelwise.formats import FORMATS, Source, open_source
-from pixelwise.formats.base import Palette, View
+from pixelwise.formats.base import View
 from pixelwise.formats.local import printable
 
 Reading = Mapping[str, Any]
-"""Options of `open_source` (axis, level, series, intensity, ...), `bands` and `slices`; a model card stores them."""
+"""Options of `open_source` (axis, level, series, intensity, ...), `bands`, `slices` and
+`channel_files`; a model card stores them."""
 
 _AXES = {"axis": ("nifti",), "axes": ("npy", "zarr")}  # options of the images that count for masks of these formats
 _JOINED_PX = 64_000_000  # masks are joined in memory
@@ -57,18 +59,6 @@ def open_mask(
     source = open_source(path, labels=True, **options)
     palette = source.metadata.get("palette") if by_color else None
     return PaletteColors(source, palette) if palette else source
-
-
-class PaletteColors(View):
-    """A palette mask as the colours that its indices mean."""
-
-    def __init__(self, source: Source, palette: Palette) -> None:
-        super().__init__(source, channels=3, dtype="uint8")
-        self._colors = np.zeros((max(256, len(palette)), 3), dtype=np.uint8)
-        self._colors[: len(palette)] = palette
-
-    def read(self, top: int, left: int, height: int, width: int, plane: int = 0) -> NDArray[Any]:
-        return self._colors[self.source.read(top, left, height, width, plane)[:, :, 0]]
 
 
 def may_be_segmentation(path: str | Path) -> bool:

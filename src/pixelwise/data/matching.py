@@ -1,37 +1,29 @@
 """Which mask belongs to which image: names are matched by stem, with the usual endings left out."""
 
-import os
 import re
-from collections import Counter
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from pixelwise.data.image_files import image_files, relative
 from pixelwise.data.names import (
     IMAGE_DIRS,
     MASK_DIRS,
     MASK_SUFFIX,
+    channel_file,
+    channel_of,
     closest,
     is_mask_name,
     is_no_class_mask,
     match_names,
 )
 from pixelwise.data.pairs import Pair, Problem, composed, counted, first_of, split_of
-from pixelwise.files import ZARR_DOCUMENTS
-from pixelwise.formats import FORMATS, SOURCE_SUFFIXES
-from pixelwise.formats.local import HEAD_BYTES, is_dicom_head, printable
-from pixelwise.formats.registry import stem_of, suffix_of
+from pixelwise.formats.registry import stem_of
 
-_BARE = re.compile(r"(?!dicomdir$)[^.]*|.*\.(?:\d+|ima)")  # names that scanners give to DICOM files
-_UNREADABLE = (
-    ".heic", ".heif", ".avif", ".jp2", ".j2k", ".jxl", ".ico", ".svg", ".psd", ".xcf", ".raw", ".nef", ".cr2",
-    ".dng", ".exr", ".mat", ".npz", ".h5", ".hdf5", ".mha", ".mhd", ".nrrd", ".mp4", ".avi", ".zip",
-)  # fmt: skip
 ALL_MASKS = "all"
 """In place of an ending: all masks of an image together."""
 
 _LABEL_STUDIO = re.compile(r"task-\d+-annotation-\d+-by-.*-tag-(.+)-\d+$")
-_MAX_LOOKS = 20  # files of such names in a folder that are opened
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,9 +48,11 @@ def match_source(
     """Pair the images and masks of one source, still without groups, and say what stays alone, of the `listed` images."""
     notes: list[str] = []
     images, masks, doubled, splits = _files(source, notes)
+    images, channels = _with_channels(images, masks)
     claims, orphans, by_words = match_names(images, masks)
     where = source.split or source.images.name
     problems = [Problem("warning", f"{where}: {note}") for note in notes]
+    problems += _incomplete(where, channels, images, root)
     problems += _twice(where, doubled, root, "Keep one of them.")
     if source.joins:
         by_words = [(image, mask) for image, mask in by_words if len(claims[image]) == 1]
@@ -74,7 +68,7 @@ def match_source(
         count = counted(len(orphans), "mask", "has no image", "have no image")
         problems.append(Problem("warning", f"{where}: {count}: {first_of(left, 5)}. They are not used.", tuple(left)))
     pairs = [
-        _pair(key, paths[0], claims.get(key, []), source, splits)
+        _pair(key, paths[0], claims.get(key, []), source, splits, channel_files=1 + max(channels.get(key, [0])))
         for key, paths in sorted(images.items())
         if listed is None or paths[0] in listed
     ]
@@ -84,10 +78,13 @@ def match_source(
     return pairs, problems
 
 
-def _pair(key: str, image: Path, masks: list[Path], source: FolderPair, splits: Mapping[Path, str]) -> Pair:
+def _pair(
+    key: str, image: Path, masks: list[Path], source: FolderPair, splits: Mapping[Path, str], *, channel_files: int
+) -> Pair:
     split = source.split or (splits.get(masks[0], "") if masks else "")
     more = tuple(masks[1:]) if source.joins else ()
-    return Pair(image=image, mask=masks[0] if masks else None, split=split, name=key, more_masks=more)
+    mask = masks[0] if masks else None
+    return Pair(image=image, mask=mask, split=split, name=key, channel_files=channel_files, more_masks=more)
 
 
 def _of_siblings(
@@ -145,6 +142,49 @@ def _without_splits(masks: _Files) -> tuple[_Files, dict[Path, str]]:
     return below, {path: tops[key] for key, paths in masks.items() for path in paths}
 
 
+def _with_channels(images: _Files, masks: _Files) -> tuple[_Files, dict[str, list[int]]]:
+    """The images with those as one whose channels lie in files of their own, and the numbers of the files that are there.
+
+    Files are channels if there is a mask for all of them and none for each; without masks, if all images have the same.
+    """
+    named = {MASK_SUFFIX.sub("", key) for key in masks} | set(masks)
+    found: dict[str, dict[int, str]] = {}
+    for key in images:
+        if (channel := channel_of(key)) and key not in named and (channel[0] in named or not masks):
+            found.setdefault(channel[0], {})[channel[1]] = key
+    alike = {tuple(sorted(there)) for there in found.values()}
+    if not masks and (len(alike) != 1 or alike == {(0,)} or sum(map(len, found.values())) < len(images)):
+        return images, {}
+    if len(images.keys() & found.keys()):  # case_7 lies beside case_7_0000: nobody knows
+        return images, {}
+    folded = {
+        key: paths
+        for key, paths in images.items()
+        if key not in {k for there in found.values() for k in there.values()}
+    }
+    for name, there in found.items():
+        folded[name] = images[there[min(there)]]
+    return folded, {name: sorted(there) for name, there in found.items()}
+
+
+def _incomplete(where: str, channels: dict[str, list[int]], images: _Files, root: Path) -> Iterator[Problem]:
+    """Images that lack a channel which others have."""
+    wanted = {number for there in channels.values() for number in there}
+    wanted = set(range(1 + max(wanted, default=-1)))
+    lacking = [
+        relative(Path(channel_file(str(images[name][0]), number)), root)
+        for name, there in sorted(channels.items())
+        for number in sorted(wanted - set(there))
+    ]
+    if lacking:
+        count = counted(len(lacking), "file", "is", "are")
+        message = f"{where}: the images have {len(wanted)} channels in files of their own, but {count} missing: "
+        message += (
+            f"{first_of(lacking, 5)}. Add {'it' if len(lacking) == 1 else 'them'}, or remove all files of these images."
+        )
+        yield Problem("fatal", message, tuple(lacking))
+
+
 def _in_one_folder(files: list[tuple[str, Path]]) -> tuple[_Files, _Files]:
     """Images and masks that lie together, told apart by words in their names or in those of the folders around them."""
     found: tuple[_Files, _Files] = {}, {}
@@ -165,104 +205,6 @@ def _photo_first(paths: list[Path]) -> bool:
     """Whether these are a JPEG, which cannot be a mask, and one other file; the JPEG is put first."""
     paths.sort(key=lambda path: path.suffix.lower() not in (".jpg", ".jpeg"))
     return len(paths) == 2 and [path.suffix.lower() in (".jpg", ".jpeg") for path in paths] == [True, False]
-
-
-def walk(folder: Path, notes: list[str] | None = None) -> Iterator[tuple[Path, list[str], list[str]]]:
-    """`os.walk` that follows links to folders, but into no folder that it is in already; hidden ones are left out."""
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        here = Path(parent)
-        kept = []
-        for name in sorted(folders):
-            if name.startswith((".", "__MACOSX")):
-                continue
-            if (here / name).is_symlink() and _leads_back(here, (here / name).resolve()):
-                if notes is not None:
-                    notes.append(f"the link {printable(here / name)} leads to a folder that it lies in; not followed.")
-                continue
-            kept.append(name)
-        folders[:] = kept
-        yield here, folders, names
-
-
-def _leads_back(here: Path, target: Path) -> bool:
-    """Whether a link to `target` leads to where the walk came from, perhaps through other links."""
-    return any(path.resolve().is_relative_to(target) for path in (here, *here.parents))
-
-
-def image_files(
-    folder: Path, other_keys: Container[str] = (), notes: list[str] | None = None
-) -> list[tuple[str, Path]]:
-    """The images below a folder as (path below it without suffix, file), sorted; hidden ones are left out.
-
-    A Zarr is one image, and so is a folder of DICOM files that is one series, unless its files have partners of their own:
-    `other_keys` are the paths, without suffix, of what is to be paired with these. What is passed over is told in `notes`.
-    """
-    found, passed = [], Counter[str]()
-    for here, folders, names in walk(folder, notes):
-        inner = here.relative_to(folder)
-        files = [(inner / stem_of(name)).as_posix() for name in names]
-        if here != folder and is_zarr(here):
-            folders.clear()
-            found.append((inner.with_name(stem_of(inner.name)).as_posix(), here))
-            continue
-        if is_series(here, names) and not any(
-            key in other_keys or MASK_SUFFIX.sub("", key) in other_keys for key in files
-        ):
-            found.append((inner.as_posix(), here))
-            continue
-        for key, name in zip(files, names, strict=True):
-            if name.startswith("."):
-                continue
-            if name.lower().endswith(SOURCE_SUFFIXES):
-                found.append((key, here / name))
-            elif suffix_of(name) in _UNREADABLE or ((here / name).is_symlink() and not (here / name).exists()):
-                passed[suffix_of(name) or name] += 1
-    if passed and notes is not None:
-        shown = ", ".join(f"{count:,} x {suffix}" for suffix, count in passed.most_common(5))
-        notes.append(f"{folder.name}/ holds files that cannot be read as images, and are not used: {shown}.")
-    return sorted(found)
-
-
-def has_images(folder: Path) -> bool:
-    """Whether there is an image anywhere below a folder; the first one is enough."""
-    return any(
-        is_zarr(here) or any(name.lower().endswith(SOURCE_SUFFIXES) for name in names) or is_series(here, names)
-        for here, _, names in walk(folder)
-    )
-
-
-def is_zarr(folder: Path) -> bool:
-    """Whether a folder is an array, by what is in it or, so that a damaged one is missed, by its name."""
-    return folder.name.lower().endswith(".zarr") or any((folder / name).is_file() for name in ZARR_DOCUMENTS)
-
-
-def is_series(folder: Path, names: Iterable[str]) -> bool:
-    """Whether the files right in a folder are one DICOM series.
-
-    They are if there are no other images, and either several files are named .dcm, or some without a suffix, or with a
-    number as suffix, are DICOM by their content.
-    """
-    names = [name for name in names if not name.startswith(".")]
-    images = [name for name in names if name.lower().endswith(SOURCE_SUFFIXES)]
-    if any(not name.lower().endswith(FORMATS["dicom"].suffixes) for name in images):
-        return False
-    bare = [name for name in names if _BARE.fullmatch(name.lower())]
-    return len(images) > 1 or any(_is_dicom(folder / name) for name in sorted(bare)[:_MAX_LOOKS])
-
-
-def _is_dicom(path: Path) -> bool:
-    try:
-        if not path.is_file():
-            return False
-        with path.open("rb") as file:
-            return is_dicom_head(file.read(HEAD_BYTES))
-    except OSError:
-        return False
-
-
-def relative(path: Path, root: Path) -> str:
-    """`path` as a user sees it below `root`."""
-    return printable((path.relative_to(root) if path.is_relative_to(root) else path).as_posix())
 
 
 def _by_key(files: list[tuple[str, Path]]) -> dict[str, list[Path]]:
@@ -320,9 +262,7 @@ def _lonely(where: str, lonely: list[Path], total: int, root: Path, split: str, 
         return Problem("warning", f"test: none of the {total:,} images has a mask, so it cannot be evaluated.", files)
     count = counted(len(lonely), "image", "has no mask", "have no mask")
     advice = "Add a mask of the same name for each, or remove them."
-    if all(re.search(r"_000[1-9]$", stem_of(path.name)) for path in lonely):
-        advice = "They look like further channels of images: stack the channels of each image in one file."
-    elif tags := [found[1] for name in orphans if (found := _LABEL_STUDIO.search(stem_of(name)))]:
+    if tags := [found[1] for name in orphans if (found := _LABEL_STUDIO.search(stem_of(name)))]:
         advice = (
             f"The masks are named as Label Studio does, by a task's number and a tag ({first_of(sorted(set(tags)), 4)}), "
             "which do not say the image; the JSON export of the project does (id, data.image). Draw the masks of each task "

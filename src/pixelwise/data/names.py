@@ -31,6 +31,7 @@ _MASK_WORDS = re.compile(
     r"|ground|truth|groundtruth|manual\d*|targets?|matte|\d(?:st|nd)ho|l"
 )
 _ROBOFLOW = re.compile(r"(?:[_.](?:jpe?g|png|tiff?|bmp|webp))?\.rf\.[0-9a-z]+", re.IGNORECASE)
+_CHANNEL = re.compile(r"(.*[^/])_(\d{4})", re.DOTALL)
 _NUMBERED = re.compile(r"(images?|imgs?|im|masks?|labels?|gt|seg|annot)(\d+)")  # image01, mask01
 
 
@@ -83,6 +84,25 @@ def match_names(
             claims.setdefault(target, []).append(path)
             by_words.append((target, key))
     return claims, orphans, by_words
+
+
+def channel_of(key: str) -> tuple[str, int] | None:
+    """Of which image a file is a channel, and the number of it, by its path without suffix, as nnU-Net writes it.
+
+    Example:
+        >>> channel_of("case_7_0001"), channel_of("case_7")
+        (('case_7', 1), None)
+    """
+    found = _CHANNEL.fullmatch(key)
+    return (found[1], int(found[2])) if found else None
+
+
+def channel_file(first: str, number: int) -> str:
+    """The path or URL of another channel, by that of the first; an image that has no such name is its only file."""
+    folders, slash, name = first.rpartition("/")
+    stem = stem_of(name)
+    found = channel_of(stem)
+    return first if found is None else f"{folders}{slash}{found[0]}_{number:04d}{name[len(stem) :]}"
 
 
 def closest(name: str, others: Iterable[str]) -> str:

@@ -26,8 +26,10 @@ class Pair:
     group: str = (
         ""  # what must not be divided between splits, for example the patient; the name, if nothing was asked for
     )
+    channel_files: int = 1  # of so many files the image is the first: case_0000.png, case_0001.png
     plane: int | None = None  # the one plane of a volume that is meant; None means all of the file
     more_masks: tuple[Path, ...] = ()  # joined with `mask`: a pixel means what any of them marks it with
+    region: Path | None = None  # a mask that is not 0 where pixels count; None means everywhere
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,9 @@ class DataFolder:
         pairs: by split, then by name.
         labels: from `classes.yaml`, or proposed from the masks.
         problems: what matching the names showed; `inspect_data` looks into the files.
-        group_by: the regular expression of the groups that must not be divided, or None.
+        group_by: the regular expression, or the column of a CSV file, of the groups that must not be divided, or None.
         masks: the folder of masks that was asked for by name, or None.
+        region: the folder, or the column of a CSV file, of masks of what counts, or None.
     """
 
     root: Path
@@ -60,12 +63,24 @@ class DataFolder:
     problems: tuple[Problem, ...] = ()
     group_by: str | None = None
     masks: str | None = None
+    region: str | None = None
 
     @property
     def splits(self) -> tuple[str, ...]:
         """The splits that have images, in the order train, val, test."""
         found = {pair.split for pair in self.pairs}
         return tuple(name for name in SPLITS if name in found)
+
+    @property
+    def reading(self) -> dict[str, int]:
+        """How its images are opened, as the layout shows: from how many files each."""
+        files = max((pair.channel_files for pair in self.pairs), default=1)
+        return {"channel_files": files} if files > 1 else {}
+
+    @property
+    def choices(self) -> dict[str, str | None]:
+        """What was asked for by name, which a run remembers: the keywords of `open_data`."""
+        return {"group_by": self.group_by, "masks": self.masks, "region": self.region}
 
     def split(self, name: str) -> tuple[Pair, ...]:
         """The pairs of one split, by name; empty if there are none."""
@@ -79,6 +94,21 @@ SPLIT_ALIASES = {
     "holdout": "test", "hold_out": "test", "hold-out": "test",
 }  # fmt: skip
 _SPLIT_ENDING = re.compile(r"[_\-. ]?(?:set|split)?[_\-. ]?(?:(?:19|20)\d\d)?$")  # trainset, train2017, val_2012
+_LIST_WORDS = (
+    "list",
+    "lists",
+    "ids",
+    "id",
+    "names",
+    "files",
+    "filenames",
+    "images",
+    "imgs",
+    "index",
+    "split",
+    "set",
+    "paths",
+)
 NO_VALIDATION = ", all of it train"
 """How the words of a layout end where a list says that all images are for training."""
 
@@ -90,6 +120,12 @@ def split_of(name: str) -> str:
     """The split that a folder, a list or a cell means by its name, "" if none: "train2017" and "Training" mean train."""
     name = name.strip().casefold()
     return SPLIT_ALIASES.get(name) or SPLIT_ALIASES.get(_SPLIT_ENDING.sub("", name), "")
+
+
+def split_of_list(stem: str) -> str:
+    """The split that a list means by its name, "" if none: "train_list" and "ids-val" as well as "train"."""
+    words = [word for word in re.split(r"[_\-. ]+", stem.casefold()) if word not in _LIST_WORDS]
+    return split_of(stem) or (split_of(words[0]) if len(words) == 1 else "")
 
 
 def composed(text: str) -> str:

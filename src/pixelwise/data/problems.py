@@ -2,18 +2,18 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
 from itertools import combinations
 
 from pixelwise.data.classes import VOID_BY_CUSTOM
 from pixelwise.data.groups import propose_groups
+from pixelwise.data.image_files import relative
 from pixelwise.data.labels import IGNORE_INDEX, LabelSpec, Value, as_ranges, value_name
-from pixelwise.data.matching import relative
 from pixelwise.data.orientation import turned_masks
 from pixelwise.data.pairs import NO_VALIDATION, SPLITS, DataFolder, Problem, counted, first_of
 from pixelwise.data.photographs import fills_areas, looks_swapped
 from pixelwise.data.samples import Reading
 from pixelwise.data.scan import PairScan, place_of
+from pixelwise.data.soft import find_soft, soft_question
 from pixelwise.formats.local import printable
 
 _STRAY_PX, _PLACES = 100, 5  # values in at most so many pixels are shown with their place, so many of them
@@ -24,29 +24,35 @@ _LISTED = 20
 
 def find_problems(folder: DataFolder, scans: Sequence[PairScan], reading: Reading | None = None) -> tuple[Problem, ...]:
     """All problems of a folder whose images are read so, fatal ones first: those of the names, then those of the files."""
-    problems = [*folder.problems, *_missing_parts(folder)]
+    problems = [*folder.problems, *_missing_parts(folder), *file_problems(folder, scans, reading)]
+    for split in folder.splits:
+        problems += _left_out(split, [scan for scan in scans if scan.pair.split == split], folder)
+    problems += [*_opacity(folder, scans), *_shared_images(folder, scans)]
+    return fatal_first([*problems, *_divided_groups(folder), *propose_groups(folder)])
+
+
+def fatal_first(problems: Iterable[Problem]) -> tuple[Problem, ...]:
+    """The same problems, in the order in which they are told."""
+    return tuple(sorted(problems, key=lambda problem: problem.severity != "fatal"))
+
+
+def file_problems(folder: DataFolder, scans: Sequence[PairScan], reading: Reading | None = None) -> list[Problem]:
+    """What is wrong with images and masks as such, whatever they are used for."""
+    problems: list[Problem] = []
     by_split = {name: [scan for scan in scans if scan.pair.split == name] for name in folder.splits}
     per_split: tuple[Callable[[str, list[PairScan], DataFolder], Iterable[Problem]], ...] = (
         _unreadable,
         _size_mismatches,
         _other_kind,
-        partial(_unknown_values, reading=reading),
         _empty_masks,
         _missing_classes,
-        _left_out,
     )
     for check in per_split:
         for split, there in by_split.items():
-            problems += check(split, there, folder)
+            problems += check(split, there, folder) if there else ()
+    problems += _unknown_values(scans, folder, reading)
     problems += [*_swapped(scans, folder), *_inverted(scans, folder), *turned_masks(scans)]
-    problems += [
-        *_mixed_images(folder, scans),
-        *_opacity(folder, scans),
-        *_shared_images(folder, scans),
-        *_divided_groups(folder),
-        *propose_groups(folder),
-    ]
-    return tuple(sorted(problems, key=lambda problem: problem.severity != "fatal"))
+    return [*problems, *_mixed_images(folder, scans)]
 
 
 def _missing_parts(folder: DataFolder) -> Iterator[Problem]:
@@ -112,17 +118,24 @@ def _other_kind(split: str, scans: list[PairScan], folder: DataFolder) -> Iterat
         yield Problem("warning", message, _mask_files(folder, painted))
 
 
-def _unknown_values(
-    split: str, scans: list[PairScan], folder: DataFolder, reading: Reading | None
-) -> Iterator[Problem]:
-    wrong, unknown, pixels = [], Counter[Value](), 0
+def _unknown_values(scans: Sequence[PairScan], folder: DataFolder, reading: Reading | None) -> Iterator[Problem]:
+    """One question for all splits."""
+    wrong, unknown, pixels = list[PairScan](), Counter[Value](), Counter[str]()
     for scan in scans:
         counts = scan.mask.counts if scan.mask and scan.mask.kind == folder.labels.kind else {}
         here = {value: count for value, count in counts.items() if folder.labels.class_of(value) is None}
         unknown.update(here)
         wrong += [scan] if here else []
-        pixels += sum(counts.values())
+        pixels[scan.pair.split] += sum(counts.values())
     if wrong:
+        by_split = Counter(scan.pair.split for scan in wrong)
+        split, masks = ", ".join(by_split), _masks(wrong)
+        if len(by_split) > 1:
+            each = ", ".join(f"{count:,} in {name}" for name, count in by_split.items())
+            masks = masks.replace("pixels added up", f"{each}, pixels added up")
+        if soft := _soft(scans):
+            yield Problem("fatal", f"{split}: {soft}", _mask_files(folder, wrong))
+            return
         message = folder.labels.unknown_message(dict(unknown.most_common()))
         places = [
             _place(wrong, value, reading)
@@ -131,9 +144,26 @@ def _unknown_values(
         ]
         if places:
             message += f" Values in so few pixels may be strays: {first_of(places, _PLACES, separator='; ')}."
-        if 2 * sum(unknown.values()) > pixels and not set(unknown) <= set(VOID_BY_CUSTOM):
+        if 2 * sum(unknown.values()) > sum(pixels[name] for name in by_split) and not set(unknown) <= set(
+            VOID_BY_CUSTOM
+        ):
             message += " Most pixels are of no class: are these masks of another data set, or the classes?"
-        yield Problem("fatal", f"{split}: {_masks(wrong)} {message}", _mask_files(folder, wrong))
+        elif len(left := set[int]().union(*(_classes(scan, folder.labels) for scan in scans)) - {IGNORE_INDEX}) < 2:
+            lost = [repr(name) for index, name in enumerate(folder.labels.names) if index not in left]
+            message += f" No mask holds {first_of(lost, 3)}: if one of these values means it, say so in classes.yaml; "
+            message += "--ignore would leave nothing of it."
+        yield Problem("fatal", f"{split}: {masks} {message}", _mask_files(folder, wrong))
+
+
+def _soft(scans: Sequence[PairScan]) -> str:
+    """What is asked about masks of numbers whose classes have soft rims; "" if they have none."""
+    masks = [scan.mask for scan in scans if scan.mask and scan.mask.kind == "index"]
+    counts, solid = Counter[int](), Counter[int]()
+    for mask in masks:
+        counts.update({value: n for value, n in mask.counts.items() if isinstance(value, int)})
+        solid.update({value: n for value, n in mask.solid.items() if isinstance(value, int)})
+    found = find_soft(counts, solid, any(mask.format in ("jpeg", "mpo") for mask in masks)) if masks else None
+    return "" if found is None else soft_question(found, "write them to a classes.yaml (values: 128-255)")
 
 
 def _place(scans: list[PairScan], value: Value, reading: Reading | None) -> str:

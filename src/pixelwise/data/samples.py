@@ -3,7 +3,7 @@
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +15,13 @@ from numpy.typing import NDArray
 from torch import Tensor, from_numpy
 
 from pixelwise.data.labels import IGNORE_INDEX, LabelSpec
-from pixelwise.data.masks import Reading, mask_values, open_mask_of
+from pixelwise.data.masks import Reading, mask_values, open_mask, open_mask_of
+from pixelwise.data.names import channel_file
 from pixelwise.data.pairs import Pair
-from pixelwise.errors import DataError, PixelwiseError, UsageError
+from pixelwise.data.views import ChannelFiles, InRegion, SelectedBands, SliceStack
+from pixelwise.errors import DataError, PixelwiseError
 from pixelwise.files import extra
 from pixelwise.formats import Source, open_source
-from pixelwise.formats.base import View
 from pixelwise.formats.local import printable
 from pixelwise.formats.registry import is_picture
 
@@ -78,7 +79,7 @@ class Grid:
         if self.planes != image.planes:
             mine, its = _count(self.planes), _count(image.planes)
             return f"has {mine}, but its image {{}} has {its}. Both must have the same size."
-        advice = "Resample the mask to the grid of its image."
+        advice = "Resample it to the grid of its image."
         if self.crs and image.crs and not _same_crs(self.crs, image.crs):
             mine, its = crs_name(self.crs), crs_name(image.crs)
             return f"is in the coordinate system {mine}, but its image {{}} is in {its}. {advice}"
@@ -90,7 +91,7 @@ class Grid:
 
 
 class OpenPair:
-    """The open files of a pair, of which windows are read: `image`, and `mask`, None where the pair has none."""
+    """The open files of a pair, of which windows are read: `image`; `mask` and `region`, None where the pair has none."""
 
     def __init__(
         self, pair: Pair, labels: LabelSpec, channels: int | None = None, reading: Reading | None = None
@@ -98,7 +99,9 @@ class OpenPair:
         self.pair, self.labels, self.channels = pair, labels, channels
         self.image = open_image(pair.image, reading, channels)
         self.mask: Source | None = None
+        self.region: Source | None = None
         try:
+            self.region = open_region(pair, self.image, reading)
             if pair.mask is not None:
                 self.mask = open_mask_of(pair, reading, by_color=labels.kind == "rgb")
                 if difference := Grid.of(self.mask).difference(Grid.of(self.image)):
@@ -110,9 +113,9 @@ class OpenPair:
 
     def close(self) -> None:
         """Close both files."""
-        self.image.close()
-        if self.mask is not None:
-            self.mask.close()
+        for source in (self.image, self.mask, self.region):
+            if source is not None:
+                source.close()
 
     def __enter__(self) -> "OpenPair":
         return self
@@ -134,13 +137,14 @@ class OpenPair:
         return None if valid is None or valid.all() else from_numpy(np.array(valid))
 
     def read_mask(self, top: int, left: int, height: int, width: int, plane: int = 0) -> Tensor:
-        """The labels of a window, uint8 (height, width); void where the image has no data."""
+        """The labels of a window, uint8 (height, width); void where the image has no data, and outside of the region."""
         if self.mask is None or self.pair.mask is None:
             raise DataError(f"{printable(self.pair.image)}: has no mask.")
         raw = mask_values(self.mask.read(top, left, height, width, plane))
         with _naming(self.pair.mask, "the mask "):
             labels = self.labels.encode(raw)
-        valid = self.image.valid(top, left, height, width, plane)
+        counted = self.image if self.region is None else InRegion(self.image, self.region)
+        valid = counted.valid(top, left, height, width, plane)
         return from_numpy(labels if valid is None else np.where(valid, labels, np.uint8(IGNORE_INDEX)))
 
     def read(self, plane: int = 0) -> Sample:
@@ -198,7 +202,12 @@ def open_image(path: str | Path, reading: Reading | None = None, channels: int |
     """Open an image as the network of a run sees it, which takes so many `channels`, neighbouring planes included."""
     options = dict(reading or {})
     bands, slices = options.pop("bands", None), options.pop("slices", None) or 1
-    source = open_source(path, channels=None if bands else channels and channels // slices, **options)
+    files = options.pop("channel_files", None) or 1
+    names = list(dict.fromkeys(channel_file(str(path), number) for number in range(files)))
+    if len(names) > 1:
+        source = _open_channels(names, options)
+    else:
+        source = open_source(path, channels=None if bands else channels and channels // slices, **options)
     if bands:
         if max(bands) == source.info.channels + 1 and "opacity" in source.metadata:  # asked for, so it is a band
             source.close()
@@ -207,44 +216,19 @@ def open_image(path: str | Path, reading: Reading | None = None, channels: int |
     return source if slices == 1 else SliceStack(source, slices)
 
 
-class SelectedBands(View):
-    """Some channels of an image, counted from 1, in any order."""
-
-    def __init__(self, source: Source, bands: Sequence[int]) -> None:
-        super().__init__(source, channels=len(bands))
-        if missing := [band for band in bands if not 1 <= band <= source.info.channels]:
-            wanted = ", ".join(map(str, missing))
-            raise DataError(
-                f"{source.info.location}: has {source.info.channels} bands, counted from 1 and without opacity, but band "
-                f"{wanted} is wanted."
-            )
-        self._indices = [band - 1 for band in bands]
-        self.metadata = {key: value for key, value in source.metadata.items() if key != "opacity"}  # it was chosen
-
-    def read(self, top: int, left: int, height: int, width: int, plane: int = 0) -> NDArray[Any]:
-        return self.source.read(top, left, height, width, plane)[:, :, self._indices]
-
-
-class SliceStack(View):
-    """A volume of which each plane has its neighbours as further channels; at both ends the last plane is repeated."""
-
-    def __init__(self, source: Source, slices: int) -> None:
-        if slices < 1 or slices % 2 == 0:
-            raise UsageError(f"slices must be an odd number such as 3 (a plane and one on each side), not {slices}.")
-        super().__init__(source, channels=source.info.channels * slices)
-        self._around = slices // 2
-        shape, axis = source.metadata.get("shape"), source.metadata.get("axis", 2)
-        is_series = shape is not None and len(shape) == 4  # points in time: neighbours belong to one volume
-        self._depth = int(shape[axis]) if shape and is_series else source.info.planes
-
-    def read(self, top: int, left: int, height: int, width: int, plane: int = 0) -> NDArray[Any]:
-        first = plane // self._depth * self._depth
-        wanted = [
-            min(max(other, first), first + self._depth - 1)
-            for other in range(plane - self._around, plane + self._around + 1)
-        ]
-        planes = {number: self.source.read(top, left, height, width, number) for number in dict.fromkeys(wanted)}
-        return np.concatenate([planes[number] for number in wanted], axis=2)
+def _open_channels(names: Sequence[str], options: Mapping[str, Any]) -> Source:
+    """The files of an image as its channels, in this order."""
+    sources: list[Source] = []
+    try:
+        for name in names:
+            sources.append(open_source(name, **options))
+            if difference := Grid.of(sources[-1]).difference(Grid.of(sources[0])):
+                raise DataError(f"{printable(name)}: the channel {difference.format(printable(names[0]))}")
+    except PixelwiseError:
+        for source in sources:
+            source.close()
+        raise
+    return ChannelFiles(sources)
 
 
 def are_pictures(pair: Pair) -> bool:
@@ -270,6 +254,21 @@ def to_tensor(array: np.ndarray, channels: int | None = None) -> torch.Tensor:
     elif planes.dtype != np.uint8:
         planes = planes.astype(np.float32)
     return torch.from_numpy(planes if planes.flags.writeable else planes.copy())
+
+
+def open_region(pair: Pair, image: Source, reading: Reading | None = None) -> Source | None:
+    """Open the mask of what counts of an open image; None where the pair has none.
+
+    Raises:
+        DataError: it does not lie on the grid of its image.
+    """
+    if pair.region is None:
+        return None
+    region = open_mask(pair.region, reading, pair.image, by_color=True)  # black is outside, as it is seen
+    if difference := Grid.of(region).difference(Grid.of(image)):
+        region.close()
+        raise DataError(f"{printable(pair.region)}: the region {difference.format(printable(pair.image))}")
+    return region
 
 
 def crs_name(wkt: str) -> str:

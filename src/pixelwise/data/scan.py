@@ -4,7 +4,6 @@ Files are read by strips of rows, so that the size of an image does not matter. 
 classes and checking both need them.
 """
 
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,12 +15,14 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from pixelwise.data.labels import Value, pack_pixels, pack_value, value_counts
+from pixelwise.data.labels import Value, pack_value, value_counts, value_name
 from pixelwise.data.masks import Reading, mask_values, may_be_segmentation, open_mask_of
-from pixelwise.data.pairs import Pair
+from pixelwise.data.measures import Sums, border_counts, pixel_digest, solid_counts
+from pixelwise.data.pairs import Pair, first_of
 from pixelwise.data.places import Places
-from pixelwise.data.samples import Grid, open_image
-from pixelwise.errors import DataError
+from pixelwise.data.samples import Grid, open_image, open_region
+from pixelwise.data.views import InRegion
+from pixelwise.errors import DataError, PixelwiseError
 from pixelwise.formats import Source
 from pixelwise.formats.base import Palette
 from pixelwise.formats.beside import not_read
@@ -36,7 +37,6 @@ WHOLE_PX = 16_000_000
 """Planes of more pixels are not read as a whole, neither here nor in training."""
 
 _STRIP_PX = 4_000_000
-_BLOCK_PX = 1 << 20
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -60,39 +60,6 @@ class MaskScan:
     places: tuple[Places, ...] = ()  # where the values are, for each plane if they are too large to be read as a whole
 
 
-@dataclass
-class Sums:
-    """Of numbers in unit scale (divided by the largest of their type), per channel; zero and infinite for none."""
-
-    total: NDArray[np.float64]
-    squares: NDArray[np.float64]
-    low: NDArray[np.float64]
-    high: NDArray[np.float64]
-
-    @classmethod
-    def none(cls, channels: int) -> "Sums":
-        """Of no numbers."""
-        zeros, ends = np.zeros(channels), np.full(channels, np.inf)
-        return cls(zeros, zeros, ends, -ends)
-
-    def add(self, array: NDArray[Any]) -> None:
-        """Count pixels (..., C) too. Whole numbers of 8 bit are added exactly, others in float64."""
-        flat, values = array.reshape(-1, array.shape[-1]), np.arange(256)
-        scale = float(np.iinfo(array.dtype).max) if array.dtype.kind in "ui" else 1.0
-        for start in range(0, len(flat), _BLOCK_PX):
-            block = flat[start : start + _BLOCK_PX].T
-            if array.dtype == np.uint8:
-                counts = np.stack([np.bincount(channel, minlength=256) for channel in block])
-                total, squares = counts @ values, counts @ values**2
-                low, high = (counts > 0).argmax(axis=1), 255 - (counts[:, ::-1] > 0).argmax(axis=1)
-            else:
-                wide = block.astype(np.float64, order="C")
-                total, squares = wide.sum(axis=1), np.einsum("cn,cn->c", wide, wide)
-                low, high = wide.min(axis=1), wide.max(axis=1)
-            self.total, self.squares = self.total + total / scale, self.squares + squares / scale**2
-            self.low, self.high = np.minimum(self.low, low / scale), np.maximum(self.high, high / scale)
-
-
 @dataclass(frozen=True, kw_only=True)
 class ImageScan:
     """What one image holds."""
@@ -103,7 +70,8 @@ class ImageScan:
     digest: str  # SHA-256 of the decoded pixels
     format: str  # of the file
     spacing: str = ""  # size of a pixel or voxel with its unit, in words; "" if the file does not know it
-    pixels: int = 0  # how many hold data
+    pixels: int = 0  # how many hold data, inside of the region
+    region: str = ""  # SHA-256 of the decoded region; "" if there is none
     opacity: str = ""  # what became of a band that is marked as opacity, in words
     opacity_kind: str = ""  # "opacity", "band" or "constant", by its numbers
     sums: Sums | None = None  # over the pixels that hold data; None if nobody asked
@@ -128,16 +96,21 @@ class PairScan:
 
 
 def scan_pair(
-    pair: Pair, reading: Reading | None = None, channels: int | None = None, *, by_color: bool = False
+    pair: Pair,
+    reading: Reading | None = None,
+    channels: int | None = None,
+    *,
+    by_color: bool = False,
+    with_pixels: bool = True,
 ) -> PairScan:
-    """Read both files, the image as a network for so many channels does.
+    """Read both files, the image as a network for so many channels does, and the region, if there is one.
 
-    Sums are taken of training images only, for the others nobody asks. Masks with a palette are read `by_color` if the
-    classes are colours.
+    Masks with a palette are read `by_color` if the classes are colours. Without `with_pixels`, of the image only the header.
     """
     image = mask = image_error = mask_error = labelled = None
     try:
-        image = _scan_image(pair.image, reading, channels, with_sums=pair.split == "train")
+        region = _scan_region(pair, reading) if pair.region is not None else ""
+        image = _scan_image(pair, reading, channels, region=region, with_pixels=with_pixels)
     except DataError as error:
         image_error = _reason(error, pair.image)
     try:
@@ -194,17 +167,6 @@ def strips(source: Source) -> Iterator[tuple[int, int, int]]:
             yield plane, top, min(top + rows, height)
 
 
-def pixel_digest(source: Source, arrays: Iterator[NDArray[Any]]) -> str:
-    """SHA-256 of decoded pixels with their shape and type: equal for one image in two lossless formats."""
-    digest, info = None, source.info
-    for array in arrays:
-        if digest is None:
-            shape = (info.planes,) * (info.planes > 1) + (info.height, info.width) + array.shape[2:]
-            digest = hashlib.sha256(f"{shape} {array.dtype.name}".encode())
-        digest.update(np.ascontiguousarray(array).data)
-    return digest.hexdigest() if digest else ""
-
-
 def in_threads(
     function: Callable[[T], R], items: Sequence[T], on_progress: Callable[[int, int], None] | None = None
 ) -> list[R]:
@@ -226,8 +188,40 @@ def worker_count() -> int:
     return min(processors(), 16)
 
 
-def _scan_image(path: Path, reading: Reading | None, channels: int | None, *, with_sums: bool) -> ImageScan:
-    with open_image(path, reading, channels) as source:
+def _scan_region(pair: Pair, reading: Reading | None) -> str:
+    """SHA-256 of a region.
+
+    Raises:
+        DataError: it is no mask of one region.
+    """
+    scan = scan_mask(replace(pair, mask=pair.region), reading, by_color=True)
+    inside = [value for value in scan.counts if value not in (0, (0, 0, 0))]
+    if len(inside) > 1 or not inside:
+        shown = first_of([value_name(value) for value in scan.counts], 5)
+        raise DataError(
+            f"{printable(pair.region or '')}: holds {shown}, but the mask of a region that counts holds 0 (black) outside "
+            "of it and one other value inside."
+        )
+    return scan.digest
+
+
+def _open_counted(pair: Pair, reading: Reading | None, channels: int | None) -> Source:
+    """The image of a pair; what lies outside of its region counts like what has no data."""
+    image = open_image(pair.image, reading, channels)
+    try:
+        region = open_region(pair, image, reading)
+    except PixelwiseError:
+        image.close()
+        raise
+    return image if region is None else InRegion(image, region)
+
+
+def _scan_image(
+    pair: Pair, reading: Reading | None, channels: int | None, *, region: str, with_pixels: bool
+) -> ImageScan:
+    """Sums are taken of training images only."""
+    path, with_sums = pair.image, with_pixels and pair.split == "train"
+    with _open_counted(pair, reading, channels) as source:
         info = source.info
         sums, pixels = Sums.none(info.channels), 0
 
@@ -243,7 +237,7 @@ def _scan_image(path: Path, reading: Reading | None, channels: int | None, *, wi
                 if with_sums:
                     sums.add(array if valid is None else array[valid])
 
-        digest = pixel_digest(source, arrays())
+        digest = pixel_digest(source, arrays()) if with_pixels else ""
         return ImageScan(
             grid=Grid.of(source),
             channels=info.channels,
@@ -253,7 +247,8 @@ def _scan_image(path: Path, reading: Reading | None, channels: int | None, *, wi
             opacity_kind=source.metadata.get("opacity_kind", ""),
             format=path.suffix.lower().lstrip(".") if is_picture(path) else info.format,
             spacing=_spacing(source.metadata),
-            pixels=pixels,
+            pixels=pixels if with_pixels else info.height * info.width * info.planes,
+            region=region,
             sums=sums if with_sums else None,
             remarks=not_read(path, source.metadata),
         )
@@ -263,7 +258,7 @@ def _counts_with_data(pair: Pair, reading: Reading | None, channels: int | None,
     """Pixels per value of a mask where its image has data, by ascending value."""
     counts = Counter[Value]()
     with (
-        open_image(pair.image, reading, channels) as image,
+        _open_counted(pair, reading, channels) as image,
         open_mask_of(pair, reading, by_color=by_color) as mask,
     ):
         for plane, top, bottom in strips(image):
@@ -287,8 +282,8 @@ def _scan_mask(pair: Pair, axes: tuple[Any, ...], by_color: bool, _states: tuple
                 yield raw
                 found = value_counts(raw)
                 counts.update(found)
-                solid.update(_solid_counts(raw, found))
-                border.update(_border_counts(raw, top == 0, bottom == info.height))
+                solid.update(solid_counts(raw, found))
+                border.update(border_counts(raw, top == 0, bottom == info.height))
                 if len(counts) > MAX_VALUES_OF_LARGE and is_picture(path):
                     places.clear()  # all of it is in memory while it is open, so it can be trained on as a whole
                 has_areas = not places and len(counts) <= _MAX_STORED and 2 * sum(solid.values()) > sum(counts.values())
@@ -326,24 +321,6 @@ def _short(counts: Counter[Value], solid: Mapping[Value, int]) -> Counter[Value]
     for value, count in counts.items():
         short[value // 257 * 257 if isinstance(value, int) and not solid.get(value) else value] += count
     return short
-
-
-def _solid_counts(raw: NDArray[Any], found: Mapping[Value, int]) -> Mapping[Value, int]:
-    """Pixels per value whose eight neighbours are equal to them; where only two values are found, all are taken as such."""
-    if len(found) <= 2 or min(raw.shape[:2]) < 3:
-        return found
-    keys = pack_pixels(raw)
-    across = keys[:, 1:-1] == keys[:, :-2]
-    across &= keys[:, 1:-1] == keys[:, 2:]
-    inner = across[1:-1] & across[:-2] & across[2:]
-    inner &= (keys[1:-1, 1:-1] == keys[:-2, 1:-1]) & (keys[1:-1, 1:-1] == keys[2:, 1:-1])
-    return value_counts(raw[1:-1, 1:-1][inner][None]) if inner.any() else {}
-
-
-def _border_counts(raw: NDArray[Any], is_first: bool, is_last: bool) -> Counter[Value]:
-    """Pixels per value on the frame of a plane, of which this strip of rows is a part."""
-    sides = [raw[:, :1], raw[:, -1:]] + [raw[:1].swapaxes(0, 1)] * is_first + [raw[-1:].swapaxes(0, 1)] * is_last
-    return Counter(value_counts(np.concatenate(sides)))
 
 
 def _spacing(metadata: Mapping[str, Any]) -> str:

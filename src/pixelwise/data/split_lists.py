@@ -7,15 +7,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pixelwise.data.matching import relative, walk
+from pixelwise.data.classes import CLASSES_NAME
+from pixelwise.data.image_files import relative, walk
 from pixelwise.data.names import IMAGE_DIRS, MASK_DIRS
-from pixelwise.data.pairs import Pair, Problem, composed, counted, first_of, split_of
-from pixelwise.data.tables import read_table, read_text, tables_in
+from pixelwise.data.pairs import Pair, Problem, composed, counted, first_of, split_of, split_of_list
+from pixelwise.data.tables import folds_question, read_table, read_text, tables_in
 from pixelwise.errors import DataError
-from pixelwise.files import read_json
+from pixelwise.files import read_json, read_yaml
 from pixelwise.formats import SOURCE_SUFFIXES
 from pixelwise.formats.registry import stem_of
 
+_TREES = (".json", ".yaml", ".yml")
+_MOST_FILES = 50  # in a folder of lists
 _DEPTH = 3  # folders below the data folder in which lists are looked for
 _MAX_BYTES = 16_000_000  # of a JSON file that may hold splits
 
@@ -30,7 +33,7 @@ class SplitLists:
     @property
     def is_complete(self) -> bool:
         """Whether they speak of all splits: a train.txt alone only says what may be trained on."""
-        return len(self.files) > 1 or self.files[0].suffix.lower() == ".json" or not split_of(self.files[0].stem)
+        return len(self.files) > 1 or self.files[0].suffix.lower() == ".json" or not split_of_list(self.files[0].stem)
 
 
 def find_split_lists(root: Path, pair_lists: Collection[Path] = ()) -> SplitLists | None:
@@ -57,7 +60,8 @@ def _text_lists(root: Path, pair_lists: Collection[Path]) -> Iterator[SplitLists
             folders[:] = [name for name in folders if name.casefold() not in (*IMAGE_DIRS, *MASK_DIRS)]
         for name in sorted(names):
             is_list = name.lower().endswith((".txt", ".lst", ".csv", ".tsv")) and here / name not in pair_lists
-            if is_list and split_of(Path(name).stem):
+            is_list = is_list or (name.lower().endswith(_TREES) and _is_names(_tree(here / name)))
+            if is_list and split_of_list(Path(name).stem):
                 by_folder[here].append(here / name)
     for_masks = [folder for folder in by_folder if "segmentation" in folder.name.casefold()]  # VOC has others for boxes
     for folder in for_masks or by_folder:
@@ -67,21 +71,44 @@ def _text_lists(root: Path, pair_lists: Collection[Path]) -> Iterator[SplitLists
 
 def _lines(path: Path) -> Iterator[tuple[str, str, Path]]:
     if path.suffix.lower() in (".csv", ".tsv") and "image" in (table := read_table(path)).columns:
-        yield from ((table.cell(cells, "image"), split_of(path.stem), path) for _, cells in table.rows)
+        yield from ((table.cell(cells, "image"), split_of_list(path.stem), path) for _, cells in table.rows)
+        return
+    if path.suffix.lower() in _TREES:
+        yield from ((name, split_of_list(path.stem), path) for name in _tree(path))
         return
     for line in read_text(path)[0].splitlines():
         if line.strip() and not line.startswith("#"):
-            yield line.strip(), split_of(path.stem), path
+            yield line.strip(), split_of_list(path.stem), path
+
+
+def _places(root: Path) -> Iterator[Path]:
+    """The data folder, and the folders in it that hold few files, as those of lists do."""
+    for here, folders, names in walk(root):
+        if len(here.relative_to(root).parts) >= _DEPTH:
+            folders.clear()
+        if here == root:
+            folders[:] = [name for name in folders if name.casefold() not in (*IMAGE_DIRS, *MASK_DIRS)]
+        if here == root or len(names) <= _MOST_FILES:
+            yield here
+
+
+def _tree(path: Path) -> Any:
+    """The content of a JSON or YAML file; None if it is none that may hold a split."""
+    try:
+        if not path.is_file() or path.stat().st_size > _MAX_BYTES or path.name == CLASSES_NAME:
+            return None
+        return read_json(path) if path.suffix.lower() == ".json" else read_yaml(path)
+    except (OSError, DataError):
+        return None
+
+
+def _is_names(content: Any) -> bool:
+    return isinstance(content, list) and bool(content) and all(isinstance(item, str) for item in content)
 
 
 def _json_lists(root: Path) -> Iterator[SplitLists]:
-    for path in sorted(root.glob("*.json")):
-        if not path.is_file() or path.stat().st_size > _MAX_BYTES:
-            continue
-        try:
-            content = read_json(path)
-        except DataError:
-            continue
+    for path in sorted(path for place in _places(root) for path in place.iterdir() if path.suffix.lower() in _TREES):
+        content = _tree(path)
         if entries := [(name, split, path) for name, split in _json_entries(path, content)]:
             yield SplitLists(files=(path,), entries=tuple(entries))
 
@@ -115,10 +142,10 @@ def _json_name(item: Any) -> str:
 
 def _table_lists(root: Path, pair_lists: Collection[Path]) -> Iterator[SplitLists]:
     """CSV files that name images and splits, but no masks."""
-    for table in tables_in(root):
+    for table in (table for place in _places(root) for table in tables_in(place)):
         if (
             table.path in pair_lists
-            or split_of(table.path.stem)
+            or split_of_list(table.path.stem)
             or "image" not in table.columns
             or "split" not in table.columns
         ):
@@ -127,6 +154,8 @@ def _table_lists(root: Path, pair_lists: Collection[Path]) -> Iterator[SplitList
         title = table.header[table.columns["split"]].casefold()
         if not any(map(split_of, values)) and title not in ("split", "fold"):
             continue
+        if values and all(value.lstrip("-").isdigit() for value in values):
+            raise DataError(f"{table.path}: {folds_question(title)}")
         entries = []
         for line, cells in table.rows:
             if len(cells) != len(table.header):
@@ -144,8 +173,8 @@ def apply_split_lists(lists: SplitLists, pairs: Sequence[Pair], root: Path) -> t
     """The pairs that are listed, with the splits that the lists give them, and what does not fit."""
     by_name: dict[str, list[int]] = defaultdict(list)
     for index, pair in enumerate(pairs):
-        by_name[_parts(pair.image.name)[-1]].append(index)
-    paths = [_parts(relative(pair.image, root)) for pair in pairs]
+        by_name[_parts(_listed_as(pair))[-1]].append(index)
+    paths = [_parts(relative(pair.image.with_name(_listed_as(pair)), root)) for pair in pairs]
     given: dict[int, set[str]] = defaultdict(set)
     unknown: dict[Path, list[str]] = defaultdict(list)
     for name, split, path in lists.entries:
@@ -159,6 +188,11 @@ def apply_split_lists(lists: SplitLists, pairs: Sequence[Pair], root: Path) -> t
         pairs
     )  # none of the names fits, which is fatal: the rest of the check goes on without the lists
     return kept, [*_disagreements(lists, pairs, given, root), *_left_over(lists, pairs, given, unknown, root)]
+
+
+def _listed_as(pair: Pair) -> str:
+    """The name under which lists know an image: that of its file, or of all files of its channels."""
+    return pair.image.name if pair.channel_files == 1 else pair.name.rpartition("/")[2]
 
 
 def _find(name: str, by_name: dict[str, list[int]], paths: list[tuple[str, ...]]) -> int | None:

@@ -3,20 +3,19 @@
 import csv
 import os
 import re
-import unicodedata
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 
-from pixelwise.data.matching import relative
+from pixelwise.data.image_files import relative
+from pixelwise.data.listed_files import ListedFiles
 from pixelwise.data.names import IMAGE_DIRS, MASK_DIRS
-from pixelwise.data.pairs import Pair, Problem, composed, counted, first_of, split_of
-from pixelwise.errors import DataError
+from pixelwise.data.pairs import Pair, Problem, counted, first_of, split_of
+from pixelwise.errors import DataError, UsageError
 from pixelwise.files import read_regular
 from pixelwise.formats import SOURCE_SUFFIXES
 from pixelwise.formats.local import printable
-from pixelwise.formats.registry import stem_of
 
 _COLUMNS = {
     "image": (
@@ -34,6 +33,14 @@ _COLUMNS = {
 MAX_BYTES = 256 << 20
 """Of a list; one of a million pairs has less than half of it."""
 
+_GROUP = re.compile(
+    r"(patient|pat|case|subject|sub|participant|person|donor|animal|mouse|group|cluster|scene|site|study|exam|session|drive"
+    r"|video|clip|sequence|seq|slide|series|volume|vol|scan|plate|well|specimen|sample|farm|plot|location|place|city|region"
+    r"|area|flight|mission|orthophoto|tile|camera|hospital|cent(?:er|re))(id|ids|no|nr|number|name|key|uid|index)?s?"
+)
+_FEWEST_GROUPS = 3
+
+_SPLITTING = re.compile(r"fold|split|subset|^(is_?)?(train|val|valid|validation|test)(ing)?$", re.IGNORECASE)
 _DELIMITERS = ",;\t|"
 _WANTED = "The first line must name the columns image and mask (and perhaps split)"
 
@@ -48,10 +55,19 @@ class Table:
     columns: dict[str, int]
     encoding: str
 
-    def says_splits(self) -> bool:
-        """Whether one of its columns holds nothing but names of splits."""
+    def may_say_splits(self) -> bool:
+        """Whether one of its columns holds nothing but names of splits, or is called so."""
+        return bool(self.split_columns()) or any(map(_SPLITTING.search, self.header))
+
+    def split_columns(self) -> list[int]:
+        """The columns that hold nothing but names of splits."""
         rows = [cells for _, cells in self.rows if len(cells) == len(self.header)]
-        return bool(rows) and any(all(split_of(cell) for cell in column) for column in zip(*rows, strict=True))
+        return [place for place, column in enumerate(zip(*rows, strict=True)) if all(map(split_of, column))]
+
+    def place(self, title: str | None) -> int | None:
+        """The place of a column by its title as it is, whatever its case; None if there is none."""
+        wanted = (title or "").strip().casefold()
+        return next((place for place, name in enumerate(self.header) if name.casefold() == wanted and wanted), None)
 
     def cell(self, cells: Sequence[str], column: str) -> str:
         """The cell of a column, "" if there is no such column."""
@@ -93,7 +109,19 @@ def read_table(path: Path) -> Table:
         rows = tuple((start + reader.line_num, tuple(cells)) for cells in reader if any(map(str.strip, cells)))
     except (csv.Error, ValueError) as error:
         raise DataError(f"{path}: cannot be read as CSV ({error}).") from error
-    return Table(path=path, header=header, rows=rows, columns=_columns(header), encoding=encoding)
+    table = Table(path=path, header=header, rows=rows, columns=_columns(header), encoding=encoding)
+    by_cells = [place for place in table.split_columns() if place not in table.columns.values()]
+    if "split" not in table.columns and by_cells:
+        return replace(table, columns=table.columns | {"split": by_cells[0]})
+    return table
+
+
+def folds_question(column: str) -> str:
+    """What is asked about a column of numbers of folds, and the like."""
+    return (
+        f"the column {column!r} numbers folds or says a split in words that are not known, and nothing says which images to "
+        "validate on. Write a column split with val for these and train for the others."
+    )
 
 
 def _columns(header: Sequence[str]) -> dict[str, int]:
@@ -137,13 +165,25 @@ def _lists_pairs(table: Table) -> bool:
     return any(cell.lower().endswith(SOURCE_SUFFIXES) for cell in cells)
 
 
-def read_pairs(table: Table) -> tuple[list[Pair], list[Problem]]:
-    """The pairs of a list. A file named train.csv, val.csv or test.csv needs no column for the split."""
+def read_pairs(
+    table: Table, region: str | None = None, group_by: str | None = None
+) -> tuple[list[Pair], list[Problem]]:
+    """The pairs of a list, with the regions and the groups that the columns of these titles name.
+
+    A file named train.csv, val.csv or test.csv needs no column for the split.
+    """
     path = table.path
     if not {"image", "mask"} <= set(table.columns):
         shown = ", ".join(table.header)[:200] or "nothing"
         raise DataError(f"{path}: {_WANTED[0].lower()}{_WANTED[1:]}; it has {shown}.")
-    places = _Places(path.parent)
+    further = {"region": region, "group": group_by}
+    for role, title in further.items():
+        if title is not None and table.place(title) is None:
+            raise UsageError(f"--{role if role == 'region' else 'group-by'} {title}: {path} has no such column; it has "
+                             f"{', '.join(table.header)[:200]}.")  # fmt: skip
+    named = {role: place for role, title in further.items() if (place := table.place(title)) is not None}
+    table = replace(table, columns=table.columns | named)
+    places = ListedFiles(path.parent)
     pairs = [_pair(table, line, cells, places) for line, cells in _complete_rows(table)]
     if not pairs:
         raise DataError(f"{path}: lists no pairs; below the line `image,mask` one line for each pair is wanted.")
@@ -162,7 +202,7 @@ def _complete_rows(table: Table) -> Iterator[tuple[int, tuple[str, ...]]]:
         yield line, cells[:width]
 
 
-def _pair(table: Table, line: int, cells: Sequence[str], places: "_Places") -> Pair:
+def _pair(table: Table, line: int, cells: Sequence[str], places: ListedFiles) -> Pair:
     named, mask, given = (table.cell(cells, column) for column in ("image", "mask", "split"))
     where = f"{table.path}, line {line}"
     if not named:
@@ -175,76 +215,20 @@ def _pair(table: Table, line: int, cells: Sequence[str], places: "_Places") -> P
             message += f" If the column {column!r} numbers folds, write val for the one to validate on, else train."
         raise DataError(message)
     image, name = places.find(named, IMAGE_DIRS)
-    return Pair(image=image, mask=places.find(mask, MASK_DIRS)[0] if mask else None, split=split, name=name)
-
-
-class _Places:
-    """Finds the files that a list names, whatever system wrote the names; `moved` counts absolute paths found elsewhere."""
-
-    def __init__(self, base: Path) -> None:
-        self.base = base
-        self.moved: list[tuple[str, Path]] = []
-        self.beside: list[tuple[str, Path]] = []
-
-    def find(self, text: str, folders: Sequence[str]) -> tuple[Path, str]:
-        """The file and the name that it has in the data: its path below the list without suffix, or its absolute path."""
-        drive = re.match(r"[A-Za-z]:[\\/]|\\\\", text)
-        exists = os.path.lexists(self.base / text)
-        parts = PureWindowsPath(text).parts if not exists and (drive or "\\" in text) else PurePosixPath(text).parts
-        named = Path(*parts[1:]) if drive else Path(*parts)
-        if not drive and (found := _on_disk(self.base / named)):
-            inside = named.is_absolute() and named.resolve().is_relative_to(self.base.resolve())
-            return found, _without_suffix(named.resolve().relative_to(self.base.resolve()) if inside else named)
-        if drive or named.is_absolute():
-            rest = named.parts if drive else named.parts[1:]
-            for start in range(len(rest)):
-                below = Path(*rest[start:])
-                if found := _on_disk(self.base / below):
-                    self.moved.append((text, found))
-                    return found, _without_suffix(below)
-        elif len(named.parts) == 1:  # a bare name, of a file in images/ or masks/
-            for folder in sorted(path for path in self.base.iterdir() if path.name.casefold() in folders):
-                if found := _on_disk(folder / named):
-                    self.beside.append((text, found))
-                    return found, _without_suffix(named)
-        return self.base / named, _without_suffix(named)
-
-
-def _without_suffix(path: Path) -> str:
-    return path.with_name(stem_of(path.name)).as_posix()
-
-
-def _on_disk(path: Path) -> Path | None:
-    """The file of this name, also if the disk holds its name in the other Unicode form."""
-    if path.exists():
-        return path
-    if path.parent.is_dir() and not path.name.lower().endswith(SOURCE_SUFFIXES):  # a list of names without suffixes
-        named = _files_by_stem(path.parent, path.parent.stat().st_mtime_ns).get(path.name, [])
-        return path.with_name(named[0]) if len(named) == 1 else None
-    if path.as_posix().isascii():
-        return None
-    for form in ("NFC", "NFD"):
-        other = Path(unicodedata.normalize(form, str(path)))
-        if other.exists():
-            return other
-    if not path.parent.is_dir():
-        return None
-    found = _names_in(path.parent, path.parent.stat().st_mtime_ns).get(composed(path.name))
-    return path.with_name(found) if found else None
-
-
-@lru_cache(maxsize=256)
-def _files_by_stem(folder: Path, _mtime_ns: int) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
-    for path in folder.iterdir():
-        if path.name.lower().endswith(SOURCE_SUFFIXES):
-            found.setdefault(stem_of(path.name), []).append(path.name)
-    return found
-
-
-@lru_cache(maxsize=256)
-def _names_in(folder: Path, _mtime_ns: int) -> dict[str, str]:
-    return {composed(path.name): path.name for path in folder.iterdir()}
+    region, group = table.cell(cells, "region"), table.cell(cells, "group")
+    for role, cell in (("region", region), ("group", group)):
+        if role in table.columns and not cell:
+            raise DataError(
+                f"{where}: the column {table.header[table.columns[role]]!r} is empty; fill it in each line."
+            )
+    return Pair(
+        image=image,
+        mask=places.find(mask, MASK_DIRS)[0] if mask else None,
+        split=split,
+        name=name,
+        group=group,
+        region=places.find(region, MASK_DIRS)[0] if region else None,
+    )
 
 
 def _named_below(pairs: list[Pair]) -> list[Pair]:
@@ -300,7 +284,7 @@ def _problems(path: Path, pairs: list[Pair]) -> Iterator[Problem]:
         yield Problem("fatal", message, tuple(lonely))
 
 
-def _notes(table: Table, places: _Places) -> Iterator[Problem]:
+def _notes(table: Table, places: ListedFiles) -> Iterator[Problem]:
     """What was read in another way than its author may have meant, and what was not used."""
     name = table.path.name
     if table.encoding == "cp1252":
@@ -313,5 +297,31 @@ def _notes(table: Table, places: _Places) -> Iterator[Problem]:
                           f"{printable(text)} is {relative(found, table.path.parent)}.")  # fmt: skip
     known = set(table.columns.values())
     spare = [title for place, title in enumerate(table.header) if place not in known and title]
+    doubtful = [title for title in spare if _SPLITTING.search(title)] if "split" not in table.columns else []
+    for title in doubtful[:1]:
+        yield Problem("fatal", f"{name}: no split was found, but {folds_question(title)} Or take the column out.")
     if spare:
-        yield Problem("warning", f"{name}: columns that are not used: {printable(first_of(spare, 8))}.")
+        advice = " ".join(_advice(table, title) for title in spare)
+        yield Problem(
+            "warning", f"{name}: columns that are not used: {printable(first_of(spare, 8))}. {advice}".strip()
+        )
+
+
+def _advice(table: Table, title: str) -> str:
+    """What a column that is not used may be for: it names groups, or files."""
+    place = table.place(title)
+    rows = [(cells[place].strip(), cells) for _, cells in table.rows if place is not None]
+    groups: dict[str, set[str]] = {}
+    for value, cells in rows:
+        groups.setdefault(value, set()).add(split_of(table.cell(cells, "split")))
+    if all(value.lower().endswith(SOURCE_SUFFIXES) for value in groups):
+        option = f"--region {shlex.quote(title)}"
+        return f"{title!r} names files: if they are masks of what counts, such as a field of view, pass {option}."
+    is_group = _GROUP.fullmatch(re.sub(r"[_\- ]", "", title.casefold()))
+    if not is_group or not _FEWEST_GROUPS <= len(groups) < len(rows) or "" in groups:
+        return ""
+    what = f"{title!r} looks like {len(groups):,} groups of images"
+    if "split" not in table.columns:
+        return f"{what}: --group-by {shlex.quote(title)} keeps each in one split."
+    divided = sum(len(there) > 1 for there in groups.values())
+    return f"{what}; {divided:,} are in several splits, which flatters the scores." if divided else ""

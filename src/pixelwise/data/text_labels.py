@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pixelwise.data.matching import walk
+from pixelwise.data.image_files import walk
 from pixelwise.data.pairs import counted, first_of
 from pixelwise.files import read_ends
 from pixelwise.formats.local import printable

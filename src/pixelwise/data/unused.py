@@ -5,8 +5,9 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
-from pixelwise.data.matching import is_zarr, relative, walk
-from pixelwise.data.pairs import Pair, Problem, counted, first_of, split_of
+from pixelwise.data.image_files import is_zarr, relative, walk
+from pixelwise.data.names import channel_file
+from pixelwise.data.pairs import Pair, Problem, counted, first_of, split_of_list
 from pixelwise.data.tables import tables_in
 from pixelwise.formats import SOURCE_SUFFIXES
 
@@ -23,7 +24,10 @@ def find_unused(root: Path, pairs: Sequence[Pair], told: Collection[str], lists:
         lists: the lists that were read.
     """
     root = root.absolute()
-    used = {path.absolute() for pair in pairs for path in (pair.image, pair.mask, *pair.more_masks) if path}
+    masks = [path for pair in pairs for path in (pair.mask, *pair.more_masks, pair.region) if path is not None]
+    used = {path.absolute() for path in (*(pair.image for pair in pairs), *masks)}
+    several = [pair for pair in pairs if pair.channel_files > 1]
+    used |= {Path(channel_file(str(p.image.absolute()), number)) for p in several for number in range(p.channel_files)}
     read = {path.absolute() for path in lists}
     above = {parent for path in used for parent in path.parents}
     images, others = Counter[Path](), Counter[Path]()
@@ -68,13 +72,17 @@ def unread_lists(root: Path) -> list[Path]:
     if not root.is_dir():
         return []
     folders = [
-        path for path in root.iterdir() if path.is_dir() and re.search("split|fold|imagesets", path.name.lower())
+        path
+        for path in root.iterdir()
+        if path.is_dir() and re.search("split|fold|imagesets|lists?$", path.name.lower())
     ]
     files = [path for place in (root, *folders) for path in sorted(place.iterdir())]
     files = [path for path in files if path.suffix.lower() in (*_LISTS, ".yaml", ".yml")]
-    tables = {table.path for table in tables_in(root) if table.says_splits()}
+    tables = {table.path for table in tables_in(root) if table.may_say_splits()}
     return [
-        path for path in files if split_of(path.stem) or re.search("split|fold", path.stem.casefold()) or path in tables
+        path
+        for path in files
+        if split_of_list(path.stem) or re.search("split|fold", path.stem.casefold()) or path in tables
     ]
 
 
@@ -83,4 +91,4 @@ def _is_list(path: Path) -> bool:
     name = path.stem.casefold()
     if not path.is_file() or path.suffix.lower() not in _LISTS:
         return False
-    return path.suffix.lower() in (".csv", ".tsv") or bool(split_of(name)) or "split" in name or "fold" in name
+    return path.suffix.lower() in (".csv", ".tsv") or bool(split_of_list(name)) or "split" in name or "fold" in name

@@ -4,12 +4,13 @@ import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Literal
 from urllib.parse import unquote
 
-from pixelwise.data.matching import is_series, is_zarr
+from pixelwise.data.image_files import is_series, is_zarr
+from pixelwise.data.names import channel_file, channel_of
 from pixelwise.errors import PixelwiseError, UsageError
 from pixelwise.files import extra
 from pixelwise.formats.base import LABELS
@@ -66,6 +67,37 @@ class Batch:
     folder: OutFolder
     options: JobOptions
     passed_over: str = ""
+
+    def with_channels(self, files: int) -> "Batch":
+        """The same work where so many files are the channels of one image: case_0000.png and others become case.png.
+
+        Raises:
+            UsageError: an image becomes what another one becomes too.
+        """
+        if files == 1:
+            return self
+        names = {str(task.path) for task in self.tasks}
+        tasks = []
+        for task in self.tasks:
+            channel = channel_of(stem_of(PurePath(str(task.path)).name))
+            if channel and 0 < channel[1] < files and channel_file(str(task.path), 0) in names:
+                continue
+            tasks.append(_without_number(task) if channel and channel[1] == 0 else task)
+        outputs = Counter(str(output) for task in tasks for output in task.outputs.values())
+        if twice := [output for output, count in outputs.items() if count > 1]:
+            raise UsageError(f"two images would both become {twice[0]}. Label them in two calls with different --out.")
+        return replace(self, tasks=tuple(tasks))
+
+
+def _without_number(task: Task) -> Task:
+    """The outputs of the first channel's file, named after the image."""
+    outputs: dict[str, Location] = {}
+    stem = stem_of(PurePath(str(task.path)).name)
+    for kind, output in task.outputs.items():
+        folder, slash, name = str(output).rpartition("/")
+        name = f"{stem[:-5]}{PurePath(name).name.removeprefix(stem)}"
+        outputs[kind] = output.with_name(name) if isinstance(output, Path) else f"{folder}{slash}{name}"
+    return Task(task.path, outputs)
 
 
 def plan_batch(inputs: Sequence[str | Path], out: str | Path, *, options: JobOptions | None = None) -> Batch:

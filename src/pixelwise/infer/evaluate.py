@@ -5,12 +5,13 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from pixelwise.data.check import check_split
 from pixelwise.data.classes import CLASSES_NAME
-from pixelwise.data.layouts import DataFolder, Pair, open_data
+from pixelwise.data.layouts import DataFolder, Pair, Problem, open_data
 from pixelwise.data.proposals import classes_beside
 from pixelwise.errors import DataError, PixelwiseError, UsageError
 from pixelwise.files import remove_leftovers, write_json
@@ -84,6 +85,7 @@ def evaluate(
     out: str | Path | None = None,
     on_progress: Callable[[int, int], None] | None = None,
     batch: int | None = None,
+    check: bool = True,
     note: Note | None = warn,
 ) -> Evaluation:
     """Score a trained network on a split of a data folder.
@@ -101,12 +103,14 @@ def evaluate(
         on_progress: Called after each image with the number done and the number in all.
         batch: The most images in one pass; only neighbours of equal size share one. By default 1, or 10 for a predictor
             with batch statistics.
-        note: Takes what should be known of the images, a line for each kind (numbers far from those of the training, a band
-            that is left out, files beside an image); by default a `UserWarning`, None for nothing.
+        check: Whether to look at the masks of the split first; data that were inspected need not.
+        note: Takes what should be known of the images and masks, a line for each kind (numbers far from those of the
+            training, a band that is left out, masks that look inverted); by default a `UserWarning`, None for nothing.
 
     Raises:
         UsageError: the batch is less than 1.
-        DataError: the data's classes are not the network's, the split is empty, or a file cannot be read.
+        DataError: the data's classes are not the network's, the split is empty, a file cannot be read, or masks hold what
+            is no class, differ from their images in size, or do not look like masks.
         PixelwiseError: an image does not fit into memory, or a result cannot be written.
 
     Example:
@@ -122,10 +126,11 @@ def evaluate(
         >>> root = Path(tempfile.mkdtemp())
         >>> for kind, mode in (("images", "RGB"), ("masks", "L")):
         ...     (root / "test" / kind).mkdir(parents=True)
-        ...     Image.new(mode, (8, 6)).save(root / "test" / kind / "a.png")
+        ...     for value in (0, 1):
+        ...         Image.new(mode, (8, 6), value).save(root / "test" / kind / f"{value}.png")
         >>> evaluation = evaluate(predictor, root)
-        >>> evaluation.scores.pixels, evaluation.scores.recall[1]
-        (48, nan)
+        >>> evaluation.scores.pixels, evaluation.images
+        (96, 2)
     """
     started = time.perf_counter()
     predictor = run if isinstance(run, Predictor) else load(run)
@@ -136,6 +141,10 @@ def evaluate(
         batch = BATCH if predictor.batch_statistics else 1
     if batch < 1:
         raise UsageError(f"batch must be at least 1, not {batch}.")
+    if check:
+        for text in check_split(folder, split, channels=predictor.in_channels, reading=predictor.card.reading):
+            if note is not None:
+                note(text)
     parts, per_image, groups = score_pairs(predictor, folder, pairs, batch, on_progress, note)
     confusion = sum(parts.values(), ConfusionMatrix(predictor.labels.num_classes))
     foreground = foreground_of(predictor.labels.names, predictor.labels.values)
@@ -193,13 +202,15 @@ def open_for(
     ignore: Sequence[int] = (),
     group_by: str | None = None,
     masks: str | None = None,
+    region: str | None = None,
 ) -> DataFolder:
     """Open a data folder to score `predictor` on it.
 
     The meaning of mask values is the data's own if it says so (`classes`, or a classes.yaml in `root`), and else the
     one that the network was trained with. A split that has to be made is made as for the training: unless `group_by`
     is given, with the card's `data["group_by"]`, or training images would be scored as unseen ones. `masks` names the
-    folder of masks where several hold labels; without it the one that the network was trained with, if `root` has it.
+    folder of masks where several hold labels, and `region` that of what counts; without them those that the network was
+    trained with, if `root` has them.
 
     Raises:
         DataError: the folder cannot be used.
@@ -207,15 +218,30 @@ def open_for(
     """
     root = Path(root)
     known = None if classes is not None or os.path.lexists(classes_beside(root)) else predictor.labels
-    trained = predictor.card.data.get("group_by")
-    if group_by is None and isinstance(trained, str):
-        group_by = trained
-    given: dict[str, Any] = {"classes": classes, "ignore": tuple(ignore), "group_by": group_by, "labels": known}
-    chosen = predictor.card.data.get("masks")
-    if masks is None and isinstance(chosen, str):
-        with suppress(UsageError):  # other data need not have a folder of this name
-            return open_data(root, masks=chosen, **given)
-    return open_data(root, masks=masks, **given)
+    asked = {"group_by": group_by, "masks": masks, "region": region}
+    named = {key: name for key, name in asked.items() if name is not None}
+    trained = {key: name for key in asked if isinstance(name := predictor.card.data.get(key), str) and key not in named}
+    named |= {"group_by": trained.pop("group_by")} if "group_by" in trained else {}
+    given: dict[str, Any] = {"classes": classes, "ignore": tuple(ignore), "labels": known} | named
+    for left_out in ((), ("region",), ("masks",)):  # other data need not have folders of these names
+        if set(left_out) <= set(trained):
+            with suppress(UsageError):
+                there: dict[str, Any] = {key: name for key, name in trained.items() if key not in left_out}
+                folder = open_data(root, **given, **there)
+                return _with_warning(folder, trained["region"]) if left_out == ("region",) else folder
+    try:
+        folder = open_data(root, **given)
+    except UsageError as error:
+        if group_by is not None or "group_by" not in given:
+            raise
+        advice = "The network was trained with it. Pass --group-by for these data; '(.*)' keeps each image by itself."
+        raise UsageError(f"{error} {advice}") from error
+    return _with_warning(folder, trained["region"]) if "region" in trained else folder
+
+
+def _with_warning(folder: DataFolder, region: str) -> DataFolder:
+    message = f"the network was trained with --region {region}, which is not here: all pixels count."
+    return replace(folder, problems=(*folder.problems, Problem("warning", message)))
 
 
 def _check_classes(wanted: tuple[str, ...], folder: DataFolder) -> None:

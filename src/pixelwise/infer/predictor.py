@@ -151,7 +151,9 @@ class Predictor:
         except UsageError:
             if not trained:
                 raise
-            of_all = {key: trained[key] for key in ("bands",) if key in trained}  # every format has bands
+            of_all: dict[str, Any] = {
+                key: trained[key] for key in ("bands", "channel_files") if key in trained
+            }  # which all have
             return samples.open_image(location, {**of_all, **given}, self.in_channels)
 
     def window(self, pixels: NDArray[Any], valid: NDArray[np.bool_] | None = None) -> Tensor:

@@ -70,16 +70,18 @@ class _Labelled:
     image: Source
     mask: Source
     spec: LabelSpec
+    region: Source | None = None  # a mask that is not 0 where pixels count
 
     @classmethod
     def of(cls, opened: OpenPair, pair: Pair) -> "_Labelled":
         """The plane that a pair means; a small one is read."""
-        image, mask = opened.image, opened.mask
+        image, mask, region = opened.image, opened.mask, opened.region
         if mask is None:
             raise DataError(f"{pair.image}: has no mask.")
         if pair.plane is not None:
             image, mask = _OnePlane(image, pair.plane), _OnePlane(mask, pair.plane)
-        return cls(pair, in_memory(image), in_memory(mask), opened.labels)
+            region = region and _OnePlane(region, pair.plane)
+        return cls(pair, in_memory(image), in_memory(mask), opened.labels, region and in_memory(region))
 
     def is_like(self, other: "_Labelled") -> bool:
         """Whether both may share a pass."""
@@ -87,13 +89,17 @@ class _Labelled:
         keys = ("height", "width", "channels", "dtype", "planes")
         return is_small(mine) and all(getattr(mine, key) == getattr(its, key) for key in keys)
 
-    def truth(self, plane: int, region: Region, step: int = 1) -> NDArray[np.uint8]:
-        """Class ids in a region, or of every `step`-th row and column of it, and void."""
-        raw = mask_values(self.mask.read(*region, plane)[::step, ::step])
+    def truth(self, plane: int, window: Region, step: int = 1) -> NDArray[np.uint8]:
+        """Class ids in a window, or of every `step`-th row and column of it, and void."""
+        raw = mask_values(self.mask.read(*window, plane)[::step, ::step])
         try:
-            return self.spec.encode(raw)
+            labels = self.spec.encode(raw)
         except DataError as error:
             raise DataError(f"{self.pair.mask}: the mask {error}") from error
+        if self.region is None:
+            return labels
+        inside = self.region.read(*window, plane)[::step, ::step].any(axis=2)
+        return np.where(inside, labels, np.uint8(IGNORE_INDEX))
 
 
 class _Counting(Store):
@@ -167,8 +173,8 @@ def score_pairs(
 
 def _groups(predictor: Predictor, folder: DataFolder, pairs: Sequence[Pair], batch: int) -> Iterator[list[_Labelled]]:
     """The images that share a pass: neighbours of one size; their files are open until the next group."""
-    card = predictor.card
-    files = OpenPairs(lambda pair: OpenPair(pair, folder.labels, predictor.in_channels, card.reading))
+    reading = predictor.card.reading | folder.reading
+    files = OpenPairs(lambda pair: OpenPair(pair, folder.labels, predictor.in_channels, reading))
     group: list[_Labelled] = []
     with closing(files), closing(prefetch(lambda pair: _Labelled.of(files.get(pair), pair), pairs)) as coming:
         for _, future in coming:

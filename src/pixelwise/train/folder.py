@@ -83,6 +83,13 @@ def read_plan(out: Path, inspection: Inspection) -> Plan:
         raise DataError(f"{out / PLAN_NAME}: is not a plan of this version ({error}). Start a new run.") from error
 
 
+def recorded_choices(out: Path) -> dict[str, Any]:
+    """What the data of a run were opened with: keywords of `open_data`, those that were given."""
+    stored = read_json(out / DATA_NAME) if (out / DATA_NAME).is_file() else {}
+    known = stored if isinstance(stored, dict) else {}
+    return {key: known[key] for key in ("group_by", "masks", "region") if isinstance(known.get(key), str)}
+
+
 def read_state(out: Path) -> dict[str, Any]:
     """What `environment.json` says; a finished run has marked itself there."""
     state = read_json(out / STATE_NAME)

@@ -219,7 +219,7 @@ def _card(plan: Plan, inspection: Inspection) -> ModelCard:
         labels=folder.labels,
         mean=plan.mean,
         std=plan.std,
-        data={**plan.data, "root": Path(plan.data["root"]).name, "group_by": folder.group_by, "masks": folder.masks},
+        data={**plan.data, "root": Path(plan.data["root"]).name, **folder.choices},
         versions={
             "pixelwise": metadata.version("pixelwise"),
             "torch": torch.__version__,

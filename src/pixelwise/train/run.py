@@ -26,6 +26,7 @@ from pixelwise.train.folder import (
     is_finished,
     read_plan,
     read_state,
+    recorded_choices,
     settle_config,
     write_config,
     write_start,
@@ -116,7 +117,8 @@ def train(
         raise UsageError(
             "devices: pixelwise starts the processes of a training itself. Call it once, without torchrun."
         )
-    folder = data if isinstance(data, DataFolder) else open_data(data)
+    chosen = recorded_choices(out) if resume else {}
+    folder = data if isinstance(data, DataFolder) else open_data(data, **chosen)
     inspection = inspect_data(folder, reading=config.reading)
     inspection.raise_if_fatal()
     if not folder.split("train"):

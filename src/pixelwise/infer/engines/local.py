@@ -171,6 +171,7 @@ def run_batch(
         UsageError: there is no such engine, or its package is not installed; samples of a network without dropout.
         PixelwiseError: an output cannot be written (disk full, no permission). Nothing half-written stays.
     """
+    batch = batch.with_channels(network.card.reading.get("channel_files", 1))
     labeller = Labeller(network=network, batch=batch, overwrite=overwrite, note=note, progress=progress)
     if batch.passed_over:
         note(batch.passed_over)
