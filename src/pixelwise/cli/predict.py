@@ -186,8 +186,9 @@ def _check_engine(engine: str, address: str | None, workers: int | None) -> None
         raise UsageError(f"--engine {engine}: there are local (this process) and ray (workers of a cluster).")
     if engine == "local" and address is not None:
         raise UsageError("--address is that of a Ray cluster; add --engine ray, or leave it out.")
-    if workers is not None and workers < 1:
-        raise UsageError(f"--workers must be at least 1, not {workers}.")
+    most = 10_000 if address is not None else 256  # a process or thread each: of a cluster, or of this machine
+    if workers is not None and not 1 <= workers <= most:
+        raise UsageError(f"--workers must be from 1 to {most:,}, not {workers}.")
 
 
 def _start_decoder(inputs: Sequence[str]) -> None:

@@ -1,12 +1,12 @@
 """From a folder to pairs of image and mask: the layout is recognised by looking."""
 
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from pixelwise.data.folders import Layout, beside_splits, find_layout
+from pixelwise.data.groups import check_expression, match_groups
 from pixelwise.data.labels import LabelSpec
 from pixelwise.data.mask_folders import choose_masks, is_doubtful
 from pixelwise.data.matching import FolderPair, match_source
@@ -18,7 +18,6 @@ from pixelwise.data.pairs import (
     Pair,
     Problem,
     assign_splits,
-    compile_group_by,
     first_of,
 )
 from pixelwise.data.proposals import find_labels
@@ -79,12 +78,12 @@ def open_data(
         (9, ('train', 'val', 'test'))
     """
     root = Path(root)
-    pattern = compile_group_by(group_by)
+    check_expression(group_by)
     found = _recognise(root, masks)
     pairs, problems, words = found.pairs, found.problems, found.words
     if not any(pair.mask for pair in pairs):
         raise DataError(_nothing_pairs(root, words, problems))
-    pairs, split_words = _with_splits(_grouped(pairs, pattern), fractions, found.is_listed)
+    pairs, split_words = _with_splits(_grouped(pairs, group_by), fractions, found.is_listed)
     if root.is_dir():
         told = {name for problem in problems for name in problem.files}
         problems += find_unused(root, pairs, told, found.list_files)
@@ -203,20 +202,19 @@ def _doubtful_split(root: Path, found: _Found, split_words: str) -> list[Problem
     return []
 
 
-def _grouped(pairs: list[Pair], pattern: re.Pattern[str] | None) -> list[Pair]:
+def _grouped(pairs: list[Pair], expression: str | None) -> list[Pair]:
     """The pairs with their group; a name that is used twice gets its split."""
     count = Counter(pair.name for pair in pairs)
     grouped, unmatched = [], []
-    for pair in pairs:
-        found = pattern.search(pair.name) if pattern else None
-        group = pair.name if pattern is None else found and found.group(1 if pattern.groups else 0)
+    names = [pair.name for pair in pairs]
+    for pair, group in zip(pairs, names if expression is None else match_groups(expression, names), strict=True):
         if group is None:
             unmatched.append(pair.name)
         name = f"{pair.split}/{pair.name}" if count[pair.name] > 1 and pair.split else pair.name
         grouped.append(replace(pair, group=group or "", name=name))
-    if pattern and unmatched:
+    if unmatched:
         raise UsageError(
-            f"--group-by {pattern.pattern!r} does not match {len(unmatched):,} of {len(pairs):,} names, for example "
+            f"--group-by {expression!r} does not match {len(unmatched):,} of {len(pairs):,} names, for example "
             f"{unmatched[0]!r}. It is a regular expression and must match somewhere in each name."
         )
     return grouped

@@ -21,7 +21,7 @@ PROCESS_BYTES = 2 << 30
 # How torch reports that memory ran out where it does not raise torch.OutOfMemoryError.
 _OUT_OF_MEMORY = (
     "not enough memory", "can't allocate memory", "out of memory", "alloc_failed", "could not create a primitive",
-    "can't start new thread",
+    "can't start new thread", "storage size calculation overflowed",
 )  # fmt: skip
 _SPARE = 0.05  # of that, for what is not foreseen
 _LEAST_FOR_MAPS, _MOST_FOR_MAPS = 512 << 20, 1 << 30
