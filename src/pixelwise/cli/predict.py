@@ -1,6 +1,7 @@
 """`pixelwise predict`: a label for every pixel of new images."""
 
 import re
+import time
 from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,6 +16,7 @@ from pixelwise.errors import UsageError
 if TYPE_CHECKING:
     from pixelwise.infer.batch import Outcome
 
+LOG_S = 60  # in a log, which has no bar, progress is told so often
 _MAPS = "entropy, mutual_information, max_probability, with commas between: also write NAME_MAP."
 
 
@@ -214,8 +216,14 @@ def _label(predictor: Any, batch: Any, **how: Any) -> "list[Outcome]":
         def show(text: str) -> None:
             progress.console.print(_printable(text), markup=False, highlight=False, soft_wrap=True)
 
+        said = time.monotonic()
+
         def advance(done: int, total: int) -> None:
+            nonlocal said
             progress.update(task, completed=len(outcomes) + done / total)
+            if not console.is_terminal and time.monotonic() - said > LOG_S:
+                said = time.monotonic()
+                show(f"{len(outcomes):,} of {len(batch.tasks):,} images done, and {done / total:.0%} of the next")
 
         try:
             for outcome in run_batch(predictor, batch, note=show, progress=advance, **how):

@@ -53,7 +53,7 @@ def match_groups(expression: str, names: Sequence[str]) -> list[str | None]:
     a stranger. So a process of its own does it, which is ended after a while.
 
     Example:
-        >>> match_groups("case(\\d)", ["case1_2", "case2_2", "other"])
+        >>> match_groups("case([0-9])", ["case1_2", "case2_2", "other"])
         ['1', '2', None]
     """
     try:

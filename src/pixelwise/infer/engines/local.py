@@ -26,7 +26,7 @@ from pixelwise.infer.outputs import Location
 from pixelwise.infer.overlay import write_overlay
 from pixelwise.infer.pipeline import Pipeline, Progress, in_memory
 from pixelwise.infer.predictor import Predictor
-from pixelwise.infer.remarks import remarks
+from pixelwise.infer.remarks import remarks, told_if_large
 from pixelwise.infer.store import DiskStore, Store
 from pixelwise.infer.tiling import Note
 from pixelwise.ops.dropout import with_spatial_dropout
@@ -85,6 +85,8 @@ class Labeller:
             if fingerprint is None and not self.overwrite and self.folder.is_finished(outputs, provenance):
                 return None
             staged = self.folder.stage(outputs[LABELS])
+            if text := told_if_large(source) if fingerprint is None else "":
+                self._tell(text)
             small, info = in_memory(source), source.info
             if fingerprint is None:
                 for kind, text in remarks(small, self.network.card.mean, self.network.card.std):
