@@ -22,7 +22,7 @@ from pixelwise.data.labels import LabelSpec
 from pixelwise.errors import DataError, brief
 from pixelwise.files import atomic_path, read_json, without_nan, write_json
 from pixelwise.models import create_model
-from pixelwise.models.registry import MAX_NUMBER, MAX_VALUES
+from pixelwise.models.registry import MAX_NUMBER
 
 WEIGHTS_NAME = "model.safetensors"
 CARD_NAME = "model.json"
@@ -110,8 +110,8 @@ class ModelCard:
         for key in ("config", "data", "versions", "scores", "reading"):
             if not isinstance(values[key], dict) or not all(isinstance(name, str) for name in values[key]):
                 raise DataError(f"'{key}' must be a mapping, not {brief(values[key])}.")
-        for key in ("config", "reading"):
-            values[key] = {name: _config_value(name, value) for name, value in values[key].items()}
+        for key, most in (("config", MAX_NUMBER), ("reading", 1e30)):
+            values[key] = {name: _config_value(name, value, most) for name, value in values[key].items()}
         for key in ("mean", "std"):
             values[key] = _numbers(key, values[key])
         card = cls(**values | {"labels": LabelSpec.from_dict(values["labels"])})
@@ -303,16 +303,16 @@ def _numbers(key: str, values: Any) -> tuple[float, ...]:
     return tuple(float(value) for value in values)
 
 
-def _config_value(key: str, value: Any, depth: int = 0) -> Any:
+def _config_value(key: str, value: Any, most: float, depth: int = 0) -> Any:
     """A value that a config may hold: a number of sensible size, a plain name, or a list of such; lists become tuples.
 
     Names such as `torchvision/resnet50` pass, paths and addresses do not (timm would download `hf-hub:…`).
     """
-    if isinstance(value, list | tuple) and depth < 3 and len(value) <= MAX_VALUES:
-        return tuple(_config_value(key, item, depth + 1) for item in value)
-    is_number = isinstance(value, int | float) and abs(value) <= MAX_NUMBER
+    if isinstance(value, list | tuple) and depth < 3 and len(value) <= MAX_CHANNELS:
+        return tuple(_config_value(key, item, most, depth + 1) for item in value)
+    is_number = isinstance(value, int | float) and abs(value) <= most
     is_name = isinstance(value, str) and len(value) <= 100 and re.fullmatch(r"(\w[\w.+-]*/)?\w[\w.+-]*|", value)
     if value is None or is_number or is_name:
         return value
-    allowed = f"numbers up to {MAX_NUMBER:,}, plain names and lists of them"
+    allowed = f"numbers up to {most:,.12g}, plain names and lists of them"
     raise DataError(f"config {brief(key)} cannot be {brief(value)}; allowed are {allowed}.")
