@@ -190,7 +190,7 @@ def _check_engine(engine: str, address: str | None, workers: int | None) -> None
         raise UsageError("--address is that of a Ray cluster; add --engine ray, or leave it out.")
     most = 10_000 if address is not None else 256  # a process or thread each: of a cluster, or of this machine
     if workers is not None and not 1 <= workers <= most:
-        raise UsageError(f"--workers must be from 1 to {most:,}, not {workers}.")
+        raise UsageError(f"--workers must be at least 1 and at most {most:,}, not {workers}.")
 
 
 def _start_decoder(inputs: Sequence[str]) -> None:

@@ -55,7 +55,12 @@ class Tiling:
             if getattr(self, key) not in (None, *allowed):
                 raise UsageError(f"{key} is one of {', '.join(allowed)}, not {getattr(self, key)!r}.")
         for name, value, is_allowed, rule in (
-            ("tile", self.tile_px, self.tile_px is None or 1 <= self.tile_px <= 10**6, "from 1 to 1,000,000 px"),
+            (
+                "tile",
+                self.tile_px,
+                self.tile_px is None or 1 <= self.tile_px <= 10**6,
+                "at least 1 px and at most 1,000,000",
+            ),
             ("overlap", self.overlap, 0 <= self.overlap <= 0.9, "a share from 0 to 0.9"),
             ("tolerance", self.tolerance, 0 <= self.tolerance < 1, "a share from 0 to less than 1"),
             (
@@ -64,7 +69,7 @@ class Tiling:
                 self.memory_bytes is None or 1 <= self.memory_bytes <= 2**60,
                 "a number of bytes above 0, at most 1 EiB",
             ),
-            ("samples", self.samples, 1 <= self.samples <= 10_000, "from 1 to 10,000"),
+            ("samples", self.samples, 1 <= self.samples <= 10_000, "at least 1 and at most 10,000"),
             ("seed", self.seed, 0 <= self.seed < 2**63, "a whole number from 0 to less than 2**63"),
         ):
             if not is_allowed:
@@ -129,7 +134,7 @@ class JobOptions:
         if self.background and not self.geojson:
             raise UsageError("background is about polygons; ask for them (--geojson), or leave it out.")
         if not 0 <= self.min_area_px <= 10**12:
-            raise UsageError(f"the smallest area must be 0 to 10**12 px, not {brief(self.min_area_px)}.")
+            raise UsageError(f"the smallest area must be 0 px or more, at most 10**12, not {brief(self.min_area_px)}.")
 
     def changes(self) -> dict[str, Any]:
         """What makes the labels other ones than by default, as values that JSON can hold.
