@@ -155,7 +155,7 @@ def test_of_very_many_rows_some_are_shown_and_it_is_said(tmp_path, monkeypatch):
     columns = read_metrics(tmp_path)
     assert 10 <= len(columns["train_loss"]) <= 12 and columns["train_loss"][-1] == (100, 10.0)
     assert columns["val_miou"] == [(37, 0.5)]
-    assert "every 11th is shown" in training_curves(tmp_path)[0]
+    assert "one in 11 is shown" in training_curves(tmp_path)[0]
     monkeypatch.setattr("pixelwise.report.run_folder.MAX_METRICS_BYTES", 100)
     with pytest.raises(DataError, match=r"metrics\.csv cannot be shown: it has more than"):
         read_metrics(tmp_path)

@@ -233,7 +233,7 @@ def training_curves(run: Path) -> tuple[str, list[Curve]]:
             legend = tuple((color, line.label) for color, line in named if line.points and line.label)
             curves.append(Curve(title, legend, plot_lines(lines, percent="%" in title)))
     stride = metrics_stride(run)
-    remark = f" Of the rows of metrics.csv every {stride:,}th is shown, and those of validations." if stride > 1 else ""
+    remark = f" Of the rows of metrics.csv one in {stride:,} is shown, and those of validations." if stride > 1 else ""
     return _summary(columns, kept_step(run)) + remark, curves
 
 
