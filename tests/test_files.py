@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from pixelwise.files import atomic_path, hidden_name, remove_leftovers, write_text
+from pixelwise.errors import DataError
+from pixelwise.files import atomic_path, hidden_name, read_json, remove_leftovers, write_text
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs permissions")
@@ -61,3 +62,10 @@ def test_what_a_killed_process_left_is_removed_and_what_others_write_is_not(tmp_
         assert not left.exists() and not folder.exists() and not elsewhere[1].exists()
     kept = {".hidden", ".x.part", ".b.1234.part", "c.part", "mine.txt", elsewhere[0].name}
     assert {path.name for path in tmp_path.iterdir()} == kept
+
+
+def test_json_from_outside_has_a_size_that_no_honest_file_reaches(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("pixelwise.files.MAX_JSON_BYTES", 10)
+    (tmp_path / "a.json").write_text('{"a": "' + "b" * 20 + '"}')
+    with pytest.raises(DataError, match="it has 29 bytes; at most 10 are read"):
+        read_json(tmp_path / "a.json")

@@ -15,3 +15,18 @@ class UsageError(PixelwiseError):
 
 class DataError(PixelwiseError):
     """A file or a data folder that cannot be used as it is."""
+
+
+def brief(value: object, length: int = 80) -> str:
+    """`value` for an error message: one line, bounded, however large it is.
+
+    Example:
+        >>> brief([8] * 1_000_000, 12)
+        '[8, 8, 8, 8…'
+    """
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) > 10**18:
+        return "a huge number"  # which may have thousands of digits
+    if isinstance(value, list | tuple | str) and not isinstance(value, Exception):
+        value = value[: length + 1]
+    text = " ".join((str(value) if isinstance(value, Exception) else repr(value)).split())
+    return text if len(text) <= length else text[: length - 1] + "…"

@@ -28,6 +28,7 @@ ZARR_DOCUMENTS = ("zarr.json", ".zarray", ".zgroup")
 """A folder with one of these is a Zarr."""
 
 MAX_YAML_BYTES = 16 << 20
+MAX_JSON_BYTES = 256 << 20
 _MAX_YAML_VALUES, _MAX_YAML_DEPTH, _MAX_YAML_TEXT = 100_000, 50, 10_000
 _YAML_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the one in C is many times faster
 _LEFTOVER = re.compile(r"\..+\.(?P<home>[0-9a-f]{6})-(?P<pid>[0-9a-f]+)-[0-9a-z_]{8}\.(part(\..*)?|old)", re.DOTALL)
@@ -255,10 +256,10 @@ def read_json(path: str | Path) -> Any:
     """Read a JSON file.
 
     Raises:
-        DataError: the file is missing, unreadable or not JSON.
+        DataError: the file is missing, unreadable, larger than 256 MB or not JSON.
     """
     try:
-        return json.loads(read_regular(Path(path)))
+        return json.loads(read_regular(Path(path), MAX_JSON_BYTES))
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read as JSON ({error}).") from error
 

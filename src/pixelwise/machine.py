@@ -74,7 +74,7 @@ def processors() -> int:
 
 _OUT_OF_MEMORY = (
     "not enough memory", "can't allocate memory", "cannot allocate memory", "out of memory", "alloc_failed",
-    "could not create a primitive", "can't start new thread",
+    "could not create a primitive", "can't start new thread", "storage size calculation overflowed",
 )  # fmt: skip
 
 

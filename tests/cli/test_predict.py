@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -224,7 +225,8 @@ def test_options_of_another_format_are_named(run, images, tmp_path, pixelwise):
     assert "has no option axis" in err
 
 
-def test_a_large_image_with_everything(run, tmp_path, pixelwise):
+def test_a_large_image_with_everything(run, tmp_path, pixelwise, monkeypatch):
+    monkeypatch.setattr(sys.modules["pixelwise.cli.predict"], "LOG_S", -1)
     rng = np.random.default_rng(0)
     tifffile.imwrite(tmp_path / "scene.tif", rng.integers(0, 256, (1100, 1000, 3), dtype=np.uint8), tile=(256, 256))
     arguments = (
@@ -234,6 +236,7 @@ def test_a_large_image_with_everything(run, tmp_path, pixelwise):
     code, out, err = pixelwise(*arguments)
     assert (code, out) == (0, f"1 labelled: {tmp_path / 'out'}\n"), err
     assert "x the multiply-adds of one pass, at most" in err
+    assert re.search(r"0 of 1 images done, and \d+% of the next", err)  # in a log, which has no bar
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert names == [".pixelwise", "scene.tif", "scene_coco.json", "scene_entropy.tif"]
     assert tifffile.imread(tmp_path / "out" / "scene.tif").shape == (1100, 1000)

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from pixelwise.data.check import inspect_data
+from pixelwise.data.groups import check_expression, find_groups, match_groups
 from pixelwise.data.image_files import relative
 from pixelwise.data.labels import CAMVID_NAMES, LabelSpec
 from pixelwise.data.layouts import open_data
@@ -368,3 +369,15 @@ def test_several_segmentations_are_no_series(tmp_path):
     touch(tmp_path, *(f"images/{case}/{index}.dcm" for case in "ab" for index in range(3)))
     touch(tmp_path, "masks/a.dcm", "masks/b_seg.dcm")
     assert found(tmp_path / "images", tmp_path / "masks") == {"a": ("a", "a.dcm"), "b": ("b", "b_seg.dcm")}
+
+
+def test_an_expression_that_never_ends_is_given_up(monkeypatch):
+    names = [f"patient{number}_{slice}" for number in range(3) for slice in range(2)]
+    assert match_groups(r"patient\d", names) == [name[:8] for name in names]
+    assert match_groups("(é)|x", ["é", "x", "\udcff"]) == ["é", None, None]
+    monkeypatch.setattr("pixelwise.data.groups._MATCHING_S", 0.5)
+    with pytest.raises(UsageError, match=r"--group-by '\(a\+\)\+\$' takes more than 0\.5 s for 1 names.*repetitions"):
+        match_groups("(a+)+$", ["a" * 60 + "b"])
+    with pytest.raises(UsageError, match="has 2,000 characters; at most 1,000"):
+        check_expression("a" * 2000)
+    assert find_groups(["1" * 3000] * 4) is None  # which took minutes

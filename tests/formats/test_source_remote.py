@@ -188,6 +188,12 @@ class Web(BaseHTTPRequestHandler):
         if way == "hangs":
             time.sleep(0.6)
         content = self.files.get(name)
+        if way == "circles":
+            self.send_response(302)
+            self.send_header("Location", self.path)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
         status = {"denied": 403, "broken": 500}.get(way, 404 if content is None else 200)
         if way == "signed" and (f"signature={SECRET}" not in self.path or self.command == "HEAD"):
             status = 403
@@ -208,6 +214,9 @@ class Web(BaseHTTPRequestHandler):
         if self.command == "GET" and status < 400:
             half = len(part) // 2 if way == "half" and status == 206 else len(part)
             try:
+                for place in range(20 if way == "drips" else 0):
+                    self.wfile.write(part[place : place + 1])
+                    time.sleep(0.1)
                 self.wfile.write(part[:half])
                 self.log["bytes"] += half
             except ConnectionError:
@@ -476,4 +485,22 @@ def test_copies_need_room(memory, monkeypatch, tmp_path):
     copy = localise("memory://..hid%2fden", RemoteStamp.of("memory://..hid%2fden"), tmp_path)
     assert copy.path.name == "hid_2fden"
     copy.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_servers_that_never_end_are_given_up(web, monkeypatch, tmp_path):
+    for key, value in {"REQUEST_S": 0.5, "SLOWEST_BYTES_S": 10**9}.items():
+        monkeypatch.setattr(urls, key, value)
+    url = f"{web.replace('http://', 'http://user:pass@')}/drips/a.png?signature={SECRET}"
+    stamp = RemoteStamp.of(f"{web}/good/a.png")
+    for ask in (lambda: read_range(url, 0, 2000), lambda: localise(url, stamp, tmp_path)):
+        with pytest.raises(DataError, match=r"drips/a\.png: .*must send 1,000,000,000 bytes a second") as caught:
+            ask()
+        assert SECRET not in str(caught.value)
+        assert "pass" not in str(caught.value)
+    with pytest.raises(DataError, match="from one address to the next without end"):
+        RemoteStamp.of(f"{web}/circles/a.png")
+    monkeypatch.setattr(urls, "REQUEST_S", 30)
+    with pytest.raises(DataError, match="more than the 100 bytes came that the server said"):
+        localise(f"{web}/good/a.png", RemoteStamp(100), tmp_path)
     assert not list(tmp_path.iterdir())

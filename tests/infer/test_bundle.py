@@ -11,6 +11,7 @@ import torch
 from pixelwise.data.labels import LabelSpec
 from pixelwise.data.numbers import Numbers
 from pixelwise.errors import DataError
+from pixelwise.files import write_json
 from pixelwise.infer.bundle import ModelCard, load_bundle, load_card, save_bundle
 from pixelwise.models import create_model
 
@@ -320,3 +321,23 @@ def test_a_huge_network_is_refused_before_memory_is_taken(run):
     rewrite_card(run, lambda card: card["config"].update(widths=[1_000_000] * 5))
     with pytest.raises(DataError):
         load_bundle(run)
+
+
+def test_a_card_keeps_hundreds_of_bands_and_wide_intensities_but_no_network_of_a_million_layers(tmp_path, monkeypatch):
+    monkeypatch.setattr("pixelwise.models.registry.MAX_TENSORS", 200)
+    reading = {"bands": tuple(range(1, 401)), "intensity": (0.0, 5e6)}
+    made = create_model("unet", num_classes=2, tiny=True)
+    labels = LabelSpec(names=("a", "b"), colors=((0, 0, 0), (9, 9, 9)), values=((0,), (1,)))
+    config = {"num_classes": 2, "in_channels": 3, "widths": (4, 6)}
+    card = ModelCard(model="unet", config=config, labels=labels, mean=(0.0,) * 3, std=(1.0,) * 3, reading=reading)
+    saved = save_bundle(tmp_path, made, card)
+    assert load_card(tmp_path).reading == reading
+    for model, options, why in (
+        ("unet", {"widths": [8] * 1000}, "widths holds 1,000 values; at most 256"),
+        ("fcdensenet56", {"layers": [10**6, 4, 4]}, "more than [0-9,]+ tensors"),
+        ("fullres_cnn", {"kernel": 999_999}, "at most 80 GiB are possible"),
+    ):
+        config = {"num_classes": 2, "in_channels": 3} | options
+        write_json(tmp_path / "model.json", saved.to_dict() | {"model": model, "config": config})
+        with pytest.raises(DataError, match=f"cannot be built from this config: .*{why}"):
+            load_bundle(tmp_path)

@@ -9,6 +9,7 @@ from pixelwise.data.labels import LabelSpec
 from pixelwise.errors import DataError, PixelwiseError, UsageError
 from pixelwise.formats.opening import read_mask
 from pixelwise.infer.bundle import ModelCard, save_bundle
+from pixelwise.infer.options import Tiling
 from pixelwise.infer.predictor import Predictor, load
 from pixelwise.models import create_model
 
@@ -265,3 +266,13 @@ def test_batch_statistics_are_those_of_training_without_a_trace(normed):
 def test_batch_statistics_need_batch_norm():
     with pytest.raises(UsageError, match="unet has no batch norm"):
         exact(batch_statistics=True)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("tile_px", 10**9), ("tile_px", -5), ("overlap", 1e300), ("overlap", float("nan")), ("memory_bytes", 2**70),
+     ("samples", 10**9), ("seed", -1), ("seed", 10**30)],
+)  # fmt: skip
+def test_a_prediction_that_no_machine_can_do_is_refused_with_the_range(key, value):
+    with pytest.raises(UsageError, match=rf"{key.partition('_')[0]} must be .*, not "):
+        Tiling(**{key: value})

@@ -72,6 +72,16 @@ def notes_of(folder, out):
     return notes
 
 
+def test_what_is_large_though_its_file_is_small_is_told_first(tmp_path, monkeypatch):
+    monkeypatch.setattr("pixelwise.infer.remarks.MANY_PX", 2000)
+    Image.fromarray(BYTES).save(tmp_path / "a.png")
+    Image.fromarray(BYTES[:30]).save(tmp_path / "b.png")
+    notes = notes_of(tmp_path, tmp_path / "out")
+    assert [note for note in notes if "million pixels" in note] == [
+        f"{tmp_path / 'a.png'}: 50 x 40 px: 0 million pixels, 0.0 GiB when decoded. This takes a while."
+    ]
+
+
 def test_files_beside_an_image_are_named_once_for_each_kind(tmp_path):
     folder = tmp_path / "in"
     folder.mkdir()

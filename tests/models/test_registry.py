@@ -1,6 +1,7 @@
 from dataclasses import dataclass
 
 import pytest
+import torch
 from torch import nn
 
 from pixelwise.errors import UsageError
@@ -122,3 +123,31 @@ def test_parameters_are_counted_if_they_train():
     layer = nn.Linear(3, 2)
     layer.bias.requires_grad_(False)
     assert count_parameters(layer) == 6
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "why"),
+    [
+        ("unet", {"widths": (8,) * 1_000_000}, r"widths holds 1,000,000 values; at most 256"),
+        ("unet", {"widths": (8, 10**9)}, r"widths is 1000000000; numbers up to 1,000,000"),
+        ("unet", {"num_classes": 10**9}, r"num_classes is 1000000000; numbers up to 1,000,000"),
+        ("encoder_decoder", {"backbone": "a" * 10**6}, r"backbone has 1,000,000 characters"),
+        ("fcdensenet56", {"layers": (1_000_000, 4, 4)}, r"more than 200 tensors"),
+        ("fullres_cnn", {"kernel": 999_999}, r"take [\d,.]+ GiB, but "),
+        ("segnet", {"widths": (10**6,) * 5}, r"take [\d,.]+ GiB, but "),
+        ("fullres_cnn", {"kernel": 999_999, "widths": (10**6,) * 8}, r"take [\d,.]+ GiB|beyond any memory"),
+    ],
+)
+def test_the_cost_of_a_network_is_known_before_it_is_built(name, options, why, monkeypatch):
+    monkeypatch.setattr("pixelwise.models.registry.MAX_TENSORS", 200)
+    with pytest.raises(UsageError, match=why) as caught:
+        create_model(name, **{"num_classes": 2} | options)
+    assert len(str(caught.value)) < 400
+
+
+def test_the_look_at_the_cost_changes_no_weight():
+    torch.manual_seed(3)
+    plain = model_info("unet").build(model_config("unet", num_classes=2, widths=(4, 8)))
+    torch.manual_seed(3)
+    looked = create_model("unet", num_classes=2, widths=(4, 8))
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), looked.parameters(), strict=True))

@@ -146,3 +146,16 @@ def test_settings_are_formatted_as_text_of_bounded_length():
     ]  # fmt: skip
     assert formatting.command_line(["pixelwise", "train", "my data"]) == "pixelwise train 'my data'"
     assert formatting.command_line("pixelwise train x") == "pixelwise train x"
+
+
+def test_of_very_many_rows_some_are_shown_and_it_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr("pixelwise.report.run_folder.MAX_ROWS", 10)
+    rows = [f"{step},{step / 10},{0.5 if step == 37 else ''}\n" for step in range(1, 101)]
+    write_metrics(tmp_path, "step,train_loss,val_miou\n" + "".join(rows))
+    columns = read_metrics(tmp_path)
+    assert 10 <= len(columns["train_loss"]) <= 12 and columns["train_loss"][-1] == (100, 10.0)
+    assert columns["val_miou"] == [(37, 0.5)]
+    assert "one in 11 is shown" in training_curves(tmp_path)[0]
+    monkeypatch.setattr("pixelwise.report.run_folder.MAX_METRICS_BYTES", 100)
+    with pytest.raises(DataError, match=r"metrics\.csv cannot be shown: it has more than"):
+        read_metrics(tmp_path)

@@ -3,7 +3,7 @@ import yaml
 from pydantic import ValidationError
 
 from pixelwise.errors import UsageError
-from pixelwise.train import RunConfig, make_config, merge_options, parse_settings, read_config
+from pixelwise.train import RunConfig, make_config, merge_options, parse_settings, read_config, train
 
 
 def test_defaults_are_valid_and_mean_fifty_epochs():
@@ -218,3 +218,29 @@ def test_merging_leaves_the_layers_alone():
     first, second = {"options": {"a": 1}}, {"options": {"b": 2}}
     merge_options(first, second)
     assert first == {"options": {"a": 1}} and second == {"options": {"b": 2}}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("workers", 10**6), ("devices", 10**6), ("steps", 10**18), ("epochs", 10**18), ("minutes", 1e300),
+        ("batch_size", 10**9), ("crop_px", 10**9), ("slices", 999_999), ("bands", [1] * 5000), ("scale", [1, 1e300]),
+        ("lr", 1e300), ("elastic", 1e300), ("patience", 10**30), ("class_weights", [1e300, 1]), ("level", 10**9),
+    ],
+)  # fmt: skip
+def test_what_no_machine_has_is_refused_with_the_limit_everywhere(key, value, tmp_path):
+    (tmp_path / "big.yaml").write_text(yaml.safe_dump({key: value}))
+    ways = ({key: value}, read_config(tmp_path / "big.yaml"), parse_settings([f"{key}={value}"]))
+    for given in ways:
+        with pytest.raises(UsageError, match=f"{key}.*(at most|less than or equal to)") as caught:
+            make_config(given)
+        assert len(str(caught.value)) < 1000
+    with pytest.raises(ValidationError):
+        RunConfig(**{key: value})
+
+
+def test_more_processes_than_this_machine_can_use_are_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr("pixelwise.train.run.processors", lambda: 2)
+    for key, most in (("workers", 16), ("devices", 4)):
+        with pytest.raises(UsageError, match=rf"{key}={most + 1}: this machine has 2 processors.*at most {most}"):
+            train(tmp_path, RunConfig(device="cpu", **{key: most + 1}), out=tmp_path / "run")

@@ -32,7 +32,8 @@ def evaluate(
     device: options.Device = "auto",
     precision: options.Precision = "auto",
     batch: Annotated[
-        int | None, typer.Option(min=1, help="Images in a pass, of equal size; 1, or 10 with --batch-statistics.")
+        int | None,
+        typer.Option(min=1, max=65_536, help="Images in a pass, of equal size; 1, or 10 with --batch-statistics."),
     ] = None,
     batch_statistics: options.BatchStatistics = False,
 ) -> None:

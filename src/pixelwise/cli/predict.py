@@ -1,6 +1,7 @@
 """`pixelwise predict`: a label for every pixel of new images."""
 
 import re
+import time
 from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,6 +16,7 @@ from pixelwise.errors import UsageError
 if TYPE_CHECKING:
     from pixelwise.infer.batch import Outcome
 
+LOG_S = 60  # in a log, which has no bar, progress is told so often
 _MAPS = "entropy, mutual_information, max_probability, with commas between: also write NAME_MAP."
 
 
@@ -186,8 +188,9 @@ def _check_engine(engine: str, address: str | None, workers: int | None) -> None
         raise UsageError(f"--engine {engine}: there are local (this process) and ray (workers of a cluster).")
     if engine == "local" and address is not None:
         raise UsageError("--address is that of a Ray cluster; add --engine ray, or leave it out.")
-    if workers is not None and workers < 1:
-        raise UsageError(f"--workers must be at least 1, not {workers}.")
+    most = 10_000 if address is not None else 256  # a process or thread each: of a cluster, or of this machine
+    if workers is not None and not 1 <= workers <= most:
+        raise UsageError(f"--workers must be at least 1 and at most {most:,}, not {workers}.")
 
 
 def _start_decoder(inputs: Sequence[str]) -> None:
@@ -213,8 +216,14 @@ def _label(predictor: Any, batch: Any, **how: Any) -> "list[Outcome]":
         def show(text: str) -> None:
             progress.console.print(options.printable(text), markup=False, highlight=False, soft_wrap=True)
 
+        said = time.monotonic()
+
         def advance(done: int, total: int) -> None:
+            nonlocal said
             progress.update(task, completed=len(outcomes) + done / total)
+            if not console.is_terminal and time.monotonic() - said > LOG_S:
+                said = time.monotonic()
+                show(f"{len(outcomes):,} of {len(batch.tasks):,} images done, and {done / total:.0%} of the next")
 
         try:
             for outcome in run_batch(predictor, batch, note=show, progress=advance, **how):

@@ -1,10 +1,14 @@
 """Groups that names show: pictures of one case, patient or film, copies of one picture. They belong in one split."""
 
+import json
 import re
+import subprocess
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 
 from pixelwise.data.pairs import DataFolder, Problem
+from pixelwise.errors import UsageError, brief
 
 _PATTERNS = (
     (r"(.+)\.rf\.", "copies of one picture by Roboflow", 1.0),
@@ -20,6 +24,59 @@ _PATTERNS = (
 
 _YEAR = re.compile(r"(?:19|20)\d\d")
 _FEWEST = 3  # groups
+_MOST_LETTERS = 1000
+_MATCHING_S = 20.0
+_MATCHING = """
+import json, re, sys
+expression, names = json.load(sys.stdin)
+pattern = re.compile(expression)
+found = map(pattern.search, names)
+json.dump([match and match[1 if pattern.groups else 0] for match in found], sys.stdout)
+"""
+
+
+def check_expression(expression: str | None) -> None:
+    """Raise `UsageError` if the text of `--group-by` is no regular expression."""
+    try:
+        if expression is not None:
+            if len(expression) > _MOST_LETTERS:
+                raise UsageError(f"--group-by has {len(expression):,} characters; at most {_MOST_LETTERS:,} are read.")
+            re.compile(expression)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise UsageError(f"--group-by {brief(expression)} is not a regular expression: {error}.") from error
+
+
+def match_groups(expression: str, names: Sequence[str]) -> list[str | None]:
+    """What the group 1 of a regular expression, or all of it, is in each name; None where it does not match.
+
+    Some expressions, `(a+)+$` for example, take for ever, and nothing stops Python's `re`; it may come with the network of
+    a stranger. So a process of its own does it, which is ended after a while.
+
+    Example:
+        >>> match_groups("case([0-9])", ["case1_2", "case2_2", "other"])
+        ['1', '2', None]
+    """
+    try:
+        done = subprocess.run(
+            [sys.executable, "-I", "-S", "-c", _MATCHING],
+            input=json.dumps([expression, names]).encode(),
+            capture_output=True,
+            timeout=_MATCHING_S,
+            check=True,
+        )
+    except (subprocess.SubprocessError, OSError) as error:
+        is_late = isinstance(error, subprocess.TimeoutExpired)
+        why = (
+            f"takes more than {_MATCHING_S:g} s for {len(names):,} names"
+            if is_late
+            else f"cannot be matched ({type(error).__name__})"
+        )
+        raise UsageError(
+            f"--group-by {brief(expression)} {why}. Write it with fewer repetitions inside repetitions, such as "
+            "'([^_]+)_'. A network remembers the one of its training; --group-by gives another."
+        ) from error
+    found: list[str | None] = json.loads(done.stdout)
+    return found
 
 
 def propose_groups(folder: DataFolder) -> Iterator[Problem]:
@@ -52,7 +109,9 @@ def find_groups(names: Sequence[str]) -> tuple[str, str, list[str]] | None:
     """
     for expression, what, mean in _PATTERNS:
         pattern = re.compile(expression)
-        matches = [pattern.search(name) for name in names]
+        # An expression that begins with .+ or .* matches at the start of a name or nowhere; trying on takes minutes.
+        search = pattern.match if expression.startswith("(.") else pattern.search
+        matches = [search(name) for name in names]
         groups = [match[1] for match in matches if match]
         count = Counter(groups)
         if len(groups) < len(names) or len(count) < _FEWEST or len(names) < mean * len(count):

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 
+from pixelwise.data.names import MASK_SUFFIX
 from pixelwise.files import ZARR_DOCUMENTS
 from pixelwise.formats import FORMATS, SOURCE_SUFFIXES
 from pixelwise.formats.local import HEAD_BYTES, is_dicom_head, printable

@@ -1,12 +1,12 @@
 """From a folder to pairs of image and mask: the layout is recognised by looking."""
 
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from pixelwise.data.folders import Layout, beside_splits, find_layout
+from pixelwise.data.groups import check_expression, match_groups
 from pixelwise.data.labels import LabelSpec
 from pixelwise.data.mask_folders import add_regions, choose_masks, is_doubtful, propose_region
 from pixelwise.data.matching import FolderPair, match_source
@@ -18,7 +18,6 @@ from pixelwise.data.pairs import (
     Pair,
     Problem,
     assign_splits,
-    compile_group_by,
     first_of,
 )
 from pixelwise.data.proposals import find_labels
@@ -87,8 +86,9 @@ def open_data(
     pairs, problems, words = found.pairs, found.problems, found.words
     if not any(pair.mask for pair in pairs):
         raise DataError(_nothing_pairs(root, words, problems))
-    pattern = None if found.is_grouped else compile_group_by(group_by)
-    pairs, split_words = _with_splits(_grouped(pairs, pattern), fractions, found.is_listed)
+    expression = None if found.is_grouped else group_by
+    check_expression(expression)
+    pairs, split_words = _with_splits(_grouped(pairs, expression), fractions, found.is_listed)
     spec, questions, names_file = find_labels(
         root, pairs, classes=classes, ignore=ignore, labels=labels, camvid=found.is_segnet
     )
@@ -220,20 +220,20 @@ def _doubtful_split(root: Path, found: _Found, split_words: str) -> list[Problem
     return []
 
 
-def _grouped(pairs: list[Pair], pattern: re.Pattern[str] | None) -> list[Pair]:
+def _grouped(pairs: list[Pair], expression: str | None) -> list[Pair]:
     """The pairs with their group; a name that is used twice gets its split."""
     count = Counter(pair.name for pair in pairs)
     grouped, unmatched = [], []
-    for pair in pairs:
-        found = pattern.search(pair.name) if pattern else None
-        group = (pair.group or pair.name) if pattern is None else found and found.group(1 if pattern.groups else 0)
+    names = [pair.name for pair in pairs]
+    own = [pair.group or pair.name for pair in pairs]
+    for pair, group in zip(pairs, own if expression is None else match_groups(expression, names), strict=True):
         if group is None:
             unmatched.append(pair.name)
         name = f"{pair.split}/{pair.name}" if count[pair.name] > 1 and pair.split else pair.name
         grouped.append(replace(pair, group=group or "", name=name))
-    if pattern and unmatched:
+    if unmatched:
         raise UsageError(
-            f"--group-by {pattern.pattern!r} does not match {len(unmatched):,} of {len(pairs):,} names, for example "
+            f"--group-by {expression!r} does not match {len(unmatched):,} of {len(pairs):,} names, for example "
             f"{unmatched[0]!r}. It is a regular expression and must match somewhere in each name."
         )
     return grouped

@@ -158,14 +158,6 @@ def assign_splits(groups: Iterable[str], fractions: Sequence[float]) -> dict[str
     return splits
 
 
-def compile_group_by(expression: str | None) -> re.Pattern[str] | None:
-    """Compile the regular expression of `--group-by`."""
-    try:
-        return None if expression is None else re.compile(expression)
-    except re.error as error:
-        raise UsageError(f"--group-by {expression!r} is not a regular expression: {error}.") from error
-
-
 def counted(number: int, noun: str, verb: str, verbs: str) -> str:
     """ "1 image has", "2,000 images have"."""
     return f"1 {noun} {verb}" if number == 1 else f"{number:,} {noun}s {verbs}"

@@ -94,15 +94,18 @@ def read_range(location: str, start: int | None = None, stop: int | None = None)
         return b""
     system, name = filesystem(location)
 
+    limit = bounded(system, 0 if start is None or stop is None else stop - start)
+
     def read() -> bytes:
         if start is None or stop is None or not is_web(location):
-            return bytes(system.cat_file(name, start=start, end=stop, **bounded(system)))
+            return bytes(system.cat_file(name, start=start, end=stop, **limit))
         with system.open(name, "rb", block_size=1, cache_type="none", size=stop) as file:  # no more than is asked for
             try:
-                file.seek(start)
-                return bytes(file.read(stop - start))
+                return bytes(sync(system.loop, file.async_fetch_range, start, stop, **limit))
             except ValueError:
                 raise DataError(f"{shown(location)}: {_WHOLE_ONLY}") from None
+
+    sync = extra("fsspec.asyn", "remote", "").sync
 
     with remote_errors(shown(location)):
         data: bytes = patiently(read)
@@ -181,14 +184,29 @@ def localise(
         for item, (url, stamp) in objects.items():
             path, (system, key) = copy.path / item, filesystem(url)
             path.parent.mkdir(exist_ok=True)
+            told = {"callback": _no_more_than(stamp.size, shown(url))} if is_web(url) else {}
             with remote_errors(shown(url)):
-                patiently(partial(system.get_file, key, str(path)))
+                patiently(partial(system.get_file, key, str(path), **told, **bounded(system, stamp.size)))
             if (came := path.stat().st_size) != stamp.size:
                 raise DataError(f"{shown(url)}: {came:,} bytes came, though the server said {stamp.size:,}. Run again.")
     except BaseException:
         copy.close()
         raise
     return copy
+
+
+def _no_more_than(size: int, name: str) -> Any:
+    """Ends a copy of which more arrives than the server said, before that fills the disk."""
+
+    class Counted(extra("fsspec.callbacks", "remote", "").Callback):  # type: ignore[misc]
+        def relative_update(self, inc: int = 1) -> None:
+            super().relative_update(inc)
+            if self.value > size:
+                raise DataError(
+                    f"{name}: more than the {size:,} bytes came that the server said. It cannot be trusted."
+                )
+
+    return Counted()
 
 
 def list_folder(location: str) -> dict[str, RemoteStamp]:

@@ -11,8 +11,10 @@ from pixelwise.errors import DataError, PixelwiseError, UsageError
 from pixelwise.files import extra
 from pixelwise.formats.local import PROTOCOLS, protocol_of, shown
 
-CONNECT_S, READ_S, REQUEST_S = 10, 60, 300
-"""The longest wait for a connection, for the next bytes, and for a whole request, in seconds."""
+CONNECT_S, READ_S, REQUEST_S = 10, 60, 60
+"""The longest wait for a connection, for the next bytes, and for a whole request besides its content, in seconds."""
+
+SLOWEST_BYTES_S = 20_000  # slower content is given up, for a server that sends a byte a second would hold us for ever
 
 _TRIES = 3
 _MISSING = "there is no such object."
@@ -68,9 +70,9 @@ def filesystem(location: str) -> tuple[Any, str]:
         return system, str(system._strip_protocol(location))
 
 
-def bounded(system: Any) -> dict[str, float]:
-    """The argument that ends a request of an asynchronous file system after a while."""
-    return {"timeout": REQUEST_S} if getattr(system, "async_impl", False) else {}
+def bounded(system: Any, size: int = 0) -> dict[str, float]:
+    """The argument that ends a request of an asynchronous file system, for so many bytes, after a while."""
+    return {"timeout": REQUEST_S + size / SLOWEST_BYTES_S} if getattr(system, "async_impl", False) else {}
 
 
 def patiently(work: Callable[[], Any]) -> Any:
@@ -135,7 +137,12 @@ def _explain(error: BaseException) -> str:
     if status in (404, 410) or isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError):
         return _MISSING
     if isinstance(error, TimeoutError) or names & _TIMEOUTS:
-        return f"the server did not answer in time ({CONNECT_S} s to connect, {READ_S} s to send). Try again later."
+        return (
+            f"the server did not answer in time (it gets {CONNECT_S} s to connect, {REQUEST_S:g} s to answer, and must send "
+            f"{SLOWEST_BYTES_S:,} bytes a second). Try again later, or download the file first."
+        )
+    if "TooManyRedirects" in names:
+        return "the server sends us from one address to the next without end. Check the name."
     if status in (412, 416):
         return "the object changed while it was read. Run again when nothing writes to it."
     if status is not None:

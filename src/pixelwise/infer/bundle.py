@@ -20,15 +20,15 @@ from torch import Tensor, nn
 
 from pixelwise.data.labels import LabelSpec
 from pixelwise.data.numbers import Numbers
-from pixelwise.errors import DataError
+from pixelwise.errors import DataError, brief
 from pixelwise.files import atomic_path, read_json, without_nan, write_json
 from pixelwise.models import create_model
+from pixelwise.models.registry import MAX_NUMBER
 
 WEIGHTS_NAME = "model.safetensors"
 CARD_NAME = "model.json"
 FORMAT = 1
 MAX_CARD_BYTES = 64 << 20
-MAX_CONFIG_NUMBER = 1_000_000  # no honest width, depth or count is larger
 MAX_CHANNELS = 4096
 
 # In the header of the weights: the card as JSON, and the hash of the file as it is with dashes in place of that hash.
@@ -98,28 +98,28 @@ class ModelCard:
             DataError: a key is missing or unknown, or a value has the wrong type or is out of range.
         """
         if not isinstance(values, dict):
-            raise DataError(f"a model card is a mapping, not {_short(values)}.")
+            raise DataError(f"a model card is a mapping, not {brief(values)}.")
         version = values.get("format")
         if version != FORMAT or isinstance(version, bool):
             text = f"this version of pixelwise reads format {FORMAT}. Update pixelwise."
-            raise DataError(f"format {_short(version)} is unknown; {text}")
+            raise DataError(f"format {brief(version)} is unknown; {text}")
         older: dict[str, Any] = {"reading": {}, "numbers": None}  # what cards of earlier versions lack
         values, known = older | values, {item.name for item in fields(cls)}
         if missing := known - values.keys():
             raise DataError(f"{', '.join(sorted(missing))} missing.")
         if unknown := values.keys() - known:
-            raise DataError(f"unknown keys {_short(sorted(map(str, unknown)))}.")
+            raise DataError(f"unknown keys {brief(sorted(map(str, unknown)))}.")
         for key, form, what in (
             ("model", r"\w[\w.-]{0,99}", "the name of a registered model"),
             ("weights_sha256", r"([0-9a-f]{64})?", "64 hex digits"),
         ):
             if not isinstance(values[key], str) or not re.fullmatch(form, values[key]):
-                raise DataError(f"'{key}' must be {what}, not {_short(values[key])}.")
+                raise DataError(f"'{key}' must be {what}, not {brief(values[key])}.")
         for key in ("config", "data", "versions", "scores", "reading"):
             if not isinstance(values[key], dict) or not all(isinstance(name, str) for name in values[key]):
-                raise DataError(f"'{key}' must be a mapping, not {_short(values[key])}.")
-        for key in ("config", "reading"):
-            values[key] = {name: _config_value(name, value) for name, value in values[key].items()}
+                raise DataError(f"'{key}' must be a mapping, not {brief(values[key])}.")
+        for key, most in (("config", MAX_NUMBER), ("reading", 1e30)):
+            values[key] = {name: _config_value(name, value, most) for name, value in values[key].items()}
         for key in ("mean", "std"):
             values[key] = _numbers(key, values[key])
         numbers = None if values["numbers"] is None else _numbers_of(values["numbers"], len(values["mean"]))
@@ -128,10 +128,10 @@ class ModelCard:
         if len(card.mean) != len(card.std):
             raise DataError(f"'mean' has {len(card.mean)} channels, but 'std' has {len(card.std)}.")
         if any(value <= 0 for value in card.std):
-            raise DataError(f"'std' must be above zero, not {_short(card.std)}.")
+            raise DataError(f"'std' must be above zero, not {brief(card.std)}.")
         for key, expected in (("num_classes", len(card.labels.names)), ("in_channels", len(card.mean))):
             if card.config.get(key) != expected:
-                raise DataError(f"config {key} is {_short(card.config.get(key))}, but the card describes {expected}.")
+                raise DataError(f"config {key} is {brief(card.config.get(key))}, but the card describes {expected}.")
         return card
 
 
@@ -263,7 +263,7 @@ def _parsed(path: Path, content: bytes) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load(content)
     except (SafetensorError, ValueError, KeyError, AttributeError, TypeError, RuntimeError) as error:
-        raise DataError(f"{path}: is not a safetensors file ({_short(error)}).") from error
+        raise DataError(f"{path}: is not a safetensors file ({brief(error)}).") from error
 
 
 def _digest(path: Path) -> str:
@@ -275,7 +275,7 @@ def _checked(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: 
     """The tensors on disk, if they are those of the network by name, shape and kind, and are finite; in its types."""
     for what, names in (("lacks", expected.keys() - state.keys()), ("has unknown", state.keys() - expected.keys())):
         if names:
-            raise DataError(f"{path}: {what} {len(names):,} tensors of the network, such as {_short(min(names))}.")
+            raise DataError(f"{path}: {what} {len(names):,} tensors of the network, such as {brief(min(names))}.")
     for name, want in expected.items():
         have = state[name]
         if have.shape != want.shape or have.is_floating_point() != want.is_floating_point() or have.is_complex():
@@ -300,17 +300,17 @@ def _build(card: ModelCard, path: Path) -> nn.Module:
     try:
         return create_model(card.model, **card.config)
     except _BUILD_ERRORS as error:
-        raise DataError(f"{path}: model {card.model} cannot be built from this config: {_short(error, 400)}") from error
+        raise DataError(f"{path}: model {card.model} cannot be built from this config: {brief(error, 400)}") from error
 
 
 def _numbers_of(values: Any, bands: int) -> Numbers:
     """What the card says of the images of the training."""
     known = {item.name for item in fields(Numbers)}
     if not isinstance(values, dict) or values.keys() != known:
-        raise DataError(f"'numbers' must be a mapping of {', '.join(sorted(known))}, not {_short(values)}.")
+        raise DataError(f"'numbers' must be a mapping of {', '.join(sorted(known))}, not {brief(values)}.")
     names = values["dtypes"]
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) and len(name) <= 20 for name in names):
-        raise DataError(f"'numbers' dtypes must list names of number types, not {_short(names)}.")
+        raise DataError(f"'numbers' dtypes must list names of number types, not {brief(names)}.")
     found = {key: _numbers(f"numbers {key}", values[key]) for key in ("mean", "std", "low", "high")}
     if any(len(item) != bands for item in found.values()) or any(value <= 0 for value in found["std"]):
         raise DataError(f"'numbers' must have {bands} numbers of each kind, and 'std' above zero.")
@@ -319,31 +319,23 @@ def _numbers_of(values: Any, bands: int) -> Numbers:
 
 def _numbers(key: str, values: Any) -> tuple[float, ...]:
     if not isinstance(values, list | tuple) or not 1 <= len(values) <= MAX_CHANNELS:
-        raise DataError(f"'{key}' must list one number for each channel, not {_short(values)}.")
+        raise DataError(f"'{key}' must list one number for each channel, not {brief(values)}.")
     for value in values:
         if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e30:
-            raise DataError(f"'{key}' must hold finite numbers, not {_short(value)}.")
+            raise DataError(f"'{key}' must hold finite numbers, not {brief(value)}.")
     return tuple(float(value) for value in values)
 
 
-def _config_value(key: str, value: Any, depth: int = 0) -> Any:
+def _config_value(key: str, value: Any, most: float, depth: int = 0) -> Any:
     """A value that a config may hold: a number of sensible size, a plain name, or a list of such; lists become tuples.
 
     Names such as `torchvision/resnet50` pass, paths and addresses do not (timm would download `hf-hub:…`).
     """
-    if isinstance(value, list | tuple) and depth < 3 and len(value) <= 1000:
-        return tuple(_config_value(key, item, depth + 1) for item in value)
-    is_number = isinstance(value, int | float) and abs(value) <= MAX_CONFIG_NUMBER
+    if isinstance(value, list | tuple) and depth < 3 and len(value) <= MAX_CHANNELS:
+        return tuple(_config_value(key, item, most, depth + 1) for item in value)
+    is_number = isinstance(value, int | float) and abs(value) <= most
     is_name = isinstance(value, str) and len(value) <= 100 and re.fullmatch(r"(\w[\w.+-]*/)?\w[\w.+-]*|", value)
     if value is None or is_number or is_name:
         return value
-    allowed = f"numbers up to {MAX_CONFIG_NUMBER:,}, plain names and lists of them"
-    raise DataError(f"config {_short(key)} cannot be {_short(value)}; allowed are {allowed}.")
-
-
-def _short(value: object, length: int = 80) -> str:
-    """`value` for an error message: one line, bounded (a hostile number may have thousands of digits)."""
-    if isinstance(value, int) and not isinstance(value, bool) and abs(value) > 10**18:
-        return "a huge number"
-    text = " ".join((str(value) if isinstance(value, Exception) else repr(value)).split())
-    return text if len(text) <= length else text[: length - 1] + "…"
+    allowed = f"numbers up to {most:,.12g}, plain names and lists of them"
+    raise DataError(f"config {brief(key)} cannot be {brief(value)}; allowed are {allowed}.")

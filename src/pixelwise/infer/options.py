@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pixelwise.data.labels import IGNORE_INDEX, LabelSpec
-from pixelwise.errors import PixelwiseError, UsageError
+from pixelwise.errors import PixelwiseError, UsageError, brief
 from pixelwise.formats.base import LABELS, MAPS
 from pixelwise.infer.tiling import Scores
 from pixelwise.models.registry import suggestion
@@ -55,19 +55,25 @@ class Tiling:
             if getattr(self, key) not in (None, *allowed):
                 raise UsageError(f"{key} is one of {', '.join(allowed)}, not {getattr(self, key)!r}.")
         for name, value, is_allowed, rule in (
-            ("tile", self.tile_px, self.tile_px is None or self.tile_px >= 1, "at least 1 px"),
+            (
+                "tile",
+                self.tile_px,
+                self.tile_px is None or 1 <= self.tile_px <= 10**6,
+                "at least 1 px and at most 1,000,000",
+            ),
             ("overlap", self.overlap, 0 <= self.overlap <= 0.9, "a share from 0 to 0.9"),
             ("tolerance", self.tolerance, 0 <= self.tolerance < 1, "a share from 0 to less than 1"),
             (
                 "memory",
                 self.memory_bytes,
-                self.memory_bytes is None or self.memory_bytes >= 1,
-                "a number of bytes above 0",
+                self.memory_bytes is None or 1 <= self.memory_bytes <= 2**60,
+                "a number of bytes above 0, at most 1 EiB",
             ),
-            ("samples", self.samples, self.samples >= 1, "at least 1"),
+            ("samples", self.samples, 1 <= self.samples <= 10_000, "at least 1 and at most 10,000"),
+            ("seed", self.seed, 0 <= self.seed < 2**63, "a whole number from 0 to less than 2**63"),
         ):
             if not is_allowed:
-                raise UsageError(f"{name} must be {rule}, not {value}.")
+                raise UsageError(f"{name} must be {rule}, not {brief(value)}.")
         if self.tta and self.samples > 1:
             raise UsageError("tta and samples cannot be combined; choose one.")
         if self.tolerance and (self.tta or self.samples > 1):
@@ -127,8 +133,8 @@ class JobOptions:
             raise UsageError("a class has two thresholds; give one for each.")
         if self.background and not self.geojson:
             raise UsageError("background is about polygons; ask for them (--geojson), or leave it out.")
-        if self.min_area_px < 0:
-            raise UsageError(f"the smallest area must be 0 px or more, not {self.min_area_px}.")
+        if not 0 <= self.min_area_px <= 10**12:
+            raise UsageError(f"the smallest area must be 0 px or more, at most 10**12, not {brief(self.min_area_px)}.")
 
     def changes(self) -> dict[str, Any]:
         """What makes the labels other ones than by default, as values that JSON can hold.

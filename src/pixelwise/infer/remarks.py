@@ -16,6 +16,21 @@ from pixelwise.infer.bundle import ModelCard
 
 _SIDE_PX, _PLACES = 64, 3  # windows of an image that are looked at: so large, so many along rows and columns
 _MOST_PX = 1 << 16  # of an image in memory
+MANY_PX = 100_000_000
+
+
+def told_if_large(source: Source) -> str:
+    """How much an image holds, where that is very much; a file of a few kilobytes may hold gigabytes. Else ""."""
+    info = source.info
+    pixels = info.height * info.width * info.planes
+    if pixels < MANY_PX:
+        return ""
+    size = pixels * info.channels * np.dtype(info.dtype).itemsize / 2**30
+    planes = f", {info.planes:,} planes" if info.planes > 1 else ""
+    return (
+        f"{printable(info.location)}: {info.width:,} x {info.height:,} px{planes}: {pixels / 1e6:,.0f} million pixels, "
+        f"{size:,.1f} GiB when decoded. This takes a while."
+    )
 
 
 def warn(text: str) -> None:

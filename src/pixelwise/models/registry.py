@@ -9,8 +9,17 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import torch
 from torch import nn
 
-from pixelwise.errors import UsageError
-from pixelwise.ops.cost import multiply_adds
+from pixelwise.errors import UsageError, brief
+from pixelwise.machine import memory_room
+from pixelwise.ops.cost import AtMost, multiply_adds
+
+MAX_NUMBER, MAX_VALUES = 1_000_000, 256
+"""No honest width, depth or count of a configuration is larger, and no list of them longer."""
+
+MAX_TENSORS, MAX_BYTES = 10_000, 80 << 30
+"""No honest network has more; of timm's largest these are about 3,000 and 17 GiB."""
+
+MAX_USUAL = 1000  # classes or channels; the weights of more are counted too
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,17 +116,32 @@ def model_config(name: str, *, num_classes: int, in_channels: int = 3, tiny: boo
             raise UsageError(f"{name} has no option {key!r}.{suggestion(key, known)} Its options: {', '.join(known)}.")
     for key, value in (("num_classes", num_classes), ("in_channels", in_channels)):
         if not _fits(value, int) or value < 1:
-            raise UsageError(f"{key} must be a whole number of at least 1, not {value!r}.")
+            raise UsageError(f"{key} must be a whole number of at least 1, not {brief(value)}.")
     config = {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}
+    for key, value in (*config.items(), ("num_classes", num_classes), ("in_channels", in_channels)):
+        _check_size(f"{name}: {key}", value)
     hints = get_type_hints(type(info.config))
     for key, value in config.items():
         if not _fits(value, hints[key]):
             wanted = getattr(hints[key], "__name__", "") if get_origin(hints[key]) is None else str(hints[key])
             raise UsageError(
-                f"{name}: {key} must be of type {wanted}, not {value!r}; for example {getattr(info.config, key)!r}."
+                f"{name}: {key} must be of type {wanted}, not {brief(value)}; for example {getattr(info.config, key)!r}."
             )
     merged = {**(info.tiny if tiny else {}), **config, "num_classes": num_classes, "in_channels": in_channels}
     return replace(info.config, **merged)
+
+
+def _check_size(key: str, value: Any) -> None:
+    """Refuse what would take for ever to build, before anything is built."""
+    if isinstance(value, tuple | list):
+        if len(value) > MAX_VALUES:
+            raise UsageError(f"{key} holds {len(value):,} values; at most {MAX_VALUES} are possible.")
+        for item in value:
+            _check_size(key, item)
+    elif isinstance(value, int | float) and not abs(value) <= MAX_NUMBER:
+        raise UsageError(f"{key} is {brief(value)}; numbers up to {MAX_NUMBER:,} are possible.")
+    elif isinstance(value, str) and len(value) > MAX_VALUES:
+        raise UsageError(f"{key} has {len(value):,} characters; at most {MAX_VALUES} are possible.")
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -144,7 +168,7 @@ def create_model(name: str, *, num_classes: int, in_channels: int = 3, tiny: boo
         rebuilds it.
 
     Raises:
-        UsageError: an unknown name or option, or a value the network does not allow.
+        UsageError: an unknown name or option, a value the network does not allow, or more weights than memory holds.
 
     Example:
         >>> model = create_model("unet", num_classes=11, widths=(8, 16, 32))
@@ -152,9 +176,32 @@ def create_model(name: str, *, num_classes: int, in_channels: int = 3, tiny: boo
         (1, 11, 37, 50)
     """
     made = model_config(name, num_classes=num_classes, in_channels=in_channels, tiny=tiny, **config)
+    if config or max(num_classes, in_channels) > MAX_USUAL:
+        _check_cost(name, made)
     model = model_info(name).build(made)
     model.config, model.registered_name = made, name  # type: ignore[assignment]
     return model
+
+
+def _check_cost(name: str, config: Any) -> None:
+    """Raise `UsageError` for more weights than any network or memory has; they are made without memory to learn it."""
+    advice = "Choose smaller or fewer widths, layers and kernels."
+    room = None if torch.get_default_device().type == "meta" else memory_room()
+    try:
+        with torch.device("meta"), torch.random.fork_rng(devices=[]), AtMost(MAX_TENSORS):
+            model = model_info(name).build(config)
+    except OverflowError as error:
+        raise UsageError(f"{name}: such a network has {error}, which none needs. {advice}") from error
+    except RuntimeError as error:
+        if "overflow" in str(error):  # of a size in bytes
+            raise UsageError(f"{name}: such a network has weights beyond any memory. {advice}") from error
+        return  # it cannot be made without memory
+    size = sum(tensor.nbytes for tensor in model.state_dict().values())
+    if size > MAX_BYTES or (room is not None and size > room.bytes):
+        limit = (
+            f"{room}" if room is not None and room.bytes < MAX_BYTES else f"at most {MAX_BYTES >> 30} GiB are possible"
+        )
+        raise UsageError(f"{name}: the weights of this network take {size / 2**30:,.1f} GiB, but {limit}. {advice}")
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -30,6 +31,30 @@ def without_memory(module: nn.Module) -> nn.Module:
     buffers = {id(item): torch.empty_like(item, device="meta") for item in module.buffers()}
     memo: dict[int, Any] = {**parameters, **buffers}
     return copy.deepcopy(module, memo)
+
+
+class AtMost(TorchFunctionMode):
+    """Raises `OverflowError` when more than so many tensors are made, as by a network of a million layers.
+
+    Example:
+        >>> with AtMost(3):
+        ...     nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 3))
+        Traceback (most recent call last):
+            ...
+        OverflowError: more than 3 tensors
+    """
+
+    _FACTORIES = (torch.empty, torch.zeros, torch.ones)
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self._most, self._made = most, 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._made += func in self._FACTORIES
+        if self._made > self._most:
+            raise OverflowError(f"more than {self._most:,} tensors")
+        return func(*args, **(kwargs or {}))
 
 
 def multiply_adds(model: nn.Module, shape: tuple[int, int, int, int]) -> int:

@@ -22,6 +22,7 @@ from pixelwise.report.run_folder import (
     check_run,
     evaluated_splits,
     kept_step,
+    metrics_stride,
     read_classes,
     read_mapping,
     read_metrics,
@@ -233,7 +234,9 @@ def training_curves(run: Path) -> tuple[str, list[Curve]]:
             named = ((f"--series-{index}", line) for index, line in enumerate(lines, 1))
             legend = tuple((color, line.label) for color, line in named if line.points and line.label)
             curves.append(Curve(title, legend, plot_lines(lines, percent="%" in title)))
-    return _summary(columns, kept_step(run)), curves
+    stride = metrics_stride(run)
+    remark = f" Of the rows of metrics.csv one in {stride:,} is shown, and those of validations." if stride > 1 else ""
+    return _summary(columns, kept_step(run)) + remark, curves
 
 
 def _summary(columns: dict[str, Any], kept: int | None) -> str:

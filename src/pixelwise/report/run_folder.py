@@ -2,7 +2,7 @@
 
 import csv
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar
 
@@ -17,6 +17,7 @@ RUN_FILES = ("model.json", "config.yaml", "plan.json", "data.json", "environment
 METRICS = ("epoch", "elapsed_s", "lr", "train_loss", "images_per_s", "val_miou", "val_global_accuracy")
 
 MAX_NUMBER, MAX_STEP = 1e30, 1e12
+MAX_ROWS, MAX_METRICS_BYTES = 100_000, 2 << 30  # of metrics.csv; of more rows some are shown
 
 Count = Annotated[int, Field(ge=0, le=2**62)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -183,7 +184,8 @@ def evaluated_splits(run: Path) -> list[str]:
 def read_metrics(run: Path) -> dict[str, list[tuple[int, float]]]:
     """The columns of metrics.csv as (step, value), ordered by step; a resumed step counts with its last value.
 
-    Empty cells are left out, and so are values that no plot could show (not finite, or beyond 1e30).
+    Of very many rows every `metrics_stride`th counts, the last one, and those of validations. Empty cells are left out, and
+    so are values that no plot could show (not finite, or beyond 1e30).
 
     Raises:
         DataError: the file is missing, unreadable, or has no row with a step.
@@ -191,8 +193,11 @@ def read_metrics(run: Path) -> dict[str, list[tuple[int, float]]]:
     path = _existing(run, "metrics.csv")
     columns: dict[str, dict[int, float]] = {name: {} for name in METRICS}
     try:
+        stride = metrics_stride(run)
         with path.open(newline="", encoding="utf-8", errors="replace") as file:
-            for row in csv.DictReader(file):
+            reader = csv.reader(file)
+            names = next(reader, [])
+            for row in _thinned(reader, names, stride):
                 step = _number(row.get("step"))
                 if step is not None and 0 <= step < MAX_STEP:
                     found = {name: _number(row.get(name)) for name in METRICS}
@@ -204,6 +209,30 @@ def read_metrics(run: Path) -> dict[str, list[tuple[int, float]]]:
     if not any(columns.values()):
         raise DataError("metrics.csv holds no measurement yet.")
     return {name: sorted(values.items()) for name, values in columns.items()}
+
+
+def metrics_stride(run: Path) -> int:
+    """1, or N where metrics.csv has so many rows that only every Nth is shown."""
+    path = _existing(run, "metrics.csv")
+    if path.stat().st_size > MAX_METRICS_BYTES:
+        raise DataError(f"metrics.csv cannot be shown: it has more than {MAX_METRICS_BYTES >> 30} GiB.")
+    with path.open("rb") as file:
+        rows = sum(part.count(b"\n") for part in iter(lambda: file.read(1 << 20), b""))
+    return -(-rows // MAX_ROWS) or 1
+
+
+def _thinned(rows: Iterator[list[str]], names: Sequence[str], stride: int) -> Iterator[dict[str, str]]:
+    validations, place = 0, names.index("val_miou") if "val_miou" in names else len(names)
+    row: list[str] = []
+    is_shown = True
+    for number, row in enumerate(rows):
+        is_shown = number % stride == 0
+        if not is_shown and validations < MAX_ROWS and len(row) > place and row[place]:
+            validations, is_shown = validations + 1, True
+        if is_shown:
+            yield dict(zip(names, row, strict=False))
+    if not is_shown:
+        yield dict(zip(names, row, strict=False))
 
 
 def _number(cell: Any) -> float | None:

@@ -18,7 +18,7 @@ from pydantic import (
 )
 
 from pixelwise.data.transforms import Flips
-from pixelwise.errors import DataError, UsageError
+from pixelwise.errors import DataError, UsageError, brief
 from pixelwise.files import parse_yaml, read_yaml
 from pixelwise.losses.pixel import Reduction
 from pixelwise.losses.weights import Scheme
@@ -26,11 +26,19 @@ from pixelwise.models.registry import suggestion
 
 Schedule = Literal["poly", "onecycle", "constant", "exponential"]
 Share = Annotated[float, Field(ge=0, le=1)]
-Weight = Annotated[float, Field(ge=0)]
+Weight = Annotated[float, Field(ge=0, le=1e9)]
 ClassWeights = Annotated[  # told apart by the value, so that an error speaks of what was meant
     Annotated[Scheme, Tag("scheme")] | Annotated[tuple[Weight, ...], Tag("list")],
     Discriminator(lambda value: "scheme" if isinstance(value, str) else "list"),
 ]
+Magnification = Annotated[float, Field(gt=0, le=100)]
+Factor = Annotated[float, Field(ge=0, le=1e6)]
+PositiveFactor = Annotated[float, Field(gt=0, le=1e6)]
+Minutes = Annotated[float, Field(gt=0, le=5_256_000)]  # ten years
+Number = Annotated[float, Field(ge=-1e30, le=1e30)]
+Count = Annotated[int, Field(ge=1, le=10**9)]
+MAX_WORKERS = 256
+"""More processes on one machine are a mistake, and would bring it down; the other limits are there for the same reason."""
 
 
 # An option that would be ignored is a mistake: what another one must be (None: anything but its default) for it to count.
@@ -62,45 +70,56 @@ class RunConfig(BaseModel):
     )
     pretrained: str | None = Field(default=None, description="'auto' for the library's weights, or a file")
     init: str | None = Field(default=None, description="a run folder, or a classifier's name: weights to start from")
-    stages: tuple[str, ...] = Field(default=(), description="networks to train first, each from the one before")
-    stage_lr: float = Field(default=1.0, gt=0, description="factor on the learning rate from each stage to the next")
+    stages: tuple[str, ...] = Field(
+        default=(), max_length=100, description="networks to train first, each from the one before"
+    )
+    stage_lr: PositiveFactor = Field(default=1.0, description="factor on the learning rate from each stage to the next")
 
-    minutes: float | None = Field(default=None, gt=0, description="budget in minutes, validation included")
-    epochs: int | None = Field(default=None, gt=0, description="budget in passes over the training images")
-    steps: int | None = Field(default=None, gt=0, description="budget in optimiser steps")
+    minutes: Minutes | None = Field(default=None, description="budget in minutes, validation included")
+    epochs: Count | None = Field(default=None, description="budget in passes over the training images")
+    steps: Count | None = Field(default=None, description="budget in optimiser steps")
 
-    max_minutes: float | None = Field(
-        default=None, gt=0, description="largest time for a budget in epochs or steps; the learning rate falls with it"
+    max_minutes: Minutes | None = Field(
+        default=None, description="largest time for a budget in epochs or steps; the learning rate falls with it"
     )
 
     crop_px: int | None = Field(
-        default=None, ge=16, description="side of the training crops; chosen from the image sizes if unset"
+        default=None, ge=16, le=2**16, description="side of the training crops; chosen from the image sizes if unset"
     )
     batch_size: int | None = Field(
-        default=None, ge=1, description="crops in a step; 8, or 128 for a network that is trained on windows"
+        default=None, ge=1, le=2**16, description="crops in a step; 8, or 128 for a network that is trained on windows"
     )
-    scale: tuple[float, float] = Field(default=(0.6, 1.8), description="smallest and largest random magnification")
+    scale: tuple[Magnification, Magnification] = Field(
+        default=(0.6, 1.8), description="smallest and largest random magnification"
+    )
     focus: Share = Field(default=0.5, description="share of crops placed on an evenly drawn class of the image")
     flips: Flips = Field(default="horizontal", description="none, horizontal, both, or dihedral (also quarter turns)")
     photometric: Annotated[float, Field(ge=0, lt=1)] = Field(
         default=0.3, description="strength of brightness, contrast, saturation"
     )
-    elastic: float = Field(default=0.0, ge=0, description="elastic deformation: deviation of its 3x3 vectors in pixels")
+    elastic: float = Field(
+        default=0.0, ge=0, le=10_000, description="elastic deformation: deviation of its 3x3 vectors in pixels"
+    )
 
-    bands: tuple[Annotated[int, Field(ge=1)], ...] | None = Field(
-        default=None, min_length=1, description="the bands of each image to use, counted from 1, in this order; all"
+    bands: tuple[Annotated[int, Field(ge=1, le=10**6)], ...] | None = Field(
+        default=None,
+        min_length=1,
+        max_length=4096,
+        description="the bands of each image to use, counted from 1, in this order; all",
     )
     axis: Literal[0, 1, 2] | None = Field(default=None, description="NIfTI: voxel axis along which slices are cut; 2")
     axes: str | None = Field(
         default=None, description="Zarr, .npy: a letter for each axis, such as tczyx; y rows, x columns, c channels"
     )
     nan_is_nodata: bool = Field(default=False, description="NIfTI: voxels that are NaN or infinite hold no data")
-    slices: int = Field(default=1, ge=1, description="neighbouring slices of a volume read as channels, an odd number")
-    intensity: Literal["auto", "type"] | tuple[float, float] | None = Field(
+    slices: int = Field(
+        default=1, ge=1, le=4095, description="neighbouring slices of a volume read as channels, an odd number"
+    )
+    intensity: Literal["auto", "type"] | tuple[Number, Number] | None = Field(
         default=None, description="NIfTI, DICOM: auto, type, or the two numbers that become 0 and 1"
     )
     level: int | None = Field(
-        default=None, ge=0, description="slides, COG, OME-Zarr: level of the pyramid; 0 is the finest"
+        default=None, ge=0, le=1000, description="slides, COG, OME-Zarr: level of the pyramid; 0 is the finest"
     )
     series: int | str | None = Field(
         default=None, description="DICOM: SeriesInstanceUID; TIFF, OME-Zarr: number of the image"
@@ -112,28 +131,30 @@ class RunConfig(BaseModel):
         description="none, median_frequency, its square root, enet, or linknet; or one number per class",
     )
     reduction: Reduction = Field(default="mean", description="divide the loss by the labelled pixels, or only sum")
-    separation: float = Field(default=0.0, ge=0, description="U-Net's w0: weight of the gaps between touching objects")
-    separation_sigma_px: float = Field(default=5.0, gt=0, description="how far from two objects that weight reaches")
-    dice: float = Field(default=0.0, ge=0, description="weight of a Dice term beside the cross-entropy")
+    separation: Factor = Field(default=0.0, description="U-Net's w0: weight of the gaps between touching objects")
+    separation_sigma_px: float = Field(
+        default=5.0, gt=0, le=10_000, description="how far from two objects that weight reaches"
+    )
+    dice: Factor = Field(default=0.0, description="weight of a Dice term beside the cross-entropy")
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
     optimizer: Literal["adamw", "adam", "sgd", "rmsprop"] = "adamw"
-    lr: float = Field(default=1e-3, gt=0, description="peak learning rate")
-    encoder_lr: float = Field(default=1.0, ge=0, description="the encoder's learning rate, as a factor of lr")
-    bias_lr: float = Field(default=1.0, ge=0, description="the learning rate of convolutions' biases, likewise")
+    lr: PositiveFactor = Field(default=1e-3, description="peak learning rate")
+    encoder_lr: Factor = Field(default=1.0, description="the encoder's learning rate, as a factor of lr")
+    bias_lr: Factor = Field(default=1.0, description="the learning rate of convolutions' biases, likewise")
     momentum: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.9, description="of sgd")
-    weight_decay: float = Field(default=1e-2, ge=0)
+    weight_decay: Factor = Field(default=1e-2)
     schedule: Schedule = "poly"
     decay: Annotated[float, Field(gt=0, le=1)] = Field(
         default=0.995, description="factor of the exponential schedule, every decay_epochs"
     )
-    decay_epochs: float = Field(default=1.0, gt=0)
+    decay_epochs: PositiveFactor = Field(default=1.0)
     warmup: Annotated[float, Field(ge=0, lt=1)] = Field(
         default=0.05, description="share of the budget in which the learning rate rises"
     )
-    poly_power: float = Field(default=0.9, gt=0)
+    poly_power: Annotated[float, Field(gt=0, le=1000)] = Field(default=0.9)
     clip: float | None = Field(
-        default=None, ge=0, description="largest gradient norm, 0 for none; 1, or none with reduction=sum"
+        default=None, ge=0, le=1e30, description="largest gradient norm, 0 for none; 1, or none with reduction=sum"
     )
     ema: Annotated[float, Field(ge=0, lt=1)] = Field(
         default=0.99, description="decay of the averaged weights; 0 switches them off"
@@ -142,21 +163,19 @@ class RunConfig(BaseModel):
     precision: Literal["auto", "bf16", "float32"] = "auto"
     channels_last: bool = True
     device: str = Field(default="auto", description="auto, cpu, cuda, …")
-    devices: int = Field(default=1, ge=1, description="how many; more than one trains with DDP")
+    devices: int = Field(default=1, ge=1, le=MAX_WORKERS, description="how many; more than one trains with DDP")
     sync_batch_norm: bool = Field(default=False, description="batch norm by the crops of all devices (GPUs) together")
     workers: int | None = Field(
-        default=None, ge=0, description="processes that prepare crops; chosen from the machine if unset"
+        default=None, ge=0, le=MAX_WORKERS, description="processes that prepare crops; chosen from the machine if unset"
     )
     seed: int = Field(default=0, ge=0, lt=2**31)
 
-    validate_every: float | None = Field(
-        default=None, gt=0, description="epochs between validations; 1, or rarer under `minutes`"
+    validate_every: PositiveFactor | None = Field(
+        default=None, description="epochs between validations; 1, or rarer under `minutes`"
     )
-    patience: int | None = Field(
-        default=None, ge=1, description="stop after so many validations without a better score"
-    )
-    checkpoint_minutes: float = Field(default=2.0, ge=0, description="largest time between checkpoints")
-    max_val_images: int | None = Field(default=None, ge=1, description="validate on so many images only, evenly spread")
+    patience: Count | None = Field(default=None, description="stop after so many validations without a better score")
+    checkpoint_minutes: Factor = Field(default=2.0, description="largest time between checkpoints")
+    max_val_images: Count | None = Field(default=None, description="validate on so many images only, evenly spread")
 
     @field_validator("stages", mode="before")
     @classmethod
@@ -233,8 +252,8 @@ def make_config(values: dict[str, Any]) -> RunConfig:
         return RunConfig(**values)
     except ValidationError as error:
         rows = [
-            f"{'.'.join(map(str, item['loc'])) or 'options'}: {item['msg']} (given {item['input']!r})"
-            for item in error.errors()
+            f"{'.'.join(map(str, item['loc'])) or 'options'}: {item['msg']} (given {brief(item['input'])})"
+            for item in error.errors()[:10]
         ]
         raise UsageError("the training options are not valid. " + "; ".join(rows)[:800] + ".") from error
 
@@ -276,7 +295,7 @@ def merge_options(*layers: dict[str, Any]) -> dict[str, Any]:
     for layer in layers:
         given = layer.get("options") or {}
         if not isinstance(given, dict):
-            raise UsageError(f"options are the network's own fields, such as options.skip=add, not {given!r}.")
+            raise UsageError(f"options are the network's own fields, such as options.skip=add, not {brief(given)}.")
         options = {**merged.get("options", {}), **given}
         merged |= layer
         if options:

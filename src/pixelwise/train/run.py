@@ -15,7 +15,7 @@ from pixelwise.data.layouts import DataFolder, open_data
 from pixelwise.errors import DataError, UsageError
 from pixelwise.files import remove_leftovers, write_json
 from pixelwise.infer.predictor import resolve_device
-from pixelwise.machine import is_out_of_memory
+from pixelwise.machine import is_out_of_memory, processors
 from pixelwise.models import create_model, model_info
 from pixelwise.models.pretrained import load_network
 from pixelwise.train.config import RunConfig
@@ -117,6 +117,7 @@ def train(
         raise UsageError(
             "devices: pixelwise starts the processes of a training itself. Call it once, without torchrun."
         )
+    check_processes(config)
     chosen = recorded_choices(out) if resume else {}
     folder = data if isinstance(data, DataFolder) else open_data(data, **chosen)
     inspection = inspect_data(folder, reading=config.reading)
@@ -134,6 +135,17 @@ def train(
         if run.interrupted:
             return run
     return _train_stage(last, inspection, (out, config), resume, command, on_plan, report)
+
+
+def check_processes(config: RunConfig) -> None:
+    """Refuse more processes than this machine can do anything with; a thousand would bring it down."""
+    here = processors()
+    is_cuda = resolve_device(config.device).type == "cuda"
+    devices, workers = (torch.cuda.device_count() if is_cuda else max(4, here)), max(16, 4 * here)
+    for name, given, most in (("devices", config.devices, devices), ("workers", config.workers or 0, workers)):
+        if given > most:
+            what = f"{devices} GPUs" if is_cuda and name == "devices" else f"{here} processors for this process"
+            raise UsageError(f"{name}={given}: this machine has {what}. Choose at most {most}, or leave it out.")
 
 
 def plan_stages(config: RunConfig, out: Path) -> tuple[Stage, ...]:

@@ -26,7 +26,7 @@ from pixelwise.infer.outputs import Location
 from pixelwise.infer.overlay import write_overlay
 from pixelwise.infer.pipeline import Pipeline, Progress, in_memory
 from pixelwise.infer.predictor import Predictor
-from pixelwise.infer.remarks import Remarks
+from pixelwise.infer.remarks import Remarks, told_if_large
 from pixelwise.infer.store import DiskStore, Store
 from pixelwise.infer.tiling import Note
 from pixelwise.ops.dropout import with_spatial_dropout
@@ -88,6 +88,8 @@ class Labeller:
                 if is_finished:
                     return None
             staged = self.folder.stage(outputs[LABELS])
+            if text := told_if_large(source) if fingerprint is None else "":
+                self._remarks.tell(text)
             small, info = in_memory(source), source.info
             if fingerprint is None:
                 self._remarks.look(small, self.network.card, all_bands=True)
