@@ -1,15 +1,18 @@
 """Files appear whole, with the permissions that the user asks for, and what a kill leaves is removed."""
 
 import os
+import shlex
 import stat
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
 
-from pixelwise.files import atomic_path, hidden_name, remove_leftovers, write_text
+from pixelwise.errors import UsageError
+from pixelwise.files import atomic_path, extra, hidden_name, remove_leftovers, requirements, write_text
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs permissions")
@@ -59,3 +62,15 @@ def test_what_a_killed_process_left_is_removed_and_what_others_write_is_not(tmp_
         assert not left.exists() and not folder.exists() and not elsewhere[1].exists()
     kept = {".hidden", ".x.part", ".b.1234.part", "c.part", "mine.txt", elsewhere[0].name}
     assert {path.name for path in tmp_path.iterdir()} == kept
+
+
+EXTRAS = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+
+
+@pytest.mark.parametrize("name", [name for name in EXTRAS if name != "test"])
+def test_what_is_missing_is_installed_by_a_command_that_works_without_an_index_that_knows_pixelwise(name: str) -> None:
+    assert list(requirements(name)) == EXTRAS[name]
+    with pytest.raises(UsageError) as error:
+        extra("no_such_package", name, "X", "more")
+    command = str(error.value).partition("Install it: ")[2]
+    assert shlex.split(command) == ["pip", "install", *EXTRAS[name], "more"]

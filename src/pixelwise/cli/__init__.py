@@ -18,7 +18,7 @@ from pixelwise.cli.predict import predict
 from pixelwise.cli.report import report
 from pixelwise.cli.train import train
 from pixelwise.errors import PixelwiseError
-from pixelwise.machine import processors
+from pixelwise.machine import memory_room, processors
 
 app = typer.Typer(
     name="pixelwise",
@@ -72,6 +72,18 @@ def main(arguments: Sequence[str] | None = None) -> Any:
     except (PixelwiseError, OSError) as error:  # OSError: the disk is full, a folder may not be written
         if "--debug" in arguments:
             raise
-        # No markup and no wrapping at the terminal's width: paths must stay whole to be copied.
-        Console(stderr=True, soft_wrap=True).print(f"pixelwise: {error}", markup=False, highlight=False)
-        sys.exit(2)
+        _fail(str(error))
+    except (MemoryError, RuntimeError) as error:
+        from pixelwise.infer.estimates import is_out_of_memory
+
+        if "--debug" in arguments or not is_out_of_memory(error):
+            raise
+        _fail(
+            f"memory ran out ({memory_room() or 'how much is free is not known'}). Use smaller images, or more memory."
+        )
+
+
+def _fail(text: str) -> None:
+    """End with an error; no markup and no wrapping at the terminal's width, since paths must stay whole to be copied."""
+    Console(stderr=True, soft_wrap=True).print(f"pixelwise: {text}", markup=False, highlight=False)
+    sys.exit(2)
