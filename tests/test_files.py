@@ -1,15 +1,18 @@
 """Files appear whole, with the permissions that the user asks for, and what a kill leaves is removed."""
 
 import os
+import shlex
 import stat
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
 
-from pixelwise.errors import DataError
+from pixelwise.errors import DataError, UsageError
+from pixelwise.extras import extra, requirements
 from pixelwise.files import atomic_path, hidden_name, read_json, remove_leftovers, write_text
 
 
@@ -69,3 +72,15 @@ def test_json_from_outside_has_a_size_that_no_honest_file_reaches(tmp_path: Path
     (tmp_path / "a.json").write_text('{"a": "' + "b" * 20 + '"}')
     with pytest.raises(DataError, match="it has 29 bytes; at most 10 are read"):
         read_json(tmp_path / "a.json")
+
+
+EXTRAS = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+
+
+@pytest.mark.parametrize("name", [name for name in EXTRAS if name != "test"])
+def test_what_is_missing_is_installed_by_a_command_that_works_without_an_index_that_knows_pixelwise(name: str) -> None:
+    assert list(requirements(name)) == EXTRAS[name]
+    with pytest.raises(UsageError) as error:
+        extra("no_such_package", name, "X", "more")
+    command = str(error.value).partition("Install it: ")[2]
+    assert shlex.split(command) == ["pip", "install", *EXTRAS[name], "more"]

@@ -8,8 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from pixelwise import machine
+from pixelwise.infer import estimates, predictor
+from pixelwise.train import plan
 
 GIB = 1 << 30
 
@@ -104,3 +107,49 @@ def test_small_shared_memory_is_told(fake: Path, tmp_path: Path, monkeypatch: py
 def test_what_the_machine_refuses_is_told_in_words(error: Exception, told: str | None) -> None:
     found = machine.refused(error)
     assert found is None if told is None else found is not None and found.startswith(told)
+
+
+def test_within_what_is_free_too_much_is_an_error_and_not_a_kill(monkeypatch: pytest.MonkeyPatch) -> None:
+    def container(free: int):
+        monkeypatch.setattr(machine, "_free_of_cgroups", lambda: iter([machine.Room(free, "this container")]))
+
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    container(256 << 20)
+    with machine.within_room():
+        with pytest.raises(MemoryError):
+            bytearray(300 << 20)
+        with machine.within_room():  # inside each other they share one limit
+            assert len(bytearray(20 << 20)) == 20 << 20
+        room = machine.memory_room()
+        assert room is not None and "this container" in room.limit  # not our own limit as if it were `ulimit -d`
+        with pytest.raises(MemoryError):
+            bytearray(300 << 20)
+    assert resource.getrlimit(resource.RLIMIT_DATA) == before
+    container(600 << 20)
+    with machine.within_room(0.5, beside=100 << 20), pytest.raises(MemoryError):
+        bytearray(300 << 20)
+    with machine.within_room():
+        assert len(bytearray(300 << 20)) == 300 << 20
+
+
+def test_torch_takes_no_more_threads_than_a_quota_allows_unless_the_user_chose(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    monkeypatch.setattr(estimates, "allowed_cores", lambda: 16)
+    monkeypatch.setattr(estimates, "processors", lambda: 2)
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    for threads in (16, 8, 5, 1):  # those of the machine, of its cores, and what only a user chooses
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        predictor.resolve_device("auto" if not torch.cuda.is_available() else "cpu")
+    assert chosen == [2, 2]
+    monkeypatch.setenv("OMP_NUM_THREADS", "16")
+    predictor.resolve_device("cpu")
+    assert chosen == [2, 2]
+
+
+def test_worker_processes_take_at_most_half_of_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "worker_count", lambda: 16)
+    for free, wanted in ((32 * GIB, 8), (4 * GIB, 4), (GIB // 2, 0)):
+        monkeypatch.setattr(plan, "memory_room", lambda free=free: machine.Room(free, "this container"))
+        assert plan.default_workers("cuda") == wanted and plan.default_workers("cpu") == min(1, wanted)

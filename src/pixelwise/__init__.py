@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     from pixelwise.report import write_report
     from pixelwise.train import Run, RunConfig, train
 
-__version__ = "0.1.0"
-
 # Where each public name lives. They are imported on first use: torch and its company take seconds, and `pixelwise --help`
 # and a misspelt option should not wait for them.
 _HOMES = {
@@ -105,6 +103,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":  # it stands in pyproject.toml alone
+        from importlib.metadata import version
+
+        return version("pixelwise")
     if name not in _HOMES:
         raise AttributeError(f"module 'pixelwise' has no attribute {name!r}")
     return getattr(importlib.import_module(f"pixelwise.{_HOMES[name]}"), name)

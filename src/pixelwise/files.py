@@ -1,8 +1,7 @@
-"""Writing files so that a name never holds half of its content, whatever is killed when; and optional packages."""
+"""Writing files so that a name never holds half of its content, whatever is killed when."""
 
 import errno
 import hashlib
-import importlib
 import json
 import os
 import platform
@@ -17,12 +16,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import yaml
 
-from pixelwise.errors import DataError, PixelwiseError, UsageError
+from pixelwise.errors import DataError, PixelwiseError
 
 ZARR_DOCUMENTS = ("zarr.json", ".zarray", ".zgroup")
 """A folder with one of these is a Zarr."""
@@ -348,27 +346,3 @@ def without_nan(value: Any) -> Any:
     if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
         return None
     return value
-
-
-def extra(module: str, name: str, what: str) -> ModuleType:
-    """An optional package, imported when it is first needed.
-
-    Args:
-        module: the package to import, such as "rasterio".
-        name: the extra of pixelwise that installs it, such as "geo".
-        what: what needs it, in words for the user.
-
-    Raises:
-        UsageError: it is not installed.
-
-    Example:
-        >>> extra("no_such_package", "geo", "GeoTIFF")
-        Traceback (most recent call last):
-            ...
-        pixelwise.errors.UsageError: GeoTIFF needs the package no_such_package. Install it: pip install "pixelwise[geo]"
-    """
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        package = module.partition(".")[0]
-        raise UsageError(f'{what} needs the package {package}. Install it: pip install "pixelwise[{name}]"') from error

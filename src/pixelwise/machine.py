@@ -7,8 +7,9 @@ machine's is killed without a word. So all limits are asked, and the narrowest i
 import errno
 import os
 import shutil
+import threading
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,10 @@ _CGROUPS, _SELF, _MEMORY, _SHARED = (
     Path("/proc/meminfo"),
     Path("/dev/shm"),
 )
+_SPARE = 64 << 20  # of the memory that is free, for what the kernel counts beside
+_UNLIMITED = -1  # resource.RLIM_INFINITY
+_entries = threading.Lock()
+_entered, _outside = 0, (_UNLIMITED, _UNLIMITED)  # how often `within_room` is entered, and RLIMIT_DATA outside of it
 
 
 @dataclass(frozen=True, order=True)
@@ -44,6 +49,54 @@ def memory_room() -> Room | None:
     return min((*_free_of_machine(), *_free_of_cgroups(), *_free_of_process()), default=None)
 
 
+@contextmanager
+def within_room(share: float = 1.0, beside: int = 0) -> Iterator[None]:
+    """Inside, taking more memory than a container or job has raises an error; its kernel would kill without a word.
+
+    On Linux the process's own limit (RLIMIT_DATA) is lowered to what it holds and `share` of what is free, without the bytes
+    that processes `beside` it need, and put back at the end. Threads and calls inside each other share the first one's
+    limit. On other systems, and where no cgroup limits memory, nothing changes: what others on a machine take comes and
+    goes.
+
+    Example:
+        >>> with within_room():
+        ...     small = bytearray(1000)
+    """
+    global _entered, _outside
+    with _entries:
+        _entered += 1
+        if _entered == 1:
+            _outside = _lower_limit(share, beside)
+    try:
+        yield
+    finally:
+        with _entries:
+            _entered -= 1
+            if _entered == 0:
+                _set_limit(_outside[0])
+
+
+def _lower_limit(share: float, beside: int) -> tuple[int, int]:
+    """Limit the memory of this process to what there is; RLIMIT_DATA as it was."""
+    with suppress(ImportError, OSError, ValueError, KeyError):
+        import resource  # not on Windows
+
+        before, held = resource.getrlimit(resource.RLIMIT_DATA), _sizes_of_process()["VmData"]
+        room = min(_free_of_cgroups(), default=None)
+        if room is not None:
+            most = held + int(share * max(0, room.bytes - beside - _SPARE))
+            _set_limit(most if before[0] == _UNLIMITED else min(most, before[0]))
+        return before
+    return _UNLIMITED, _UNLIMITED
+
+
+def _set_limit(most: int) -> None:
+    with suppress(ImportError, OSError, ValueError):
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_DATA, (most, resource.getrlimit(resource.RLIMIT_DATA)[1]))
+
+
 def shared_memory_room() -> Room | None:
     """What fits into the shared memory by which processes hand over arrays; None on systems that have no such place."""
     try:
@@ -60,7 +113,7 @@ def processors() -> int:
         >>> 1 <= processors() <= (os.cpu_count() or 1)
         True
     """
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    count = allowed_cores()
     for folder in _cgroups("cpu"):
         with suppress(OSError, ValueError, ZeroDivisionError, IndexError):
             if (folder / "cpu.max").is_file():
@@ -131,10 +184,14 @@ _IN_WORDS = {
 }  # fmt: skip
 
 
+def allowed_cores() -> int:
+    """The processors that this process may run on, whatever share of their time it gets."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _free_of_machine() -> Iterator[Room]:
     with suppress(OSError, ValueError, IndexError, KeyError):
-        lines = _MEMORY.read_text().splitlines()
-        sizes = {line.partition(":")[0]: int(line.split()[1]) << 10 for line in lines if line.endswith("kB")}
+        sizes = _sizes(_MEMORY)
         yield Room(sizes["MemAvailable"], f"the {_bytes(sizes['MemTotal'])} of this machine")
         return
     with suppress(AttributeError, OSError, ValueError, KeyError):
@@ -160,12 +217,22 @@ def _free_of_process() -> Iterator[Room]:
     with suppress(ImportError, OSError, ValueError, KeyError):
         import resource  # not on Windows
 
-        lines = (_SELF / "status").read_text(errors="replace").splitlines()
-        sizes = {line.partition(":")[0]: int(line.split()[1]) << 10 for line in lines if line.endswith("kB")}
-        for which, used, name in ((resource.RLIMIT_AS, "VmSize", "-v"), (resource.RLIMIT_DATA, "VmData", "-d")):
-            limit = resource.getrlimit(which)[0]
+        sizes = _sizes_of_process()
+        of_user = _outside[0] if _entered else resource.getrlimit(resource.RLIMIT_DATA)[0]
+        limits = ((resource.getrlimit(resource.RLIMIT_AS)[0], "VmSize", "-v"), (of_user, "VmData", "-d"))
+        for limit, used, name in limits:
             if limit >= 0:
                 yield Room(limit - sizes[used], f"the {_bytes(limit)} that `ulimit {name}` allows")
+
+
+def _sizes_of_process() -> dict[str, int]:
+    return _sizes(_SELF / "status")
+
+
+def _sizes(path: Path) -> dict[str, int]:
+    """The rows `name: number kB` of a file of the kernel, in bytes."""
+    lines = path.read_text(errors="replace").splitlines()
+    return {line.partition(":")[0]: int(line.split()[1]) << 10 for line in lines if line.endswith("kB")}
 
 
 def _cgroups(controller: str) -> Iterator[Path]:

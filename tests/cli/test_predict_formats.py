@@ -25,6 +25,7 @@ from pydicom.data import get_testdata_file
 from rasterio.control import GroundControlPoint
 from rasterio.transform import from_gcps
 
+from pixelwise.extras import requirements
 from pixelwise.formats import decoding, open_source
 from pixelwise.infer.engines.local import Labeller
 from pixelwise.infer.predictor import load
@@ -573,7 +574,8 @@ def test_a_package_that_is_missing(bundles, program, tmp_path, monkeypatch, pack
     finally:
         decoding.stop()
     assert done.code == code
-    install = f'needs the package {package}. Install it: pip install "pixelwise[{extra}]"'
+    wanted = " ".join(f'"{each}"' for each in requirements(extra))
+    install = f"needs the package {package}. Install it: pip install {wanted}"
     assert f"{message.format(folder=folder)} {install}" in done.err
     if code == 1:  # the others go on
         assert done.out == f"3 labelled, 1 failed: {tmp_path / 'out'}\n"

@@ -1,7 +1,9 @@
 """`pixelwise train` and `demo` as a user types them."""
 
 import importlib
+import os
 import shutil
+import stat
 from pathlib import Path
 
 import pytest
@@ -186,3 +188,24 @@ def test_the_demo_goes_the_whole_way(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert (out / "report.html").exists()
     assert len(list((out / "labels").glob("*.png"))) == 12  # six scenes, each with its overlay
     assert run("demo", "--out", out) == 0  # goes on where it was: everything is there already
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs permissions")
+@pytest.mark.parametrize("mask", [0o027, 0o002], ids=oct)
+def test_everything_that_is_written_has_the_permissions_of_the_umask(toy_data: Path, tmp_path: Path, mask: int) -> None:
+    before = os.umask(mask)
+    try:
+        out, images = tmp_path / "run", toy_data / "test" / "images"
+        assert run("train", toy_data, "--out", out, *SMALL, "--set", "workers=0", "--steps", "1") == 0
+        assert run("evaluate", out, toy_data, "--split", "test") == 0
+        assert run("inspect", toy_data, "--write-classes", tmp_path / "new" / "classes.yaml") == 0
+        for kind in ("png", "tiff", "npy", "ome-zarr"):
+            more = ("--maps", "entropy", "--overlay") if kind == "tiff" else ()
+            more += ("--geojson", "--coco") if kind == "png" else ()
+            given = ("predict", out, images, "--out", tmp_path / kind, "--format", kind, *more)
+            assert run(*given) == 0
+    finally:
+        os.umask(before)
+    for path in tmp_path.rglob("*"):
+        wanted = (0o777 if path.is_dir() else 0o666) & ~mask
+        assert stat.S_IMODE(path.stat().st_mode) == wanted, path

@@ -149,7 +149,7 @@ def test_what_is_missing_is_named(tmp_path, monkeypatch):
     with pytest.raises(DataError, match="no such file"):
         open_slide(str(tmp_path / "none.svs"))
     monkeypatch.setitem(sys.modules, "tiffslide", None)
-    with pytest.raises(UsageError, match=r'pip install "pixelwise\[slide\]"'):
+    with pytest.raises(UsageError, match=r'pip install "tiffslide>=2\.4"'):
         open_slide(path)
 
 

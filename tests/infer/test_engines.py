@@ -427,7 +427,7 @@ def test_without_a_run_folder_there_is_nothing_to_load(predictor, images, tmp_pa
 def test_without_the_extra_the_command_is_named(predictor, images, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(
-        UsageError, match=r'--engine ray needs the package ray. Install it: pip install "pixelwise\[cluster\]"'
+        UsageError, match=r'--engine ray needs the package ray. Install it: pip install "ray\[data\]>=2\.40"'
     ):
         list(run_batch(predictor, plan_batch([images], tmp_path / "out"), engine="ray"))
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from pixelwise import machine
 from pixelwise.cli.progress import TrainingProgress
 from pixelwise.errors import PixelwiseError, UsageError
 from pixelwise.train import make_config, plan, train
@@ -54,6 +55,15 @@ def test_a_batch_that_was_left_open_is_halved_until_it_fits(toy_data: Path, tmp_
     assert "batch_size=8 does not fit into memory, so it is 2" in run.plan.notes[0]
     with pytest.raises(UsageError, match=r"batch_size=8 .* does not fit into memory.* Use a smaller --set batch_size"):
         train(toy_data, make_config({**TINY, "steps": 1, "batch_size": 8}), out=tmp_path / "other")
+
+
+def test_a_container_refuses_a_step_too_large_by_name_instead_of_being_killed(toy_data, tmp_path, monkeypatch) -> None:
+    small = machine.Room(700 << 20, "the 0.7 GiB of this container or job (cgroup)")
+    monkeypatch.setattr(machine, "_free_of_cgroups", lambda: iter([small]))
+    given = {**TINY, "crop_px": 64, "steps": 1, "batch_size": 8192}
+    with pytest.raises(UsageError, match=r"batch_size=8192 .* does not fit.*of this container or job .cgroup.*smaller"):
+        train(toy_data, make_config(given), out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_trial_of_a_validation_takes_a_smaller_image_where_memory_is_short(toy_data, tmp_path, monkeypatch) -> None:

@@ -21,6 +21,7 @@ from pixelwise.infer.bundle import load_card
 from pixelwise.train import RunConfig, make_config, train
 from pixelwise.train import folder as run_folder
 from pixelwise.train.folder import read_history
+from pixelwise.train.module import SegmentationModule
 
 TINY = {
     "model": "unet",
@@ -251,8 +252,26 @@ def test_running_out_of_memory_says_what_to_change(
 
 
 def test_divergence_is_told(toy_data: Path, tmp_path: Path) -> None:
-    with pytest.raises(PixelwiseError, match="diverged"):
+    with pytest.raises(PixelwiseError, match="diverged") as found:
         train(toy_data, tiny(steps=30, lr=1e30, clip=0, warmup=0, options={"widths": [4, 6]}), out=tmp_path / "run")
+    text = str(found.value)
+    assert "another --out" in text and "lr=1e+29" in text and "--set clip=1" in text and "No weights were kept" in text
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_divergence_after_a_validation_names_the_weights_that_are_kept(toy_data, tmp_path, monkeypatch) -> None:
+    real = SegmentationModule.training_step
+
+    def bursting(self, batch, index):
+        if self.global_step == 3:  # the loss of this step is finite, the scores after it are not
+            next(self.model.parameters()).data.fill_(torch.nan)
+            return sum(parameter.sum() * 0 for parameter in list(self.model.parameters())[1:])
+        return real(self, batch, index)
+
+    monkeypatch.setattr(SegmentationModule, "training_step", bursting)
+    with pytest.raises(PixelwiseError, match=r"scores overflow at step 4.*diverged.*another --out.*of step 2 are kept"):
+        train(toy_data, tiny(steps=9, batch_size=6, validate_every=1, ema=0), out=tmp_path / "run")
+    assert load_card(tmp_path / "run").scores["step"] == 2
 
 
 def test_a_time_budget_ends_with_the_learning_rate_at_zero(toy_data: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from pixelwise.data.names import channel_file
 from pixelwise.data.pairs import Pair
 from pixelwise.data.views import ChannelFiles, InRegion, SelectedBands, SliceStack
 from pixelwise.errors import DataError, PixelwiseError
-from pixelwise.files import extra
+from pixelwise.extras import extra
 from pixelwise.formats import Source, open_source
 from pixelwise.formats.local import printable
 from pixelwise.formats.registry import is_picture

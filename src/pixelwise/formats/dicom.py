@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pixelwise.errors import DataError, UsageError
-from pixelwise.files import extra
+from pixelwise.extras import extra
 from pixelwise.formats.base import TIFF_MAGIC, Source, SourceInfo, check_finite, whole_numbers
 from pixelwise.formats.dicom_frame import Frame
 from pixelwise.formats.dicom_series import (

@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pixelwise.errors import DataError, PixelwiseError, UsageError
-from pixelwise.files import extra, writing
+from pixelwise.extras import extra
+from pixelwise.files import writing
 from pixelwise.formats.base import BACKGROUND, Result, Source, SourceInfo
 from pixelwise.formats.dicom import read_headers
 from pixelwise.formats.dicom_frame import Frame

@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pixelwise.errors import PixelwiseError
-from pixelwise.files import extra, temporary_folder, writing
+from pixelwise.extras import extra
+from pixelwise.files import temporary_folder, writing
 from pixelwise.formats.base import BACKGROUND, Result
 from pixelwise.formats.geotiff import write_bands
 from pixelwise.formats.geotiff_tags import gdal

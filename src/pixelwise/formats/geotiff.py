@@ -18,7 +18,8 @@ import tifffile
 from numpy.typing import NDArray
 
 from pixelwise.errors import DataError, PixelwiseError, UsageError
-from pixelwise.files import cannot_write, extra, temporary_folder, writing
+from pixelwise.extras import extra
+from pixelwise.files import cannot_write, temporary_folder, writing
 from pixelwise.formats.base import LABELS, TIFF_MAGIC, Opener, Result
 from pixelwise.formats.geotiff_tags import at_level, describe, gdal, raw
 from pixelwise.formats.local import Identity, readable, silence

@@ -15,7 +15,7 @@ from typing import Any
 import tifffile
 
 from pixelwise.errors import DataError
-from pixelwise.files import extra
+from pixelwise.extras import extra
 from pixelwise.formats.local import silence
 
 _OPTIONS = {

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pixelwise.files import extra
+from pixelwise.extras import extra
 
 EQUATOR_M, ECCENTRICITY_2 = 6_378_137.0, 0.00669437999014
 _POLYGON = 3  # what shapely calls its type

@@ -25,7 +25,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pixelwise.errors import DataError, UsageError
-from pixelwise.files import extra, writing
+from pixelwise.extras import extra
+from pixelwise.files import writing
 from pixelwise.formats.base import LABELS, Result, Source, SourceInfo, check_finite, whole_numbers
 from pixelwise.formats.intensity import Intensity, Scaling, by_type, check_intensity, percentile_scaling
 from pixelwise.formats.local import Identity, Stamp, readable

@@ -9,7 +9,7 @@ from pathlib import Path, PurePath
 from typing import Any, BinaryIO
 
 from pixelwise.errors import DataError, UsageError
-from pixelwise.files import extra
+from pixelwise.extras import extra
 from pixelwise.formats.base import LABELS, TIFF_MAGIC, Source, SourceInfo, Writer
 from pixelwise.formats.local import printable, shown
 

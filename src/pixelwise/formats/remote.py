@@ -16,7 +16,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Self, cast
 
 from pixelwise.errors import DataError, PixelwiseError, UsageError
-from pixelwise.files import ZARR_DOCUMENTS, extra, make_temporary_folder, remove_leftovers
+from pixelwise.extras import extra
+from pixelwise.files import ZARR_DOCUMENTS, make_temporary_folder, remove_leftovers
 from pixelwise.formats.base import Opener
 from pixelwise.formats.local import changed, protocol_of, sampled, shown, size_change
 from pixelwise.formats.urls import NoSuchObject, bounded, filesystem, is_web, patiently, remote_errors

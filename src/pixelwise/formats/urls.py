@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
-from pixelwise.errors import DataError, PixelwiseError, UsageError
-from pixelwise.files import extra
+from pixelwise.errors import DataError, PixelwiseError
+from pixelwise.extras import extra
 from pixelwise.formats.local import PROTOCOLS, protocol_of, shown
 
 CONNECT_S, READ_S, REQUEST_S = 10, 60, 60
@@ -38,11 +38,9 @@ def check_package(location: str) -> ModuleType:
     """The package fsspec, if it and the one for the protocol of a URL are installed; no server is asked."""
     protocol = protocol_of(location)
     module, package = PROTOCOLS.get(protocol, ("fsspec", ""))
-    try:
-        fsspec = extra("fsspec", "remote", f"{shown(location)}: {protocol}://")
-        extra(module, "remote", f"{shown(location)}: {protocol}://")
-    except UsageError as error:
-        raise UsageError(f"{error} {package}".rstrip()) from None
+    what, more = f"{shown(location)}: {protocol}://", (package,) * bool(package)
+    fsspec = extra("fsspec", "remote", what, *more)
+    extra(module, "remote", what, *more)
     return fsspec
 
 

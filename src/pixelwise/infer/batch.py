@@ -12,7 +12,7 @@ from urllib.parse import unquote
 from pixelwise.data.image_files import is_series, is_zarr
 from pixelwise.data.names import channel_file, channel_of
 from pixelwise.errors import PixelwiseError, UsageError
-from pixelwise.files import extra
+from pixelwise.extras import extra
 from pixelwise.formats.base import LABELS
 from pixelwise.formats.local import local_path, protocol_of, shown
 from pixelwise.formats.registry import FORMATS, SOURCE_SUFFIXES, WRITERS, likely_suffix, stem_of

@@ -1,7 +1,9 @@
 """Bytes: what this process holds, what is free, and how they are told."""
 
+import os
 import shutil
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -13,6 +15,7 @@ from pixelwise.infer.overlay import OVERLAY_PX
 from pixelwise.infer.prefetch import kept_bytes
 from pixelwise.infer.store import MOST_BYTES
 from pixelwise.infer.tiling import Scorer
+from pixelwise.machine import allowed_cores, memory_room, processors, within_room
 from pixelwise.ops.streaming.memory import resident_bytes
 
 PROCESS_BYTES = 2 << 30
@@ -41,6 +44,23 @@ def peak_memory_bytes(device: torch.device) -> int | None:
     except ImportError:
         return None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def within_memory(device: torch.device, share: float = 1.0, beside: int = 0) -> AbstractContextManager[None]:
+    """Where the CPU computes, taking more memory than there is becomes an error; see `within_room`."""
+    return within_room(share, beside) if device.type == "cpu" else nullcontext()
+
+
+def heed_quota() -> None:
+    """Take torch's threads back to the processors that a container's quota allows; more would wait for each other.
+
+    Only where their number is torch's own, one for each processor or core of the machine: what the user chose, by
+    `torch.set_num_threads` or OMP_NUM_THREADS, stays.
+    """
+    own, allowed = allowed_cores(), processors()
+    chosen = any(name in os.environ for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"))
+    if allowed < own and not chosen and torch.get_num_threads() in (own, own // 2):
+        torch.set_num_threads(allowed)
 
 
 def pipeline_bytes(source: Source, *, in_one_window: bool = False) -> int:
@@ -90,9 +110,14 @@ def more_than_wished(name: str, wish: Tiling, scorer: Scorer) -> str:
 
 
 def room_for_maps(source: Source) -> int:
-    """What the network's maps may take, so that the process stays below `PROCESS_BYTES`; 512 MiB at least, 1 GiB at most."""
-    room = int(PROCESS_BYTES * (1 - _SPARE)) - memory_now() - pipeline_bytes(source)
-    return min(max(room, _LEAST_FOR_MAPS), _MOST_FOR_MAPS)
+    """What the network's maps may take: the process stays below `PROCESS_BYTES`, and below what it may use in a container.
+
+    512 MiB at least where that is free, 1 GiB at most.
+    """
+    free, beside = memory_room(), pipeline_bytes(source)
+    room = int(PROCESS_BYTES * (1 - _SPARE)) - memory_now() - beside
+    wished = min(max(room, _LEAST_FOR_MAPS), _MOST_FOR_MAPS)
+    return wished if free is None else max(1, min(wished, int(free.bytes * (1 - _SPARE)) - beside))
 
 
 def gibibytes(count: int) -> str:

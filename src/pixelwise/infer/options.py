@@ -15,6 +15,11 @@ from pixelwise.formats.base import LABELS, MAPS
 from pixelwise.infer.tiling import Scores
 from pixelwise.models.registry import suggestion
 
+
+class OverflowingScores(PixelwiseError):
+    """A network's scores are not finite."""
+
+
 Blend = Literal["gaussian", "cosine", "uniform"]
 TTA = Literal["flips", "d4", "scales"]
 
@@ -216,7 +221,7 @@ class Decision:
         best, labels = values.max(dim=0)  # (h, w)
         fine = torch.isfinite(best)
         if not bool(fine.all()) and (valid is None or not fine.cpu().numpy()[valid].all()):
-            raise PixelwiseError(
+            raise OverflowingScores(
                 f"the network's scores overflow ({self.precision}). Check the values of the image, or use precision "
                 "float32."
             )

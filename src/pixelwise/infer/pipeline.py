@@ -23,7 +23,7 @@ from pixelwise.data.labels import IGNORE_INDEX
 from pixelwise.errors import DataError, PixelwiseError, UsageError
 from pixelwise.formats.base import LABELS, Source, SourceInfo
 from pixelwise.infer import estimates
-from pixelwise.infer.options import Decision, JobOptions, Tiling
+from pixelwise.infer.options import Decision, JobOptions, OverflowingScores, Tiling
 from pixelwise.infer.prefetch import WindowReader
 from pixelwise.infer.store import DiskStore, Store, store_folder
 from pixelwise.infer.tiling import Note, Region, Scorer, Scores, choose_scorer, default_budget
@@ -207,14 +207,15 @@ class Pipeline:
         while True:
             scorer = None
             try:
-                if in_one_pass:
-                    _one_pass([self], [store])
-                    return self.progress(total, total)
-                scorer = self._scorer(tiling, in_windows=in_windows)
-                self._tell(scorer, is_retry)
-                for number in planes:
-                    self._score(store, scorer, number, region)
-                return
+                with estimates.within_memory(self.network.device):
+                    if in_one_pass:
+                        _one_pass([self], [store])
+                        return self.progress(total, total)
+                    scorer = self._scorer(tiling, in_windows=in_windows)
+                    self._tell(scorer, is_retry)
+                    for number in planes:
+                        self._score(store, scorer, number, region)
+                    return
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -276,10 +277,8 @@ class Pipeline:
         valid = self.source.valid(*scores.region, plane)
         try:
             arrays = self.decide(scores, valid)
-        except DataError:
-            raise
-        except PixelwiseError as error:  # scores that overflow: the file is not to be blamed, but must be named
-            raise PixelwiseError(f"{self.source.info.location}: {error}") from error
+        except OverflowingScores as error:  # the file is not to be blamed, but must be named
+            raise OverflowingScores(f"{self.source.info.location}: {error}") from error
         if self.options.probabilities:
             shares = scores.values.softmax(dim=0).cpu().numpy()
             arrays |= dict(zip(self._probabilities, shares, strict=True))
@@ -317,7 +316,8 @@ def compute_together(pipelines: Sequence[Pipeline], stores: Sequence[Store]) -> 
     """As `Pipeline.compute` of one plane each, for images of one size and type in a single pass."""
     info = pipelines[0].source.info
     try:
-        _one_pass(pipelines, stores)
+        with estimates.within_memory(pipelines[0].network.device):
+            _one_pass(pipelines, stores)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise

@@ -26,6 +26,7 @@ from pixelwise.errors import DataError, UsageError
 from pixelwise.formats.base import LABELS, Source
 from pixelwise.formats.image import label_image, write_png
 from pixelwise.infer.bundle import ModelCard, load_bundle
+from pixelwise.infer.estimates import heed_quota
 from pixelwise.infer.options import JobOptions, Tiling
 from pixelwise.infer.overlay import blend, displayable
 from pixelwise.infer.pipeline import LOGITS, ArraySource, Pipeline, check_channels
@@ -315,9 +316,9 @@ def load(
 
 
 def resolve_device(name: str | torch.device) -> torch.device:
-    """The device meant by `name`; "auto" is the first GPU, else the CPU."""
+    """The device meant by `name`; "auto" is the first GPU, else the CPU, whose threads then heed a container's quota."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
@@ -326,6 +327,8 @@ def resolve_device(name: str | torch.device) -> torch.device:
         raise UsageError(f"device {str(name)!r} cannot be used here ({reason}). Use auto, cpu or cuda.") from error
     if device.type == "meta":
         raise UsageError("device 'meta' computes nothing. Use auto, cpu or cuda.")
+    if device.type == "cpu":
+        heed_quota()
     return device
 
 

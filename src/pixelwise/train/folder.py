@@ -199,12 +199,12 @@ class SafeCheckpointIO(CheckpointIO):
         Path(path).unlink(missing_ok=True)
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """The nested dictionary of a checkpoint, its tensors on the CPU."""
+def read_checkpoint(path: str | Path, *, with_tensors: bool = True) -> dict[str, Any]:
+    """The nested dictionary of a checkpoint, its tensors on the CPU, or their names in the file alone."""
     try:
         with safe_open(path, framework="pt") as file:
             structure = json.loads((file.metadata() or {})["checkpoint"])
-            state = _unpack(structure, file.get_tensor)
+            state = _unpack(structure, file.get_tensor if with_tensors else str)
         if not isinstance(state, dict):
             raise TypeError(f"it holds a {type(state).__name__}")
         return state
@@ -216,7 +216,7 @@ def checkpoint_step(path: Path) -> int:
     """The optimiser steps done when the checkpoint was written; 0 where there is none."""
     if not path.is_file():
         return 0
-    step = read_checkpoint(path).get("global_step")
+    step = read_checkpoint(path, with_tensors=False).get("global_step")
     if not isinstance(step, int):
         raise DataError(f"{path}: is not a checkpoint of a training run (it names no step).")
     return step

@@ -9,12 +9,13 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from types import ModuleType
+from types import FrameType, ModuleType
 
 import lightning.pytorch as pl
 import torch
@@ -23,17 +24,20 @@ from torch import Tensor, nn
 
 from pixelwise.data.check import Inspection
 from pixelwise.errors import DataError, PixelwiseError
-from pixelwise.machine import is_out_of_memory, refused, shared_memory_room
+from pixelwise.infer.estimates import within_memory
+from pixelwise.machine import is_out_of_memory, memory_room, refused, shared_memory_room
 from pixelwise.train.config import RunConfig
 from pixelwise.train.folder import CONFIG_NAME, LAST_NAME
 from pixelwise.train.loop import Report, TrainingLoop, make_trainer, quiet
 from pixelwise.train.module import SegmentationModule, loss_weights
 from pixelwise.train.network import start_network
-from pixelwise.train.plan import Plan, free_words
+from pixelwise.train.plan import Plan, free_words, worker_bytes
 from pixelwise.train.stream import CropSet, make_dataset, make_stream
 
 LOST = ("Connection closed by peer", "Connection reset by peer", "NCCL", "Broken pipe", "Timed out waiting")
-FAREWELL_S = 30.0  # what the other processes get to end after the first
+SIGNALS = (signal.SIGINT, signal.SIGTERM)  # that end a run early
+FAREWELL_S = 10.0  # what processes that have failed get to end
+TOLD = 2  # the exit code of a process that has said what is wrong
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,15 +84,15 @@ class Material:
 
 def run_job(job: Job, material: Material, report: Report) -> Outcome:
     """Train, in this process and in one for each further device."""
-    with _other_processes(job):
-        return _fit(job, material, report)
+    with _other_processes(job) as others:
+        return _fit(job, material, report, others)
 
 
-def _fit(job: Job, material: Material, report: Report) -> Outcome:
+def _fit(job: Job, material: Material, report: Report, others: Sequence[BaseProcess] = ()) -> Outcome:
     config, plan = job.config, job.plan
     module = SegmentationModule(material.model, config, plan, material.weight)
     loop = TrainingLoop(module, plan, job.inspection, job.folder, job.first_step, report)
-    with _as_readable_errors(job, loop), quiet(), _own_signals():
+    with _as_readable_errors(job, loop, others), quiet(), _signals_to(loop.on_signal):
         loader = make_stream(config, plan, material.dataset, job.first_step)
         trainer = make_trainer(config, plan, loop, job.folder)
         trainer.fit(module, train_dataloaders=loader, ckpt_path=job.checkpoint if job.first_step else None)
@@ -103,23 +107,26 @@ def _fit(job: Job, material: Material, report: Report) -> Outcome:
 
 
 @contextmanager
-def _own_signals() -> Iterator[None]:
-    """Afterwards signals do what they did before; Lightning would go on to swallow SIGTERM."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+def _signals_to(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """From the start on, for it is long before the first step; afterwards signals do what they did before."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    with suppress(ValueError):  # not the main thread: its owner handles signals
+        for number in SIGNALS:
+            signal.signal(number, handler)
     try:
         yield
     finally:
         with suppress(ValueError):  # not the main thread: nothing was changed
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            for number, old in before.items():
+                signal.signal(number, old)
 
 
 @contextmanager
-def _other_processes(job: Job) -> Iterator[None]:
+def _other_processes(job: Job) -> Iterator[Sequence[BaseProcess]]:
     """The processes of the further devices; Lightning finds them by the variables that torch's own launcher sets."""
     devices = job.config.devices
     if devices == 1:
-        yield
+        yield ()
         return
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -131,10 +138,8 @@ def _other_processes(job: Job) -> Iterator[None]:
     try:
         for rank in range(1, devices):
             others.append(_start_process(job, rank))
-        yield
-        for other in others:
-            other.join(FAREWELL_S)
-    finally:
+        yield others
+    finally:  # they write nothing, so nobody waits for their goodbyes, which may take half a minute
         for other in others:
             other.kill()
             other.join()
@@ -158,21 +163,32 @@ def _start_process(job: Job, rank: int) -> BaseProcess:
     return process
 
 
+def _end_with_the_first() -> None:
+    """A first process that is killed must not leave this one behind, which might wait for it for half an hour."""
+    first = multiprocessing.parent_process()
+    if first is not None:
+        first.join()
+        os._exit(TOLD)
+
+
 def _further(job: Job, rank: int) -> None:
     """What the process of a further device does."""
     os.environ["LOCAL_RANK"] = str(rank)
+    threading.Thread(target=_end_with_the_first, daemon=True, name="pixelwise-first").start()
     pl.seed_everything(job.config.seed, verbose=False)
     try:
-        start = start_network(job.config, job.inspection, is_resumed=bool(job.first_step))
-        _fit(job, Material.of(job, start.model), lambda _event: None)
+        beside = worker_bytes(job.config, job.inspection.channels)
+        with within_memory(torch.device(job.plan.device), 1 / job.config.devices, beside):
+            start = start_network(job.config, job.inspection, is_resumed=bool(job.first_step))
+            _fit(job, Material.of(job, start.model), lambda _event: None)
     except PixelwiseError as error:
         if not any(word in str(error.__cause__) for word in LOST):
             sys.stderr.write(f"pixelwise: device {rank}: {error}\n")
-        os._exit(2)  # the other processes are gone, so saying goodbye to them would take for ever
+        os._exit(TOLD)  # the other processes are gone, so saying goodbye to them would take for ever
 
 
 @contextmanager
-def _as_readable_errors(job: Job, loop: TrainingLoop) -> Iterator[None]:
+def _as_readable_errors(job: Job, loop: TrainingLoop, others: Sequence[BaseProcess]) -> Iterator[None]:
     """What the machine, the disk or the data do in the middle of a training, as one paragraph that says what is kept."""
     try:
         yield
@@ -183,7 +199,7 @@ def _as_readable_errors(job: Job, loop: TrainingLoop) -> Iterator[None]:
         first = error.__context__ if "combined_loader" in str(error) and error.__context__ else error
         if isinstance(first, KeyboardInterrupt | SystemExit):
             raise KeyboardInterrupt from error
-        what = _what_happened(first, job, loop)
+        what = _what_happened(first, job, loop, others)
         if what is None:
             raise
         kept = "No checkpoint was written yet." * ("renamed" not in what)
@@ -192,7 +208,7 @@ def _as_readable_errors(job: Job, loop: TrainingLoop) -> Iterator[None]:
         raise (DataError if isinstance(first, DataError) else PixelwiseError)(f"{what} {kept}".strip()) from error
 
 
-def _what_happened(error: BaseException, job: Job, loop: TrainingLoop) -> str | None:
+def _what_happened(error: BaseException, job: Job, loop: TrainingLoop, others: Sequence[BaseProcess]) -> str | None:
     """What went wrong and what to do, in words; None if that is not known, or is said already."""
     plan, first = job.plan, (str(error).splitlines() or [""])[0][:200]
     if isinstance(error, PixelwiseError) and not isinstance(error, DataError):
@@ -231,5 +247,19 @@ def _what_happened(error: BaseException, job: Job, loop: TrainingLoop) -> str | 
             "workers=0."
         )
     if job.config.devices > 1 and any(word in str(error) for word in LOST):
-        return f"the process of another device has ended ({first}). Go on with --resume."
+        return f"{_how_one_ended(others, str(error))}. Go on with --resume."
     return None
+
+
+def _how_one_ended(others: Sequence[BaseProcess], error: str) -> str:
+    """Why the training on several devices cannot go on, in words."""
+    for rank, other in enumerate(others, start=1):
+        other.join(FAREWELL_S / len(others))
+        code = other.exitcode
+        if code == TOLD:
+            return f"the process of device {rank} has ended, for the reason above"
+        if code:
+            how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+            short = f"; the system does that where memory is short ({memory_room()})" * (code == -signal.SIGKILL)
+            return f"the process of device {rank} {how}{short}"
+    return f"the process of another device has ended ({error.splitlines()[0][:200]})"

@@ -25,6 +25,7 @@ from pixelwise.data.check import Inspection
 from pixelwise.data.layouts import DataFolder
 from pixelwise.infer.bundle import ModelCard, save_bundle
 from pixelwise.infer.evaluate import Evaluation, evaluate
+from pixelwise.infer.options import OverflowingScores
 from pixelwise.infer.predictor import Predictor
 from pixelwise.train.config import RunConfig
 from pixelwise.train.folder import COLUMNS, CONFIG_NAME, LAST_NAME, History, SafeCheckpointIO
@@ -53,7 +54,6 @@ class TrainingLoop(pl.Callback):
         self._saved = (-1, -1)  # the step of the last checkpoint, and of the validation that it knows of
         self._losses: list[Any] = []
         self._window = (0, 0.0)  # the step and elapsed time of the last log line
-        self._handlers: dict[int, Any] = {}
 
     # -- the course of a run ------------------------------------------------------------------------------------------
 
@@ -63,11 +63,6 @@ class TrainingLoop(pl.Callback):
             self.history = History(self.run / "metrics.csv", first_step=self.first_step)
         self._before_s, self._resumed_at = progress.elapsed_s, time.monotonic()
         self._window = (step, progress.elapsed_s)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            try:
-                self._handlers[number] = signal.signal(number, self._on_signal)
-            except ValueError:  # not the main thread: its owner handles signals
-                break
         if step and self._is_due(step) and progress.validated_step != step:
             self._validate(trainer)  # the run was killed between a step and its validation
         trainer.should_stop = self._is_over(step)
@@ -97,11 +92,6 @@ class TrainingLoop(pl.Callback):
             if self.module.progress.validated_step != trainer.global_step:
                 self._validate(trainer)
                 self.checkpoint(trainer)
-
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-        self._handlers.clear()
 
     # -- its parts ----------------------------------------------------------------------------------------------------
 
@@ -160,7 +150,10 @@ class TrainingLoop(pl.Callback):
         module = self.module
         was_training, self.is_validating = module.evaluated.training, True
         predictor = Predictor(module.evaluated, self.card, device=module.device, precision=self.plan.precision)
-        evaluation = evaluate(predictor, self._val_folder(), split="val", note=None)
+        try:
+            evaluation = evaluate(predictor, self._val_folder(), split="val", check=False, note=None)
+        except OverflowingScores as error:
+            raise module.diverged("the network's scores overflow") from error
         module.evaluated.train(was_training)
         self.is_validating = False
         return evaluation
@@ -204,8 +197,9 @@ class TrainingLoop(pl.Callback):
     def _elapsed(self) -> float:
         return self._before_s + time.monotonic() - self._resumed_at
 
-    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
-        if self._asked:  # asked twice: now
+    def on_signal(self, number: int, _frame: FrameType | None) -> None:
+        """Ask for an end after this step; asked twice, at once."""
+        if self._asked:
             raise KeyboardInterrupt
         self._asked = number
 
@@ -239,7 +233,7 @@ def make_trainer(config: RunConfig, plan: Plan, loop: TrainingLoop, out: Path) -
     """Lightning's trainer, without what the loop does itself."""
     index = torch.device(plan.device).index
     with quiet():
-        return pl.Trainer(
+        trainer = pl.Trainer(
             accelerator="cpu" if plan.device == "cpu" else "auto",
             devices=config.devices if index is None else [index],
             strategy="ddp" if config.devices > 1 else "auto",
@@ -258,6 +252,9 @@ def make_trainer(config: RunConfig, plan: Plan, loop: TrainingLoop, out: Path) -
             enable_model_summary=False,
             use_distributed_sampler=False,
         )
+    # Lightning's own handler of SIGTERM talks to the other processes in the middle of their steps, which locks all of them.
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+    return trainer
 
 
 @contextmanager

@@ -115,12 +115,21 @@ class SegmentationModule(pl.LightningModule):
             self.average.update_parameters(self.model)
         # On a GPU looking at the loss waits for the step, so there only every tenth is looked at.
         if (self.global_step % 10 == 0 or loss.device.type == "cpu") and not bool(torch.isfinite(loss)):
-            kept = f"The weights of step {self.progress.best_step} are kept" if self.progress.best_step >= 0 else ""
-            raise PixelwiseError(
-                f"the loss is {loss.item()} at step {self.global_step}: training has diverged. Lower the learning rate "
-                "(--set lr=3e-4), clip gradients (--set clip=1), or use --set precision=float32. "
-                f"{kept or 'There was no validation yet, so no weights were saved'}."
-            )
+            raise self.diverged(f"the loss is {loss.item()}")
+
+    def diverged(self, what: str) -> PixelwiseError:
+        """The error that says what to do where training has diverged, and what is there."""
+        config, best = self.config, self.progress.best_step
+        ways = [f"lower the learning rate (--set lr={config.lr / 10:.2g})"]
+        ways += ["clip gradients (--set clip=1)"] if not 0 < config.clip_norm <= 1 else []
+        ways += ["use --set precision=float32"] if self.plan.precision != "float32" else []
+        kept = (
+            f"The weights of step {best} are kept" if best >= 0 else "No weights were kept, since none were validated"
+        )
+        return PixelwiseError(
+            f"{what} at step {self.global_step}: training has diverged, and would again with --resume. Start anew with "
+            f"another --out: {', or '.join(ways)}. {kept}."
+        )
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return make_optimizer(self.model, self.config)

@@ -6,7 +6,7 @@ by class (Ciresan et al., NIPS 2012); every other network on crops, a class for 
 
 import statistics
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol, cast
 
 from torch import Tensor, nn
 
@@ -20,6 +20,13 @@ from pixelwise.train.config import RunConfig
 
 OF_CROPS = ("crop_px", "scale", "focus", "elastic", "separation")  # options that mean nothing for windows
 Normalisation = tuple[tuple[float, ...], tuple[float, ...]]  # mean and standard deviation per channel, unit scale
+
+
+class Classifies(Protocol):
+    """A network that names the class of a window's centre."""
+
+    def classify(self, windows: Tensor) -> Tensor:
+        """Scores (N, K) of windows (N, C, window, window)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,5 +130,4 @@ def training_logits(model: nn.Module, image: Tensor) -> Tensor:
     """Scores of a batch (N, C, s, s): (N, K, s, s) of crops, (N, K, 1, 1) of windows."""
     if window_px(model) is None:
         return model(image)
-    classify: nn.Module = model.classify  # type: ignore[assignment]
-    return classify(image)[..., None, None]
+    return cast(Classifies, model).classify(image)[..., None, None]

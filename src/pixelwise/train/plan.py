@@ -28,6 +28,9 @@ CROP_STEP_PX = 32  # the stride of nearly every encoder: crops of its multiples 
 LARGEST_CROP_PX = 352
 LARGEST_TRIAL_PX, SMALLEST_TRIAL_PX = 1024, 64  # side of the image whose validation is timed
 READING = 1.5  # a validated image takes so many times as long as the network alone
+WORKER_BYTES = 512 << 20  # what a process that prepares crops may take, with its batches
+TRAINING_BYTES = 192 << 20  # what a training takes beside its steps: images, averaged weights, what is imported late
+AHEAD = 4  # batches that each of them prepares
 SLOW = 0.7  # less than this share of the planned steps is told
 VALIDATION_SHARE = 0.08  # of a time budget; more would be taken from learning
 
@@ -231,6 +234,17 @@ def _average_pixels(inspection: Inspection) -> float:
 
 
 def default_workers(device_type: str) -> int:
-    """Processes to prepare crops: one where the CPU computes the network too, up to eight beside a GPU."""
-    cores = worker_count()
-    return min(1, cores - 1) if device_type == "cpu" else min(8, max(1, cores - 1))
+    """Processes to prepare crops: one where the CPU computes the network too, up to eight beside a GPU.
+
+    They take at most half of the memory that is free.
+    """
+    cores, room = worker_count(), memory_room()
+    wished = min(1, cores - 1) if device_type == "cpu" else min(8, max(1, cores - 1))
+    return wished if room is None else max(0, min(wished, room.bytes // (2 * WORKER_BYTES)))
+
+
+def worker_bytes(config: RunConfig, channels: int) -> int:
+    """Memory of the processes that prepare crops, and of the batches that they have ready, before the batch is known."""
+    workers = default_workers(resolve_device(config.device).type) if config.workers is None else config.workers
+    crop_bytes = (config.crop_px or LARGEST_CROP_PX) ** 2 * (4 * channels + 1)
+    return workers * (WORKER_BYTES // 2 + AHEAD * (config.batch_size or CROPS) * crop_bytes) * config.devices

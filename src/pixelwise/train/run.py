@@ -14,6 +14,7 @@ from pixelwise.data.check import Inspection, inspect_data
 from pixelwise.data.layouts import DataFolder, open_data
 from pixelwise.errors import DataError, UsageError
 from pixelwise.files import remove_leftovers, write_json
+from pixelwise.infer.estimates import within_memory
 from pixelwise.infer.predictor import resolve_device
 from pixelwise.machine import is_out_of_memory, processors
 from pixelwise.models import create_model, model_info
@@ -34,7 +35,7 @@ from pixelwise.train.folder import (
 from pixelwise.train.job import Job, Material, run_job
 from pixelwise.train.loop import Report, takes_tensorboard
 from pixelwise.train.network import Start, check_options, network_config, start_network
-from pixelwise.train.plan import SLOW, Plan, free_words, make_plan
+from pixelwise.train.plan import SLOW, TRAINING_BYTES, Plan, free_words, make_plan, worker_bytes
 
 STAGES_NAME = "stages"
 OnPlan = Callable[[Plan, Inspection], None]
@@ -206,7 +207,9 @@ def _train_stage(
     first_step = checkpoint_step(checkpoint) if resume else 0
     pl.seed_everything(config.seed, verbose=False)
     start = start_network(config, inspection, is_resumed=bool(first_step))
-    plan = read_plan(out, inspection) if first_step else _new_plan(stage, inspection, start)
+    device, beside = resolve_device(config.device), worker_bytes(config, inspection.channels)
+    with within_memory(device, 1 / config.devices, beside + TRAINING_BYTES):
+        plan = read_plan(out, inspection) if first_step else _new_plan(stage, inspection, start)
     if not takes_tensorboard(out) and not first_step:
         plan = replace(
             plan, notes=(*plan.notes, "no TensorBoard logs, since the name of the run folder is no valid text")
@@ -217,11 +220,12 @@ def _train_stage(
         known = {key: state.get(key, False) for key in ("best_miou", "seconds", "is_short")}
         return Run(folder=out, plan=plan, steps=first_step, **known)
     job = Job(config=config, plan=plan, inspection=inspection, folder=out, first_step=first_step)
-    material = Material.of(job, start.model)
-    if not state:
-        write_config(*whole)  # so that --resume finds the options of all stages
-        state = write_start(out, stage.recorded, plan, inspection, command)
-    done = run_job(job, material, report)
+    with within_memory(device, 1 / config.devices, beside):
+        material = Material.of(job, start.model)
+        if not state:
+            write_config(*whole)  # so that --resume finds the options of all stages
+            state = write_start(out, stage.recorded, plan, inspection, command)
+        done = run_job(job, material, report)
     outcome: dict[str, Any] = {"best_miou": done.best_miou, "steps": done.steps, "seconds": done.seconds}
     outcome["is_short"] = done.is_late and done.steps < SLOW * plan.steps
     write_json(out / STATE_NAME, state | {"finished": done.interrupted is None} | outcome)
@@ -232,13 +236,14 @@ def _new_plan(stage: Stage, inspection: Inspection, start: Start) -> Plan:
     """A plan whose trial steps say in words what does not work."""
     config = stage.config
     crop_px, batch = config.crop_px or "auto", config.batch_size or "auto"
+    free = free_words(resolve_device(config.device))  # later the error holds what did not fit
     try:
         return make_plan(config, inspection, start, stage=stage.words)
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
             raise UsageError(
                 f"one training step with batch_size={batch} and crop_px={crop_px} does not fit into memory"
-                f"{free_words(resolve_device(config.device))}. Use a smaller --set batch_size=… or --set crop_px=…, or a "
+                f"{free}. Use a smaller --set batch_size=… or --set crop_px=…, or a "
                 "smaller network."
             ) from error
         raise

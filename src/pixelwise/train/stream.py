@@ -33,12 +33,11 @@ from pixelwise.errors import UsageError
 from pixelwise.machine import is_out_of_memory, memory_room, shared_memory_room
 from pixelwise.train.config import RunConfig
 from pixelwise.train.network import window_px
-from pixelwise.train.plan import Plan, epoch_pairs
+from pixelwise.train.plan import AHEAD, Plan, epoch_pairs
 
 Weigh = Callable[[Pair, Sample], tuple[Sample, Tensor]]  # a sample as it is trained on, and its pixels' weights (H, W)
 
 CACHE_SHARE = 0.4  # of the memory that is free may hold decoded images
-AHEAD = 4  # batches that each worker prepares
 
 
 def seed_of(*parts: int | str) -> int:

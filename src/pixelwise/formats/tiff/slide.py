@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pixelwise.errors import DataError, UsageError
-from pixelwise.files import extra
+from pixelwise.extras import extra
 from pixelwise.formats.base import TIFF_MAGIC, Opener, SourceInfo
 from pixelwise.formats.local import Identity
 from pixelwise.formats.ranges import Handles, opening

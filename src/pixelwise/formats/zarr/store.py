@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from pixelwise.errors import DataError
-from pixelwise.files import ZARR_DOCUMENTS, extra
+from pixelwise.extras import extra
+from pixelwise.files import ZARR_DOCUMENTS
 from pixelwise.formats import remote
 from pixelwise.formats.local import WHOLE_BYTES, Identity, Stamp, fingerprint, local_path, shown, silence
 from pixelwise.formats.remote import RemoteStamp, read_range

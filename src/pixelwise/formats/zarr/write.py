@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from pixelwise.files import atomic_folder, cannot_write, extra
+from pixelwise.extras import extra
+from pixelwise.files import atomic_folder, cannot_write
 from pixelwise.formats.base import LABELS, Result
 
 MARK = "pixelwise"

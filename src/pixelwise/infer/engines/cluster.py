@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Any
 
 from pixelwise.errors import PixelwiseError, UsageError
-from pixelwise.files import extra
+from pixelwise.extras import extra
 
 _MOST_CORES = 8  # of a worker
 _CORES = 2  # of a worker without a GPU: one computes, one decodes and writes

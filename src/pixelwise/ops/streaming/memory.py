@@ -3,8 +3,7 @@
 Rows of a skip wait for many stripes. Were they to lie among the maps that come and go, what is freed between them would
 be of no size that is asked for next, and the process would take two or three times what the maps do: `RowMemory` keeps them
 apart, and `SpillFile` those that the memory cannot hold. Freed memory of one size is of no use for the next map, which is a
-little larger, so malloc asks the system for more. It is fastest to let it, within a limit; beyond that `malloc_trim`
-returns all that is free (`MemoryLimit`).
+little larger, so malloc asks for more. It is fastest to let it, within a limit; beyond that `malloc_trim` frees all of it.
 """
 
 import ctypes
@@ -86,8 +85,11 @@ class RowMemory:
         """A copy whose axes lie in memory in the same order, without gaps."""
         size = rounded(rows.nbytes)
         if not (free := self._free[size]):
-            if self._used + size > len(self._last):
-                self._last, self._used = mmap.mmap(-1, max(size, _MAPPED_BYTES), **_OWN_MEMORY), 0
+            try:
+                if self._used + size > len(self._last):
+                    self._last, self._used = mmap.mmap(-1, max(size, _MAPPED_BYTES), **_OWN_MEMORY), 0
+            except OSError as error:
+                raise MemoryError(str(error)) from error
             free.append((self._last, self._used))
             self._used += size
         memory, offset = free.pop()
