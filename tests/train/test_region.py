@@ -90,7 +90,7 @@ def test_outside_is_void_in_statistics_loss_and_scores(data):
     np.add.at(matrix, ((eye(4)[1][INSIDE] > 0).astype(int), labels[INSIDE]), 1)
     told = []
     evaluation = pixelwise.evaluate(run.folder, data, note=told.append)  # the run knows the folders by itself
-    assert evaluation.matrix == matrix.tolist() and "has another spelling" in " ".join(told)
+    assert evaluation.matrix == matrix.tolist() and "has another name" in " ".join(told)
 
     assert recorded_choices(run.folder) == {"masks": "1st_manual", "region": "mask"}
     assert pixelwise.train(data, out=run.folder, resume=True).steps == 2

@@ -81,8 +81,10 @@ def remarks(source: Source, card: ModelCard, *, all_bands: bool = False) -> Iter
         for file, what in unread(source.info.location, source.metadata):
             told = f"{name}: {printable(file)} beside it is not read ({what}), nor is that of other images."
             yield f"beside{file[file.rfind('.') :]}", f"{told} Write both into one GeoTIFF: gdal_translate IN OUT.tif."
+    if pixels is None or card.data.get("region"):  # of the training's images only what lies in the regions was measured
+        return
     trained = card.numbers or Numbers(mean=card.mean, std=card.std)
-    if told := "" if pixels is None else trained.difference(pixels):
+    if told := trained.difference(pixels):
         yield "numbers", f"{name}: {told}."
 
 

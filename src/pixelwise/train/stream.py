@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -29,7 +30,8 @@ from pixelwise.data.samples import OpenPair, OpenPairs, Sample, are_pictures, lo
 from pixelwise.data.scan import in_threads
 from pixelwise.data.separation import separate
 from pixelwise.data.transforms import PixelWeight, Windowed, training_transform, window_transform
-from pixelwise.errors import UsageError
+from pixelwise.errors import DataError, UsageError
+from pixelwise.formats.local import printable
 from pixelwise.machine import is_out_of_memory, memory_room, shared_memory_room
 from pixelwise.train.config import RunConfig
 from pixelwise.train.network import window_px
@@ -44,6 +46,15 @@ def seed_of(*parts: int | str) -> int:
     """A 63-bit seed that depends on all of `parts`, and is the same on every machine."""
     digest = hashlib.sha256(":".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
+
+
+def _state(path: Path) -> tuple[int, int] | None:
+    """What changes when a file does; None where there is none, about which its reader has its own words."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_mtime_ns, status.st_size
 
 
 class CropSet(Dataset[tuple[Tensor, ...]]):
@@ -76,6 +87,7 @@ class CropSet(Dataset[tuple[Tensor, ...]]):
         how: dict[str, Any] = {"labels": labels, "channels": inspection.channels, "reading": self.reading}
         self._read: Callable[[Pair], Sample] = partial(load_sample, **how)
         self._opened = OpenPairs(partial(OpenPair, **how))
+        self._states = {path: _state(path) for pair in self.pairs for path in (pair.image, pair.mask) if path is not None}
         self._samples: dict[int, tuple[Tensor, ...]] = {}
         if cache:
             whole = [index for index, pair in enumerate(self.pairs) if (pair.mask, pair.plane or 0) not in self._places]
@@ -94,6 +106,9 @@ class CropSet(Dataset[tuple[Tensor, ...]]):
         # Plain pictures are decoded as a whole, so keeping them open would keep their pixels.
         is_plain = are_pictures(pair) and not self.reading
         sample = self._read(pair) if is_plain else self._opened.get(pair).read(plane)
+        for path in (pair.image, pair.mask):
+            if path is not None and self._states[path] not in (None, _state(path)):
+                raise DataError(f"{printable(path)}: was replaced or changed since the training began.")
         weights = None
         if self.weigh is not None:
             sample, weights = self.weigh(pair, sample)
