@@ -160,6 +160,13 @@ def test_voc_as_distributed(tmp_path):
     assert "8 files in Annotations/" in told(folder)
 
 
+def test_lists_among_the_images_are_told(tmp_path):
+    save_pairs(tmp_path, "images", "masks", "abcdef")
+    for name in ("images/train.txt", "images/notes.txt", "masks/folds.json"):
+        (tmp_path / name).write_text("a.png")
+    assert told(open_data(tmp_path)).endswith("seen and not used: images/train.txt, masks/folds.json.")
+
+
 def test_lists_that_do_not_fit_are_told(tmp_path):
     save_pairs(tmp_path, "images", "masks", "abcdef")
     write_lists(tmp_path, train=["a", "b", "gone"], val=["c"])

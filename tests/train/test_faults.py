@@ -91,4 +91,4 @@ def test_a_fault_in_the_middle_is_one_paragraph(
     if fault is delete:  # as it says
         assert isinstance(caught.value, DataError)
         shutil.copy(toy_data / "train" / "images" / "train_1.png", data / "train" / "images")
-        assert train(data, None, out=run, resume=True).steps == 20
+        assert train(data, make_config({"workers": 0}), out=run, resume=True).steps == 20

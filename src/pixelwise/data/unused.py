@@ -30,7 +30,7 @@ def find_unused(root: Path, pairs: Sequence[Pair], told: Collection[str], lists:
     used |= {Path(channel_file(str(p.image.absolute()), number)) for p in several for number in range(p.channel_files)}
     read = {path.absolute() for path in lists}
     above = {parent for path in used for parent in path.parents}
-    images, others = Counter[Path](), Counter[Path]()
+    images, others, unread = Counter[Path](), Counter[Path](), list[str]()
     for here, folders, names in walk(root):
         if here in used or (here != root and is_zarr(here)):
             folders.clear()
@@ -44,10 +44,11 @@ def find_unused(root: Path, pairs: Sequence[Pair], told: Collection[str], lists:
                 continue
             if name.lower().endswith(SOURCE_SUFFIXES):
                 images[place] += relative(path, root) not in told
-            else:
-                others[place] += place != root and place not in above
-    told_lists = [path.name for path in sorted(root.iterdir()) if _is_list(path) and path not in read]
-    words = [*_words(root, images, others), *told_lists]
+            elif place != root and place not in above:
+                others[place] += 1
+            elif _is_list(path):
+                unread.append(relative(path, root))
+    words = [*_words(root, images, others), *sorted(unread)]
     return [Problem("warning", f"seen and not used: {first_of(words, 10)}.")] if words else []
 
 

@@ -33,13 +33,17 @@ from pixelwise.train.plan import Plan
 
 CONFIG_NAME, DATA_NAME, PLAN_NAME, STATE_NAME = "config.yaml", "data.json", "plan.json", "environment.json"
 LAST_NAME = "last.safetensors"
+OF_MACHINE = {"workers"}  # options that a run may go on with anew: batches are the same whoever prepares them
 COLUMNS = (
     "step", "epoch", "elapsed_s", "lr", "train_loss", "images_per_s", "val_miou", "val_global_accuracy",
 )  # fmt: skip
 
 
 def settle_config(out: Path, config: RunConfig | None, resume: bool) -> RunConfig:
-    """The run's own options on resuming, else the given ones; refuses to mix two runs in one folder."""
+    """The run's own options on resuming, else the given ones; refuses to mix two runs in one folder.
+
+    On resuming only what changes no result may be given anew.
+    """
     stored = out / CONFIG_NAME
     if not resume:
         if any((out / name).exists() for name in (CONFIG_NAME, CARD_NAME, WEIGHTS_NAME)):
@@ -49,10 +53,10 @@ def settle_config(out: Path, config: RunConfig | None, resume: bool) -> RunConfi
         raise UsageError(f"--resume: {out} holds no {CONFIG_NAME}, so there is no run to continue. Leave --resume out.")
     previous = make_config(read_config(stored))
     given = config.model_fields_set if config else set()
-    if other := [key for key in sorted(given) if getattr(config, key) != getattr(previous, key)]:
+    if other := [key for key in sorted(given - OF_MACHINE) if getattr(config, key) != getattr(previous, key)]:
         rows = ", ".join(f"{key}={getattr(config, key)!r} (the run: {getattr(previous, key)!r})" for key in other)
         raise UsageError(f"--resume continues {out} with its own options, but was given {rows}. Leave them out.")
-    return previous
+    return previous.model_copy(update={key: getattr(config, key) for key in given & OF_MACHINE})
 
 
 def is_finished(out: Path) -> bool:

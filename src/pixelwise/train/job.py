@@ -243,7 +243,7 @@ def _what_happened(error: BaseException, job: Job, loop: TrainingLoop, others: S
     if "DataLoader worker" in str(error) or "shared memory" in str(error).lower():
         return (
             f"a process that prepares crops has ended ({first}). If memory was short{free} or shared memory "
-            f"({shared_memory_room() or 'unknown'}), go on with --resume where there is more, or start again with --set "
+            f"({shared_memory_room() or 'unknown'}), go on with --resume where there is more, or with --resume --set "
             "workers=0."
         )
     if job.config.devices > 1 and any(word in str(error) for word in LOST):

@@ -210,6 +210,8 @@ def _train_stage(
     device, beside = resolve_device(config.device), worker_bytes(config, inspection.channels)
     with within_memory(device, 1 / config.devices, beside + TRAINING_BYTES):
         plan = read_plan(out, inspection) if first_step else _new_plan(stage, inspection, start)
+    if config.workers is not None:
+        plan = replace(plan, workers=config.workers)
     if not takes_tensorboard(out) and not first_step:
         plan = replace(
             plan, notes=(*plan.notes, "no TensorBoard logs, since the name of the run folder is no valid text")

@@ -87,7 +87,9 @@ class CropSet(Dataset[tuple[Tensor, ...]]):
         how: dict[str, Any] = {"labels": labels, "channels": inspection.channels, "reading": self.reading}
         self._read: Callable[[Pair], Sample] = partial(load_sample, **how)
         self._opened = OpenPairs(partial(OpenPair, **how))
-        self._states = {path: _state(path) for pair in self.pairs for path in (pair.image, pair.mask) if path is not None}
+        self._states = {
+            path: _state(path) for pair in self.pairs for path in (pair.image, pair.mask) if path is not None
+        }
         self._samples: dict[int, tuple[Tensor, ...]] = {}
         if cache:
             whole = [index for index, pair in enumerate(self.pairs) if (pair.mask, pair.plane or 0) not in self._places]
