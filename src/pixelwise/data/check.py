@@ -168,7 +168,7 @@ def check_split(
     scan = partial(scan_pair, reading=reading, channels=channels, by_color=by_color, with_pixels=False)
     others = tuple(f"{name}: " for name in SPLITS if name != split)
     of_names = [problem for problem in folder.problems if not problem.message.startswith(others)]
-    problems = fatal_first([*of_names, *file_problems(folder, in_threads(scan, folder.split(split)))])
+    problems = fatal_first([*of_names, *file_problems(folder, in_threads(scan, folder.split(split)), reading)])
     raise_if_fatal(folder, problems)
     return tuple(problem.message for problem in problems)
 

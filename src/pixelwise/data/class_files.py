@@ -13,7 +13,7 @@ from pixelwise.data.image_files import relative
 from pixelwise.data.labels import Color, LabelSpec, Value, distinct_colors, pack_value, value_name
 from pixelwise.data.pairs import Pair, Problem, first_of
 from pixelwise.data.palettes import common_palette, palettes_differ
-from pixelwise.data.scan import MaskScan, scan_mask
+from pixelwise.data.scan import MaskScan, in_threads, scan_mask
 from pixelwise.data.tables import read_text
 from pixelwise.errors import DataError
 
@@ -118,7 +118,7 @@ def _as_named(masks: Sequence[tuple[Pair, MaskScan]], known: ClassFile) -> list[
         return scans
     if any(scan.kind == kind == "index" and scan.palette is None for _, scan in masks):
         raise DataError("it names colours, but the masks hold numbers")
-    by_color = [scan_mask(pair, by_color=True) if scan.palette else scan for pair, scan in masks]
+    by_color = in_threads(lambda one: scan_mask(one[0], by_color=True) if one[1].palette else one[1], masks)
     return [scan for scan in by_color if scan.kind == "rgb"]
 
 

@@ -61,7 +61,7 @@ def find_instances(masks: Sequence[tuple[Pair, MaskScan]], ignore: Sequence[int]
     """
     held = [(pair, values) for pair, scan in masks if (values := _numbers(scan, ignore))]
     everything = {value for _, values in held for value in values}
-    has_background = any(0 in scan.counts for _, scan in masks)
+    has_background = 0 not in ignore and any(0 in scan.counts for _, scan in masks)
     if len(everything) < _FEW or min(everything) < 1 or not has_background:
         return None
     dense = sum(len(values) >= _MOST * max(values) for _, values in held) >= _MOST * len(held)

@@ -1,7 +1,7 @@
 """From a folder to pairs of image and mask: the layout is recognised by looking."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -162,7 +162,7 @@ def _recognise(root: Path, masks: str | None, region: str | None, group_by: str 
             raise DataError(_no_masks(root, layout))
         chosen = found_masks
         sources = layout.sources(*chosen)
-        read = [match_source(source, root) for source in sources]
+        read = _read_sources(sources, root)
         words = layout.describe(*chosen)
         if not any(pairs for pairs, _ in read):
             raise DataError(_no_images(root, words, sources))
@@ -185,7 +185,7 @@ def _recognise(root: Path, masks: str | None, region: str | None, group_by: str 
         found.words += f", split by {' '.join(path.name for path in found.lists.files)}"
         pairs, more = apply_split_lists(found.lists, found.pairs, root)
         if sources:  # what stays alone is asked about the images that are listed
-            found.take([match_source(source, root, {pair.image for pair in pairs}) for source in sources])
+            found.take(_read_sources(sources, root, {pair.image for pair in pairs}))
         found.pairs, found.problems = pairs, found.problems + more
     found.problems += doubts
     if layout is not None and region is not None:
@@ -239,6 +239,18 @@ def _grouped(pairs: list[Pair], expression: str | None) -> list[Pair]:
     return grouped
 
 
+def _read_sources(
+    sources: Sequence[FolderPair], root: Path, listed: Container[Path] | None = None
+) -> list[tuple[list[Pair], list[Problem]]]:
+    """The pairs of all sources; how many files an image without mask has is known from those with masks."""
+    read = [match_source(source, root, listed) for source in sources]
+    counts = {pair.channel_files for pairs, _ in read for pair in pairs if pair.mask}
+    return [
+        part if any(pair.mask for pair in part[0]) else match_source(source, root, listed, counts)
+        for source, part in zip(sources, read, strict=True)
+    ]
+
+
 def _with_splits(pairs: list[Pair], fractions: Sequence[float], is_listed: bool) -> tuple[list[Pair], str]:
     """Decide the open splits by hash, carve val from train where only a test split was given, and say so in words.
 
@@ -251,8 +263,8 @@ def _with_splits(pairs: list[Pair], fractions: Sequence[float], is_listed: bool)
         words = ", split by hash"
     elif "train" in given and "val" not in given:
         fractions, words = VAL_OF_TRAIN, f", {VAL_OF_TRAIN[1]:.0%} of train is val by hash"
-    else:
-        return pairs, ""
+    else:  # images without mask, whose splits are those of masks, have none; they are fatal
+        return [replace(pair, split=pair.split or "train") for pair in pairs], ""
     splits = assign_splits([pair.group for pair in pairs if pair.split in ("", "train")], fractions)
     return [replace(pair, split=splits[pair.group]) if pair.split in ("", "train") else pair for pair in pairs], words
 

@@ -1,6 +1,6 @@
 """Mask files as sources: numbers or colours, as they are stored; several masks of one image joined into one."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,13 @@ def open_mask_of(pair: Pair, reading: Reading | None = None, *, by_color: bool =
         joined = _whole(first)
         for path in pair.more_masks:
             with open_mask(path, reading, pair.image, by_color=by_color) as other:
-                joined = _joined(joined, _whole(other), path)
+                here = _whole(other)
+                if not by_color and _contradict(first, other, set(np.unique(joined)) & set(np.unique(here))):
+                    raise DataError(
+                        f"{printable(path)}: a number has another colour in it than in another mask of its image, so it may "
+                        "mean another class. Save the masks as RGB, or as numbers without a palette."
+                    )
+                joined = _joined(joined, here, path)
         return _Joined(first, joined)
     except PixelwiseError:
         first.close()
@@ -91,6 +97,14 @@ def _whole(source: Source) -> NDArray[Any]:
             "into one file."
         )
     return np.stack([source.read(0, 0, info.height, info.width, plane) for plane in range(info.planes)])
+
+
+def _contradict(one: Source, other: Source, both: Collection[int]) -> bool:
+    """Whether a number, but 0, has different colours in the palettes of two masks that hold it."""
+    mine, its = one.metadata.get("palette"), other.metadata.get("palette")
+    if not mine or not its:
+        return False
+    return any(0 < value < min(len(mine), len(its)) and mine[value] != its[value] for value in both)
 
 
 def _joined(one: NDArray[Any], other: NDArray[Any], path: Path) -> NDArray[Any]:

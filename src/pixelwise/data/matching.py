@@ -43,12 +43,15 @@ class FolderPair:
 
 
 def match_source(
-    source: FolderPair, root: Path, listed: Container[Path] | None = None
+    source: FolderPair, root: Path, listed: Container[Path] | None = None, counts: Container[int] | None = None
 ) -> tuple[list[Pair], list[Problem]]:
-    """Pair the images and masks of one source, still without groups, and say what stays alone, of the `listed` images."""
+    """Pair the images and masks of one source, still without groups, and say what stays alone, of the `listed` images.
+
+    `counts` are the numbers of files that an image without mask may have its channels in; None allows any.
+    """
     notes: list[str] = []
     images, masks, doubled, splits = _files(source, notes)
-    images, channels = _with_channels(images, masks)
+    images, channels = _with_channels(images, masks, counts)
     claims, orphans, by_words = match_names(images, masks)
     where = source.split or source.images.name
     problems = [Problem("warning", f"{where}: {note}") for note in notes]
@@ -142,10 +145,11 @@ def _without_splits(masks: _Files) -> tuple[_Files, dict[Path, str]]:
     return below, {path: tops[key] for key, paths in masks.items() for path in paths}
 
 
-def _with_channels(images: _Files, masks: _Files) -> tuple[_Files, dict[str, list[int]]]:
+def _with_channels(images: _Files, masks: _Files, counts: Container[int] | None) -> tuple[_Files, dict[str, list[int]]]:
     """The images with those as one whose channels lie in files of their own, and the numbers of the files that are there.
 
-    Files are channels if there is a mask for all of them and none for each; without masks, if all images have the same.
+    Files are channels if there is a mask for all of them and none for each; without masks, if all images have the same, as
+    many as those with masks: else they are the frames of a film.
     """
     named = {MASK_SUFFIX.sub("", key) for key in masks} | set(masks)
     found: dict[str, dict[int, str]] = {}
@@ -155,13 +159,12 @@ def _with_channels(images: _Files, masks: _Files) -> tuple[_Files, dict[str, lis
     alike = {tuple(sorted(there)) for there in found.values()}
     if not masks and (len(alike) != 1 or alike == {(0,)} or sum(map(len, found.values())) < len(images)):
         return images, {}
+    if not masks and counts is not None and 1 + max(next(iter(alike))) not in counts:
+        return images, {}
     if len(images.keys() & found.keys()):  # case_7 lies beside case_7_0000: nobody knows
         return images, {}
-    folded = {
-        key: paths
-        for key, paths in images.items()
-        if key not in {k for there in found.values() for k in there.values()}
-    }
+    parts = {key for there in found.values() for key in there.values()}
+    folded = {key: paths for key, paths in images.items() if key not in parts}
     for name, there in found.items():
         folded[name] = images[there[min(there)]]
     return folded, {name: sorted(there) for name, there in found.items()}

@@ -154,6 +154,13 @@ class OpenPair:
         return Sample(image, mask, self.pair.name, self.read_valid(*window))
 
 
+def files_of(pair: Pair) -> tuple[Path, ...]:
+    """All files that a pair is read from."""
+    images = (Path(channel_file(str(pair.image), number)) for number in range(1, pair.channel_files))
+    masks = (path for path in (pair.mask, *pair.more_masks, pair.region) if path is not None)
+    return (pair.image, *images, *masks)
+
+
 class OpenPairs:
     """The open files of the last few pairs; every process opens its own."""
 
@@ -163,14 +170,14 @@ class OpenPairs:
         self._reset()
 
     def _reset(self) -> None:
-        self._pairs: OrderedDict[tuple[Path, Path | None], OpenPair] = OrderedDict()
+        self._pairs: OrderedDict[tuple[Path, ...], OpenPair] = OrderedDict()
         self._lock, self._owner = threading.Lock(), os.getpid()
 
     def get(self, pair: Pair) -> OpenPair:
         """The open files of a pair."""
         if self._owner != os.getpid():  # forked: what is open belongs to the parent
             self._reset()
-        key = (pair.image, pair.mask)
+        key = files_of(pair)
         with self._lock:
             if key not in self._pairs:
                 self._pairs[key] = self._open_pair(pair)

@@ -194,7 +194,7 @@ def _scan_region(pair: Pair, reading: Reading | None) -> str:
     Raises:
         DataError: it is no mask of one region.
     """
-    scan = scan_mask(replace(pair, mask=pair.region), reading, by_color=True)
+    scan = scan_mask(replace(pair, mask=pair.region, more_masks=()), reading, by_color=True)
     inside = [value for value in scan.counts if value not in (0, (0, 0, 0))]
     if len(inside) > 1 or not inside:
         shown = first_of([value_name(value) for value in scan.counts], 5)

@@ -1,5 +1,6 @@
 """Lists of splits beside the images: train.txt and val.txt, VOC's ImageSets, a JSON of splits, a CSV of names and splits."""
 
+import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Sequence
@@ -58,10 +59,10 @@ def _text_lists(root: Path, pair_lists: Collection[Path]) -> Iterator[SplitLists
             folders.clear()
         if here == root:
             folders[:] = [name for name in folders if name.casefold() not in (*IMAGE_DIRS, *MASK_DIRS)]
-        for name in sorted(names):
+        for name in (name for name in sorted(names) if split_of_list(Path(name).stem)):  # others may be large
             is_list = name.lower().endswith((".txt", ".lst", ".csv", ".tsv")) and here / name not in pair_lists
             is_list = is_list or (name.lower().endswith(_TREES) and _is_names(_tree(here / name)))
-            if is_list and split_of_list(Path(name).stem):
+            if is_list:
                 by_folder[here].append(here / name)
     for_masks = [folder for folder in by_folder if "segmentation" in folder.name.casefold()]  # VOC has others for boxes
     for folder in for_masks or by_folder:
@@ -109,7 +110,9 @@ def _is_names(content: Any) -> bool:
 def _json_lists(root: Path) -> Iterator[SplitLists]:
     for path in sorted(path for place in _places(root) for path in place.iterdir() if path.suffix.lower() in _TREES):
         content = _tree(path)
-        if entries := [(name, split, path) for name, split in _json_entries(path, content)]:
+        # Ultralytics lists folders. Unlike Path.is_dir, this bears any name.
+        named = ((name, split, path) for name, split in _json_entries(path, content))
+        if entries := [entry for entry in named if not os.path.isdir(path.parent / entry[0])]:  # noqa: PTH112
             yield SplitLists(files=(path,), entries=tuple(entries))
 
 

@@ -40,7 +40,9 @@ _GROUP = re.compile(
 )
 _FEWEST_GROUPS = 3
 
-_SPLITTING = re.compile(r"fold|split|subset|^(is_?)?(train|val|valid|validation|test)(ing)?$", re.IGNORECASE)
+_SPLITTING = re.compile(
+    r"(?<![a-z])k?folds?(?![a-z])|split|subset|^(is_?)?(train|val|valid|validation|test)(ing)?$", re.IGNORECASE
+)
 _DELIMITERS = ",;\t|"
 _WANTED = "The first line must name the columns image and mask (and perhaps split)"
 
@@ -251,6 +253,10 @@ def _joined(pairs: list[Pair], path: Path) -> tuple[list[Pair], list[Problem]]:
     several = [there for there in found.values() if len({pair.mask for pair in there} - {None}) == len(there) > 1]
     if not several:
         return pairs, []
+    for there in several:
+        if len({(pair.region, pair.group) for pair in there}) > 1:
+            name = relative(there[0].image, path.parent)
+            raise DataError(f"{path}: the lines of {name} name several regions or groups. An image has one of each.")
     first = {id(there[0]): tuple(pair.mask for pair in there[1:] if pair.mask) for there in several}
     rest = {id(pair) for there in several for pair in there[1:]}
     kept = [replace(pair, more_masks=first.get(id(pair), ())) for pair in pairs if id(pair) not in rest]

@@ -26,7 +26,7 @@ from pixelwise.data.check import Inspection
 from pixelwise.data.layouts import Pair
 from pixelwise.data.photometric import with_validity
 from pixelwise.data.places import ClassPlaces
-from pixelwise.data.samples import OpenPair, OpenPairs, Sample, are_pictures, load_sample
+from pixelwise.data.samples import OpenPair, OpenPairs, Sample, are_pictures, files_of, load_sample
 from pixelwise.data.scan import in_threads
 from pixelwise.data.separation import separate
 from pixelwise.data.transforms import PixelWeight, Windowed, training_transform, window_transform
@@ -87,9 +87,7 @@ class CropSet(Dataset[tuple[Tensor, ...]]):
         how: dict[str, Any] = {"labels": labels, "channels": inspection.channels, "reading": self.reading}
         self._read: Callable[[Pair], Sample] = partial(load_sample, **how)
         self._opened = OpenPairs(partial(OpenPair, **how))
-        self._states = {
-            path: _state(path) for pair in self.pairs for path in (pair.image, pair.mask) if path is not None
-        }
+        self._states = {path: _state(path) for pair in self.pairs for path in files_of(pair)}
         self._samples: dict[int, tuple[Tensor, ...]] = {}
         if cache:
             whole = [index for index, pair in enumerate(self.pairs) if (pair.mask, pair.plane or 0) not in self._places]
@@ -108,8 +106,8 @@ class CropSet(Dataset[tuple[Tensor, ...]]):
         # Plain pictures are decoded as a whole, so keeping them open would keep their pixels.
         is_plain = are_pictures(pair) and not self.reading
         sample = self._read(pair) if is_plain else self._opened.get(pair).read(plane)
-        for path in (pair.image, pair.mask):
-            if path is not None and self._states[path] not in (None, _state(path)):
+        for path in files_of(pair):
+            if self._states[path] not in (None, _state(path)):
                 raise DataError(f"{printable(path)}: was replaced or changed since the training began.")
         weights = None
         if self.weigh is not None:
