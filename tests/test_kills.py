@@ -16,7 +16,7 @@ SCRIPT = Path(__file__).with_name("kills.py")
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs fork and /proc")
-@pytest.mark.parametrize(("what", "stride", "at_least"), [("train", 3, 60), ("predict", 131, 300)])
+@pytest.mark.parametrize(("what", "stride", "at_least"), [("train", 5, 60), ("predict", 131, 300)])
 def test_a_kill_at_any_file_operation_changes_nothing(
     what: str, stride: int, at_least: int, toy_data: Path, tmp_path: Path
 ) -> None:

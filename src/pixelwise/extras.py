@@ -15,9 +15,11 @@ def requirements(extra: str) -> tuple[str, ...]:
         >>> requirements("slide")
         ('tiffslide>=2.4',)
     """
-    lines = [
-        re.fullmatch(r"([^;]+?)\s*;\s*extra == ['\"](.+)['\"]", line) for line in metadata.requires("pixelwise") or ()
-    ]
+    try:
+        known = metadata.requires("pixelwise") or ()
+    except metadata.PackageNotFoundError:  # it runs from its source
+        known = ()
+    lines = [re.fullmatch(r"([^;]+?)\s*;\s*extra == ['\"](.+)['\"]", line) for line in known]
     return tuple(match[1] for match in lines if match and match[2] == extra)
 
 
@@ -42,6 +44,7 @@ def extra(module: str, name: str, what: str, *more: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        package, wanted = module.partition(".")[0], [*requirements(name), *more]
+        package = module.partition(".")[0]
+        wanted = [*(requirements(name) or (package,)), *more]
         command = " ".join(["pip install", *(f'"{each}"' for each in wanted)])
         raise UsageError(f"{what} needs the package {package}. Install it: {command}") from error

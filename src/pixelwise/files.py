@@ -72,7 +72,8 @@ def hidden_name(path: Path, end: str) -> Path:
 def make_temporary_folder(parent: Path | None = None) -> Path:
     """A new folder of this user's alone, in that of temporary files or another; its name is as those of `hidden_name`."""
     if parent is None:
-        remove_leftovers(Path(tempfile.gettempdir()), foreign=False)
+        with suppress(OSError):  # a folder that may be written but not listed
+            remove_leftovers(Path(tempfile.gettempdir()), foreign=False)
     return Path(tempfile.mkdtemp(".part", f".pixelwise.{_home()}-{os.getpid():x}-", parent))
 
 

@@ -24,7 +24,8 @@ _CGROUPS, _SELF, _MEMORY, _SHARED = (
 _SPARE = 64 << 20  # of the memory that is free, for what the kernel counts beside
 _UNLIMITED = -1  # resource.RLIM_INFINITY
 _entries = threading.Lock()
-_entered, _outside = 0, (_UNLIMITED, _UNLIMITED)  # how often `within_room` is entered, and RLIMIT_DATA outside of it
+_entered = 0  # how often `within_room` is entered
+_outside: int | None = None  # RLIMIT_DATA outside of it, where it was lowered
 
 
 @dataclass(frozen=True, order=True)
@@ -50,13 +51,14 @@ def memory_room() -> Room | None:
 
 
 @contextmanager
-def within_room(share: float = 1.0, beside: int = 0) -> Iterator[None]:
+def within_room(share: float = 1.0, beside: int = 0, unused: int = 0) -> Iterator[None]:
     """Inside, taking more memory than a container or job has raises an error; its kernel would kill without a word.
 
     On Linux the process's own limit (RLIMIT_DATA) is lowered to what it holds and `share` of what is free, without the bytes
-    that processes `beside` it need, and put back at the end. Threads and calls inside each other share the first one's
-    limit. On other systems, and where no cgroup limits memory, nothing changes: what others on a machine take comes and
-    goes.
+    that processes `beside` it need, and put back at the end; `unused` bytes are counted by it but never taken, as most of
+    the stacks of threads. Threads and calls inside each other share the first one's limit. On other systems, and where no
+    cgroup limits memory, nothing changes: what others on a machine take comes and goes. Processes that are started inside
+    keep the limit, so this is for a short trial.
 
     Example:
         >>> with within_room():
@@ -66,28 +68,29 @@ def within_room(share: float = 1.0, beside: int = 0) -> Iterator[None]:
     with _entries:
         _entered += 1
         if _entered == 1:
-            _outside = _lower_limit(share, beside)
+            _outside = _lower_limit(share, beside, unused)
     try:
         yield
     finally:
         with _entries:
             _entered -= 1
-            if _entered == 0:
-                _set_limit(_outside[0])
+            if _entered == 0 and _outside is not None:
+                _set_limit(_outside)
+                _outside = None
 
 
-def _lower_limit(share: float, beside: int) -> tuple[int, int]:
-    """Limit the memory of this process to what there is; RLIMIT_DATA as it was."""
+def _lower_limit(share: float, beside: int, unused: int) -> int | None:
+    """Limit the memory of this process to what there is; RLIMIT_DATA as it was, None where it stays."""
     with suppress(ImportError, OSError, ValueError, KeyError):
         import resource  # not on Windows
 
-        before, held = resource.getrlimit(resource.RLIMIT_DATA), _sizes_of_process()["VmData"]
         room = min(_free_of_cgroups(), default=None)
         if room is not None:
-            most = held + int(share * max(0, room.bytes - beside - _SPARE))
-            _set_limit(most if before[0] == _UNLIMITED else min(most, before[0]))
-        return before
-    return _UNLIMITED, _UNLIMITED
+            before, held = resource.getrlimit(resource.RLIMIT_DATA)[0], _sizes_of_process()["VmData"]
+            most = held + unused + int(share * max(0, room.bytes - beside - _SPARE))
+            _set_limit(most if before == _UNLIMITED else min(most, before))
+            return before
+    return None
 
 
 def _set_limit(most: int) -> None:
@@ -209,7 +212,9 @@ def _free_of_cgroups() -> Iterator[Room]:
             if limit == "max" or int(limit) >= 1 << 60:
                 continue
             stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-            used -= int(stat.get(names[2], 0))  # pages of files, which go when memory is short
+            total, mapped = ("total_", "total_mapped_file") if "total_" in names[2] else ("", "file_mapped")
+            active = int(stat.get(f"{total}active_file", 0)) - int(stat.get(mapped, 0))
+            used -= int(stat.get(names[2], 0)) + max(0, active)  # pages of files, which go when memory is short
             yield Room(int(limit) - used, f"the {_bytes(int(limit))} of this container or job (cgroup)")
 
 
@@ -218,7 +223,7 @@ def _free_of_process() -> Iterator[Room]:
         import resource  # not on Windows
 
         sizes = _sizes_of_process()
-        of_user = _outside[0] if _entered else resource.getrlimit(resource.RLIMIT_DATA)[0]
+        of_user = _outside if _outside is not None else resource.getrlimit(resource.RLIMIT_DATA)[0]
         limits = ((resource.getrlimit(resource.RLIMIT_AS)[0], "VmSize", "-v"), (of_user, "VmData", "-d"))
         for limit, used, name in limits:
             if limit >= 0:

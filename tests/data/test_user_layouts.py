@@ -775,3 +775,59 @@ def test_pipes_and_devices_are_refused_and_never_waited_for(tmp_path):
         (tmp_path / name).rename(tmp_path / "data" / name)
     with pytest.raises(DataError, match=r"classes\.yaml: cannot be read as YAML \(it is no regular file\)"):
         open_data(tmp_path / "data")
+
+
+# -- what met each other in one folder --
+
+
+def test_unlabelled_frames_are_no_channels_of_one_image(tmp_path):
+    for split, masks in (("train", "trainannot"), ("val", "valannot")):
+        for number in range(4):
+            save(tmp_path / f"{split}/frame_{number:04d}.png")
+            save(tmp_path / f"{masks}/frame_{number:04d}.png", blob())
+    for number in range(6):
+        save(tmp_path / f"test/frame_{number:04d}.png")
+    folder = open_data(tmp_path)
+    assert counts(folder) == {"train": 4, "val": 4, "test": 6} and folder.reading == {}
+
+
+def test_an_image_without_mask_beside_masks_in_splits_is_fatal(tmp_path):
+    for number in range(8):
+        save(tmp_path / f"images/{number}.png")
+    for number in range(7):
+        save(tmp_path / f"masks/{'train' if number < 5 else 'val'}/{number}.png", blob())
+    assert "1 image has no mask: images/7.png" in told(open_data(tmp_path), "fatal")
+
+
+def test_joined_masks_have_one_region_and_one_meaning_of_numbers(tmp_path):
+    for number in range(6):
+        save(tmp_path / f"images/{number}.png")
+        for part in (1, 2):
+            mask = Image.fromarray(blob(), "P")
+            mask.putpalette([0, 0, 0, *((255, 0, 0) if part == 1 else (0, 255, 0))])
+            (tmp_path / "masks").mkdir(exist_ok=True)
+            mask.save(tmp_path / f"masks/{number}_mask_{part}.png")
+        save(tmp_path / f"fov/{number}.png", np.full((24, 32), 255, np.uint8))
+    with pytest.raises(DataError, match="a number has another colour in it than in another mask of its image"):
+        open_data(tmp_path, masks="masks/all")
+    for path in (tmp_path / "masks").iterdir():
+        save(path, blob())
+    assert told(open_data(tmp_path, masks="masks/all", region="fov"), "fatal") == ""
+
+
+def test_lines_of_an_image_with_several_groups_are_refused(tmp_path):
+    save(tmp_path / "a.png")
+    lines = ["image,mask,patient"]
+    for part in (1, 2):
+        save(tmp_path / f"a_{part}.png", blob())
+        lines.append(f"a.png,a_{part}.png,p{part}")
+    (tmp_path / "pairs.csv").write_text("\n".join(lines))
+    with pytest.raises(DataError, match=r"a\.png name several regions or groups"):
+        open_data(tmp_path / "pairs.csv", group_by="patient")
+
+
+def test_a_column_called_folder_says_no_folds(tmp_path):
+    save_pairs(tmp_path, "images", "masks", "abcdef")
+    rows = [f"images/{name}.png,masks/{name}.png,scan{name}" for name in "abcdef"]
+    (tmp_path / "pairs.csv").write_text("\n".join(["image,mask,folder", *rows]))
+    assert told(open_data(tmp_path / "pairs.csv"), "fatal") == ""

@@ -56,7 +56,7 @@ GOES_ON = "put them back. The checkpoint {run}/checkpoints/last.safetensors is k
     [
         (delete, 1, ("train_1.png: there is no such file.", GOES_ON)),
         (replace, 0, ("the mask is", "is 9 x 9 px", GOES_ON)),
-        (exchange, 1, ("train_1.png: was replaced or changed since the training began.", GOES_ON)),
+        (exchange, 1, ("train_1.png: was replaced or changed since the training began (its", GOES_ON)),
         (shorten, 0, ("the file is damaged or truncated", GOES_ON)),
         (remove_run, 0, ("{run}: the run folder was removed or renamed", "go on with --resume and its new name.")),
         (too_many, 0, ("a.png: too many files are open at once (ulimit -n)", "is kept. Then go on with --resume.")),

@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import typer
@@ -72,9 +73,10 @@ def main(arguments: Sequence[str] | None = None) -> Any:
     finally:
         unwritten = streams.close()
     if unwritten:
-        _complain(
-            f"not all that was to be printed could be written ({unwritten})" + "; all else was done." * (not code)
-        )
+        with suppress(OSError):  # stderr may be no better
+            _complain(
+                f"not all that was to be printed could be written ({unwritten})" + "; all else was done." * (not code)
+            )
     sys.exit(code or (2 if unwritten else 0))
 
 

@@ -1,6 +1,7 @@
 """Options that several commands share, and how results are printed."""
 
 import re
+import unicodedata
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -142,7 +143,12 @@ def print_plain(text: str) -> None:
 def printable(text: str, *, kept: str = "") -> str:
     """File names need not be valid text, and may hold control characters (those in `kept` are no harm) for a terminal."""
     text = text.encode("utf-8", "backslashreplace").decode()
-    return "".join(char if char.isprintable() or char in kept else "\N{REPLACEMENT CHARACTER}" for char in text)
+    return "".join(char if _is_harmless(char) or char in kept else "\N{REPLACEMENT CHARACTER}" for char in text)
+
+
+def _is_harmless(char: str) -> bool:
+    """Letters, the joiners within words of some scripts, and all kinds of space, as names of macOS's screenshots have."""
+    return char.isprintable() or char in "\u200c\u200d" or unicodedata.category(char) == "Zs"
 
 
 def table_console() -> Console:

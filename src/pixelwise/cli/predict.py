@@ -207,6 +207,7 @@ def _label(predictor: Any, batch: Any, **how: Any) -> "list[Outcome]":
     """Label the batch below one bar; what goes wrong, and what is to be known, stands above it."""
     from pixelwise.infer.engines.local import run_batch
 
+    batch = batch.with_channels(predictor.card.reading.get("channel_files", 1))  # so that images are counted, not files
     outcomes: list[Outcome] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)

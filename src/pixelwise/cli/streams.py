@@ -4,6 +4,7 @@ import codecs
 import errno
 import io
 import os
+import select
 import sys
 from typing import TextIO, cast
 
@@ -29,7 +30,9 @@ class _Descriptor(io.FileIO):
     def write(self, content: "bytes | memoryview") -> int:  # type: ignore[override]
         if self.error is None:
             try:
-                return super().write(content)
+                while (written := super().write(content)) is None:  # not blocking, and its reader is slow
+                    select.select([], [self], [])
+                return written
             except OSError as error:
                 self.error = error
         return len(content)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.box import SIMPLE
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -103,16 +104,15 @@ def train(
     chosen = recorded_choices(out) if resume else {}
     chosen |= {key: value for key, value in named.items() if value is not None}
     folder = open_data(data, classes=classes, ignore=tuple(ignore or ()), **chosen)
-    console = options.table_console()
     run = None
-    with TrainingProgress(console) as progress, suppress(KeyboardInterrupt):
+    with TrainingProgress(Console()) as progress, suppress(KeyboardInterrupt):
         run = train_network(
             folder,
             asked,
             out=out,
             resume=resume,
             command=command_line(),
-            on_plan=lambda plan, inspection: console.print(_page(plan, inspection)),
+            on_plan=lambda plan, inspection: options.table_console().print(_page(plan, inspection)),
             report=progress.update,
         )
     if run is None or run.interrupted:

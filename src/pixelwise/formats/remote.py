@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -20,7 +20,7 @@ from pixelwise.extras import extra
 from pixelwise.files import ZARR_DOCUMENTS, make_temporary_folder, remove_leftovers
 from pixelwise.formats.base import Opener
 from pixelwise.formats.local import changed, protocol_of, sampled, shown, size_change
-from pixelwise.formats.urls import NoSuchObject, bounded, filesystem, is_web, patiently, remote_errors
+from pixelwise.formats.urls import UNSIZED_BYTES, NoSuchObject, bounded, filesystem, is_web, patiently, remote_errors
 
 BLOCK_BYTES = 2**19
 CACHED_BLOCKS = 64
@@ -95,7 +95,7 @@ def read_range(location: str, start: int | None = None, stop: int | None = None)
         return b""
     system, name = filesystem(location)
 
-    limit = bounded(system, 0 if start is None or stop is None else stop - start)
+    limit = bounded(system, UNSIZED_BYTES if start is None or stop is None else stop - start)
 
     def read() -> bytes:
         if start is None or stop is None or not is_web(location):
@@ -170,8 +170,9 @@ def localise(
     else:
         objects = {"": (location, stamps)}
     chosen, size = Path(folder or tempfile.gettempdir()), sum(stamp.size for _, stamp in objects.values())
-    try:
+    with suppress(OSError):  # it may be written but not listed
         remove_leftovers(chosen, foreign=False)
+    try:
         free = shutil.disk_usage(chosen).free
         if size > free * 0.95:
             raise DataError(
@@ -185,15 +186,19 @@ def localise(
         for item, (url, stamp) in objects.items():
             path, (system, key) = copy.path / item, filesystem(url)
             path.parent.mkdir(exist_ok=True)
-            told = {"callback": _no_more_than(stamp.size, shown(url))} if is_web(url) else {}
             with remote_errors(shown(url)):
-                patiently(partial(system.get_file, key, str(path), **told, **bounded(system, stamp.size)))
+                patiently(partial(_copy, system, key, path, stamp.size, url))
             if (came := path.stat().st_size) != stamp.size:
                 raise DataError(f"{shown(url)}: {came:,} bytes came, though the server said {stamp.size:,}. Run again.")
     except BaseException:
         copy.close()
         raise
     return copy
+
+
+def _copy(system: Any, key: str, path: Path, size: int, url: str) -> None:
+    told = {"callback": _no_more_than(size, shown(url))} if is_web(url) else {}
+    system.get_file(key, str(path), **told, **bounded(system, size))
 
 
 def _no_more_than(size: int, name: str) -> Any:
@@ -214,7 +219,7 @@ def list_folder(location: str) -> dict[str, RemoteStamp]:
     """The objects right in a folder, by name, without hidden ones and those whose names no file can have."""
     system, root = filesystem(location)
     with remote_errors(shown(location)):
-        entries = system.ls(root, detail=True, **bounded(system))
+        entries = system.ls(root, detail=True, **bounded(system, UNSIZED_BYTES))
     if len(entries) > _MAX_ENTRIES:
         raise DataError(f"{shown(location)}: holds {len(entries):,} objects; at most {_MAX_ENTRIES:,} make a series.")
     named = {PurePosixPath(str(entry["name"])).name: entry for entry in entries if entry.get("type") == "file"}
@@ -236,7 +241,7 @@ def list_images(location: str, suffixes: Collection[str]) -> list[str]:
     wanted = tuple(suffix.lower() for suffix in suffixes)
     is_glob = bool(set(name) & set("*?["))
     with remote_errors(shown(location)):
-        matches = sorted(system.glob(name, **bounded(system))) if is_glob else [name]
+        matches = sorted(system.glob(name, **bounded(system, UNSIZED_BYTES))) if is_glob else [name]
         found = {item for match in matches for item in _images_below(system, str(match), wanted)}
     if not matches or (not found and not is_glob and not system.exists(name)):
         raise DataError(f"{shown(location)}: there is no such folder, or nothing in it matches.")

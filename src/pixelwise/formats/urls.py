@@ -16,6 +16,9 @@ CONNECT_S, READ_S, REQUEST_S = 10, 60, 60
 
 SLOWEST_BYTES_S = 20_000  # slower content is given up, for a server that sends a byte a second would hold us for ever
 
+UNSIZED_BYTES = (300 - REQUEST_S) * SLOWEST_BYTES_S
+"""For an answer whose size nobody knows: 300 s in all."""
+
 _TRIES = 3
 _MISSING = "there is no such object."
 _BROKEN_LINES = {"ClientPayloadError", "ServerDisconnectedError", "ClientOSError"}  # of aiohttp

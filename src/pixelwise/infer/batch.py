@@ -92,10 +92,11 @@ class Batch:
 def _without_number(task: Task) -> Task:
     """The outputs of the first channel's file, named after the image."""
     outputs: dict[str, Location] = {}
-    stem = stem_of(PurePath(str(task.path)).name)
+    stem = stem_of(PurePath(task.path).name if isinstance(task.path, Path) else _name_in(shown(task.path)))
     for kind, output in task.outputs.items():
         folder, slash, name = str(output).rpartition("/")
-        name = f"{stem[:-5]}{PurePath(name).name.removeprefix(stem)}"
+        name = PurePath(name).name
+        name = stem[:-5] + name.removeprefix(stem) if name.startswith(stem) else name
         outputs[kind] = output.with_name(name) if isinstance(output, Path) else f"{folder}{slash}{name}"
     return Task(task.path, outputs)
 

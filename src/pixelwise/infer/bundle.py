@@ -120,6 +120,9 @@ class ModelCard:
                 raise DataError(f"'{key}' must be a mapping, not {brief(values[key])}.")
         for key, most in (("config", MAX_NUMBER), ("reading", 1e30)):
             values[key] = {name: _config_value(name, value, most) for name, value in values[key].items()}
+        files = values["reading"].get("channel_files", 1)
+        if not isinstance(files, int) or isinstance(files, bool) or not 1 <= files <= MAX_CHANNELS:
+            raise DataError(f"reading channel_files must be 1 to {MAX_CHANNELS:,}, not {brief(files)}.")
         for key in ("mean", "std"):
             values[key] = _numbers(key, values[key])
         numbers = None if values["numbers"] is None else _numbers_of(values["numbers"], len(values["mean"]))

@@ -24,6 +24,7 @@ PROCESS_BYTES = 2 << 30
 _SPARE = 0.05  # of that, for what is not foreseen
 _LEAST_FOR_MAPS, _MOST_FOR_MAPS = 512 << 20, 1 << 30
 _OVERLAY_BYTES_PER_PX = 32  # measured; the picture is mixed in float32
+_STACK_BYTES = 8 << 20  # of a thread
 _CLEAN_UP_BYTES = 200 << 20  # measured on noise
 
 
@@ -48,7 +49,8 @@ def peak_memory_bytes(device: torch.device) -> int | None:
 
 def within_memory(device: torch.device, share: float = 1.0, beside: int = 0) -> AbstractContextManager[None]:
     """Where the CPU computes, taking more memory than there is becomes an error; see `within_room`."""
-    return within_room(share, beside) if device.type == "cpu" else nullcontext()
+    stacks = 2 * torch.get_num_threads() * _STACK_BYTES  # torch has threads for the passes forward and for those back
+    return within_room(share, beside, stacks) if device.type == "cpu" else nullcontext()
 
 
 def heed_quota() -> None:

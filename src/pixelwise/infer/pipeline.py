@@ -207,15 +207,14 @@ class Pipeline:
         while True:
             scorer = None
             try:
-                with estimates.within_memory(self.network.device):
-                    if in_one_pass:
-                        _one_pass([self], [store])
-                        return self.progress(total, total)
-                    scorer = self._scorer(tiling, in_windows=in_windows)
-                    self._tell(scorer, is_retry)
-                    for number in planes:
-                        self._score(store, scorer, number, region)
-                    return
+                if in_one_pass:
+                    _one_pass([self], [store])
+                    return self.progress(total, total)
+                scorer = self._scorer(tiling, in_windows=in_windows)
+                self._tell(scorer, is_retry)
+                for number in planes:
+                    self._score(store, scorer, number, region)
+                return
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -316,8 +315,7 @@ def compute_together(pipelines: Sequence[Pipeline], stores: Sequence[Store]) -> 
     """As `Pipeline.compute` of one plane each, for images of one size and type in a single pass."""
     info = pipelines[0].source.info
     try:
-        with estimates.within_memory(pipelines[0].network.device):
-            _one_pass(pipelines, stores)
+        _one_pass(pipelines, stores)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise

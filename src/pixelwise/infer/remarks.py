@@ -1,5 +1,6 @@
 """What a user should know of an image before its labels are believed: what of it is not read, and numbers unlike trained."""
 
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -35,7 +36,10 @@ def told_if_large(source: Source) -> str:
 
 def warn(text: str) -> None:
     """Tell whoever called `evaluate` in Python."""
-    warnings.warn(text, stacklevel=6)  # through tell, look, score_pairs and evaluate
+    level = 2
+    while sys._getframe(level - 1).f_globals.get("__name__", "").startswith("pixelwise."):
+        level += 1
+    warnings.warn(text, stacklevel=level)
 
 
 class Remarks:

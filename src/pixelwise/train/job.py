@@ -24,14 +24,13 @@ from torch import Tensor, nn
 
 from pixelwise.data.check import Inspection
 from pixelwise.errors import DataError, PixelwiseError
-from pixelwise.infer.estimates import within_memory
 from pixelwise.machine import is_out_of_memory, memory_room, refused, shared_memory_room
 from pixelwise.train.config import RunConfig
 from pixelwise.train.folder import CONFIG_NAME, LAST_NAME
 from pixelwise.train.loop import Report, TrainingLoop, make_trainer, quiet
 from pixelwise.train.module import SegmentationModule, loss_weights
 from pixelwise.train.network import start_network
-from pixelwise.train.plan import Plan, free_words, worker_bytes
+from pixelwise.train.plan import Plan, free_words
 from pixelwise.train.stream import CropSet, make_dataset, make_stream
 
 LOST = ("Connection closed by peer", "Connection reset by peer", "NCCL", "Broken pipe", "Timed out waiting")
@@ -156,10 +155,14 @@ def _start_process(job: Job, rank: int) -> BaseProcess:
     sys.modules["__main__"] = ModuleType(
         "__main__"
     )  # else a user's script would run in each process, from its first line
+    with suppress(ValueError):  # not the main thread
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the others heed it once they train
     try:
         process.start()
     finally:
         sys.modules["__main__"] = script
+        with suppress(ValueError, NameError):
+            signal.signal(signal.SIGINT, handler)
     return process
 
 
@@ -177,13 +180,12 @@ def _further(job: Job, rank: int) -> None:
     threading.Thread(target=_end_with_the_first, daemon=True, name="pixelwise-first").start()
     pl.seed_everything(job.config.seed, verbose=False)
     try:
-        beside = worker_bytes(job.config, job.inspection.channels)
-        with within_memory(torch.device(job.plan.device), 1 / job.config.devices, beside):
-            start = start_network(job.config, job.inspection, is_resumed=bool(job.first_step))
-            _fit(job, Material.of(job, start.model), lambda _event: None)
-    except PixelwiseError as error:
+        start = start_network(job.config, job.inspection, is_resumed=bool(job.first_step))
+        _fit(job, Material.of(job, start.model), lambda _event: None)
+    except (PixelwiseError, MemoryError, RuntimeError, OSError) as error:
         if not any(word in str(error.__cause__) for word in LOST):
-            sys.stderr.write(f"pixelwise: device {rank}: {error}\n")
+            told = error if isinstance(error, PixelwiseError) else refused(error) or error
+            sys.stderr.write(f"pixelwise: device {rank}: {told}\n")
         os._exit(TOLD)  # the other processes are gone, so saying goodbye to them would take for ever
 
 
@@ -210,7 +212,8 @@ def _as_readable_errors(job: Job, loop: TrainingLoop, others: Sequence[BaseProce
 
 def _what_happened(error: BaseException, job: Job, loop: TrainingLoop, others: Sequence[BaseProcess]) -> str | None:
     """What went wrong and what to do, in words; None if that is not known, or is said already."""
-    plan, first = job.plan, (str(error).splitlines() or [""])[0][:200]
+    is_of_worker = "Original Traceback" in str(error)  # whose last line is the error itself
+    plan, first = job.plan, (str(error).strip().splitlines() or [""])[-1 if is_of_worker else 0][:200]
     if isinstance(error, PixelwiseError) and not isinstance(error, DataError):
         return None
     if not (job.folder / CONFIG_NAME).exists():
@@ -238,9 +241,8 @@ def _what_happened(error: BaseException, job: Job, loop: TrainingLoop, others: S
             f"with --resume, or train anew with --set batch_size={max(1, plan.batch_size // 2)}, a smaller crop_px, or a "
             "smaller network."
         )
-    if (text := refused(error)) is not None:
-        return text
-    if "DataLoader worker" in str(error) or "shared memory" in str(error).lower():
+    is_short = any(words in str(error) for words in ("DataLoader worker", "shared memory", "</torch_"))
+    if is_short and "Too many open files" not in str(error):
         return (
             f"a process that prepares crops has ended ({first}). If memory was short{free} or shared memory "
             f"({shared_memory_room() or 'unknown'}), go on with --resume where there is more, or with --resume --set "
@@ -248,7 +250,7 @@ def _what_happened(error: BaseException, job: Job, loop: TrainingLoop, others: S
         )
     if job.config.devices > 1 and any(word in str(error) for word in LOST):
         return f"{_how_one_ended(others, str(error))}. Go on with --resume."
-    return None
+    return refused(type(error)(first) if is_of_worker else error)
 
 
 def _how_one_ended(others: Sequence[BaseProcess], error: str) -> str:

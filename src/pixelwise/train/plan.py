@@ -243,8 +243,8 @@ def default_workers(device_type: str) -> int:
     return wished if room is None else max(0, min(wished, room.bytes // (2 * WORKER_BYTES)))
 
 
-def worker_bytes(config: RunConfig, channels: int) -> int:
+def worker_bytes(config: RunConfig, channels: int, crop_px: int) -> int:
     """Memory of the processes that prepare crops, and of the batches that they have ready, before the batch is known."""
     workers = default_workers(resolve_device(config.device).type) if config.workers is None else config.workers
-    crop_bytes = (config.crop_px or LARGEST_CROP_PX) ** 2 * (4 * channels + 1)
+    crop_bytes = crop_px**2 * (4 * channels + 1)
     return workers * (WORKER_BYTES // 2 + AHEAD * (config.batch_size or CROPS) * crop_bytes) * config.devices

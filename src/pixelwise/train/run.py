@@ -21,6 +21,7 @@ from pixelwise.models import create_model, model_info
 from pixelwise.models.pretrained import load_network
 from pixelwise.train.config import RunConfig
 from pixelwise.train.folder import (
+    DATA_NAME,
     LAST_NAME,
     STATE_NAME,
     checkpoint_step,
@@ -34,8 +35,8 @@ from pixelwise.train.folder import (
 )
 from pixelwise.train.job import Job, Material, run_job
 from pixelwise.train.loop import Report, takes_tensorboard
-from pixelwise.train.network import Start, check_options, network_config, start_network
-from pixelwise.train.plan import SLOW, TRAINING_BYTES, Plan, free_words, make_plan, worker_bytes
+from pixelwise.train.network import Start, check_options, network_config, start_network, window_px
+from pixelwise.train.plan import SLOW, TRAINING_BYTES, Plan, choose_crop_px, free_words, make_plan, worker_bytes
 
 STAGES_NAME = "stages"
 OnPlan = Callable[[Plan, Inspection], None]
@@ -118,7 +119,8 @@ def train(
         raise UsageError(
             "devices: pixelwise starts the processes of a training itself. Call it once, without torchrun."
         )
-    check_processes(config)
+    if not (resume and is_finished(out)):
+        check_processes(config, resume)
     chosen = recorded_choices(out) if resume else {}
     folder = data if isinstance(data, DataFolder) else open_data(data, **chosen)
     inspection = inspect_data(folder, reading=config.reading)
@@ -138,7 +140,7 @@ def train(
     return _train_stage(last, inspection, (out, config), resume, command, on_plan, report)
 
 
-def check_processes(config: RunConfig) -> None:
+def check_processes(config: RunConfig, resume: bool) -> None:
     """Refuse more processes than this machine can do anything with; a thousand would bring it down."""
     here = processors()
     is_cuda = resolve_device(config.device).type == "cuda"
@@ -146,7 +148,12 @@ def check_processes(config: RunConfig) -> None:
     for name, given, most in (("devices", config.devices, devices), ("workers", config.workers or 0, workers)):
         if given > most:
             what = f"{devices} GPUs" if is_cuda and name == "devices" else f"{here} processors for this process"
-            raise UsageError(f"{name}={given}: this machine has {what}. Choose at most {most}, or leave it out.")
+            advice = f"Choose at most {most}, or leave it out."
+            if resume:
+                advice = (
+                    f"Give --set workers={most}." if name == "workers" else "Go on with it on a machine that has more."
+                )
+            raise UsageError(f"{name}={given}: this machine has {what}. {advice}")
 
 
 def plan_stages(config: RunConfig, out: Path) -> tuple[Stage, ...]:
@@ -207,8 +214,9 @@ def _train_stage(
     first_step = checkpoint_step(checkpoint) if resume else 0
     pl.seed_everything(config.seed, verbose=False)
     start = start_network(config, inspection, is_resumed=bool(first_step))
-    device, beside = resolve_device(config.device), worker_bytes(config, inspection.channels)
-    with within_memory(device, 1 / config.devices, beside + TRAINING_BYTES):
+    crop_px = window_px(start.model) or config.crop_px or choose_crop_px(inspection.sizes)
+    beside = TRAINING_BYTES + worker_bytes(config, inspection.channels, crop_px)
+    with within_memory(resolve_device(config.device), 1 / config.devices, beside):
         plan = read_plan(out, inspection) if first_step else _new_plan(stage, inspection, start)
     if config.workers is not None:
         plan = replace(plan, workers=config.workers)
@@ -222,12 +230,12 @@ def _train_stage(
         known = {key: state.get(key, False) for key in ("best_miou", "seconds", "is_short")}
         return Run(folder=out, plan=plan, steps=first_step, **known)
     job = Job(config=config, plan=plan, inspection=inspection, folder=out, first_step=first_step)
-    with within_memory(device, 1 / config.devices, beside):
-        material = Material.of(job, start.model)
-        if not state:
-            write_config(*whole)  # so that --resume finds the options of all stages
-            state = write_start(out, stage.recorded, plan, inspection, command)
-        done = run_job(job, material, report)
+    material = Material.of(job, start.model)
+    if not state:
+        write_json(whole[0] / DATA_NAME, inspection.to_dict())  # so that --resume finds how the data were opened
+        write_config(*whole)  # and the options of all stages
+        state = write_start(out, stage.recorded, plan, inspection, command)
+    done = run_job(job, material, report)
     outcome: dict[str, Any] = {"best_miou": done.best_miou, "steps": done.steps, "seconds": done.seconds}
     outcome["is_short"] = done.is_late and done.steps < SLOW * plan.steps
     write_json(out / STATE_NAME, state | {"finished": done.interrupted is None} | outcome)

@@ -7,6 +7,7 @@ draws of each crop are seeded by them. So a resumed run sees the very same batch
 import hashlib
 import os
 import signal
+import stat
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -48,13 +49,13 @@ def seed_of(*parts: int | str) -> int:
     return int.from_bytes(digest[:8], "little") >> 1
 
 
-def _state(path: Path) -> tuple[int, int] | None:
-    """What changes when a file does; None where there is none, about which its reader has its own words."""
+def _state(path: Path) -> tuple[int, int, int] | None:
+    """What changes when a file does; None of a folder, and where there is nothing, of which its reader has its own words."""
     try:
         status = path.stat()
     except OSError:
         return None
-    return status.st_mtime_ns, status.st_size
+    return None if stat.S_ISDIR(status.st_mode) else (status.st_mtime_ns, status.st_size, status.st_ino)
 
 
 class CropSet(Dataset[tuple[Tensor, ...]]):
@@ -108,7 +109,9 @@ class CropSet(Dataset[tuple[Tensor, ...]]):
         sample = self._read(pair) if is_plain else self._opened.get(pair).read(plane)
         for path in files_of(pair):
             if self._states[path] not in (None, _state(path)):
-                raise DataError(f"{printable(path)}: was replaced or changed since the training began.")
+                raise DataError(
+                    f"{printable(path)}: was replaced or changed since the training began (its time or size differs)."
+                )
         weights = None
         if self.weigh is not None:
             sample, weights = self.weigh(pair, sample)

@@ -20,7 +20,7 @@ from pixelwise.files import ZARR_DOCUMENTS
 from pixelwise.formats import remote
 from pixelwise.formats.local import WHOLE_BYTES, Identity, Stamp, fingerprint, local_path, shown, silence
 from pixelwise.formats.remote import RemoteStamp, read_range
-from pixelwise.formats.urls import NoSuchObject, bounded, filesystem, is_web, remote_errors
+from pixelwise.formats.urls import UNSIZED_BYTES, NoSuchObject, bounded, filesystem, is_web, remote_errors
 
 DOCUMENTS = (*ZARR_DOCUMENTS, ".zattrs")
 
@@ -177,7 +177,7 @@ def _remote_identity(location: str, prefix: str) -> Identity:
         if not is_web(location):
             system, root = filesystem(_below(location, prefix))
             with remote_errors(shown(location)):
-                entries = sorted(system.find(root, detail=True, **bounded(system)).items())
+                entries = sorted(system.find(root, detail=True, **bounded(system, UNSIZED_BYTES)).items())
             found = {
                 str(path)[len(root) :].lstrip("/"): RemoteStamp.from_info(info, location) for path, info in entries
             }
