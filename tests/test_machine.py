@@ -48,7 +48,9 @@ def test_the_narrowest_cgroup_above_a_process_counts(fake: Path) -> None:
     write(fake / "jobs", memory__stat=f"anon 5\ninactive_file {GIB}\n")
     room = machine.memory_room()
     assert room is not None and room.bytes == 2 * GIB and "4.0 GiB of this container or job" in str(room)
-    read_twice = f"inactive_file {GIB}\nactive_file {GIB}\nfile_mapped {GIB // 2}\n"  # the kernel drops all but libraries
+    read_twice = (
+        f"inactive_file {GIB}\nactive_file {GIB}\nfile_mapped {GIB // 2}\n"  # the kernel drops all but libraries
+    )
     write(fake / "jobs", memory__stat=read_twice)
     room = machine.memory_room()
     assert room is not None and room.bytes == 2 * GIB + GIB // 2

@@ -89,6 +89,24 @@ def test_a_signal_to_one_process_stops_both_with_a_checkpoint(toy_data: Path, tm
     assert "Continue with --resume" in finish(process, 130)
 
 
+def test_a_device_that_ends_before_the_training_begins_ends_all(toy_data: Path, tmp_path: Path) -> None:
+    """Lightning would wait for it for half an hour."""
+    (tmp_path / "fail.py").write_text("def further(job, rank):\n    raise MemoryError('none is left')\n")
+    code = (
+        "import sys; sys.path.insert(0, sys.argv.pop(1)); import fail; from pixelwise.train import job\n"
+        "job._further = fail.further\n"
+        "from pixelwise.cli import main; main(sys.argv[1:])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path), "train", str(toy_data), "--out", str(tmp_path / "run"), *options()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([*sys.path, str(tmp_path)])},
+    )
+    assert done.returncode == 2 and "the process of device 1 ended with exit code 1" in done.stderr, done.stderr
+
+
 def test_torchrun_and_options_that_mean_nothing_are_refused(toy_data: Path, tmp_path: Path, monkeypatch) -> None:
     with pytest.raises(UsageError, match="sync_batch_norm means nothing"):
         make_config({"sync_batch_norm": True})

@@ -4,7 +4,7 @@ The process that was called is the first; it writes all files. It starts the oth
 so neither a user's script nor a command line runs twice.
 """
 
-import multiprocessing
+import multiprocessing.connection
 import os
 import signal
 import socket
@@ -92,6 +92,8 @@ def _fit(job: Job, material: Material, report: Report, others: Sequence[BaseProc
     module = SegmentationModule(material.model, config, plan, material.weight)
     loop = TrainingLoop(module, plan, job.inspection, job.folder, job.first_step, report)
     with _as_readable_errors(job, loop, others), quiet(), _signals_to(loop.on_signal):
+        if others:
+            threading.Thread(target=_watch_the_start, args=(loop, others), daemon=True, name="pixelwise-start").start()
         loader = make_stream(config, plan, material.dataset, job.first_step)
         trainer = make_trainer(config, plan, loop, job.folder)
         trainer.fit(module, train_dataloaders=loader, ckpt_path=job.checkpoint if job.first_step else None)
@@ -172,6 +174,16 @@ def _end_with_the_first() -> None:
     if first is not None:
         first.join()
         os._exit(TOLD)
+
+
+def _watch_the_start(loop: TrainingLoop, others: Sequence[BaseProcess]) -> None:
+    """The first process would wait half an hour, deaf to signals, for one that ended before the training began."""
+    multiprocessing.connection.wait([other.sentinel for other in others])
+    if not loop.is_begun:
+        told = _how_one_ended(others, "before the training began")
+        sys.stderr.write(f"pixelwise: {told}. Nothing was trained; once that is mended, start again with --resume.\n")
+        sys.stderr.flush()
+        os._exit(2)
 
 
 def _further(job: Job, rank: int) -> None:

@@ -50,6 +50,7 @@ class TrainingLoop(pl.Callback):
         self._asked = 0  # the signal that asks this process to end
         self.is_validating = False
         self._saved_at = self._resumed_at = time.monotonic()
+        self.is_begun = False
         self._before_s = 0.0
         self._saved = (-1, -1)  # the step of the last checkpoint, and of the validation that it knows of
         self._losses: list[Any] = []
@@ -58,7 +59,7 @@ class TrainingLoop(pl.Callback):
     # -- the course of a run ------------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        step, progress = trainer.global_step, self.module.progress
+        step, progress, self.is_begun = trainer.global_step, self.module.progress, True
         if trainer.is_global_zero:
             self.history = History(self.run / "metrics.csv", first_step=self.first_step)
         self._before_s, self._resumed_at = progress.elapsed_s, time.monotonic()
