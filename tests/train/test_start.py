@@ -1,6 +1,6 @@
 """What a network starts from: random numbers, a classifier's weights, a file, another run."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -52,6 +52,16 @@ def test_a_run_gives_its_weights_and_its_normalisation(inspection: Inspection, t
     assert all(torch.equal(tensor, given.state_dict()[name]) for name, tensor in made.model.state_dict().items())
     assert (made.mean, made.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     assert made.loaded.startswith(f"segnet of {trained}: ") and "missing" not in made.loaded
+
+
+@pytest.mark.parametrize(("scale", "is_far"), [(1.0, False), (0.6, False), (0.02, True), (300.0, True)])
+def test_images_far_from_those_of_the_other_run_are_told(
+    inspection: Inspection, trained: Path, scale: float, is_far: bool
+) -> None:
+    names = ("mean", "std", "low", "high")
+    scaled = {name: tuple(scale * value for value in getattr(inspection.numbers, name)) for name in names}
+    made = start(replace(inspection, numbers=replace(inspection.numbers, **scaled)), init=str(trained))
+    assert ("are far from those it was trained on (uint8" in made.loaded) == is_far, made.loaded
 
 
 def test_a_sibling_starts_from_it(inspection: Inspection, trained: Path) -> None:

@@ -63,6 +63,19 @@ class Numbers:
             "their type, fractions as they are; scale them as the training images were"
         )
 
+    def mismatch(self, images: "Numbers") -> str:
+        """How far other images are from these, whose normalisation they get, in words; "" if they are not."""
+        if len(images.mean) != len(self.mean):
+            return ""
+        mean, std = np.array(self.mean), np.array(self.std)
+        off, ratio = np.abs(np.array(images.mean) - mean) / std, np.array(images.std) / std
+        if off.mean() <= _FAR and (off.mean() <= _OFF or ratio.mean() >= _NARROW):
+            return ""
+        return (
+            f"the images here ({images.in_words()}) are far from those it was trained on ({self.in_words()}), and are "
+            "normalised as those were; scale them alike"
+        )
+
     def in_words(self, band: int | None = None) -> str:
         """Type, range, mean and deviation; of all bands together, unless one is given."""
         bands = slice(None) if band is None else slice(band, band + 1)

@@ -5,7 +5,7 @@ by class (Ciresan et al., NIPS 2012); every other network on crops, a class for 
 """
 
 import statistics
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol, cast
 
 from torch import Tensor, nn
@@ -61,6 +61,8 @@ def _fill(model: nn.Module, config: RunConfig, inspection: Inspection) -> tuple[
         trained, card = load_bundle(config.init)
         names = inspection.folder.labels.names, card.labels.names
         loaded = load_network(model, trained, f"{card.model} of {config.init}", names)
+        if told := card.numbers.mismatch(inspection.numbers) if card.numbers else "":
+            loaded = replace(loaded, note="; ".join(filter(None, (loaded.note, told))))
         return loaded, _for_channels((card.mean, card.std), inspection.channels) or (inspection.mean, inspection.std)
     elif is_classifier(config.init):
         loaded = load_classifier(model, config.init)
