@@ -4,8 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
-from scipy import ndimage
 
 from pixelwise.data.classes import MAX_VALUES, VOID_BY_CUSTOM, propose_labels
 from pixelwise.data.labels import LabelSpec
@@ -97,10 +95,13 @@ def _wholes(pair: Pair, values: set[int]) -> list[bool]:
     stack = np.stack([plane if plane.ndim == 2 else plane[:, :, 0] for plane in planes])  # greys
     keys, inverse = np.unique(stack, return_inverse=True)
     numbers = np.where(np.isin(keys, list(values)), np.arange(1, len(keys) + 1), 0)[inverse].reshape(stack.shape)
+    from scipy import ndimage  # slow to import, and few masks look like this
+
     boxes = enumerate(ndimage.find_objects(numbers), start=1)
-    return [_is_whole(numbers[box] == number) for number, box in boxes if box is not None]
-
-
-def _is_whole(there: NDArray[np.bool_]) -> bool:
-    regions, count = ndimage.label(there, structure=np.ones((3, 3, 3)))
-    return count == 1 or bool(np.bincount(regions.ravel())[1:].max() >= _WHOLE * there.sum())
+    found = []
+    for number, box in boxes:
+        if box is not None:
+            there = numbers[box] == number
+            regions, count = ndimage.label(there, structure=np.ones((3, 3, 3)))
+            found.append(count == 1 or bool(np.bincount(regions.ravel())[1:].max() >= _WHOLE * there.sum()))
+    return found

@@ -14,8 +14,6 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from pixelwise.errors import PixelwiseError
 
@@ -95,6 +93,9 @@ class _Band:
 
     def areas(self, joins: Mask, carried: Numbers, open_areas: int) -> Numbers:
         """The number of the area of each run, then of each of the areas that are open from above."""
+        from scipy.sparse import coo_array  # slow to import, and few ask for a clean-up
+        from scipy.sparse.csgraph import connected_components
+
         runs, known = len(self.values), np.flatnonzero(carried >= 0)
         equal = self.values[self.stacked[0]] == self.values[self.stacked[1]]
         touching = np.concatenate([self.stacked[:2, equal], self.corners], axis=1)

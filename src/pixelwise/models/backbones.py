@@ -1,15 +1,15 @@
-"""The one adapter to timm and torchvision: a classifier's trunk as a list of feature maps, known by channels and strides."""
+"""The one adapter to timm and torchvision: a classifier's trunk as a list of feature maps, known by channels and strides.
+
+The libraries are imported where they are used: importing them takes longer than a network without them labels a photo.
+"""
 
 import contextlib
 import math
 from typing import Any, cast
 
-import timm
 import torch
-import torchvision.models as tv
 from torch import Tensor, nn
 from torch.fx import Graph
-from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 from pixelwise.errors import UsageError
 from pixelwise.models.registry import suggestion
@@ -53,6 +53,9 @@ def resolve_backbone(name: str) -> tuple[str, str]:
     Raises:
         UsageError: neither has it.
     """
+    import timm
+    import torchvision.models as tv
+
     library, _, bare = name.rpartition("/")
     if library in ("", "timm") and timm.is_model(bare):
         return "timm", bare
@@ -73,6 +76,8 @@ def create_trunk(name: str, *, in_channels: int = 3) -> nn.Module:
 
 
 def _timm_backbone(name: str, in_channels: int) -> Backbone:
+    import timm
+
     body = None
     attempts: tuple[dict[str, Any], ...] = ({"dynamic_img_size": True}, {"strict_img_size": False}, {})
     for options in attempts:
@@ -93,6 +98,8 @@ def _timm_backbone(name: str, in_channels: int) -> Backbone:
 
 def torchvision_classifier(name: str, in_channels: int = 3) -> nn.Module:
     """A torchvision classifier with random weights whose first convolution takes `in_channels`."""
+    import torchvision.models as tv
+
     extra = {"init_weights": True, "aux_logits": False} if name in ("googlenet", "inception_v3") else {}
     try:
         model = tv.get_model(name, weights=None, **extra)
@@ -109,6 +116,8 @@ def torchvision_classifier(name: str, in_channels: int = 3) -> nn.Module:
 
 
 def _torchvision_backbone(name: str, in_channels: int) -> Backbone:
+    from torchvision.models.feature_extraction import create_feature_extractor
+
     model = torchvision_classifier(name, in_channels)
     nodes = _stage_ends(name)
     if len(nodes) < 2:
@@ -125,6 +134,8 @@ def _stage_ends(name: str) -> dict[int, str]:
 
     The last one through which all goes, if there is such a node: the end of a stage, not the middle of the next block.
     """
+    from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
+
     with torch.device("meta"):
         model = torchvision_classifier(name).eval()
         names = get_graph_node_names(model)[1][1:]  # without the image itself
@@ -187,12 +198,16 @@ def classifier_state(name: str) -> dict[str, Tensor]:
 
 def create_classifier(name: str) -> nn.Module:
     """A classifier of timm or torchvision with random weights, head included."""
+    import timm
+
     library, name = resolve_backbone(name)
     return timm.create_model(name) if library == "timm" else torchvision_classifier(name)
 
 
 def backbone_normalisation(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation (unit scale, RGB) with which the library's weights of `name` were trained."""
+    import timm
+
     library, name = resolve_backbone(name)
     if library == "timm":
         config = timm.get_pretrained_cfg(name, allow_unregistered=True)

@@ -11,7 +11,6 @@ from itertools import groupby, pairwise
 from typing import Any, Literal
 
 import torch
-from timm.models.nfnet import NormFreeBlock
 from torch import Tensor, fx, nn
 
 from pixelwise.errors import UsageError
@@ -79,6 +78,8 @@ class Chain:
     def __init__(
         self, network: nn.Module, size: tuple[int, int, int], label: str, levels: Levels | None = None
     ) -> None:
+        from timm.models.nfnet import NormFreeBlock
+
         self.network, self.label = network, label
         modules = network.named_modules()
         layers = {path for path, item in modules if not list(item.children()) and type(item) is not nn.Sequential}

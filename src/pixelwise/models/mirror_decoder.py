@@ -28,7 +28,6 @@ from itertools import groupby
 from typing import Any
 
 import torch
-from timm.layers import Conv2dSame
 from torch import fx, nn
 
 from pixelwise.models.mirror_chain import Chain, Part
@@ -247,6 +246,8 @@ def reflect_conv(
     `exact` says that the input of `conv` is always stride times as large as its output; else the result may be too large at
     the bottom and right. `extra_in` channels are stacked upon the map. With `out_channels` it is a scorer, with a bias.
     """
+    from timm.layers import Conv2dSame
+
     channels, out = conv.out_channels + extra_in, out_channels or conv.in_channels
     groups, bias = (1, True) if out_channels else (conv.groups, conv.bias is not None)
     options: dict[str, Any] = {"dilation": conv.dilation, "groups": groups, "bias": bias}

@@ -176,15 +176,22 @@ def create_model(name: str, *, num_classes: int, in_channels: int = 3, tiny: boo
         (1, 11, 37, 50)
     """
     made = model_config(name, num_classes=num_classes, in_channels=in_channels, tiny=tiny, **config)
-    if config or max(num_classes, in_channels) > MAX_USUAL:
-        _check_cost(name, made)
-    model = model_info(name).build(made)
+    is_on_meta = torch.get_default_device().type == "meta"
+    model = None
+    if is_on_meta or config or max(num_classes, in_channels) > MAX_USUAL:
+        model = _build_on_meta(name, made)
+    if model is None or not is_on_meta:
+        model = model_info(name).build(made)
     model.config, model.registered_name = made, name  # type: ignore[assignment]
     return model
 
 
-def _check_cost(name: str, config: Any) -> None:
-    """Raise `UsageError` for more weights than any network or memory has; they are made without memory to learn it."""
+def _build_on_meta(name: str, config: Any) -> nn.Module | None:
+    """The network without memory and first values, None if it cannot be made so.
+
+    Raises:
+        UsageError: it has more weights than any network or memory has.
+    """
     advice = "Choose smaller or fewer widths, layers and kernels."
     room = None if torch.get_default_device().type == "meta" else memory_room()
     try:
@@ -195,13 +202,14 @@ def _check_cost(name: str, config: Any) -> None:
     except RuntimeError as error:
         if "overflow" in str(error):  # of a size in bytes
             raise UsageError(f"{name}: such a network has weights beyond any memory. {advice}") from error
-        return  # it cannot be made without memory
+        return None
     size = sum(tensor.nbytes for tensor in model.state_dict().values())
     if size > MAX_BYTES or (room is not None and size > room.bytes):
         limit = (
             f"{room}" if room is not None and room.bytes < MAX_BYTES else f"at most {MAX_BYTES >> 30} GiB are possible"
         )
         raise UsageError(f"{name}: the weights of this network take {size / 2**30:,.1f} GiB, but {limit}. {advice}")
+    return model
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -10,11 +10,9 @@ Shapes: N batch, C channels, H W image size.
 from collections import OrderedDict
 from itertools import pairwise
 
-from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from pixelwise.errors import UsageError
-from pixelwise.ops.convolutionalize import convolutionalize
 
 WIDTHS = (64, 128, 256, 512, 512)
 DEPTHS = (2, 2, 3, 3, 3)  # convolutions in each stage
@@ -48,6 +46,10 @@ def vgg16_weights(network: str, model: nn.Module, paths: tuple[str, ...], classi
     Raises:
         UsageError: another architecture, or other widths.
     """
+    from timm.models import adapt_input_conv
+
+    from pixelwise.ops.convolutionalize import convolutionalize
+
     kinds = nn.Conv2d | nn.BatchNorm2d
     own = [
         (path, layer) for path, layer in model.named_modules() if path.startswith(paths) and isinstance(layer, kinds)

@@ -5,7 +5,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 
 def has_known_size(*maps: Tensor) -> bool:
@@ -34,6 +33,10 @@ def pad_to_multiple(image: Tensor, multiple: int, *, at_least: int = 1) -> Tenso
 def _missing(length: int, multiple: int, at_least: int) -> int:
     """What `length` lacks to be a multiple of `multiple` that is not below `at_least`."""
     whole = (length + multiple - 1) // multiple * multiple
+    if isinstance(length, int):
+        return max(whole, at_least) - length
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # slow to import
+
     # In a graph for sizes that are all large enough, no maximum is left for later steps to puzzle over.
     least: Any = whole if statically_known_true(whole >= at_least) else torch.sym_max(whole, at_least)
     return least - length

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import get_notrace_functions, get_notrace_modules
 from torch import Tensor, fx, nn
 from torch.fx._symbolic_trace import _maybe_revert_all_patches
 from torch.fx.proxy import Attribute, TraceError
@@ -139,6 +138,8 @@ class Tracer(fx.Tracer):
     proxy_buffer_attributes = True
 
     def __init__(self, leaves: Collection[str], images: dict[str, Tensor], followed: Collection[type] = ()) -> None:
+        from timm.layers import get_notrace_functions, get_notrace_modules
+
         super().__init__(autowrap_functions=tuple(get_notrace_functions()))
         self._leaf_types = tuple(kind for kind in get_notrace_modules() if kind not in followed)
         self._leaves, self._images = leaves, images
