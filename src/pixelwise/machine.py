@@ -7,7 +7,6 @@ machine's is killed without a word. So all limits are asked, and the narrowest i
 import errno
 import os
 import shutil
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -23,9 +22,7 @@ _CGROUPS, _SELF, _MEMORY, _SHARED = (
 )
 _SPARE = 64 << 20  # of the memory that is free, for what the kernel counts beside
 _UNLIMITED = -1  # resource.RLIM_INFINITY
-_entries = threading.Lock()
-_entered = 0  # how often `within_room` is entered
-_outside: int | None = None  # RLIMIT_DATA outside of it, where it was lowered
+_outside: int | None = None  # RLIMIT_DATA outside of `within_room`, where that lowered it
 
 
 @dataclass(frozen=True, order=True)
@@ -56,27 +53,23 @@ def within_room(share: float = 1.0, beside: int = 0, unused: int = 0) -> Iterato
 
     On Linux the process's own limit (RLIMIT_DATA) is lowered to what it holds and `share` of what is free, without the bytes
     that processes `beside` it need, and put back at the end; `unused` bytes are counted by it but never taken, as most of
-    the stacks of threads. Threads and calls inside each other share the first one's limit. On other systems, and where no
-    cgroup limits memory, nothing changes: what others on a machine take comes and goes. Processes that are started inside
-    keep the limit, so this is for a short trial.
+    the stacks of threads. On other systems, and where no cgroup limits memory, nothing changes: what others on a machine
+    take comes and goes. Processes that are started inside keep the limit, so this is for a short trial.
 
     Example:
         >>> with within_room():
         ...     small = bytearray(1000)
     """
-    global _entered, _outside
-    with _entries:
-        _entered += 1
-        if _entered == 1:
-            _outside = _lower_limit(share, beside, unused)
+    global _outside
+    before, around = _lower_limit(share, beside, unused), _outside
+    if around is None:
+        _outside = before
     try:
         yield
     finally:
-        with _entries:
-            _entered -= 1
-            if _entered == 0 and _outside is not None:
-                _set_limit(_outside)
-                _outside = None
+        _outside = around
+        if before is not None:
+            _set_limit(before)
 
 
 def _lower_limit(share: float, beside: int, unused: int) -> int | None:

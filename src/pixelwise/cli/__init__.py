@@ -15,7 +15,7 @@ from pixelwise.cli.evaluate import evaluate
 from pixelwise.cli.heatmap import heatmap
 from pixelwise.cli.inspect import inspect
 from pixelwise.cli.models import models
-from pixelwise.cli.options import printable, with_flag_value
+from pixelwise.cli.options import for_terminal, with_flag_value
 from pixelwise.cli.predict import predict
 from pixelwise.cli.report import report
 from pixelwise.cli.streams import Streams
@@ -118,5 +118,5 @@ def _is_somewhere() -> bool:
 
 def _complain(text: str) -> None:
     # No markup and no wrapping at the terminal's width: paths must stay whole to be copied.
-    text = printable(f"pixelwise: {text}", kept="\n")
+    text = for_terminal(f"pixelwise: {text}", kept="\n")
     Console(stderr=True, soft_wrap=True).print(text, markup=False, highlight=False)

@@ -61,7 +61,7 @@ def evaluate(
         )
     if place_of_results(predictor) is None:
         text = f"{run}: nothing may be written there, so evaluation-{split}.json and the pictures are left out; --json FILE"
-        Console(stderr=True).print(options.printable(f"{text} writes the results."), markup=False, soft_wrap=True)
+        Console(stderr=True).print(options.for_terminal(f"{text} writes the results."), markup=False, soft_wrap=True)
     if str(json_file) == "-":
         typer.echo(json.dumps(evaluation.to_dict(), indent=2))
         return

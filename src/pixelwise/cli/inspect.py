@@ -93,7 +93,7 @@ def _write_classes(folder: "DataFolder", name: str) -> Path:
     save_labels(path, labels)
     void = ", ".join(map(str, as_ranges(labels.ignore_values))) or "none"
     text = f"Wrote {path}: {labels.num_classes} classes, void values: {void}. Change it where it is wrong."
-    Console(stderr=True).print(options.printable(text), markup=False, highlight=False, soft_wrap=True)
+    Console(stderr=True).print(options.for_terminal(text), markup=False, highlight=False, soft_wrap=True)
     return path
 
 

@@ -137,13 +137,13 @@ def with_flag_value(arguments: list[str]) -> list[str]:
 
 def print_plain(text: str) -> None:
     """Print a line of a result: names are no markup, and nothing is wrapped, so that paths can be copied."""
-    Console().print(printable(text), markup=False, highlight=False, soft_wrap=True)
+    Console().print(for_terminal(text), markup=False, highlight=False, soft_wrap=True)
 
 
-def printable(text: str, *, kept: str = "") -> str:
+def for_terminal(text: str, *, kept: str = "") -> str:
     """File names need not be valid text, and may hold control characters (those in `kept` are no harm) for a terminal."""
     text = text.encode("utf-8", "backslashreplace").decode()
-    return "".join(char if _is_harmless(char) or char in kept else "\N{REPLACEMENT CHARACTER}" for char in text)
+    return "".join(one if _is_harmless(one) or one in kept else "\N{REPLACEMENT CHARACTER}" for one in text)
 
 
 def _is_harmless(char: str) -> bool:

@@ -215,7 +215,7 @@ def _label(predictor: Any, batch: Any, **how: Any) -> "list[Outcome]":
         task = progress.add_task("labelling", total=len(batch.tasks) + len(batch.missing))
 
         def show(text: str) -> None:
-            progress.console.print(options.printable(text), markup=False, highlight=False, soft_wrap=True)
+            progress.console.print(options.for_terminal(text), markup=False, highlight=False, soft_wrap=True)
 
         said = time.monotonic()
 

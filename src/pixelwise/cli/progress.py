@@ -7,7 +7,7 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-from pixelwise.cli.options import printable
+from pixelwise.cli.options import for_terminal
 from pixelwise.train.plan import SLOW
 
 LINE_EVERY_S = 60.0
@@ -68,7 +68,7 @@ class TrainingProgress:
 
     def _say(self, text: str) -> None:
         """A line; names of classes are no markup."""
-        self.console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
+        self.console.print(for_terminal(text), markup=False, highlight=False, soft_wrap=True)
 
     def _text(self) -> str:
         """Loss, mIoU, speed and time left, as far as they are known."""

@@ -24,8 +24,9 @@ def palettes_differ(scans: Sequence[MaskScan]) -> bool:
 
 
 def _color(palette: Palette | None, value: Value) -> Color:
-    known = palette is not None and isinstance(value, int) and value < len(palette)
-    return palette[value] if known else (0, 0, 0)  # type: ignore[index]
+    if palette is not None and isinstance(value, int) and value < len(palette):
+        return palette[value]
+    return (0, 0, 0)
 
 
 def common_palette(scans: Sequence[MaskScan]) -> Palette | None:

@@ -48,7 +48,7 @@ class Place:
     straight_px: float = _STRAIGHT_PX  # longest piece of an edge that is bent
     decimals: int = 7  # of degrees: about a hundredth of a pixel, and at least the 7 that RFC 7946 names
 
-    def to_world(self, rasterio: ModuleType, polygons: NDArray[Any]) -> NDArray[Any]:
+    def to_world(self, polygons: NDArray[Any]) -> NDArray[Any]:
         """Polygons in pixels, in the coordinates of the file; those that cross the antimeridian are cut there."""
         shapely = extra("shapely", "geo", "GeoJSON")
         if self.crs is None or len(polygons) == 0:
@@ -113,14 +113,13 @@ def write_geojson(path: Path, result: Result, *, simplify_px: float = 1.0, backg
             true = place.areas_m2(polygons[keep], areas[keep])
             polygons = simplify(with_shared_corners(polygons), simplify_px)
             found = (polygons[keep], labels[keep], areas[keep], true)
-            for feature in _features(rasterio, *found, plane, place, result):
+            for feature in _features(*found, plane, place, result):
                 file.write(separator + feature)
                 separator = ",\n"
         file.write("\n]}\n")
 
 
 def _features(
-    rasterio: ModuleType,
     polygons: NDArray[Any],
     labels: NDArray[np.int64],
     areas: NDArray[np.int64],
@@ -133,7 +132,7 @@ def _features(
     shapely = extra("shapely", "geo", "GeoJSON")
     names = result.spec.names
     for chunk in np.array_split(np.arange(len(polygons)), -(-len(polygons) // 10_000) or 1):
-        geometries = shapely.to_geojson(shapely.orient_polygons(place.to_world(rasterio, polygons[chunk])))
+        geometries = shapely.to_geojson(shapely.orient_polygons(place.to_world(polygons[chunk])))
         for index, geometry in zip(chunk.tolist(), geometries, strict=True):
             label = int(labels[index])
             name = names[label] if label < len(names) else f"value {label}"
