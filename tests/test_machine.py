@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pixelwise import machine
-from pixelwise.infer import estimates, predictor
+from pixelwise.infer import devices, estimates
 from pixelwise.train import plan
 
 GIB = 1 << 30
@@ -147,10 +147,10 @@ def test_torch_takes_no_more_threads_than_a_quota_allows_unless_the_user_chose(m
         monkeypatch.delenv(name, raising=False)
     for threads in (16, 8, 5, 1):  # those of the machine, of its cores, and what only a user chooses
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-        predictor.resolve_device("auto" if not torch.cuda.is_available() else "cpu")
+        devices.resolve_device("auto" if not torch.cuda.is_available() else "cpu")
     assert chosen == [2, 2]
     monkeypatch.setenv("OMP_NUM_THREADS", "16")
-    predictor.resolve_device("cpu")
+    devices.resolve_device("cpu")
     assert chosen == [2, 2]
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from pixelwise.errors import UsageError
-from pixelwise.infer.predictor import computes_in_bf16, resolve_device, resolve_precision
+from pixelwise.infer.devices import computes_in_bf16, resolve_device, resolve_precision
 
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:x", "cpu:", "meta", ""])

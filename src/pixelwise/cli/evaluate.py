@@ -31,6 +31,7 @@ def evaluate(
     region: options.Region = None,
     device: options.Device = "auto",
     precision: options.Precision = "auto",
+    accelerate: options.Accelerate = "auto",
     batch: Annotated[
         int | None,
         typer.Option(min=1, max=65_536, help="Images in a pass, of equal size; 1, or 10 with --batch-statistics."),
@@ -46,7 +47,8 @@ def evaluate(
     from pixelwise import infer
     from pixelwise.infer.evaluate import open_for, place_of_results, write_evaluation
 
-    predictor = infer.load(run, device=device, precision=precision, batch_statistics=batch_statistics)
+    computing: dict[str, Any] = {"precision": precision, "accelerate": accelerate}
+    predictor = infer.load(run, device=device, batch_statistics=batch_statistics, **computing)
     how: dict[str, Any] = {"group_by": group_by, "masks": masks, "region": region}
     folder = open_for(predictor, data, classes=classes, ignore=ignore or (), **how)
     with Progress(console=Console(stderr=True), transient=True) as progress:

@@ -81,6 +81,9 @@ Intensity = Annotated[str | None, typer.Option(help="NIfTI, DICOM: auto, type or
 AllowNoAffine = Annotated[bool, typer.Option("--allow-no-affine", help="NIfTI: accept volumes without an affine.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Precision = Annotated[str, typer.Option(help="auto, bf16 or float32.")]
+Accelerate = Annotated[
+    str, typer.Option(help="fold (batch norm into convolutions), none, or auto: fold in bf16 on CPUs.")
+]
 BatchStatistics = Annotated[
     bool,
     typer.Option("--batch-statistics", help="Batch norm by the batch at hand, not by the training's averages."),

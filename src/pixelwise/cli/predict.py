@@ -86,6 +86,7 @@ def predict(
     allow_no_affine: options.AllowNoAffine = False,
     device: options.Device = "auto",
     precision: options.Precision = "auto",
+    accelerate: options.Accelerate = "auto",
     batch_statistics: options.BatchStatistics = False,
     engine: Annotated[str, typer.Option(help="local, or ray: the workers of a cluster.")] = "local",
     address: Annotated[str | None, typer.Option(help="Of the Ray cluster; by default Ray starts here.")] = None,
@@ -136,7 +137,8 @@ def predict(
     from pixelwise.infer.predictor import load
 
     batch = plan_batch(inputs, out, options=JobOptions(tiling=Tiling(**tiling), **outputs))
-    predictor = load(run, device=device, precision=precision, batch_statistics=batch_statistics)
+    how: dict[str, Any] = {"precision": precision, "accelerate": accelerate, "batch_statistics": batch_statistics}
+    predictor = load(run, device=device, **how)
     outcomes = _label(predictor, batch, overwrite=overwrite, engine=engine, address=address, workers=workers)
     _summarise(outcomes, str(out))
 
@@ -217,6 +219,8 @@ def _label(predictor: Any, batch: Any, **how: Any) -> "list[Outcome]":
         def show(text: str) -> None:
             progress.console.print(options.for_terminal(text), markup=False, highlight=False, soft_wrap=True)
 
+        if batch.tasks:
+            show(predictor.computing)
         said = time.monotonic()
 
         def advance(done: int, total: int) -> None:

@@ -40,6 +40,7 @@ class Evaluation:
         images: How many images.
         seconds: How long it took, reading included.
         precision: What the network computed in, "bf16" or "float32".
+        acceleration: What computed it: the network as it is ("none"), or what it was folded into ("fold").
         statistics: What batch norm used: "running" averages of the training, or those of the "batch" at hand.
         batch: The most images in one pass; with statistics of the batch the scores depend on it.
         foreground: Of two classes, the one that is no background; None if there are more, or both are looked for.
@@ -54,6 +55,7 @@ class Evaluation:
     images: int
     seconds: float
     precision: str
+    acceleration: str = "none"
     examples: dict[str, str] = field(default_factory=dict)
     statistics: str = "running"
     batch: int = 1
@@ -165,6 +167,7 @@ def evaluate(
         images=len(pairs),
         seconds=time.perf_counter() - started,
         precision=predictor.precision,
+        acceleration=predictor.acceleration.kind,
         examples={key: per_image[index]["name"] for key, index in chosen.items()},
         statistics="batch" if predictor.batch_statistics else "running",
         batch=batch,

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from pixelwise.data.samples import to_tensor
 from pixelwise.errors import DataError, PixelwiseError, UsageError
 from pixelwise.formats import open_source
+from pixelwise.infer.devices import resolve_device
 from pixelwise.infer.overlay import displayable
-from pixelwise.infer.predictor import resolve_device
 from pixelwise.machine import is_out_of_memory
 from pixelwise.models.backbones import backbone_normalisation, create_classifier, resolve_backbone
 from pixelwise.models.pretrained import library_weights, match_state, read_state

@@ -177,7 +177,7 @@ class Pipeline:
             "mark": {key: value for key, value in provenance.items() if key != "with"},
             "options": self.options.changes() | {"min_area_px": 0},  # the clean-up comes after the store
             "maps": [*sorted(self.options.maps), self.options.probabilities],
-            "how": [self.network.precision, self.network.batch_statistics],
+            "how": [self.network.precision, self.network.batch_statistics, self.network.acceleration.kind],
         }
         return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
 

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,8 +25,9 @@ from pixelwise.data.samples import to_tensor
 from pixelwise.errors import DataError, UsageError
 from pixelwise.formats.base import LABELS, Source
 from pixelwise.formats.image import label_image, write_png
+from pixelwise.infer.acceleration import Acceleration, accelerated, check_acceleration
 from pixelwise.infer.bundle import ModelCard, load_bundle
-from pixelwise.infer.estimates import heed_quota
+from pixelwise.infer.devices import resolve_device, resolve_precision
 from pixelwise.infer.options import JobOptions, Tiling
 from pixelwise.infer.overlay import blend, displayable
 from pixelwise.infer.pipeline import LOGITS, ArraySource, Pipeline, check_channels
@@ -35,8 +36,6 @@ from pixelwise.infer.tiling import Scorer
 from pixelwise.ops.batch_statistics import batch_statistics as statistics_of_the_batch
 from pixelwise.ops.cost import PassMemory
 from pixelwise.ops.receptive_field import ReceptiveField, receptive_field
-
-PRECISIONS = ("auto", "bf16", "float32")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -103,10 +102,13 @@ class Predictor:
         folder: The run folder it came from, if any.
         batch_statistics: Whether batch norm uses the mean and variance of the batch at hand in place of the averages of
             the training; a prediction then depends on the whole batch.
+        accelerate: "fold" computes with batch norm inside the convolutions and all weights in the precision, which is
+            checked against the network as it is; "none" does not; "auto" folds in bf16 on a CPU. Scores differ by
+            rounding.
 
     Raises:
-        UsageError: the device or the precision does not exist here, or a network without batch norm is asked for its
-            statistics.
+        UsageError: the device, the precision or the acceleration does not exist here, or a network without batch norm is
+            asked for its statistics.
 
     Example:
         >>> from pixelwise.models import create_model
@@ -128,12 +130,16 @@ class Predictor:
         precision: str = "auto",
         folder: Path | None = None,
         batch_statistics: bool = False,
+        accelerate: str = "auto",
     ) -> None:
         if batch_statistics and not any(isinstance(module, _BatchNorm) for module in model.modules()):
             raise UsageError(
                 f"batch statistics: {card.model} has no batch norm, so they change nothing. Leave them out."
             )
+        if batch_statistics and accelerate == "fold":
+            raise UsageError("batch statistics: what is folded has the averages of the training. Use accelerate none.")
         self.batch_statistics = batch_statistics
+        self.accelerate = "none" if batch_statistics else check_acceleration(accelerate)
         self.device = resolve_device(device)
         self.precision = resolve_precision(precision, self.device)
         self.card, self.labels, self.in_channels, self.folder = card, card.labels, len(card.mean), folder
@@ -170,15 +176,31 @@ class Predictor:
     def scores(self, x: Tensor, model: nn.Module | None = None) -> Tensor:
         """Class scores of normalised input: float32 (N, C, H, W) on the device -> float32 (N, K, H, W).
 
-        They are those of the network, or of a `model` made of it.
+        They are those of the network, or of a `model` made of what computes it.
         """
         norms = statistics_of_the_batch(self.model) if self.batch_statistics else nullcontext()
         with norms, self.autocast():
-            run = self.model if model is None else model
+            run = self.acceleration.model if model is None else model
             return run(x.contiguous(memory_format=torch.channels_last)).float()  # (N, K, H, W)
 
+    @cached_property
+    def acceleration(self) -> Acceleration:
+        """What computes the scores: the network, or what it was folded into."""
+        return accelerated(
+            self.model, self.accelerate, in_channels=self.in_channels, device=self.device, precision=self.precision,
+            autocast=self._autocast,
+        )  # fmt: skip
+
+    @property
+    def computing(self) -> str:
+        """How the scores are computed, in words."""
+        return f"{self.card.model}: {self.precision} on {self.device}, {self.acceleration.reason}"
+
     def autocast(self) -> AbstractContextManager[Any]:
-        """The context in which the network computes."""
+        """The context in which that computes."""
+        return self._autocast() if self.acceleration.kind == "none" else nullcontext()
+
+    def _autocast(self) -> AbstractContextManager[Any]:
         if self.precision != "bf16":
             return nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
@@ -287,7 +309,12 @@ class Predictor:
 
 
 def load(
-    run: str | Path, *, device: str = "auto", precision: str = "auto", batch_statistics: bool = False
+    run: str | Path,
+    *,
+    device: str = "auto",
+    precision: str = "auto",
+    batch_statistics: bool = False,
+    accelerate: str = "auto",
 ) -> Predictor:
     """The trained network of a run folder, ready to predict.
 
@@ -296,10 +323,11 @@ def load(
         device: "auto" (a GPU if there is one), or a torch device such as "cpu" or "cuda:1".
         precision: "auto", "bf16" or "float32".
         batch_statistics: As for `Predictor`.
+        accelerate: As for `Predictor`.
 
     Raises:
         DataError: the folder holds no usable network.
-        UsageError: the device or the precision does not exist here, or there is no batch norm.
+        UsageError: the device, the precision or the acceleration does not exist here, or there is no batch norm.
 
     Example:
         >>> load("no/such/run")
@@ -309,44 +337,7 @@ def load(
     """
     target = resolve_device(device)
     resolve_precision(precision, target)  # a misspelt option should not wait for the weights
+    check_acceleration(accelerate)
     model, card = load_bundle(run, target)
-    return Predictor(
-        model, card, device=target, precision=precision, folder=Path(run), batch_statistics=batch_statistics
-    )
-
-
-def resolve_device(name: str | torch.device) -> torch.device:
-    """The device meant by `name`; "auto" is the first GPU, else the CPU, whose threads then heed a container's quota."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"device {str(name)!r} cannot be used here ({reason}). Use auto, cpu or cuda.") from error
-    if device.type == "meta":
-        raise UsageError("device 'meta' computes nothing. Use auto, cpu or cuda.")
-    if device.type == "cpu":
-        heed_quota()
-    return device
-
-
-def resolve_precision(name: str, device: torch.device) -> Literal["bf16", "float32"]:
-    """The precision meant by `name` on `device`; "auto" is bf16 where the hardware multiplies in it."""
-    if name not in PRECISIONS:
-        raise UsageError(f"precision {name!r} is unknown; use one of {', '.join(PRECISIONS)}.")
-    if name == "float32":
-        return "float32"
-    return "bf16" if name == "bf16" or computes_in_bf16(device) else "float32"
-
-
-def computes_in_bf16(device: torch.device) -> bool:
-    """Whether the hardware of `device` multiplies in bfloat16 (CUDA since Ampere; CPUs with AVX512-BF16 or AMX)."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type != "cpu":
-        return False
-    # torch has no public question for this; where a version lacks these, float32 is always right.
-    questions = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-    return any(question() for question in questions if question is not None)
+    how: dict[str, Any] = {"precision": precision, "batch_statistics": batch_statistics, "accelerate": accelerate}
+    return Predictor(model, card, device=target, folder=Path(run), **how)

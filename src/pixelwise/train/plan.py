@@ -14,8 +14,8 @@ from pixelwise.data.check import Inspection
 from pixelwise.data.pairs import Pair
 from pixelwise.data.scan import worker_count
 from pixelwise.data.separation import where_objects_come_from
+from pixelwise.infer.devices import resolve_device, resolve_precision
 from pixelwise.infer.estimates import peak_memory_bytes
-from pixelwise.infer.predictor import resolve_device, resolve_precision
 from pixelwise.losses import cross_entropy
 from pixelwise.machine import is_out_of_memory, memory_room
 from pixelwise.models.registry import count_parameters

@@ -14,8 +14,8 @@ from pixelwise.data.check import Inspection, inspect_data
 from pixelwise.data.layouts import DataFolder, open_data
 from pixelwise.errors import DataError, UsageError
 from pixelwise.files import remove_leftovers, write_json
+from pixelwise.infer.devices import resolve_device
 from pixelwise.infer.estimates import within_memory
-from pixelwise.infer.predictor import resolve_device
 from pixelwise.machine import is_out_of_memory, processors
 from pixelwise.models import create_model, model_info
 from pixelwise.models.pretrained import load_network

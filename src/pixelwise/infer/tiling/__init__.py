@@ -160,7 +160,7 @@ class _Chooser:
         if self.tiling.tile_px is None and network.pass_memory(1, self.height, self.width) <= self.budget:
             return WholeImage(network.scores, network.pass_memory, height=self.height, width=self.width)
         try:
-            return self._stripes(network.model, self.height, self.width, self.tiling.scratch)
+            return self._stripes(network.acceleration.model, self.height, self.width, self.tiling.scratch)
         except NotWindowed as error:
             if network.receptive_field.bounded:
                 self.note(f"{error} Exact tiles with a halo are used.")
@@ -221,7 +221,7 @@ class _Chooser:
         from pixelwise.infer.tiling.averages import Passes, WithSpread, average_bytes
         from pixelwise.ops.streaming import NotWindowed
 
-        passes, once = Passes.of(self.network.model, self.tiling), self.network.pass_memory
+        passes, once = Passes.of(self.network.acceleration.model, self.tiling), self.network.pass_memory
         memory = PassMemory(once.per_px * passes.growth, once.per_side * passes.growth**0.5, once.fixed)
         if not self.tiling.blend and self.tiling.tile_px is None:
             whole = WholeImage(passes.together(self._run), memory, height=self.height, width=self.width)

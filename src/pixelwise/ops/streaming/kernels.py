@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pixelwise.ops.folding import PackedConvolution
 from pixelwise.ops.streaming.graph import Axis, Call, Rule
 from pixelwise.ops.streaming.memory import Span, Window
 from pixelwise.ops.streaming.places import Lookups, Placewise, cut, enlarged, scaled_sizes
@@ -105,12 +106,17 @@ class Convolution(Slides):
         before = (0, 0) if padding == "valid" else pair(padding)
         super().__init__(call, kernel, pair(call.argument(3, "stride", 1)), before, dilation)
         self.groups, self.macs = call.argument(6, "groups", 1), math.prod(self.weight.shape)
+        self.packed: PackedConvolution | None = None
+        if self.weight.dtype == torch.bfloat16:  # of a folded network, which runs without autocast
+            self.packed = PackedConvolution(self.weight, self.bias, self.stride, self.dilation, self.groups, None)
 
     def run(self, out: Window, tensors: list[Tensor], windows: list[Window], owned: bool = False) -> Tensor:
         (above, below), (left, right) = self.pads(out)
         x, padding = tensors[0], (above, left)  # which the operation adds itself if it is the same on both sides
         if above != below or left != right:
             x, padding = self.padded(x, out), (0, 0)
+        if self.packed is not None and PackedConvolution.is_possible(x):
+            return self.packed(x, padding)
         return F.conv2d(x, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
 
 

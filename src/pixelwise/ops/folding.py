@@ -1,0 +1,317 @@
+"""A network made ready for inference: batch norm and activations inside the convolutions, weights in one precision.
+
+In eval mode batch norm is an affine map of each channel, so it is part of the convolution before it (Jacob et al., CVPR
+2018, arXiv:1712.05877, section 3.2). What follows from module to module is seen in one pass without numbers, so networks
+need not be traceable, and the result takes images of any size, as the network does.
+
+On a CPU the convolutions run in oneDNN with weights that are brought into its order once, and with the activation applied
+to the result while it is in the cache; autocast would convert and reorder all weights at every call.
+"""
+
+import copy
+import sys
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from pixelwise.ops.cost import without_memory
+
+SEEN_PX = 64  # side of the image that is followed through the network; all sizes take the same way
+_KEPT = (_BatchNorm, nn.LayerNorm, nn.GroupNorm)
+"""Norms that are left stay in float32, which they compute in; their statistics would lose digits."""
+
+Activation = tuple[str, tuple[float, ...], Callable[[Tensor], Tensor]]
+"""oneDNN's name for an activation, its numbers, and what torch calls it."""
+
+
+def _activation(module: nn.Module) -> Activation | None:
+    """What an activation is for oneDNN; None for modules that are none, or that it does not know."""
+    if type(module) is nn.ReLU:
+        return "relu", (), torch.relu
+    if isinstance(module, nn.Hardtanh):  # ReLU6 too
+        low, high = float(module.min_val), float(module.max_val)
+        return "hardtanh", (low, high), lambda x: F.hardtanh(x, low, high)
+    if type(module) is nn.Hardswish:
+        return "hardswish", (), F.hardswish
+    if type(module) is nn.LeakyReLU:
+        slope = float(module.negative_slope)
+        return "leaky_relu", (slope,), lambda x: F.leaky_relu(x, slope)
+    if type(module) is nn.SiLU:
+        return "swish", (), F.silu
+    return None
+
+
+class PackedConvolution:
+    """A convolution that oneDNN runs on weights in an order of its own, into which they are brought once, at the first call.
+
+    These operations are no public part of torch: `is_possible` tells whether there are any. Of copies each packs its own.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        stride: Any,
+        dilation: Any,
+        groups: int,
+        activation: Activation | None,
+    ) -> None:
+        self.weight, self.bias, self.geometry = weight, bias, (stride, dilation, groups)
+        self.activation = ("none", ()) if activation is None else activation[:2]
+        self._packed: Tensor | None = None
+
+    @staticmethod
+    def is_possible(x: Tensor) -> bool:
+        """Whether the input is on a CPU with oneDNN, and has numbers: shapes and graphs take torch's own operations."""
+        is_real = type(x) is Tensor and x.device.type == "cpu"
+        return is_real and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
+
+    def __call__(self, x: Tensor, padding: Any) -> Tensor:
+        """(N, C, H, W) with (above and below, left and right) rows and columns of zeros around it -> (N, C', H', W')."""
+        geometry = (padding, *self.geometry)
+        if self._packed is None:
+            self._packed = torch.ops.mkldnn._reorder_convolution_weight(self.weight, *geometry, list(x.shape))
+        return torch.ops.mkldnn._convolution_pointwise(x, self._packed, self.bias, *geometry, *self.activation, "")
+
+
+class FoldedConv2d(nn.Module):
+    """A convolution (or its transpose) with what follows it: (N, C, H, W) -> (N, C', H', W').
+
+    Args:
+        conv: the convolution.
+        weight: with the scale of the batch norm.
+        bias: with its shift; None for neither.
+        activation: applied to the result; None for none.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, conv: Any, weight: Tensor, bias: Tensor | None, activation: Activation | None) -> None:
+        super().__init__()
+        self.is_transposed = isinstance(conv, nn.ConvTranspose2d)
+        self.pads_same = not self.is_transposed and type(conv) is not nn.Conv2d  # timm's Conv2dSame
+        self.kernel_size, self.stride, self.dilation, self.groups = (
+            conv.kernel_size, conv.stride, conv.dilation, conv.groups,
+        )  # fmt: skip
+        self.padding, self.output_padding = (0, 0) if self.pads_same else conv.padding, conv.output_padding
+        self.register_buffer("weight", weight.detach().contiguous(memory_format=torch.channels_last))
+        self.register_buffer("bias", None if bias is None else bias.detach())
+        self.activation = activation
+        self._packed: PackedConvolution | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_packed": None}  # a copy has weights of its own, or none in memory
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.pads_same:
+            x = _pad_same(x, self.kernel_size, self.stride, self.dilation)
+        if not self.is_transposed and not isinstance(self.padding, str) and PackedConvolution.is_possible(x):
+            if self._packed is None:
+                more = (self.stride, self.dilation, self.groups, self.activation)
+                self._packed = PackedConvolution(self.weight, self.bias, *more)
+            return self._packed(x, self.padding)
+        if self.is_transposed:
+            places = (self.stride, self.padding, self.output_padding, self.groups, self.dilation)
+            x = F.conv_transpose2d(x, self.weight, self.bias, *places)
+        else:
+            x = F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+        return x if self.activation is None else self.activation[2](x)
+
+
+class Folded(nn.Module):
+    """A network with its batch norms folded, computing in `dtype`: float32 (N, C, H, W) -> logits float32 (N, K, H, W)."""
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.model, self.dtype = model, dtype
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.model(image.to(self.dtype)).float()
+
+
+def fold(model: nn.Module, *, in_channels: int, dtype: torch.dtype) -> Folded:
+    """The network for inference in `dtype`, bfloat16 or float32; `model` itself stays as it is.
+
+    Batch norm is folded into the convolution before it, and the activation after that joins them, wherever nothing else
+    looks at what is between, and the modules run once in a pass. What is left computes in `dtype`; norms in float32.
+
+    Args:
+        model: maps (N, C, H, W) to (N, K, H, W), in eval mode.
+        in_channels: C.
+        dtype: of weights and maps.
+
+    Raises:
+        RuntimeError: the network cannot compute without numbers, or in this type.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.ReLU()).eval()
+        >>> folded = fold(model, in_channels=3, dtype=torch.float32)
+        >>> [type(item).__name__ for item in folded.model]
+        ['FoldedConv2d', 'Identity', 'Identity']
+        >>> image = torch.rand(1, 3, 5, 6)
+        >>> bool(torch.allclose(folded(image), model(image), atol=1e-6))
+        True
+    """
+    chains = _chains(model, in_channels)
+    # The convolutions are made anew, so their weights need not be copied.
+    kept = {id(item): item for chain in chains for item in model.get_submodule(chain.conv).parameters()}
+    twin = copy.deepcopy(model, kept).requires_grad_(False).eval()
+    for chain in chains:
+        conv: Any = twin.get_submodule(chain.conv)
+        weight, bias = conv.weight.detach().float(), None if conv.bias is None else conv.bias.detach().float()
+        if chain.norm:
+            norm: Any = twin.get_submodule(chain.norm)
+            statistics = (norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
+            weight, bias = fuse_conv_bn_weights(
+                weight, bias, *statistics, transpose=isinstance(conv, nn.ConvTranspose2d)
+            )
+            rest = norm.act if hasattr(norm, "act") and not chain.activation else nn.Identity()
+            twin.set_submodule(chain.norm, rest)
+        if chain.activation and not chain.activation.startswith(f"{chain.norm}."):
+            twin.set_submodule(chain.activation, nn.Identity())
+        twin.set_submodule(chain.conv, FoldedConv2d(conv, weight, bias, chain.function))
+    _hold_in(twin, dtype)
+    for name, module in list(twin.named_modules()):
+        if isinstance(module, nn.LocalResponseNorm):
+            twin.set_submodule(name, _InFloat32(module))
+    return Folded(twin, dtype).eval()
+
+
+class _InFloat32(nn.Module):
+    """A module that torch has in float32 only, as autocast runs it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.module(x.float()).to(x.dtype)
+
+
+def _hold_in(model: nn.Module, dtype: torch.dtype) -> None:
+    """Bring weights into `dtype`, but for those of norms; they are not trained, so they become buffers."""
+    for module in model.modules():
+        if isinstance(module, _KEPT):
+            continue
+        for name, item in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            if item.is_floating_point():
+                kept = name in module._non_persistent_buffers_set
+                delattr(module, name)
+                module.register_buffer(name, item.detach().to(dtype), persistent=not kept)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Chain:
+    """A convolution by name, and what follows it in a row: a batch norm, an activation, or neither."""
+
+    conv: str
+    norm: str = ""
+    activation: str = ""
+    function: Activation | None = None
+
+
+@dataclass
+class _Value:
+    """What a tensor holds from one operation to the next: where it is from, and where it is looked at."""
+
+    operation: str
+    tensor: Tensor  # kept, so that no other takes its id
+    users: list[str] = field(default_factory=list)
+
+
+class _Watch(TorchFunctionMode):
+    """Sees every operation on tensors, by the module that it is in."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.modules = dict(model.named_modules())
+        self.inside: list[str] = []
+        self.calls = Counter[str]()
+        self.given: dict[str, list[_Value]] = {name: [] for name in self.modules}
+        self.now: dict[int, _Value] = {}  # what a tensor holds at present, by its id
+        for name, module in self.modules.items():
+            module.register_forward_pre_hook(partial(self._enter, name))
+            module.register_forward_hook(self._leave)
+
+    def _enter(self, name: str, _module: nn.Module, _args: Any) -> None:
+        self.inside.append(name)
+        self.calls[name] += 1
+
+    def _leave(self, _module: nn.Module, _args: Any, _out: Any) -> None:
+        self.inside.pop()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given = [item for item in tree_leaves(out) if isinstance(item, Tensor)]
+        if given and self.inside:  # it does not only ask for a size or the like
+            for item in tree_leaves((args, kwargs)):
+                if isinstance(item, Tensor) and id(item) in self.now:
+                    self.now[id(item)].users.append(self.inside[-1])
+            for item in given:  # changed in place, it is another value under the same id
+                self.now[id(item)] = value = _Value(getattr(func, "__name__", ""), item)
+                self.given[self.inside[-1]].append(value)
+        return out
+
+    def result(self, name: str, operation: str = "") -> _Value | None:
+        """What a module gave that was called once and did one operation, last or only; None for others."""
+        values = self.given[name]
+        is_single = self.calls[name] == 1 and (len(values) == 1 or (operation and values))
+        return values[-1] if is_single and operation in ("", values[-1].operation) else None
+
+    def follower(self, value: _Value) -> str:
+        """The module that alone looks at a value; "" if there is none, or more."""
+        return value.users[0] if len(value.users) == 1 else ""
+
+
+def _chains(model: nn.Module, in_channels: int) -> list[_Chain]:
+    """What can be folded, as a pass without numbers shows it."""
+    twin = without_memory(model).eval()
+    watch = _Watch(twin)
+    with torch.inference_mode(), watch:
+        scores = twin(torch.empty(1, in_channels, SEEN_PX, SEEN_PX, device="meta"))
+    watch.now[id(scores)].users.append("")  # the caller looks at it too
+    chains = (_chain(name, watch) for name, module in watch.modules.items() if _is_foldable(module))
+    return [chain for chain in chains if chain is not None]
+
+
+def _chain(conv: str, watch: _Watch) -> _Chain | None:
+    module, norm, activation = watch.modules[conv], "", ""
+    value = watch.result(conv, "conv_transpose2d" if isinstance(module, nn.ConvTranspose2d) else "conv2d")
+    if value is None:
+        return None
+    follower = watch.follower(value)
+    found: Any = watch.modules[follower]
+    is_grouped = isinstance(module, nn.ConvTranspose2d) and module.groups > 1  # torch cannot fold its norm
+    if follower and isinstance(found, _BatchNorm) and found.running_mean is not None and not is_grouped:
+        normed = watch.result(follower, "batch_norm")
+        if normed is not None and len(watch.given[follower]) == 1:
+            norm, value = follower, normed
+            follower = watch.follower(value)
+    function = _activation(watch.modules[follower]) if follower else None
+    if function is not None and watch.result(follower) is not None:
+        activation = follower
+    return _Chain(conv=conv, norm=norm, activation=activation, function=function if activation else None)
+
+
+def _is_foldable(module: nn.Module) -> bool:
+    """Whether a module is a convolution of torch's, or timm's that pads by the size of the image, with zeros outside."""
+    same = getattr(sys.modules.get("timm.layers"), "Conv2dSame", nn.Conv2d)
+    return type(module) in (nn.Conv2d, nn.ConvTranspose2d, same) and module.padding_mode == "zeros"
+
+
+def _pad_same(x: Tensor, kernel: Any, stride: Any, dilation: Any) -> Tensor:
+    """As TensorFlow pads: the result is ceil(H / stride) rows high, and the smaller half of the padding comes first."""
+    from timm.layers.padding import pad_same  # there are such convolutions only where timm is imported already
+
+    return pad_same(x, kernel, stride, dilation)
