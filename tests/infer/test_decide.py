@@ -32,6 +32,17 @@ def test_without_wishes_the_label_is_that_of_the_predictor():
     assert np.array_equal(arrays["labels"], values.max(dim=0)[1].numpy())
 
 
+@pytest.mark.parametrize("classes", [1, 2, 11, 63, 64, 200])
+def test_of_equal_scores_the_first_class_is_given_however_the_scores_lie(classes):
+    values = torch.randint(-3, 3, (classes, 9, 13), generator=torch.Generator().manual_seed(0)).float()
+    values[0, 0] = -torch.inf
+    truth = values.numpy().argmax(axis=0)
+    for laid in (values, values.permute(1, 2, 0).contiguous().permute(2, 0, 1), values.repeat(1, 1, 2)[..., ::2]):
+        laid.copy_(values)
+        best, labels = module.largest(laid)
+        assert np.array_equal(best.numpy(), values.numpy().max(axis=0)) and np.array_equal(labels.numpy(), truth)
+
+
 def test_a_threshold_gives_the_class_where_it_is_reached_and_only_there():
     pixels = [(0.6, 0.35, 0.05), (0.6, 0.25, 0.15), (0.1, 0.28, 0.62), (0.05, 0.9, 0.05), (0.35, 0.3000001, 0.3499999)]
     assert labels(*pixels) == [0, 0, 2, 1, 0]

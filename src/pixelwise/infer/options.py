@@ -23,7 +23,8 @@ class OverflowingScores(PixelwiseError):
 Blend = Literal["gaussian", "cosine", "uniform"]
 TTA = Literal["flips", "d4", "scales"]
 
-_CHUNK = 1 << 22  # scores at a time, so that the memory for the maps does not grow with the window
+_CHUNK = 1 << 19  # scores at a time: they stay in the cache, and the memory for the maps does not grow with the window
+_MANY_CLASSES = 64  # from here on the usual maximum is the faster one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,7 +219,7 @@ class Decision:
         return arrays
 
     def _decide(self, values: Tensor, spread: Tensor | None, valid: NDArray[np.bool_] | None) -> dict[str, Tensor]:
-        best, labels = values.max(dim=0)  # (h, w)
+        best, labels = largest(values)  # (h, w)
         fine = torch.isfinite(best)
         if not bool(fine.all()) and (valid is None or not fine.cpu().numpy()[valid].all()):
             raise OverflowingScores(
@@ -251,3 +252,16 @@ class Decision:
         if name == "entropy" or spread is None:
             return entropy
         return (entropy - spread.float()).clamp_(min=0)  # rounding can put it just below 0
+
+
+def largest(values: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest of K scores (K, h, w) and the first class that has it, each (h, w); that is no class where one is NaN.
+
+    On a CPU a maximum that also tells where it was runs on single numbers; maxima and comparisons run on vectors.
+    """
+    classes = len(values)
+    if values.device.type != "cpu" or values.stride(2) != 1 or classes >= _MANY_CLASSES:
+        return values.max(dim=0)
+    best = values.amax(dim=0)
+    ranks = torch.arange(classes, 0, -1, dtype=torch.uint8).reshape(-1, 1, 1)
+    return best, classes - ((values == best).view(torch.uint8) * ranks).amax(dim=0)
