@@ -9,7 +9,7 @@ from rich.console import Console
 from pixelwise import machine
 from pixelwise.cli.progress import TrainingProgress
 from pixelwise.errors import PixelwiseError, UsageError
-from pixelwise.train import make_config, plan, train
+from pixelwise.train import make_config, plan, timing, train
 from pixelwise.train.folder import read_history
 from pixelwise.train.loop import TrainingLoop
 
@@ -42,14 +42,14 @@ def test_a_cap_that_is_not_reached_changes_nothing_and_needs_another_budget(toy_
 
 
 def test_a_batch_that_was_left_open_is_halved_until_it_fits(toy_data: Path, tmp_path: Path, monkeypatch) -> None:
-    real = plan.time_steps
+    real = timing.time_steps
 
     def small(config, model, shape, *rest):
         if shape[0] > 3:
             raise OUT_OF_MEMORY
         return real(config, model, shape, *rest)
 
-    monkeypatch.setattr(plan, "time_steps", small)
+    monkeypatch.setattr(timing, "time_steps", small)
     run = train(toy_data, make_config({**TINY, "steps": 1}), out=tmp_path / "run")
     assert run.plan.batch_size == 2 and run.plan.steps_per_epoch == 6
     assert "batch_size=8 does not fit into memory, so it is 2" in run.plan.notes[0]
