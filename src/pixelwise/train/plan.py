@@ -88,7 +88,8 @@ def make_plan(config: RunConfig, inspection: Inspection, start: Start, *, stage:
     draws = len(epoch_pairs(inspection, crop_px)) * per_image
 
     def length_s(batch: int, step_s: float) -> float:
-        return _steps(config, math.ceil(draws / (batch * config.devices)), 0.0, step_s) * step_s
+        steps = _steps(config, math.ceil(draws / (batch * config.devices)), 0.0, step_s)
+        return min(steps * step_s, 60 * (config.max_minutes or math.inf))
 
     probe = probe_steps(config, start, (batch, inspection.channels, crop_px), device, length_s)
     batch, precision, step_s = probe.batch_size, probe.precision, probe.step_s

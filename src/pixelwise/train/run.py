@@ -231,12 +231,13 @@ def _train_stage(
         on_plan(plan, inspection)
         known = {key: state.get(key, False) for key in ("best_miou", "seconds", "is_short")}
         return Run(folder=out, plan=plan, steps=first_step, **known)
-    material = Material.of(Job(config=config, plan=plan, inspection=inspection, folder=out, first_step=0), start.model)
+    job = Job(config=config, plan=plan, inspection=inspection, folder=out, first_step=first_step)
+    material = Material.of(job, start.model)
     if not first_step:  # a run that goes on keeps what it began with
         plan = with_workers(config, plan, material.dataset, len(material.dataset))
-        material.dataset.close()
+        job = replace(job, plan=plan)
+        material.dataset.close()  # what was opened to be timed
     on_plan(plan, inspection)
-    job = Job(config=config, plan=plan, inspection=inspection, folder=out, first_step=first_step)
     if not state:
         write_json(whole[0] / DATA_NAME, inspection.to_dict())  # so that --resume finds how the data were opened
         write_config(*whole)  # and the options of all stages
