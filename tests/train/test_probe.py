@@ -184,7 +184,7 @@ def test_the_fewest_processes_are_taken_that_cost_next_to_nothing(batch_s, step_
         assert waits <= 0.03 * step_s + 1e-9
 
 
-@pytest.mark.parametrize(("batch_s", "wanted"), [(0.005, 0), (0.1, 1), (0.38, 1), (1.2, 2)])
+@pytest.mark.parametrize(("batch_s", "wanted"), [(0.002, 0), (0.005, 1), (0.1, 1), (0.38, 1), (1.2, 2)])
 def test_beside_a_network_on_two_cores_there_is_one_process_unless_crops_are_free_or_dear(batch_s, wanted) -> None:
     assert choose_workers(batch_s, 0.4, cores=2, most=2)[0] == wanted
 

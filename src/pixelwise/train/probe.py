@@ -17,6 +17,7 @@ from pixelwise.train.timing import Length, Seconds, faster, measured, standard_e
 
 LARGEST_BATCH, GAIN = 32, 1.25  # of a GPU: doubled while crops take less time each by such a factor
 EQUAL = 0.03  # fewer processes are taken where they cost less than this share of a step
+NEXT_TO_NOTHING = 0.005  # none: on a busy machine a step looks longer than it is, and its crops cheaper
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +137,8 @@ def choose_workers(batch_s: float, step_s: float, *, cores: int | None, most: in
     """
     shared_s = batch_s / cores if cores else 0.0
     expected = [step_s + batch_s, *(max(batch_s / count, step_s + shared_s) for count in range(1, most + 1))]
-    chosen = next(count for count, seconds in enumerate(expected) if seconds <= (1 + EQUAL) * min(expected))
+    allowed = (1 + NEXT_TO_NOTHING, *[1 + EQUAL] * most)
+    chosen = next(count for count, seconds in enumerate(expected) if seconds <= allowed[count] * min(expected))
     rows = ", ".join(f"with {count} {seconds:.3g} s" for count, seconds in enumerate(expected))
     return chosen, (
         f"workers {chosen}: the crops of a step take {batch_s:.3g} s of one core, the step itself {step_s:.3g} s; "
