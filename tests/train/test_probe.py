@@ -125,14 +125,22 @@ def test_a_cache_that_cannot_be_written_is_told_and_ends_nothing(machine, tmp_pa
 
 
 @settings(deadline=None, max_examples=30)
-@given(step_s=st.floats(0.001, 60), ratio=st.floats(0.3, 4), length_s=st.floats(0.1, 1e5))
+@given(step_s=st.floats(0.001, 60), ratio=st.floats(0.3, 3.5), length_s=st.floats(0.1, 1e5))
 def test_a_probe_takes_20_s_or_a_tenth_of_the_training_or_two_steps(step_s, ratio, length_s) -> None:
     with pytest.MonkeyPatch.context() as patch:
         machine = Machine(patch, Path("/dev/null/nowhere"))
         machine.seconds = {"bf16": step_s, "float32": step_s * ratio}
         probe_steps(make_config(TINY), start(), SHAPE, CPU, lambda _batch, _step_s: length_s)
-    assert machine.now <= max(min(20.0, 0.1 * length_s) + 4.1 * ratio * step_s, 2.1 * step_s)
-    assert machine.now <= max(20.0 + 2.1 * max(ratio, 1) * step_s, 2.1 * step_s)
+    assert machine.now <= max(min(20.0, 0.1 * length_s) + 2.1 * max(ratio, 1) * step_s, 2.1 * step_s)
+
+
+@pytest.mark.parametrize(("steps", "compared"), [(299, False), (301, True)])
+def test_precisions_are_compared_by_the_length_of_the_training_alone_and_then_kept(machine, steps, compared) -> None:
+    """Else the same command would train in one precision today and in another tomorrow."""
+    machine.seconds = {"bf16": 0.02, "float32": 0.01}
+    found = probe_steps(make_config(TINY), start(), SHAPE, CPU, lambda _batch, step_s: steps * step_s)
+    assert found.precision == ("float32" if compared else "bf16")
+    assert machine.steps.count("float32") >= 6 * compared and cache_folder().exists() == compared
 
 
 def test_a_short_training_is_not_held_up_and_keeps_nothing(machine) -> None:

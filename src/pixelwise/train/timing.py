@@ -26,6 +26,7 @@ from pixelwise.train.network import Start, training_logits
 
 PROBE_S, SHARE = 20.0, 0.1  # a probe takes at most so long, and at most so much of the training that it is for
 LEAST, MOST = 5, 15  # timed steps
+COMPARED = 30  # precisions are compared where a tenth of the training is as long as so many steps
 STALE = 1.3  # kept times that are so many times what is measured now are of a busier hour
 MARGIN, FEW_MARGIN = 0.05, 0.25  # how much faster the second choice must be: by many steps, by fewer than `LEAST`
 STEADY = 0.02  # a median whose standard error is a smaller share of it is known
@@ -83,8 +84,10 @@ def measured(
         return min(PROBE_S, SHARE * length(shape[0], step_s))
 
     found = time_steps(config, start.model, shape, device, precisions, allowed_s)
-    if min(map(len, found.values())) < LEAST and allowed_s(found[precisions[0]][0]) < PROBE_S:
-        return found, "timed now"  # for a training so short that a longer one should look again
+    times = found[precisions[0]]
+    is_short = len(found) == 1 and len(times) < LEAST and allowed_s(times[0]) < PROBE_S
+    if is_short or len(found) < len(precisions):
+        return found, "timed now"  # a longer training, or one with more memory, should look again
     failure = remember(key, found)
     return found, f"timed now; not kept, since {failure}" if failure else "timed now"
 
@@ -101,7 +104,7 @@ def time_steps(
 
     The precisions take turns, so that what else the machine does weighs on all of them, until their medians are steady or
     the time is spent; two steps of the first precision are always done, and the first one of each is not counted. Of
-    others there is nothing in the result where time or memory did not suffice.
+    others there is nothing in the result where memory does not suffice, or the time for a comparison worth its name.
 
     Args:
         config: of the training.
@@ -118,8 +121,10 @@ def time_steps(
         cold = trial.step(first)
         found = {first: [cold if cold > PROBE_S / 2 else trial.step(first)]}
         most = allowed_s(found[first][0])
-        for other in others:
-            if time.perf_counter() - began + 4 * found[first][0] > most:  # a first step, and one that is counted
+        # By the number of steps, not by a clock: the same command must not compare them today and not tomorrow.
+        is_worth_it = most >= min(PROBE_S, COMPARED * found[first][0])
+        for other in others if is_worth_it else ():
+            if time.perf_counter() - began + 4 * found[first][0] > PROBE_S:  # a first step, and one that is counted
                 continue
             try:
                 trial.step(other)
@@ -128,7 +133,8 @@ def time_steps(
                 if not is_out_of_memory(error):
                     raise
         while len(found[first]) < MOST and not _is_steady(found):
-            if time.perf_counter() - began + sum(times[-1] for times in found.values()) > most:
+            limit = most if len(found) == 1 or len(found[first]) >= LEAST else PROBE_S
+            if time.perf_counter() - began + sum(times[-1] for times in found.values()) > limit:
                 break
             for name, times in found.items():
                 times.append(trial.step(name))
