@@ -6,6 +6,7 @@ machine's is killed without a word. So all limits are asked, and the narrowest i
 
 import errno
 import os
+import platform
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -119,6 +120,31 @@ def processors() -> int:
             if quota.strip() != "max" and int(quota) > 0:
                 count = min(count, max(1, int(quota) // int(period)))
     return count
+
+
+def cpu_name() -> str:
+    """The processor's name as the system tells it."""
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def cache_folder() -> Path:
+    """Where this user's programs keep what can be found out again: $XDG_CACHE_HOME/pixelwise, else ~/.cache/pixelwise.
+
+    Raises:
+        OSError: there is no home folder.
+    """
+    told = os.environ.get("XDG_CACHE_HOME", "")
+    if Path(told).is_absolute():  # the XDG specification: anything else is to be ignored
+        return Path(told) / "pixelwise"
+    try:
+        return Path.home() / ".cache" / "pixelwise"
+    except RuntimeError as error:
+        raise OSError(errno.ENOENT, "there is no home folder") from error
 
 
 _OUT_OF_MEMORY = (

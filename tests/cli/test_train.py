@@ -55,8 +55,19 @@ def test_options_come_from_a_file_and_what_is_typed_wins(
     )
     out = tmp_path / "run"
     assert run("train", toy_data, "--out", out, "--config", tmp_path / "options.yaml", "--set", "crop_px=32") == 0
+    assert "batch_size 2" not in capsys.readouterr().out
     text = (out / "config.yaml").read_text()
     assert "crop_px: 32" in text and "batch_size: 2" in text
+
+
+def test_explain_says_why_and_from_where(
+    toy_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    assert run("train", toy_data, "--out", tmp_path / "run", *SMALL, "--steps", "1", "--explain") == 0
+    text = capsys.readouterr().out
+    assert "batch_size 4: given" in text and "s a step (median of" in text and "timed now" in text
+    assert "workers" in text and ": by default" in text
 
 
 def test_stages_and_a_start_from_another_run(
@@ -181,12 +192,16 @@ def test_training_on_everything_keeps_the_last_weights(
     assert (out / "model.safetensors").exists()
 
 
-def test_the_demo_goes_the_whole_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_demo_goes_the_whole_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(importlib.import_module("pixelwise.cli.demo"), "SCENES", {"train": 4, "val": 2, "test": 2})
     out = tmp_path / "demo"
     assert run("demo", "--out", out, "--minutes", "0.05") == 0
     assert (out / "report.html").exists()
     assert len(list((out / "labels").glob("*.png"))) == 12  # six scenes, each with its overlay
+    text = " ".join(capsys.readouterr().out.split())
+    assert " of 1,000 planned steps were done: the time was up" in text and "On a quiet machine with two cores" in text
     assert run("demo", "--out", out) == 0  # goes on where it was: everything is there already
 
 

@@ -71,6 +71,23 @@ def test_ranks_share_the_stream_without_overlap(size, world, first_step):
     assert together == alone
 
 
+@settings(deadline=None, max_examples=40)
+@given(
+    images=st.integers(1, 12), crops=st.sampled_from([6, 12]), worlds=st.lists(st.sampled_from([1, 2, 3]), max_size=4)
+)
+def test_every_epoch_shows_every_image_once_over_any_and_changing_numbers_of_devices(images, crops, worlds):
+    """A run that goes on over another number of devices with the same crops in a step: none is repeated or left out."""
+    rows, first_step, worlds = [], 0, [*worlds, 2, 3]
+    for world in worlds:
+        options = {"batch_size": crops // world, "seed": 3, "first_step": first_step, "world": world}
+        ranks = [take(BatchStream(images, rank=rank, **options), 4) for rank in range(world)]
+        rows += [row for step in zip(*ranks, strict=True) for batch in step for row in batch]
+        first_step += 4
+    assert [position for _, position in rows] == list(range(4 * crops * len(worlds)))
+    for epoch in range(len(rows) // images):
+        assert sorted(index for index, _ in rows[epoch * images : (epoch + 1) * images]) == list(range(images))
+
+
 def test_epochs_and_seeds_are_shuffled_differently():
     epochs = [tuple(index for index, _ in batch) for batch in take(BatchStream(30, batch_size=30, seed=0), 3)]
     assert len(set(epochs)) == 3

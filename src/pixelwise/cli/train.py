@@ -61,11 +61,15 @@ def train(
         ),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Say why this precision, batch size and number of workers were chosen.")
+    ] = False,
 ) -> None:
     """Check the data, print the plan, train, evaluate the best weights and write the report.
 
     Images and masks may be of any format that predict reads; a volume is trained on slice by slice, a large raster by
-    windows. --resume continues an interrupted run. All options for --set: docs/training.md.
+    windows. --resume continues an interrupted run. Before the first step precision and worker processes are chosen by
+    timing, in 20 seconds at most; --explain shows the times. All options for --set: docs/training.md.
 
     Example: pixelwise train data/camvid --out runs/camvid --backbone resnet18 --pretrained --minutes 30
 
@@ -112,7 +116,7 @@ def train(
             out=out,
             resume=resume,
             command=command_line(),
-            on_plan=lambda plan, inspection: options.table_console().print(_page(plan, inspection)),
+            on_plan=lambda plan, inspection: options.table_console().print(_page(plan, inspection, explain)),
             report=progress.update,
         )
     if run is None or run.interrupted:
@@ -145,7 +149,7 @@ def _stopped(run: "Run | None", out: Path) -> str:
     )
 
 
-def _page(plan: "Plan", inspection: "Inspection") -> Table:
+def _page(plan: "Plan", inspection: "Inspection", explain: bool = False) -> Table:
     table = Table(box=SIMPLE, show_header=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
@@ -175,4 +179,6 @@ def _page(plan: "Plan", inspection: "Inspection") -> Table:
     row("steps", f"about {plan.steps:,}, {plan.steps_per_epoch:,} an epoch; {validation}")
     memory = f", {plan.memory_bytes / 2**30:.1f} GiB of memory" if plan.memory_bytes else ""
     row("expected", f"{plan.expected_s / 60:.1f} min{memory}")
+    for reason in plan.reasons if explain else ():
+        row("  why", reason)
     return table

@@ -166,7 +166,7 @@ class RunConfig(BaseModel):
     devices: int = Field(default=1, ge=1, le=MAX_WORKERS, description="how many; more than one trains with DDP")
     sync_batch_norm: bool = Field(default=False, description="batch norm by the crops of all devices (GPUs) together")
     workers: int | None = Field(
-        default=None, ge=0, le=MAX_WORKERS, description="processes that prepare crops; chosen from the machine if unset"
+        default=None, ge=0, le=MAX_WORKERS, description="processes that prepare crops; chosen by timing if unset"
     )
     seed: int = Field(default=0, ge=0, lt=2**31)
 

@@ -28,12 +28,13 @@ from pixelwise.data.check import Inspection
 from pixelwise.errors import DataError, PixelwiseError, UsageError
 from pixelwise.files import atomic_path, read_json, write_json, write_text
 from pixelwise.infer.bundle import CARD_NAME, WEIGHTS_NAME
-from pixelwise.train.config import RunConfig, make_config, read_config
+from pixelwise.machine import cpu_name
+from pixelwise.train.config import MAX_WORKERS, RunConfig, make_config, read_config
 from pixelwise.train.plan import Plan
 
 CONFIG_NAME, DATA_NAME, PLAN_NAME, STATE_NAME = "config.yaml", "data.json", "plan.json", "environment.json"
 LAST_NAME = "last.safetensors"
-OF_MACHINE = {"workers"}  # options that a run may go on with anew: batches are the same whoever prepares them
+OF_MACHINE = {"workers", "devices"}  # options that a run may go on with anew: the crops of a step stay the same
 COLUMNS = (
     "step", "epoch", "elapsed_s", "lr", "train_loss", "images_per_s", "val_miou", "val_global_accuracy",
 )  # fmt: skip
@@ -56,7 +57,40 @@ def settle_config(out: Path, config: RunConfig | None, resume: bool) -> RunConfi
     if other := [key for key in sorted(given - OF_MACHINE) if getattr(config, key) != getattr(previous, key)]:
         rows = ", ".join(f"{key}={getattr(config, key)!r} (the run: {getattr(previous, key)!r})" for key in other)
         raise UsageError(f"--resume continues {out} with its own options, but was given {rows}. Leave them out.")
-    return previous.model_copy(update={key: getattr(config, key) for key in given & OF_MACHINE})
+    changes = {key: getattr(config, key) for key in given & OF_MACHINE}
+    if changes.get("devices", previous.devices) != previous.devices:
+        changes |= _over_devices(out, previous, changes["devices"])
+    return make_config(previous.model_dump() | changes)
+
+
+def _over_devices(out: Path, previous: RunConfig, devices: int) -> dict[str, Any]:
+    """The options with which a run goes on over another number of devices: the crops of a step stay, in all."""
+    if previous.stages:
+        raise UsageError(
+            f"devices={devices}: a run in stages goes on with the devices={previous.devices} that it began with. Leave it "
+            "out."
+        )
+    batch = previous.batch_size
+    if (out / PLAN_NAME).is_file():  # what was left open is decided there
+        plan = read_json(out / PLAN_NAME)
+        batch = plan.get("batch_size") if isinstance(plan, dict) else None
+        if type(batch) is not int or batch < 1:
+            raise DataError(f"{out / PLAN_NAME}: names no batch_size. Start a new run.")
+    crops = (batch or 0) * previous.devices
+    if crops % devices:
+        fitting = [count for count in range(1, min(crops, MAX_WORKERS) + 1) if crops % count == 0]
+        raise UsageError(
+            f"devices={devices}: a step of this run takes {crops} crops, which are not shared out evenly. Choose one of "
+            f"{', '.join(map(str, fitting))}."
+        )
+    # Batch norm over the devices together is that of one device, and would be refused there.
+    alone = {"sync_batch_norm": False} if devices == 1 else {}
+    return alone | ({"batch_size": crops // devices} if crops else {})
+
+
+def recorded_devices(out: Path) -> int:
+    """On how many devices a run was begun."""
+    return make_config(read_config(out / CONFIG_NAME)).devices
 
 
 def is_finished(out: Path) -> bool:
@@ -117,7 +151,7 @@ def write_start(
         "python": platform.python_version(),
         "torch": torch.__version__,
         "platform": platform.platform(),
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "device": plan.device,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -129,16 +163,6 @@ def write_start(
     write_json(out / STATE_NAME, state)
     write_config(out, config)
     return state
-
-
-def _cpu_name() -> str:
-    """The processor's name as the system tells it."""
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text(errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def command_line() -> list[str]:

@@ -30,7 +30,8 @@ from pixelwise.train.folder import CONFIG_NAME, LAST_NAME
 from pixelwise.train.loop import Report, TrainingLoop, make_trainer, quiet
 from pixelwise.train.module import SegmentationModule, loss_weights
 from pixelwise.train.network import start_network
-from pixelwise.train.plan import Plan, free_words
+from pixelwise.train.plan import Plan
+from pixelwise.train.probe import free_words
 from pixelwise.train.stream import CropSet, make_dataset, make_stream
 
 LOST = ("Connection closed by peer", "Connection reset by peer", "NCCL", "Broken pipe", "Timed out waiting")

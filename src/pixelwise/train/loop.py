@@ -5,9 +5,11 @@ import logging
 import math
 import platform
 import signal
+import statistics
 import threading
 import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -34,6 +36,7 @@ from pixelwise.train.plan import Plan
 from pixelwise.train.selection import Choice, keep
 
 LOG_EVERY = 10  # steps
+RECENT = 20  # steps by which the pace is known
 Report = Callable[[dict[str, Any]], None]
 
 
@@ -55,6 +58,11 @@ class TrainingLoop(pl.Callback):
         self._saved = (-1, -1)  # the step of the last checkpoint, and of the validation that it knows of
         self._losses: list[Any] = []
         self._window = (0, 0.0)  # the step and elapsed time of the last log line
+        self._steps_s: deque[float] = deque(
+            maxlen=RECENT
+        )  # seconds of the last steps, the wait for their crops included
+        self._step_from: float | None = None  # when the step that runs began to wait for its crops
+        self._validation_s = plan.validation_s  # as the last one took
 
     # -- the course of a run ------------------------------------------------------------------------------------------
 
@@ -74,6 +82,8 @@ class TrainingLoop(pl.Callback):
         module, step, loss = self.module, trainer.global_step, outputs["loss"].detach()
         module.after_step(loss)
         (module.progress.elapsed_s,) = self._agreed(trainer, self._elapsed())
+        if self._step_from is not None:
+            self._steps_s.append(time.monotonic() - self._step_from)
         self._losses.append(loss)
         self._log(trainer)
         is_late = time.monotonic() - self._saved_at >= 60 * module.config.checkpoint_minutes
@@ -86,6 +96,7 @@ class TrainingLoop(pl.Callback):
         trainer.should_stop = bool(asked) or self._is_over(step)
         if trainer.should_stop or is_time:
             self.checkpoint(trainer)
+        self._step_from = time.monotonic()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not self.interrupted:
@@ -113,20 +124,23 @@ class TrainingLoop(pl.Callback):
             return True
         return module.is_late or (not module.config.minutes and step >= self.plan.steps)
 
-    def _agreed(self, trainer: pl.Trainer, *values: float) -> list[float]:
-        """The largest of each value over all processes: they must stop, save and change the learning rate together."""
+    def _agreed(self, trainer: pl.Trainer, *values: float, mean: bool = False) -> list[float]:
+        """The largest of each value over all processes: they must stop, save and change the learning rate together.
+
+        With `mean` their means: those of the processes' losses are the loss of all crops.
+        """
         if trainer.world_size == 1:
             return list(values)
         shared = torch.tensor(values, dtype=torch.float64, device=self.module.device)
-        torch.distributed.all_reduce(shared, torch.distributed.ReduceOp.MAX)
-        return shared.tolist()
+        torch.distributed.all_reduce(shared, torch.distributed.ReduceOp.SUM if mean else torch.distributed.ReduceOp.MAX)
+        return [value / trainer.world_size if mean else value for value in shared.tolist()]
 
     def _is_due(self, step: int) -> bool:
         return bool(self.plan.validate_every_steps) and step % self.plan.validate_every_steps == 0
 
     def _validate(self, trainer: pl.Trainer) -> None:
         """Score the network on the val split and keep its weights if they are the ones to keep."""
-        module, progress, step = self.module, self.module.progress, trainer.global_step
+        module, progress, step, began = self.module, self.module.progress, trainer.global_step, time.monotonic()
         evaluation = self._evaluate() if trainer.is_global_zero and self.plan.validate_every_steps else None
         if evaluation is None:  # nothing can choose without validation images
             found = (math.nan, math.nan, Choice(math.nan, can_choose=False), self._elapsed())
@@ -136,6 +150,7 @@ class TrainingLoop(pl.Callback):
             found = (scores.miou, evaluation.headline.value, choice, self._elapsed())
         miou, headline, choice, progress.elapsed_s = trainer.strategy.broadcast(found)
         is_kept = keep(progress, choice, step, miou, headline)
+        self._validation_s = time.monotonic() - began
         if not trainer.is_global_zero:
             return
         if is_kept:
@@ -168,12 +183,11 @@ class TrainingLoop(pl.Callback):
     def _log(self, trainer: pl.Trainer) -> None:
         step, elapsed = trainer.global_step, self.module.progress.elapsed_s
         done, since = step - self._window[0], elapsed - self._window[1]
-        spent = self.module.spent()
-        pace = {"planned_steps": self.plan.steps, "expected_steps": round(step / max(spent, 1e-9))}
-        self.report({"step": step, "spent": spent, "elapsed_s": elapsed, "loss": self._losses[-1]} | pace)
+        state = {"step": step, "spent": self.module.spent(), "elapsed_s": elapsed, "loss": self._losses[-1]}
+        self.report(state | self._outlook(step))
         if step % LOG_EVERY or not done:
             return
-        loss = sum(float(value) for value in self._losses) / len(self._losses)
+        (loss,) = self._agreed(trainer, sum(float(value) for value in self._losses) / len(self._losses), mean=True)
         self._losses.clear()
         self._window = (step, elapsed)
         images_per_s = done * self.plan.batch_size * trainer.world_size / max(since, 1e-9)
@@ -181,6 +195,29 @@ class TrainingLoop(pl.Callback):
             lr = self.module.config.lr * self.module.lr_factor()
             self._record(trainer, "train", loss=loss, lr=lr, images_per_s=images_per_s)
             self.report({"images_per_s": images_per_s, "mean_loss": loss})
+
+    def _outlook(self, step: int) -> dict[str, float | None]:
+        """How many steps there will be and how long they take, by the pace of the last ones, whatever the plan said.
+
+        On the CPU that pace is their median; a GPU is looked at every tenth step only, so there it is their mean.
+        """
+        plan, module = self.plan, self.module
+        recent_s = None
+        if len(self._steps_s) == RECENT:
+            recent_s = (statistics.median if plan.device == "cpu" else statistics.fmean)(self._steps_s)
+        every, step_s = plan.validate_every_steps, recent_s or plan.step_s
+        pace_s = step_s + (self._validation_s / every if every else 0.0)  # with its part of the validations
+        left_s = math.inf if module.seconds is None else max(0.0, module.seconds - module.progress.elapsed_s)
+        steps = left_s / pace_s
+        if not module.config.minutes:
+            steps = min(steps, max(0, plan.steps - step))
+        return {
+            "planned_steps": plan.steps,
+            "expected_steps": step + round(steps),
+            "left_s": min(left_s, steps * pace_s),
+            "planned_step_s": plan.step_s,
+            "step_s": recent_s,
+        }
 
     def _record(self, trainer: pl.Trainer, what: str, **values: float) -> None:
         """A row of `metrics.csv`, and for TensorBoard a point of each curve."""

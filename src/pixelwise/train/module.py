@@ -12,6 +12,7 @@ from torch.optim.swa_utils import AveragedModel
 from pixelwise.data.check import Inspection
 from pixelwise.errors import PixelwiseError
 from pixelwise.losses import class_weights, cross_entropy, dice_loss
+from pixelwise.losses.pixel import IGNORE
 from pixelwise.ops.depthwise import speed_up_depthwise
 from pixelwise.train.config import RunConfig
 from pixelwise.train.network import training_logits, window_px
@@ -77,9 +78,24 @@ class SegmentationModule(pl.LightningModule):
             label_smoothing=self.config.label_smoothing,
             reduction=self.config.reduction,
         )
+        if self.config.devices > 1:
+            loss = loss * self._share(labels)
         if self.config.dice:
             loss = loss + self.config.dice * dice_loss(logits, labels)
         return loss
+
+    def _share(self, labels: Tensor) -> Tensor | float:
+        """What this process's loss must be multiplied by, for DDP averages gradients: so they become those of all crops.
+
+        A mean is over the labelled pixels of all processes, of which each may have another number.
+        """
+        world = self.trainer.world_size
+        if self.config.reduction == "sum":
+            return float(world)
+        count = (labels != IGNORE).sum()
+        total = count.clone()
+        torch.distributed.all_reduce(total)
+        return world * count / total.clamp(min=1)
 
     def _class_weight(self, labels: Tensor) -> Tensor | float:
         """w_c of each pixel (N, H, W); U-Net adds the weights of gaps to it (arXiv:1505.04597, equation 2)."""

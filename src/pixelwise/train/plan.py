@@ -4,24 +4,25 @@ import copy
 import math
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import Dataset
 
 from pixelwise.data.check import Inspection
 from pixelwise.data.pairs import Pair
 from pixelwise.data.scan import worker_count
 from pixelwise.data.separation import where_objects_come_from
-from pixelwise.infer.devices import resolve_device, resolve_precision
+from pixelwise.infer.devices import resolve_device
 from pixelwise.infer.estimates import peak_memory_bytes
-from pixelwise.losses import cross_entropy
 from pixelwise.machine import is_out_of_memory, memory_room
 from pixelwise.models.registry import count_parameters
-from pixelwise.ops.depthwise import speed_up_depthwise
 from pixelwise.train.config import RunConfig
-from pixelwise.train.network import Start, training_logits, window_px
+from pixelwise.train.network import Start, window_px
+from pixelwise.train.probe import choose_workers, probe_steps
+from pixelwise.train.timing import CROPS_S, SHARE, time_crops
 
 CROPS, WINDOWS = 8, 128  # in a step, unless the user says otherwise
 CROP_STEP_PX = 32  # the stride of nearly every encoder: crops of its multiples need no padding
@@ -31,6 +32,7 @@ READING = 1.5  # a validated image takes so many times as long as the network al
 WORKER_BYTES = 512 << 20  # what a process that prepares crops may take, with its batches
 TRAINING_BYTES = 192 << 20  # what a training takes beside its steps: images, averaged weights, what is imported late
 AHEAD = 4  # batches that each of them prepares
+SLOWER = 1.3  # steps that take so many times what was planned are told
 SLOW = 0.7  # less than this share of the planned steps is told
 VALIDATION_SHARE = 0.08  # of a time budget; more would be taken from learning
 
@@ -58,11 +60,12 @@ class Plan:
     step_s: float  # measured seconds of one step
     validation_s: float  # expected seconds of one validation
     expected_s: float  # of the whole run
-    memory_bytes: int | None  # largest memory of the process so far, the trial steps included
+    memory_bytes: int | None  # largest memory of the process so far, the trial steps in each precision included
     inputs: str = "crops"  # what a step draws: crops, or windows around single pixels
     separation: str = ""  # where the objects of the separation weights come from, if those are used
     stage: str = ""  # which of several, in words
     notes: tuple[str, ...] = ()  # what else the user should know
+    reasons: tuple[str, ...] = ()  # why this precision, batch size and number of workers: a line for each
 
 
 def choose_crop_px(sizes: dict[str, int]) -> int:
@@ -73,10 +76,9 @@ def choose_crop_px(sizes: dict[str, int]) -> int:
 
 
 def make_plan(config: RunConfig, inspection: Inspection, start: Start, *, stage: str = "") -> Plan:
-    """Resolve what is open and time two trial steps on a copy of the network (random images; nothing is learnt)."""
+    """Resolve what is open; precision, batch and time by trial steps on a copy of the network (nothing is learnt)."""
     folder, model = inspection.folder, start.model
     device = resolve_device(config.device)
-    precision = resolve_precision(config.precision, device)
     window = window_px(model)
     crop_px = window or config.crop_px or choose_crop_px(inspection.sizes)
     batch = config.batch_size or (WINDOWS if window else CROPS)
@@ -84,16 +86,18 @@ def make_plan(config: RunConfig, inspection: Inspection, start: Start, *, stage:
     # An epoch draws one crop of each image, or as many windows as would cover it.
     per_image = max(1, round(_average_pixels(inspection) / window**2)) if window else 1
     draws = len(epoch_pairs(inspection, crop_px)) * per_image
-    batch, step_s, notes = _largest_batch(config, model, (batch, inspection.channels, crop_px), device, precision)
+
+    def length_s(batch: int, step_s: float) -> float:
+        steps = _steps(config, math.ceil(draws / (batch * config.devices)), 0.0, step_s)
+        return min(steps * step_s, 60 * (config.max_minutes or math.inf))
+
+    probe = probe_steps(config, start, (batch, inspection.channels, crop_px), device, length_s)
+    batch, precision, step_s = probe.batch_size, probe.precision, probe.step_s
     per_epoch = math.ceil(draws / (batch * config.devices))
     val_images = min(val, config.max_val_images or val)
     validation_s = val_images * _image_s(model, inspection, device, precision)
-    kind, amount = config.budget
-    steps = {
-        "steps": amount,
-        "epochs": amount * per_epoch,
-        "minutes": max(1, (amount * 60 - validation_s) * (1 - VALIDATION_SHARE) / step_s),
-    }[kind]
+    steps = _steps(config, per_epoch, validation_s, step_s)
+    workers = default_workers(device.type) if config.workers is None else config.workers
     every = _validate_every(config, per_epoch, step_s, validation_s) if val else 0
     expected_s = steps * step_s + (steps // every if every else 0) * validation_s
     if config.minutes:
@@ -118,7 +122,7 @@ def make_plan(config: RunConfig, inspection: Inspection, start: Start, *, stage:
         batch_size=batch,
         precision=precision,
         device=str(device),
-        workers=default_workers(device.type) if config.workers is None else config.workers,
+        workers=workers,
         steps_per_epoch=per_epoch,
         steps=int(steps),
         validate_every_steps=every,
@@ -129,7 +133,8 @@ def make_plan(config: RunConfig, inspection: Inspection, start: Start, *, stage:
         inputs="crops" if window is None else "windows",
         separation=where_objects_come_from(folder.split("train")) if config.separation else "",
         stage=stage,
-        notes=notes,
+        notes=probe.notes,
+        reasons=(*probe.reasons, f"workers {workers}: {'by default' if config.workers is None else 'given'}"),
     )
 
 
@@ -150,56 +155,14 @@ def _validate_every(config: RunConfig, per_epoch: int, step_s: float, validation
     return max(1, round(epochs * per_epoch))
 
 
-def _largest_batch(
-    config: RunConfig, model: nn.Module, shape: tuple[int, int, int], device: torch.device, precision: str
-) -> tuple[int, float, tuple[str, ...]]:
-    """Crops in a step, its seconds, and a note; the N of `shape` (N, C, side), or what fits if the user left it open."""
-    wanted, channels, side = shape
-    batch = wanted
-    while True:
-        try:
-            seconds = time_steps(config, model, (batch, channels, side), device, precision)
-        except (RuntimeError, MemoryError) as error:
-            if config.batch_size or batch <= 2 or not is_out_of_memory(error):
-                raise
-        else:
-            note = f"batch_size={wanted} does not fit into memory, so it is {batch}{free_words(device)}."
-            return batch, seconds, (note,) * (batch < wanted)
-        batch //= 2
-
-
-def free_words(device: torch.device) -> str:
-    """What limits the memory, for a message; nothing where that is not known."""
-    room = memory_room() if device.type == "cpu" else None
-    return f" ({room})" if room else ""
-
-
-def time_steps(
-    config: RunConfig, model: nn.Module, shape: tuple[int, int, int], device: torch.device, precision: str
-) -> float:
-    """Seconds of a training step on (N, C, side): the second of two on a copy of `model`, which itself is left alone."""
-    batch, channels, side = shape
-    with torch.random.fork_rng(devices=[]):
-        trial = copy.deepcopy(model).to(device).train()
-        if config.channels_last:
-            trial = trial.to(memory_format=torch.channels_last)
-        speed_up_depthwise(trial)
-        optimizer = torch.optim.AdamW(trial.parameters(), lr=0.0)
-        image = torch.randn(batch, channels, side, side, device=device)
-        seconds = []
-        for _ in range(2):
-            started = time.perf_counter()
-            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
-                x = image.contiguous(memory_format=torch.channels_last) if config.channels_last else image
-                logits = training_logits(trial, x)  # (N, K, side, side), or (N, K, 1, 1) of windows
-            labels = torch.zeros_like(logits[:, 0], dtype=torch.uint8)
-            cross_entropy(logits, labels).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            seconds.append(time.perf_counter() - started)
-    return seconds[-1]
+def _steps(config: RunConfig, per_epoch: int, validation_s: float, step_s: float) -> float:
+    """The steps of the budget, by those of an epoch and the seconds of a validation and of a step."""
+    kind, amount = config.budget
+    return {
+        "steps": amount,
+        "epochs": amount * per_epoch,
+        "minutes": max(1, (amount * 60 - validation_s) * (1 - VALIDATION_SHARE) / step_s),
+    }[kind]
 
 
 def _image_s(model: nn.Module, inspection: Inspection, device: torch.device, precision: str) -> float:
@@ -238,8 +201,13 @@ def default_workers(device_type: str) -> int:
 
     They take at most half of the memory that is free.
     """
+    return min(most_workers(device_type), 1 if device_type == "cpu" else 8)
+
+
+def most_workers(device_type: str) -> int:
+    """As many processes as may prepare crops: beside a GPU eight, beside a network on the CPU two, fewer on few cores."""
     cores, room = worker_count(), memory_room()
-    wished = min(1, cores - 1) if device_type == "cpu" else min(8, max(1, cores - 1))
+    wished = min(2 * (cores > 1), cores) if device_type == "cpu" else min(8, max(1, cores - 1))
     return wished if room is None else max(0, min(wished, room.bytes // (2 * WORKER_BYTES)))
 
 
@@ -248,3 +216,18 @@ def worker_bytes(config: RunConfig, channels: int, crop_px: int) -> int:
     workers = default_workers(resolve_device(config.device).type) if config.workers is None else config.workers
     crop_bytes = crop_px**2 * (4 * channels + 1)
     return workers * (WORKER_BYTES // 2 + AHEAD * (config.batch_size or CROPS) * crop_bytes) * config.devices
+
+
+def with_workers(config: RunConfig, plan: Plan, dataset: Dataset[Any], images: int) -> Plan:
+    """The plan with as many processes to prepare crops as the cost of a crop of `dataset` asks for.
+
+    Nothing is timed where the user has chosen, or for a training that is too short to gain by it: batches are the same
+    whoever prepares them.
+    """
+    device_type = torch.device(plan.device).type
+    most = most_workers(device_type)
+    if config.workers is not None or not most or SHARE * plan.expected_s < CROPS_S:
+        return plan
+    cores = max(1, worker_count() // config.devices) if device_type == "cpu" else None
+    workers, reason = choose_workers(plan.batch_size * time_crops(dataset, images), plan.step_s, cores=cores, most=most)
+    return replace(plan, workers=workers, reasons=(*plan.reasons[:-1], reason))

@@ -29,6 +29,7 @@ from pixelwise.train.folder import (
     read_plan,
     read_state,
     recorded_choices,
+    recorded_devices,
     settle_config,
     write_config,
     write_start,
@@ -36,7 +37,8 @@ from pixelwise.train.folder import (
 from pixelwise.train.job import Job, Material, run_job
 from pixelwise.train.loop import Report, takes_tensorboard
 from pixelwise.train.network import Start, check_options, network_config, start_network, window_px
-from pixelwise.train.plan import SLOW, TRAINING_BYTES, Plan, choose_crop_px, free_words, make_plan, worker_bytes
+from pixelwise.train.plan import SLOW, TRAINING_BYTES, Plan, choose_crop_px, make_plan, with_workers, worker_bytes
+from pixelwise.train.probe import free_words
 
 STAGES_NAME = "stages"
 OnPlan = Callable[[Plan, Inspection], None]
@@ -218,19 +220,24 @@ def _train_stage(
     beside = TRAINING_BYTES + worker_bytes(config, inspection.channels, crop_px)
     with within_memory(resolve_device(config.device), 1 / config.devices, beside):
         plan = read_plan(out, inspection) if first_step else _new_plan(stage, inspection, start)
-    if config.workers is not None:
-        plan = replace(plan, workers=config.workers)
+    if first_step:
+        plan = _going_on(plan, config, recorded_devices(out))
     if not takes_tensorboard(out) and not first_step:
         plan = replace(
             plan, notes=(*plan.notes, "no TensorBoard logs, since the name of the run folder is no valid text")
         )
-    on_plan(plan, inspection)
     state = read_state(out) if first_step else {}
     if state.get("finished"):
+        on_plan(plan, inspection)
         known = {key: state.get(key, False) for key in ("best_miou", "seconds", "is_short")}
         return Run(folder=out, plan=plan, steps=first_step, **known)
     job = Job(config=config, plan=plan, inspection=inspection, folder=out, first_step=first_step)
     material = Material.of(job, start.model)
+    if not first_step:  # a run that goes on keeps what it began with
+        plan = with_workers(config, plan, material.dataset, len(material.dataset))
+        job = replace(job, plan=plan)
+        material.dataset.close()  # what was opened to be timed
+    on_plan(plan, inspection)
     if not state:
         write_json(whole[0] / DATA_NAME, inspection.to_dict())  # so that --resume finds how the data were opened
         write_config(*whole)  # and the options of all stages
@@ -240,6 +247,20 @@ def _train_stage(
     outcome["is_short"] = done.is_late and done.steps < SLOW * plan.steps
     write_json(out / STATE_NAME, state | {"finished": done.interrupted is None} | outcome)
     return Run(folder=out, plan=plan, interrupted=done.interrupted, **outcome)
+
+
+def _going_on(plan: Plan, config: RunConfig, devices: int) -> Plan:
+    """The plan of a run that goes on, with as many processes and devices as it is to have now; it had `devices`."""
+    if config.workers is not None:
+        plan = replace(plan, workers=config.workers)
+    if config.devices == devices:
+        return plan
+    batch = plan.batch_size * devices // config.devices  # `settle_config` has seen to it that this is a whole number
+    note = (
+        f"devices={config.devices}, and {devices} before: a step still takes {plan.batch_size * devices} crops, {batch} on "
+        "each device, and the images come in the same order; batch norm, dropout and dice go by the crops of each device."
+    )
+    return replace(plan, batch_size=batch, notes=(*plan.notes, note))
 
 
 def _new_plan(stage: Stage, inspection: Inspection, start: Start) -> Plan:

@@ -97,7 +97,11 @@ class CropSet(Dataset[tuple[Tensor, ...]]):
             except (MemoryError, RuntimeError) as error:  # each is read when it is drawn, then
                 if not is_out_of_memory(error):
                     raise
-        self._opened.close()  # the workers open their own
+        self.close()  # the workers open their own
+
+    def close(self) -> None:
+        """Close the files that crops were read from."""
+        self._opened.close()
 
     def _load(self, index: int) -> tuple[Any, ...]:
         """The sample as tensors, or as `Windowed` images where it is read by windows."""
