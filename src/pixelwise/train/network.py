@@ -13,13 +13,22 @@ from torch import Tensor, nn
 from pixelwise.data.check import Inspection
 from pixelwise.errors import UsageError
 from pixelwise.infer.bundle import CARD_NAME, is_bundle, load_bundle
+from pixelwise.losses import cross_entropy, dice_loss, enlarged_cross_entropy
 from pixelwise.models import create_model, model_config
 from pixelwise.models.backbones import backbone_normalisation
 from pixelwise.models.pretrained import Loaded, is_classifier, load_classifier, load_network, load_pretrained
+from pixelwise.ops.resize import CoarseLogits
 from pixelwise.train.config import RunConfig
 
 OF_CROPS = ("crop_px", "scale", "focus", "elastic", "separation")  # options that mean nothing for windows
 Normalisation = tuple[tuple[float, ...], tuple[float, ...]]  # mean and standard deviation per channel, unit scale
+
+
+class IsCoarse(Protocol):
+    """A network that scores classes on a coarse grid and enlarges the scores linearly."""
+
+    def coarse_logits(self, image: Tensor) -> CoarseLogits:
+        """What its `forward` gives, before it is enlarged."""
 
 
 class Classifies(Protocol):
@@ -133,3 +142,15 @@ def training_logits(model: nn.Module, image: Tensor) -> Tensor:
     if window_px(model) is None:
         return model(image)
     return cast(Classifies, model).classify(image)[..., None, None]
+
+
+def training_loss(model: nn.Module, image: Tensor, labels: Tensor, *, dice: float = 0.0, **options: Any) -> Tensor:
+    """The loss of a batch: cross-entropy with `options`, and `dice` times the Dice loss.
+
+    On CPUs, scores of a coarse grid stay there as far as that is possible; on GPUs their enlargement is cheap.
+    """
+    if not dice and image.device.type == "cpu" and getattr(model, "is_coarse", False):
+        return enlarged_cross_entropy(cast(IsCoarse, model).coarse_logits(image), labels, **options)
+    logits = training_logits(model, image)
+    loss = cross_entropy(logits, labels, **options)
+    return loss + dice * dice_loss(logits, labels) if dice else loss

@@ -16,12 +16,12 @@ from pixelwise.data.scan import worker_count
 from pixelwise.data.separation import where_objects_come_from
 from pixelwise.infer.estimates import peak_memory_bytes
 from pixelwise.infer.predictor import resolve_device, resolve_precision
-from pixelwise.losses import cross_entropy
 from pixelwise.machine import is_out_of_memory, memory_room
 from pixelwise.models.registry import count_parameters
+from pixelwise.ops.activations import speed_up_activations
 from pixelwise.ops.depthwise import speed_up_depthwise
 from pixelwise.train.config import RunConfig
-from pixelwise.train.network import Start, training_logits, window_px
+from pixelwise.train.network import Start, training_loss, window_px
 
 CROPS, WINDOWS = 8, 128  # in a step, unless the user says otherwise
 CROP_STEP_PX = 32  # the stride of nearly every encoder: crops of its multiples need no padding
@@ -184,16 +184,17 @@ def time_steps(
         if config.channels_last:
             trial = trial.to(memory_format=torch.channels_last)
         speed_up_depthwise(trial)
+        speed_up_activations(trial)
         optimizer = torch.optim.AdamW(trial.parameters(), lr=0.0)
         image = torch.randn(batch, channels, side, side, device=device)
+        labels = torch.zeros((batch, *((side, side) if window_px(model) is None else (1, 1))), device=device).byte()
         seconds = []
         for _ in range(2):
             started = time.perf_counter()
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
                 x = image.contiguous(memory_format=torch.channels_last) if config.channels_last else image
-                logits = training_logits(trial, x)  # (N, K, side, side), or (N, K, 1, 1) of windows
-            labels = torch.zeros_like(logits[:, 0], dtype=torch.uint8)
-            cross_entropy(logits, labels).backward()
+                loss = training_loss(trial, x, labels)
+            loss.backward()
             optimizer.step()
             optimizer.zero_grad()
             if device.type == "cuda":
