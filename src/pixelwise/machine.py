@@ -134,9 +134,9 @@ _USUAL = {_MMAP_MAX: 1 << 16, _TRIM_THRESHOLD: 64 << 20, _MMAP_THRESHOLD: 32 << 
 def keep_freed_memory(keep: bool) -> None:
     """Whether memory that this process frees stays with it, for what it allocates next.
 
-    The C library gives large arrays back to the system as soon as they are freed, and gets them anew, page by page and filled
-    with zeros, for the next. A training step makes the same large arrays again and again, and spends a sixth of its time on
-    that. Going back to not keeping gives back all that is free. Nothing happens where the C library is not glibc.
+    The C library gives large arrays back to the system as soon as they are freed, and gets new ones page by page, full of
+    zeros. A training step makes the same large arrays again and again, and spends a tenth to a fifth of its time on that.
+    Going back to not keeping gives back all that is free. Nothing happens where the C library is not glibc.
 
     Example:
         >>> keep_freed_memory(True)

@@ -55,7 +55,7 @@ def enlarged_cross_entropy(
     """
     total: Tensor = _Enlarged.apply(
         coarse.scores, coarse.rows, coarse.columns, labels_NHW, ignore_index, weight, pixel_weight, label_smoothing
-    )  # type: ignore[no-untyped-call]
+    )
     return total if reduction == "sum" else total / (labels_NHW != ignore_index).sum().clamp(min=1)
 
 

@@ -10,8 +10,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import BatchNormAct2d
-from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
 
@@ -38,6 +36,9 @@ def _forward(self: nn.Hardtanh, x: Tensor) -> Tensor:
 
 def _behind_batch_norm(model: nn.Module) -> list[nn.Module]:
     """Activations whose input comes fresh from a batch norm, or from adding to what does."""
+    from timm.layers import BatchNormAct2d  # slow to import
+    from timm.models.resnet import BasicBlock, Bottleneck, ResNet
+
     found: list[nn.Module] = []
     for module in model.modules():
         if isinstance(module, BatchNormAct2d):
@@ -57,7 +58,7 @@ def speed_up_activations(model: nn.Module) -> int:
     found = [module for module in _behind_batch_norm(model) if type(module) in (nn.ReLU, nn.ReLU6)]
     for module in found:
         if isinstance(module, nn.ReLU6):
-            module.forward = _forward.__get__(module)
-        else:
+            module.forward = _forward.__get__(module)  # type: ignore[method-assign]
+        elif isinstance(module, nn.ReLU):
             module.inplace = False
     return len(found)

@@ -88,6 +88,9 @@ def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, stride: Pair, side
         part = weight[..., first : first + FAST_WIDTH]
         columns = (grad.shape[3] - 1) * stride[1] + part.shape[-1]
         near = left - first
+        if -near >= x.shape[3] or columns <= near:  # they see nothing but padding
+            parts.append(torch.zeros_like(part))
+            continue
         seen = F.pad(x, (near, columns - near - x.shape[3], above, rows - above - x.shape[2]))
         parts.append(gradient(seen, part, (0, 0)))
     return torch.cat(parts, dim=3)

@@ -16,7 +16,7 @@ from pixelwise.machine import keep_freed_memory
 from pixelwise.ops.activations import speed_up_activations
 from pixelwise.ops.depthwise import speed_up_depthwise
 from pixelwise.train.config import RunConfig
-from pixelwise.train.network import training_loss, window_px
+from pixelwise.train.network import frozen_parts, training_loss, window_px
 from pixelwise.train.plan import Plan
 from pixelwise.train.selection import Progress
 from pixelwise.train.stream import seed_of
@@ -89,6 +89,8 @@ class SegmentationModule(pl.LightningModule):
 
     def on_train_batch_start(self, _batch: Any, _index: int) -> None:
         keep_freed_memory(True)
+        for part in frozen_parts(self.model, self.config.freeze):
+            part.eval()  # Lightning and validations put the network as a whole into training mode
         # The draws of a step (dropout, …) depend on the seed and the step alone, so that a resumed run repeats them.
         torch.manual_seed(seed_of(self.config.seed, "step", self.global_step, self.global_rank))
         factor = self.lr_factor()

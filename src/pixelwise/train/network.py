@@ -18,7 +18,7 @@ from pixelwise.models import create_model, model_config
 from pixelwise.models.backbones import backbone_normalisation
 from pixelwise.models.pretrained import Loaded, is_classifier, load_classifier, load_network, load_pretrained
 from pixelwise.ops.resize import CoarseLogits
-from pixelwise.train.config import RunConfig
+from pixelwise.train.config import Freeze, RunConfig
 
 OF_CROPS = ("crop_px", "scale", "focus", "elastic", "separation")  # options that mean nothing for windows
 Normalisation = tuple[tuple[float, ...], tuple[float, ...]]  # mean and standard deviation per channel, unit scale
@@ -57,6 +57,8 @@ def start_network(config: RunConfig, inspection: Inspection, *, is_resumed: bool
     loaded, norm = None, (inspection.mean, inspection.std)
     if not is_resumed and (config.init or config.pretrained):
         loaded, norm = _fill(model, config, inspection)
+    for part in frozen_parts(model, config.freeze):
+        part.requires_grad_(False)
     return Start(
         model=model, kwargs=kwargs, loaded=None if loaded is None else loaded.summary(), mean=norm[0], std=norm[1]
     )
@@ -125,8 +127,13 @@ def window_px(model: nn.Module) -> int | None:
 def check_options(config: RunConfig, model: nn.Module) -> None:
     """Refuse options that would be ignored."""
     has_encoder = any(name.startswith("encoder.") for name, _ in model.named_parameters())
-    if config.encoder_lr != 1 and not has_encoder:
-        raise UsageError(f"{config.model} has no encoder of its own, so encoder_lr means nothing to it. Leave it out.")
+    for key in ("encoder_lr", "freeze"):
+        if getattr(config, key) != RunConfig.model_fields[key].default and not has_encoder:
+            raise UsageError(f"{config.model} has no encoder of its own, so {key} means nothing to it. Leave it out.")
+    if config.freeze == "stem" and not frozen_parts(model, "stem"):
+        raise UsageError(
+            f"the encoder of {config.model} does not begin with a convolution. Use freeze=encoder or none."
+        )
     if window_px(model) is None:
         return
     fields = RunConfig.model_fields
@@ -135,6 +142,22 @@ def check_options(config: RunConfig, model: nn.Module) -> None:
             f"{config.model} is trained on windows of {window_px(model)} px, not on crops, so {', '.join(given)} means "
             "nothing to it. Leave it out; options.window=… sets the side of the windows."
         )
+
+
+def frozen_parts(model: nn.Module, freeze: Freeze) -> tuple[nn.Module, ...]:
+    """What `freeze` leaves as it is: no gradient, and batch norm with the stored statistics (as in evaluation).
+
+    The stem is the encoder's first convolution and the batch norm directly behind it.
+    """
+    if freeze == "none":
+        return ()
+    encoder = model.get_submodule("encoder")
+    if freeze == "encoder":
+        return (encoder,)
+    layers = [item for item in encoder.modules() if isinstance(item, nn.Conv2d | nn.modules.batchnorm._BatchNorm)]
+    if not layers or not isinstance(layers[0], nn.Conv2d):
+        return ()
+    return (layers[0], *(item for item in layers[1:2] if not isinstance(item, nn.Conv2d)))
 
 
 def training_logits(model: nn.Module, image: Tensor) -> Tensor:
