@@ -159,3 +159,22 @@ def test_worker_processes_take_at_most_half_of_the_memory(monkeypatch: pytest.Mo
     for free, wanted in ((32 * GIB, 8), (4 * GIB, 4), (GIB // 2, 0)):
         monkeypatch.setattr(plan, "memory_room", lambda free=free: machine.Room(free, "this container"))
         assert plan.default_workers("cuda") == wanted and plan.default_workers("cpu") == min(1, wanted)
+
+
+def test_freed_memory_is_kept_and_given_back() -> None:
+    if machine._glibc() is None:
+        pytest.skip("the C library is not glibc")
+
+    def held_after_freeing() -> int:
+        big = torch.ones(1 << 24)  # 64 MiB, which glibc would give back at once
+        del big
+        return machine._sizes_of_process()["VmRSS"]
+
+    machine.keep_freed_memory(False)
+    before = held_after_freeing()
+    machine.keep_freed_memory(True)
+    kept = held_after_freeing()
+    assert kept >= before + (60 << 20)
+    assert held_after_freeing() <= kept + (8 << 20)  # the second array lies where the first one was
+    machine.keep_freed_memory(False)
+    assert machine._sizes_of_process()["VmRSS"] <= before + (8 << 20)

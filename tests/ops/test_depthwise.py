@@ -14,6 +14,13 @@ CASES = {
     "wide, strided, dilated": nn.Conv2d(6, 6, 5, stride=2, padding=4, dilation=2, groups=6, bias=False),
     "one side wide": nn.Conv2d(6, 6, (1, 5), padding=(0, 2), groups=6, bias=False),
     "same": Conv2dSame(6, 6, 5, groups=6, bias=False),
+    "very wide": nn.Conv2d(6, 6, 7, padding=3, groups=6, bias=False),
+    "wide, strided": nn.Conv2d(6, 6, 5, stride=2, padding=2, groups=6, bias=False),
+    "unpadded": nn.Conv2d(6, 6, (5, 1), stride=(3, 2), groups=6, bias=False),
+    "padded by more than half": nn.Conv2d(6, 6, 3, stride=2, padding=2, groups=6, bias=False),
+    "same, wide, strided": Conv2dSame(6, 6, 5, stride=2, groups=6, bias=False),
+    "same, strided far": Conv2dSame(6, 6, 5, stride=3, groups=6, bias=False),
+    "same, even": Conv2dSame(6, 6, 4, groups=6, bias=False),
     "same, strided": Conv2dSame(6, 6, 3, stride=2, groups=6, bias=False),
 }
 SIZES = [(13, 18), (16, 16), (7, 1)]

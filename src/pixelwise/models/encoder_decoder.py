@@ -19,7 +19,14 @@ from pixelwise.models.backbones import PROBE_PX, Backbone, create_backbone, smal
 from pixelwise.models.registry import check_fields, register_model
 from pixelwise.ops.cost import without_memory
 from pixelwise.ops.pooling import MaxPoolKeepingIndices
-from pixelwise.ops.resize import crop_like, learnt_bilinear, pad_to_multiple, upsample_to
+from pixelwise.ops.resize import (
+    CoarseLogits,
+    bilinear_matrix,
+    crop_like,
+    learnt_bilinear,
+    pad_to_multiple,
+    upsample_to,
+)
 
 Skip = Literal["none", "add", "concat", "reduce"]
 Up = Literal["bilinear", "transposed", "unpool"]
@@ -91,6 +98,7 @@ class EncoderDecoder(nn.Module):
         super().__init__()
         self.encoder = create_backbone(config.backbone, in_channels=config.in_channels)
         self.stride = max(self.encoder.strides)
+        self.is_coarse = config.finest > 1
         self.smallest_px = smallest_px(self.encoder, self.stride, config.in_channels, config.backbone)
         pools = _remember_pools(self.encoder, config.in_channels) if config.up == "unpool" else {}
         levels = list(zip(self.encoder.channels, self.encoder.strides, strict=True))
@@ -107,12 +115,23 @@ class EncoderDecoder(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         padded = pad_to_multiple(image, self.stride, at_least=self.smallest_px)
+        scores = self._scores(padded)  # (N, K, H/4, W/4)
+        return crop_like(upsample_to(scores, padded.shape[-2:]), image)  # (N, K, H, W)
+
+    def coarse_logits(self, image: Tensor) -> CoarseLogits:
+        """What `forward` gives, before it is enlarged; for losses, if `is_coarse`."""
+        padded = pad_to_multiple(image, self.stride, at_least=self.smallest_px)
+        scores = self._scores(padded)  # (N, K, H/4, W/4)
+        sizes = zip(scores.shape[-2:], padded.shape[-2:], image.shape[-2:], strict=True)
+        rows, columns = (bilinear_matrix(grid, whole, image.device)[:size] for grid, whole, size in sizes)
+        return CoarseLogits(scores, rows, columns)
+
+    def _scores(self, padded: Tensor) -> Tensor:
         maps = self.encoder(padded)  # (N, 64, H/2, W/2) ... (N, 512, H/32, W/32) for a ResNet-18
         x = maps[-1]
         for step, skip in zip(self.steps, maps[-2::-1], strict=False):
             x = step(x, skip)  # (N, 128, H/16, W/16) ... (N, 64, H/4, W/4)
-        scores = self.score(x)  # (N, K, H/4, W/4)
-        return crop_like(upsample_to(scores, padded.shape[-2:]), image)  # (N, K, H, W)
+        return self.score(x)  # (N, K, H/4, W/4)
 
 
 def _remember_pools(encoder: Backbone, in_channels: int) -> dict[int, MaxPoolKeepingIndices]:

@@ -1,5 +1,6 @@
 """Padding, cropping, mirroring and bilinear upsampling, shared by every network."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -80,6 +81,38 @@ def upsample_to(features: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
     if has_known_size(features) and tuple(features.shape[-2:]) == tuple(size):
         return features
     return F.interpolate(features, size=tuple(size), mode="bilinear", align_corners=False)
+
+
+def bilinear_matrix(length: int, size: int, device: torch.device | None = None) -> Tensor:
+    """The (size, length) weights with which `upsample_to` makes `size` rows (or columns) of `length`.
+
+    Example:
+        >>> bilinear_matrix(2, 4)
+        tensor([[1.0000, 0.0000],
+                [0.7500, 0.2500],
+                [0.2500, 0.7500],
+                [0.0000, 1.0000]])
+    """
+    return F.interpolate(torch.eye(length, device=device)[None], size=size, mode="linear")[0].T
+
+
+@dataclass(frozen=True)
+class CoarseLogits:
+    """Logits that are computed on a coarse grid and then only enlarged; whoever needs them coarse need not enlarge them.
+
+    Example:
+        >>> coarse = CoarseLogits(torch.rand(1, 2, 3, 4), bilinear_matrix(3, 12), bilinear_matrix(4, 16)[:13])
+        >>> coarse.enlarge().shape
+        torch.Size([1, 2, 12, 13])
+    """
+
+    scores: Tensor  # (N, K, h, w)
+    rows: Tensor  # (H, h): the weights of each row of the image
+    columns: Tensor  # (W, w): likewise
+
+    def enlarge(self) -> Tensor:
+        """The logits (N, K, H, W)."""
+        return self.rows.to(self.scores) @ self.scores @ self.columns.to(self.scores).T
 
 
 def bilinear_kernel(size: int) -> Tensor:

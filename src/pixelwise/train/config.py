@@ -24,6 +24,7 @@ from pixelwise.losses.pixel import Reduction
 from pixelwise.losses.weights import Scheme
 from pixelwise.models.registry import suggestion
 
+Freeze = Literal["none", "stem", "encoder"]
 Schedule = Literal["poly", "onecycle", "constant", "exponential"]
 Share = Annotated[float, Field(ge=0, le=1)]
 Weight = Annotated[float, Field(ge=0, le=1e9)]
@@ -70,6 +71,9 @@ class RunConfig(BaseModel):
     )
     pretrained: str | None = Field(default=None, description="'auto' for the library's weights, or a file")
     init: str | None = Field(default=None, description="a run folder, or a classifier's name: weights to start from")
+    freeze: Freeze = Field(
+        default="none", description="what keeps the weights it starts from: the encoder's stem, or all of the encoder"
+    )
     stages: tuple[str, ...] = Field(
         default=(), max_length=100, description="networks to train first, each from the one before"
     )
@@ -205,6 +209,13 @@ class RunConfig(BaseModel):
             raise ValueError(f"scale must be two positive numbers, the smaller first, not {self.scale}")
         if self.init is not None and self.pretrained is not None:
             raise ValueError("init and pretrained both name the weights to start from; give one of them")
+        if self.freeze != "none" and self.init is None and self.pretrained is None:
+            raise ValueError(
+                f"freeze={self.freeze} keeps the weights that training starts from, and these are random without "
+                "pretrained or init; give one of them, or leave freeze out"
+            )
+        if self.freeze == "encoder" and self.encoder_lr != 1:
+            raise ValueError("encoder_lr means nothing with freeze=encoder; leave one of them out")
         if self.slices % 2 == 0:
             raise ValueError(f"slices must be an odd number: a slice and as many on each side, not {self.slices}")
         if isinstance(self.intensity, tuple) and not self.intensity[0] < self.intensity[1]:

@@ -29,6 +29,7 @@ from pixelwise.infer.bundle import ModelCard, save_bundle
 from pixelwise.infer.evaluate import Evaluation, evaluate
 from pixelwise.infer.options import OverflowingScores
 from pixelwise.infer.predictor import Predictor
+from pixelwise.machine import keep_freed_memory
 from pixelwise.train.config import RunConfig
 from pixelwise.train.folder import COLUMNS, CONFIG_NAME, LAST_NAME, History, SafeCheckpointIO
 from pixelwise.train.module import SegmentationModule
@@ -99,6 +100,7 @@ class TrainingLoop(pl.Callback):
         self._step_from = time.monotonic()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        keep_freed_memory(False)
         if not self.interrupted:
             self.checkpoint(trainer)
             if self.module.progress.validated_step != trainer.global_step:
@@ -165,6 +167,7 @@ class TrainingLoop(pl.Callback):
     def _evaluate(self) -> Evaluation:
         module = self.module
         was_training, self.is_validating = module.evaluated.training, True
+        keep_freed_memory(False)  # the room for large images is looked at
         predictor = Predictor(module.evaluated, self.card, device=module.device, precision=self.plan.precision)
         try:
             evaluation = evaluate(predictor, self._val_folder(), split="val", check=False, note=None)

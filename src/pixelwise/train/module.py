@@ -11,11 +11,13 @@ from torch.optim.swa_utils import AveragedModel
 
 from pixelwise.data.check import Inspection
 from pixelwise.errors import PixelwiseError
-from pixelwise.losses import class_weights, cross_entropy, dice_loss
+from pixelwise.losses import class_weights
 from pixelwise.losses.pixel import IGNORE
+from pixelwise.machine import keep_freed_memory
+from pixelwise.ops.activations import speed_up_activations
 from pixelwise.ops.depthwise import speed_up_depthwise
 from pixelwise.train.config import RunConfig
-from pixelwise.train.network import training_logits, window_px
+from pixelwise.train.network import frozen_parts, training_loss, window_px
 from pixelwise.train.plan import Plan
 from pixelwise.train.selection import Progress
 from pixelwise.train.stream import seed_of
@@ -42,6 +44,7 @@ class SegmentationModule(pl.LightningModule):
         average = AveragedModel(model, multi_avg_fn=self._average, use_buffers=True) if config.ema else None
         self._beside = (average,)  # no submodule: what is trained on several devices must get a gradient
         speed_up_depthwise(self.model)
+        speed_up_activations(self.model)
         self.register_buffer("mean", torch.tensor(plan.mean).reshape(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(plan.std).reshape(1, -1, 1, 1), persistent=False)
         self.register_buffer("weight", weight, persistent=False)
@@ -68,21 +71,17 @@ class SegmentationModule(pl.LightningModule):
         x = (image - self.mean) / self.std
         if self.config.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
-        logits = training_logits(self.model, x)  # (N, K, H, W)
-        pixel_weight = self._class_weight(labels) + maps[0] if maps else None
-        loss = cross_entropy(
-            logits,
+        return training_loss(
+            self.model,
+            x,
             labels,
+            dice=self.config.dice,
+            share=self._share(labels) if self.config.devices > 1 else 1.0,
             weight=None if maps else self.weight,
-            pixel_weight=pixel_weight,
+            pixel_weight=self._class_weight(labels) + maps[0] if maps else None,
             label_smoothing=self.config.label_smoothing,
             reduction=self.config.reduction,
         )
-        if self.config.devices > 1:
-            loss = loss * self._share(labels)
-        if self.config.dice:
-            loss = loss + self.config.dice * dice_loss(logits, labels)
-        return loss
 
     def _share(self, labels: Tensor) -> Tensor | float:
         """What this process's loss must be multiplied by, for DDP averages gradients: so they become those of all crops.
@@ -104,6 +103,9 @@ class SegmentationModule(pl.LightningModule):
         return self.weight[labels.long().clamp(max=len(self.weight) - 1)]  # void has no loss, whatever it weighs
 
     def on_train_batch_start(self, _batch: Any, _index: int) -> None:
+        keep_freed_memory(True)
+        for part in frozen_parts(self.model, self.config.freeze):
+            part.eval()  # Lightning and validations put the network as a whole into training mode
         # The draws of a step (dropout, …) depend on the seed and the step alone, so that a resumed run repeats them.
         torch.manual_seed(seed_of(self.config.seed, "step", self.global_step, self.global_rank))
         factor = self.lr_factor()

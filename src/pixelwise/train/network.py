@@ -13,13 +13,22 @@ from torch import Tensor, nn
 from pixelwise.data.check import Inspection
 from pixelwise.errors import UsageError
 from pixelwise.infer.bundle import CARD_NAME, is_bundle, load_bundle
+from pixelwise.losses import cross_entropy, dice_loss, enlarged_cross_entropy
 from pixelwise.models import create_model, model_config
 from pixelwise.models.backbones import backbone_normalisation
 from pixelwise.models.pretrained import Loaded, is_classifier, load_classifier, load_network, load_pretrained
-from pixelwise.train.config import RunConfig
+from pixelwise.ops.resize import CoarseLogits
+from pixelwise.train.config import Freeze, RunConfig
 
 OF_CROPS = ("crop_px", "scale", "focus", "elastic", "separation")  # options that mean nothing for windows
 Normalisation = tuple[tuple[float, ...], tuple[float, ...]]  # mean and standard deviation per channel, unit scale
+
+
+class IsCoarse(Protocol):
+    """A network that scores classes on a coarse grid and enlarges the scores linearly."""
+
+    def coarse_logits(self, image: Tensor) -> CoarseLogits:
+        """What its `forward` gives, before it is enlarged."""
 
 
 class Classifies(Protocol):
@@ -48,6 +57,8 @@ def start_network(config: RunConfig, inspection: Inspection, *, is_resumed: bool
     loaded, norm = None, (inspection.mean, inspection.std)
     if not is_resumed and (config.init or config.pretrained):
         loaded, norm = _fill(model, config, inspection)
+    for part in frozen_parts(model, config.freeze):
+        part.requires_grad_(False)
     return Start(
         model=model, kwargs=kwargs, loaded=None if loaded is None else loaded.summary(), mean=norm[0], std=norm[1]
     )
@@ -116,8 +127,13 @@ def window_px(model: nn.Module) -> int | None:
 def check_options(config: RunConfig, model: nn.Module) -> None:
     """Refuse options that would be ignored."""
     has_encoder = any(name.startswith("encoder.") for name, _ in model.named_parameters())
-    if config.encoder_lr != 1 and not has_encoder:
-        raise UsageError(f"{config.model} has no encoder of its own, so encoder_lr means nothing to it. Leave it out.")
+    for key in ("encoder_lr", "freeze"):
+        if getattr(config, key) != RunConfig.model_fields[key].default and not has_encoder:
+            raise UsageError(f"{config.model} has no encoder of its own, so {key} means nothing to it. Leave it out.")
+    if config.freeze == "stem" and not frozen_parts(model, "stem"):
+        raise UsageError(
+            f"the encoder of {config.model} does not begin with a convolution. Use freeze=encoder or none."
+        )
     if window_px(model) is None:
         return
     fields = RunConfig.model_fields
@@ -128,8 +144,38 @@ def check_options(config: RunConfig, model: nn.Module) -> None:
         )
 
 
+def frozen_parts(model: nn.Module, freeze: Freeze) -> tuple[nn.Module, ...]:
+    """What `freeze` leaves as it is: no gradient, and batch norm with the stored statistics (as in evaluation).
+
+    The stem is the encoder's first convolution and the batch norm directly behind it.
+    """
+    if freeze == "none":
+        return ()
+    encoder = model.get_submodule("encoder")
+    if freeze == "encoder":
+        return (encoder,)
+    layers = [item for item in encoder.modules() if isinstance(item, nn.Conv2d | nn.modules.batchnorm._BatchNorm)]
+    if not layers or not isinstance(layers[0], nn.Conv2d):
+        return ()
+    return (layers[0], *(item for item in layers[1:2] if not isinstance(item, nn.Conv2d)))
+
+
 def training_logits(model: nn.Module, image: Tensor) -> Tensor:
     """Scores of a batch (N, C, s, s): (N, K, s, s) of crops, (N, K, 1, 1) of windows."""
     if window_px(model) is None:
         return model(image)
     return cast(Classifies, model).classify(image)[..., None, None]
+
+
+def training_loss(
+    model: nn.Module, image: Tensor, labels: Tensor, *, dice: float = 0.0, share: Tensor | float = 1.0, **options: Any
+) -> Tensor:
+    """The loss of a batch: `share` times the cross-entropy with `options`, and `dice` times the Dice loss.
+
+    On CPUs, scores of a coarse grid stay there as far as that is possible; on GPUs their enlargement is cheap.
+    """
+    if not dice and image.device.type == "cpu" and getattr(model, "is_coarse", False):
+        return share * enlarged_cross_entropy(cast(IsCoarse, model).coarse_logits(image), labels, **options)
+    logits = training_logits(model, image)
+    loss = share * cross_entropy(logits, labels, **options)
+    return loss + dice * dice_loss(logits, labels) if dice else loss

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pixelwise.infer.predictor import computes_in_bf16, resolve_precision
+from pixelwise.infer.devices import computes_in_bf16, resolve_precision
 from pixelwise.machine import is_out_of_memory, memory_room
 from pixelwise.train.config import RunConfig
 from pixelwise.train.network import Start, window_px

@@ -18,11 +18,11 @@ from torch.utils.data import Dataset
 
 from pixelwise.errors import DataError
 from pixelwise.files import read_json, write_json
-from pixelwise.losses import cross_entropy
-from pixelwise.machine import cache_folder, cpu_name, is_out_of_memory, processors
+from pixelwise.machine import cache_folder, cpu_name, is_out_of_memory, keep_freed_memory, processors
+from pixelwise.ops.activations import speed_up_activations
 from pixelwise.ops.depthwise import speed_up_depthwise
 from pixelwise.train.config import RunConfig
-from pixelwise.train.network import Start, training_logits
+from pixelwise.train.network import Start, frozen_parts, training_loss, window_px
 
 PROBE_S, SHARE = 20.0, 0.1  # a probe takes at most so long, and at most so much of the training that it is for
 LEAST, MOST = 5, 15  # timed steps
@@ -114,30 +114,37 @@ def time_steps(
         precisions: "bf16", "float32" or both, the one to prefer first.
         allowed_s: seconds that may be spent, by those of one step.
     """
+    keep_freed_memory(True)  # as in the training
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            return _taking_turns(_Trial(config, model, shape, device), precisions, allowed_s)
+    finally:
+        keep_freed_memory(False)
+
+
+def _taking_turns(trial: "_Trial", precisions: tuple[str, ...], allowed_s: Callable[[float], float]) -> Seconds:
     began = time.perf_counter()
     first, *others = precisions
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        trial = _Trial(config, model, shape, device)
-        cold = trial.step(first)
-        found = {first: [cold if cold > PROBE_S / 2 else trial.step(first)]}
-        most = allowed_s(found[first][0])
-        # By the number of steps, not by a clock: the same command must not compare them today and not tomorrow.
-        is_worth_it = most >= min(PROBE_S, COMPARED * found[first][0])
-        for other in others if is_worth_it else ():
-            if time.perf_counter() - began + 4 * found[first][0] > PROBE_S:  # a first step, and one that is counted
-                continue
-            try:
-                trial.step(other)
-                found[other] = [trial.step(other)]
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-        while len(found[first]) < MOST and not _is_steady(found):
-            limit = most if len(found) == 1 or len(found[first]) >= LEAST else PROBE_S
-            if time.perf_counter() - began + sum(times[-1] for times in found.values()) > limit:
-                break
-            for name, times in found.items():
-                times.append(trial.step(name))
+    cold = trial.step(first)
+    found = {first: [cold if cold > PROBE_S / 2 else trial.step(first)]}
+    most = allowed_s(found[first][0])
+    # By the number of steps, not by a clock: the same command must not compare them today and not tomorrow.
+    is_worth_it = most >= min(PROBE_S, COMPARED * found[first][0])
+    for other in others if is_worth_it else ():
+        if time.perf_counter() - began + 4 * found[first][0] > PROBE_S:  # a first step, and one that is counted
+            continue
+        try:
+            trial.step(other)
+            found[other] = [trial.step(other)]
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+    while len(found[first]) < MOST and not _is_steady(found):
+        limit = most if len(found) == 1 or len(found[first]) >= LEAST else PROBE_S
+        if time.perf_counter() - began + sum(times[-1] for times in found.values()) > limit:
+            break
+        for name, times in found.items():
+            times.append(trial.step(name))
     return found
 
 
@@ -157,18 +164,22 @@ class _Trial:
         if config.channels_last:
             self.model = self.model.to(memory_format=torch.channels_last)
         speed_up_depthwise(self.model)
+        speed_up_activations(self.model)
+        for part in frozen_parts(self.model, config.freeze):
+            part.eval()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.0)
         self.clip = config.clip_norm
         self.image = torch.randn(batch, channels, side, side, device=device)
+        labelled = (side, side) if window_px(model) is None else (1, 1)
+        self.labels = torch.zeros((batch, *labelled), dtype=torch.uint8, device=device)
 
     def step(self, precision: str) -> float:
         """Seconds of one step."""
         started = time.perf_counter()
         self.optimizer.zero_grad()
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
-            logits = training_logits(self.model, self.image.contiguous(memory_format=self.layout))
-        labels = torch.zeros_like(logits[:, 0], dtype=torch.uint8)  # (N, side, side), or (N, 1, 1) of windows
-        cross_entropy(logits, labels).backward()
+            loss = training_loss(self.model, self.image.contiguous(memory_format=self.layout), self.labels)
+        loss.backward()
         if self.clip:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
         self.optimizer.step()
