@@ -12,10 +12,11 @@ CHECK = """
 import sys
 from pixelwise.cli import main
 
-try:
-    main(sys.argv[1:])
-except SystemExit as ended:
-    assert ended.code == 0
+for words in {commands}:
+    try:
+        main(words)
+    except SystemExit as ended:
+        assert ended.code == 0
 
 from pixelwise.models import create_model
 import torch
@@ -28,13 +29,14 @@ print("HEAVY", [name for name in (*heavy, "torch._dynamo", "sympy", "triton") if
 """
 
 
-def test_a_small_photo_waits_for_torch_alone(bundles, tmp_path):
+def test_a_look_at_data_and_a_small_photo_wait_for_torch_alone(bundles, toy_data, tmp_path):
     Image.fromarray(np.full((40, 50, 3), 90, np.uint8)).save(tmp_path / "photo.png")
     names = [name for name in list_models() if not hasattr(model_info(name).config, "backbone")]
     assert len(names) > 10
-    words = ["predict", str(bundles[3]), str(tmp_path / "photo.png"), "--out", str(tmp_path / "out"), "--overlay"]
-    command = [sys.executable, "-c", CHECK.format(names=names), *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    photo, out = str(tmp_path / "photo.png"), str(tmp_path / "out")
+    commands = [["inspect", str(toy_data)], ["predict", str(bundles[3]), photo, "--out", out, "--device", "cpu"]]
+    code = CHECK.format(names=names, commands=commands)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "HEAVY []"
     assert (tmp_path / "out" / "photo.png").exists()
