@@ -99,7 +99,12 @@ def test_train_can_be_called_whatever_was_imported_first():
 
 
 @pytest.mark.parametrize(
-    "code", ["import pixelwise", "import pixelwise.cli", "from pixelwise.cli import main; main(['train', '--help'])"]
+    "code",
+    [
+        "import pixelwise",
+        "from pixelwise.cli import main; main(['train', '--help'])",
+        "from pixelwise.cli import main; main(['models', 'unet*'])",
+    ],
 )
 def test_starting_is_fast_because_nothing_heavy_is_imported(code):
     check = (

@@ -1,8 +1,12 @@
 """`pixelwise models --receptive-field`, and prediction with the halo cut."""
 
+from dataclasses import dataclass
+
 import numpy as np
 from PIL import Image
+from torch import nn
 
+from pixelwise.models.registry import register_model
 from pixelwise.ops.receptive_field import ReceptiveField
 
 
@@ -28,6 +32,26 @@ def test_lines_come_one_by_one_and_say_where_there_is_no_end(program, monkeypatc
     done = program("models", "fcn?s", "--receptive-field")
     assert done.code == 0 and [text.split()[0] for text in (*shown, done.out)] == ["name", "fcn8s"][: len(shown) + 1]
     assert done.out.split(maxsplit=1)[1].strip() == "the whole image"
+
+
+def test_a_network_of_ones_own_is_measured(program, monkeypatch):
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        num_classes: int = 2
+        in_channels: int = 3
+
+    def build(config):
+        layer = nn.Conv2d(config.in_channels, config.num_classes, 1)
+        layer.stride = 1
+        return layer
+
+    monkeypatch.setattr("pixelwise.models.registry._MODELS", {})
+    register_model("own", build, Config(), paper="none yet", tiny={})
+    done = program("models")
+    assert done.code == 0, done.err
+    *_, header, _line, row = done.out.strip().splitlines()
+    assert header.split() == ["name", "parameters", "GMAC", "stride", "paper"]
+    assert row.split() == ["own", "44", "0.0", "1", "none", "yet"]  # 3 x 11 weights and 11 biases
 
 
 def test_no_such_network(program):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pixelwise.data.labels import LabelSpec
 from pixelwise.data.numbers import Numbers
@@ -73,6 +74,30 @@ def test_a_resolved_config_rebuilds_the_network(tmp_path):
     loaded, card = load_bundle(tmp_path)
     assert loaded.config == model.config
     assert card.config == asdict(model.config)
+
+
+class _Draws(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen += [str(func)] * (torch.Tag.nondeterministic_seeded in func.tags)
+        return func(*args, **(kwargs or {}))
+
+
+# fcn8s has tensors that are not among its weights, so it is built with memory too.
+@pytest.mark.parametrize("name", ["fcn8s", "segnet", "linknet", "enet"])
+def test_no_weights_are_drawn_for_a_network_that_has_its_own(tmp_path, name):
+    torch.manual_seed(2)
+    model = create_model(name, **CONFIG).eval()
+    save_bundle(tmp_path, model, replace(CARD, model=name))
+    with _Draws() as draws:
+        loaded = load_bundle(tmp_path)[0]
+    assert not draws.seen
+    image = torch.rand(1, 3, 40, 50)
+    with torch.no_grad():
+        assert torch.equal(loaded(image), model(image))
 
 
 def test_saving_and_loading_leave_the_random_state_alone(run):

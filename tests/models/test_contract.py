@@ -5,6 +5,7 @@ import functools
 import json
 import random
 from dataclasses import asdict, fields
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from safetensors.torch import load, save
 from torch import nn
 from torch.export import Dim
 
+import pixelwise.models
 from pixelwise.models import create_model, describe_model, list_models
 
 DRAWS = random.Random(0)
@@ -148,3 +150,7 @@ def test_a_description_allocates_nothing_and_knows_the_paper(name):
     row = describe_model(name)
     assert row["name"] == name and row["paper"] and row["parameters"] > 0
     assert row["stride"] & (row["stride"] - 1) == 0
+    rows = json.loads((Path(pixelwise.models.__file__).parent / "table.json").read_text("utf-8"))
+    remake = "`pixelwise models` prints another row; run `python -m pixelwise.models.table` and look at what changed"
+    assert [entry for entry in rows if entry["name"] == name] == [row], remake
+    assert [entry["name"] for entry in rows] == list_models(), remake

@@ -1,13 +1,18 @@
 """`pixelwise models`: the networks with paper, parameters, cost and stride, or with their receptive fields."""
 
-from collections.abc import Sequence
-from typing import Annotated
+import fnmatch
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from typing import Annotated, Any
 
 import typer
 from rich.box import SIMPLE
 from rich.table import Table
 
 from pixelwise.cli import options
+from pixelwise.errors import UsageError
 
 TILE_PX = 1024  # of the tiles whose cost is given
 
@@ -28,8 +33,13 @@ def models(
 
     Example: pixelwise models "unet*"
     """
-    from pixelwise.errors import UsageError
-    from pixelwise.models import list_models
+    rows = {row["name"]: row for row in json.loads((files("pixelwise") / "models" / "table.json").read_text("utf-8"))}
+    if "pixelwise.models" in sys.modules:  # somebody may have registered networks of their own
+        from pixelwise.models import list_models
+    else:  # nobody has, and torch is not waited for
+
+        def list_models(pattern: str = "*") -> list[str]:
+            return sorted(fnmatch.filter(rows, pattern))
 
     names = list_models(pattern)
     if not names:
@@ -37,21 +47,25 @@ def models(
     if receptive_field:
         _show_fields(names)
     else:
-        _show_costs(names)
+        _show_costs(names, rows)
 
 
-def _show_costs(names: Sequence[str]) -> None:
-    """Print a table of parameters, cost, stride and paper."""
-    from pixelwise.models import describe_model
-
+def _show_costs(names: Sequence[str], rows: Mapping[str, Mapping[str, Any]]) -> None:
+    """Print a table of parameters, cost, stride and paper, from `rows` or measured now."""
     table = Table("name", "parameters", "GMAC", "stride", "paper", box=SIMPLE)
     for column in table.columns[1:4]:
         column.justify = "right"
     for name in names:
-        row = describe_model(name)
+        row = rows[name] if name in rows else _measure(name)
         cost = f"{row['multiply_adds'] / 1e9:.1f}"
         table.add_row(name, f"{row['parameters']:,}", cost, str(row["stride"]), row["paper"])
     options.table_console().print(table)
+
+
+def _measure(name: str) -> dict[str, Any]:
+    from pixelwise.models import describe_model
+
+    return describe_model(name)
 
 
 def _show_fields(names: Sequence[str]) -> None:

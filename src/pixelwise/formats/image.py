@@ -20,7 +20,10 @@ from typing import IO, Any
 import imagecodecs
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import (
+    Image,
+    WebPImagePlugin,  # noqa: F401  (or Pillow imports all of its formats to find this one)
+)
 from PIL.PngImagePlugin import PngImageFile, PngInfo
 
 from pixelwise.errors import DataError, UsageError

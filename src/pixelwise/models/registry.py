@@ -11,7 +11,7 @@ from torch import nn
 
 from pixelwise.errors import UsageError, brief
 from pixelwise.machine import memory_room
-from pixelwise.ops.cost import AtMost, multiply_adds
+from pixelwise.ops.cost import AtMost, WithoutDraws, multiply_adds
 
 MAX_NUMBER, MAX_VALUES = 1_000_000, 256
 """No honest width, depth or count of a configuration is larger, and no list of them longer."""
@@ -195,7 +195,7 @@ def _build_on_meta(name: str, config: Any) -> nn.Module | None:
     advice = "Choose smaller or fewer widths, layers and kernels."
     room = None if torch.get_default_device().type == "meta" else memory_room()
     try:
-        with torch.device("meta"), torch.random.fork_rng(devices=[]), AtMost(MAX_TENSORS):
+        with torch.device("meta"), torch.random.fork_rng(devices=[]), AtMost(MAX_TENSORS), WithoutDraws():
             model = model_info(name).build(config)
     except OverflowError as error:
         raise UsageError(f"{name}: such a network has {error}, which none needs. {advice}") from error

@@ -13,7 +13,6 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
 Run = Callable[[Tensor], Tensor]
 """A network ready to use: images (N, C, H, W) -> logits (N, K, H, W)."""
@@ -36,9 +35,6 @@ def without_memory(module: nn.Module) -> nn.Module:
 class AtMost(TorchFunctionMode):
     """Raises `OverflowError` when more than so many tensors are made, as by a network of a million layers.
 
-    For networks that are built on `meta`: their weights get no first values (drawing those imports torch's compiler, which
-    takes a second).
-
     Example:
         >>> with AtMost(3):
         ...     nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 3))
@@ -57,10 +53,30 @@ class AtMost(TorchFunctionMode):
         self._made += func in self._FACTORIES
         if self._made > self._most:
             raise OverflowError(f"more than {self._most:,} tensors")
+        return func(*args, **(kwargs or {}))
+
+
+class WithoutDraws(TorchFunctionMode):
+    """New weights are zero where they would be drawn, for networks whose weights come from elsewhere or that have none.
+
+    Drawing takes seconds for a hundred million weights, and on `meta` it imports torch's compiler, which takes one. What is
+    computed without chance (constants, ranges, kernels) is made as ever.
+
+    Example:
+        >>> with WithoutDraws():
+        ...     layer = nn.Conv2d(3, 5, 3)
+        >>> layer.weight.abs().sum().item()
+        0.0
+    """
+
+    _DRAWS = (nn.init.uniform_, nn.init.normal_, nn.init.kaiming_uniform_, Tensor.uniform_, Tensor.normal_)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if getattr(func, "__module__", "") == nn.init.__name__:
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **kwargs)
+        if func not in self._DRAWS:
+            return func(*args, **kwargs)
+        with torch.no_grad():
+            return (args[0] if args else kwargs["tensor"]).zero_()
 
 
 def multiply_adds(model: nn.Module, shape: tuple[int, int, int, int]) -> int:
@@ -69,6 +85,8 @@ def multiply_adds(model: nn.Module, shape: tuple[int, int, int, int]) -> int:
     Norms, activations, pooling and fixed interpolation are not counted, as in the literature's figures. A model on `meta`
     computes nothing and needs no memory.
     """
+    from torch.utils.flop_counter import FlopCounterMode  # imports Triton
+
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     was_training = model.training
     counter = FlopCounterMode(display=False)

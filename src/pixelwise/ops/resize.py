@@ -135,9 +135,10 @@ class FixedBilinear(nn.Module):
     def __init__(self, channels: int, *, kernel: int, stride: int) -> None:
         super().__init__()
         self.channels, self.stride = channels, stride
-        # The filter is row x row, so its diagonal is the row squared.
-        row = bilinear_kernel(kernel).diagonal().sqrt().repeat(channels, 1, 1, 1)
-        self.register_buffer("row", row, persistent=False)  # (K, 1, 1, k)
+        with torch.device("cpu"):  # on meta, these steps import torch's compiler
+            # The filter is row x row, so its diagonal is the row squared.
+            row = bilinear_kernel(kernel).diagonal().sqrt().repeat(channels, 1, 1, 1)
+        self.register_buffer("row", row.to(torch.get_default_device()), persistent=False)  # (K, 1, 1, k)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, K, h, w) -> (N, K, (h - 1) * stride + kernel, (w - 1) * stride + kernel)."""
