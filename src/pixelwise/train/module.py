@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from pixelwise.data.check import Inspection
+from pixelwise.data.photometric import network_input
 from pixelwise.errors import PixelwiseError
 from pixelwise.losses import class_weights, cross_entropy, dice_loss
 from pixelwise.ops.depthwise import speed_up_depthwise
@@ -23,10 +24,8 @@ CONVOLUTIONS = (nn.modules.conv._ConvNd, nn.Linear)  # what has a bias that is n
 
 
 class SegmentationModule(pl.LightningModule):
-    """Trains `model` on batches (image (N, C, H, W) in unit scale, labels (N, H, W)[, pixel weights (N, H, W)])."""
+    """Trains `model` on batches of `make_loader`: images, changes of colours, labels (N, H, W)[, weights (N, H, W)]."""
 
-    mean: Tensor
-    std: Tensor
     weight: Tensor | None
 
     def __init__(self, model: nn.Module, config: RunConfig, plan: Plan, weight: Tensor | None) -> None:
@@ -41,8 +40,6 @@ class SegmentationModule(pl.LightningModule):
         average = AveragedModel(model, multi_avg_fn=self._average, use_buffers=True) if config.ema else None
         self._beside = (average,)  # no submodule: what is trained on several devices must get a gradient
         speed_up_depthwise(self.model)
-        self.register_buffer("mean", torch.tensor(plan.mean).reshape(1, -1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(plan.std).reshape(1, -1, 1, 1), persistent=False)
         self.register_buffer("weight", weight, persistent=False)
 
     @property
@@ -63,10 +60,10 @@ class SegmentationModule(pl.LightningModule):
         return tuple(torch.as_tensor(item) for item in batch)  # arrays, where shared memory is small
 
     def training_step(self, batch: tuple[Tensor, ...], _index: int) -> Tensor:
-        image, labels, *maps = batch
-        x = (image - self.mean) / self.std
-        if self.config.channels_last:
-            x = x.contiguous(memory_format=torch.channels_last)
+        images, changes, labels, *maps = batch
+        x = network_input(images, changes)  # (N, C, H, W)
+        if not self.config.channels_last:
+            x = x.contiguous()
         logits = training_logits(self.model, x)  # (N, K, H, W)
         pixel_weight = self._class_weight(labels) + maps[0] if maps else None
         loss = cross_entropy(

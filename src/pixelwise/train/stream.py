@@ -9,7 +9,7 @@ import os
 import signal
 import stat
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -19,13 +19,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.nn import functional
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from pixelwise.data.check import Inspection
 from pixelwise.data.layouts import Pair
-from pixelwise.data.photometric import with_validity
+from pixelwise.data.photometric import Photometric, packed, with_validity
 from pixelwise.data.places import ClassPlaces
 from pixelwise.data.samples import OpenPair, OpenPairs, Sample, are_pictures, files_of, load_sample
 from pixelwise.data.scan import in_threads
@@ -59,12 +60,13 @@ def _state(path: Path) -> tuple[int, int, int] | None:
 
 
 class CropSet(Dataset[tuple[Tensor, ...]]):
-    """Augmented crops by (index of the pair, position in the stream): image, mask and, if asked for, pixel weights.
+    """Crops by (index of the pair, position in the stream): image, changes of its colours, mask, weights if asked for.
 
     Args:
         inspection: of the data; its training images are drawn from, volumes plane by plane, large planes by windows.
         crop_px: side of the crops.
         transform: makes a crop of an image and its mask, as `training_transform` does.
+        photometric: draws the changes of colours.
         seed: of the run.
         cache: keep the decoded images in memory (shared with the workers where processes fork), and their weights too.
         weigh: computes the weights of an image's pixels.
@@ -75,15 +77,17 @@ class CropSet(Dataset[tuple[Tensor, ...]]):
         inspection: Inspection,
         crop_px: int,
         transform: v2.Transform,
+        photometric: Photometric,
         *,
         seed: int,
         cache: bool,
         weigh: Weigh | None = None,
     ) -> None:
         self.pairs, self.reading = epoch_pairs(inspection, crop_px), inspection.reading
-        self.transform, self.seed, self.weigh = transform, seed, weigh
-        labels = inspection.folder.labels
-        self.crop_bytes = crop_px**2 * (4 * inspection.channels + (1 if weigh is None else 5))
+        self.transform, self.photometric, self.seed, self.weigh = transform, photometric, seed, weigh
+        labels, self.channels, self.is_uint8 = inspection.folder.labels, inspection.channels, is_uint8(inspection)
+        pixel_bytes = (1 if self.is_uint8 else 4) * (inspection.channels + 1)
+        self.crop_bytes = crop_px**2 * (pixel_bytes + (1 if weigh is None else 5))
         self._places = {key: ClassPlaces(found, labels) for key, found in inspection.places().items()}
         how: dict[str, Any] = {"labels": labels, "channels": inspection.channels, "reading": self.reading}
         self._read: Callable[[Pair], Sample] = partial(load_sample, **how)
@@ -115,8 +119,15 @@ class CropSet(Dataset[tuple[Tensor, ...]]):
         weights = None
         if self.weigh is not None:
             sample, weights = self.weigh(pair, sample)
-        given = (tv_tensors.Image(with_validity(sample.image, sample.valid)), tv_tensors.Mask(sample.mask))
+        given = (self._image(sample.image, sample.valid), tv_tensors.Mask(sample.mask))
         return given if weights is None else (*given, PixelWeight(weights))
+
+    def _image(self, image: Tensor, valid: Tensor | None) -> tv_tensors.Image:
+        """As crops are cut from it: all of one type, and channels last in memory, which is resampled faster."""
+        if not self.is_uint8:
+            image = image.float() / 255 if image.dtype == torch.uint8 else image.float()
+        marked = with_validity(image, valid)
+        return tv_tensors.Image(marked.permute(1, 2, 0).contiguous().permute(2, 0, 1))
 
     def _windowed(self, opened: OpenPair, plane: int, places: ClassPlaces) -> tuple[Windowed, Windowed]:
         if self.weigh is not None:
@@ -128,7 +139,7 @@ class CropSet(Dataset[tuple[Tensor, ...]]):
 
         def read_image(top: int, left: int, height: int, width: int) -> Tensor:
             window = (top, left, height, width, plane)
-            return tv_tensors.Image(with_validity(opened.read_image(*window), opened.read_valid(*window)))
+            return self._image(opened.read_image(*window), opened.read_valid(*window))
 
         def read_mask(top: int, left: int, height: int, width: int) -> Tensor:
             return tv_tensors.Mask(opened.read_mask(top, left, height, width, plane))
@@ -144,8 +155,8 @@ class CropSet(Dataset[tuple[Tensor, ...]]):
         with torch.random.fork_rng(devices=[]):
             # Not torch.manual_seed: that also prepares the seed of every GPU, which takes longer than cutting a window.
             torch.default_generator.manual_seed(seed_of(self.seed, "crop", position))
-            drawn = self.transform(*sample)
-        return tuple(item.as_subclass(Tensor) for item in drawn)
+            image, *masks = (item.as_subclass(Tensor) for item in self.transform(*sample))
+            return packed(image, self.channels), self.photometric.draw(), *masks
 
 
 class BatchStream(Sampler[list[tuple[int, int]]]):
@@ -173,10 +184,11 @@ class BatchStream(Sampler[list[tuple[int, int]]]):
 
 
 def make_loader(dataset: CropSet, stream: BatchStream, *, workers: int, pin_memory: bool) -> DataLoader[Any]:
-    """Batches (images (B, C, s, s) float32 in unit scale, masks (B, s, s) uint8, weights (B, s, s) if there are any).
+    """Batches: images (B, s, s, C) as they are stored, changes of their colours, masks (B, s, s) uint8, weights if any.
 
-    They are prepared ahead by `workers` processes, and handed over in shared memory; where that is small (64 MiB in a
-    container of Docker's), as NumPy arrays through pipes.
+    `network_input` makes of the first two what the network sees. Where any image has pixels without data, all have a channel
+    of validity. Batches are prepared ahead by `workers` processes, and handed over in shared memory; where that is small
+    (64 MiB in a container of Docker's), as NumPy arrays through pipes.
     """
     ahead: dict[str, Any] = {"prefetch_factor": AHEAD, "persistent_workers": True} if workers else {}
     room, ahead_bytes = (
@@ -189,14 +201,24 @@ def make_loader(dataset: CropSet, stream: BatchStream, *, workers: int, pin_memo
         num_workers=workers,
         pin_memory=pin_memory,
         worker_init_fn=_leave_the_end_to_the_parent,
-        collate_fn=_in_arrays if room is not None and ahead_bytes > room.bytes else None,
+        collate_fn=partial(_batch, in_arrays=room is not None and ahead_bytes > room.bytes),
         **ahead,
     )
 
 
-def _in_arrays(crops: list[tuple[Tensor, ...]]) -> tuple[NDArray[Any], ...]:
-    """A batch without a tensor, since torch puts those of a worker into shared memory."""
-    return tuple(np.stack([item.numpy() for item in column]) for column in zip(*crops, strict=True))
+def _batch(crops: list[tuple[Tensor, ...]], *, in_arrays: bool) -> Sequence[Tensor] | Sequence[NDArray[Any]]:
+    """Crops stacked; without a tensor where shared memory is small, since torch puts those of a worker into it."""
+    channels = {crop[0].shape[-1] for crop in crops}
+    if len(channels) > 1:  # some have data everywhere
+        crops = [(_widened(image, max(channels)), *others) for image, *others in crops]
+    if in_arrays:
+        return tuple(np.stack([item.numpy() for item in column]) for column in zip(*crops, strict=True))
+    return default_collate(crops)
+
+
+def _widened(image: Tensor, channels: int) -> Tensor:
+    """(H, W, C) with a last channel that says that there are data everywhere, if it has none."""
+    return functional.pad(image, (0, channels - image.shape[-1]), value=1)
 
 
 def _leave_the_end_to_the_parent(_worker: int) -> None:
@@ -220,28 +242,36 @@ def fits_in_cache(images_bytes: int) -> bool:
     return images_bytes < (1 << 30 if room is None else CACHE_SHARE * room.bytes)
 
 
+def is_uint8(inspection: Inspection) -> bool:
+    """Whether images are cut and handed over as bytes; if only some are, all become float32 in unit scale."""
+    return set(inspection.dtypes) == {"uint8"}
+
+
 def make_dataset(config: RunConfig, plan: Plan, inspection: Inspection, model: nn.Module) -> CropSet:
     """What the steps draw from; the images are read here if they fit into memory."""
-    is_uint8 = set(inspection.dtypes) == {"uint8"}
-    # Those of the data; weights from elsewhere bring a normalisation of their own (`plan.mean`).
-    numbers: dict[str, Any] = {"mean": inspection.mean, "std": inspection.std, "fill": plan.mean}
+    # Colours change about the data's own mean; weights from elsewhere bring a normalisation of their own (`plan.mean`).
+    changes = Photometric(
+        config.photometric,
+        inspection.mean,
+        inspection.std,
+        seen_mean=plan.mean,
+        seen_std=plan.std,
+        is_uint8=is_uint8(inspection),
+    )
     if window_px(model) is None:
         transform = training_transform(
             crop_px=plan.crop_px,
             scale=config.scale,
             focus=config.focus,
             flips=config.flips,
-            photometric=config.photometric,
-            is_uint8=is_uint8,
+            fill=plan.mean,
+            is_uint8=is_uint8(inspection),
             elastic=config.elastic,
-            **numbers,
         )
     else:
-        transform = window_transform(
-            window_px=plan.crop_px, flips=config.flips, photometric=config.photometric, **numbers
-        )
+        transform = window_transform(window_px=plan.crop_px, flips=config.flips)
     large = inspection.places()
-    bytes_of_pixel = inspection.channels * (1 if is_uint8 else 4) + 1 + (4 if config.separation else 0)
+    bytes_of_pixel = inspection.channels * (1 if is_uint8(inspection) else 4) + 1 + (4 if config.separation else 0)
     pixels = sum(
         scan.image.grid.pixels
         for scan in inspection.scans
@@ -251,7 +281,7 @@ def make_dataset(config: RunConfig, plan: Plan, inspection: Inspection, model: n
     if config.separation:
         weigh = partial(separate, w0=config.separation, sigma_px=config.separation_sigma_px, reading=inspection.reading)
     cache = fits_in_cache(pixels * bytes_of_pixel * config.devices)  # each process has its own
-    return CropSet(inspection, plan.crop_px, transform, seed=config.seed, cache=cache, weigh=weigh)
+    return CropSet(inspection, plan.crop_px, transform, changes, seed=config.seed, cache=cache, weigh=weigh)
 
 
 def make_stream(config: RunConfig, plan: Plan, dataset: CropSet, first_step: int) -> Any:
