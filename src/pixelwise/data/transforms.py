@@ -19,6 +19,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
+from pixelwise.data.copy_paste import Found, Paste
 from pixelwise.data.labels import IGNORE_INDEX
 from pixelwise.data.photometric import uniform, with_validity
 from pixelwise.errors import UsageError
@@ -50,11 +51,11 @@ class Windowed:
 
 
 class _Crop(v2.Transform):
-    """A transform that may come first: all inputs are images and masks, in memory or `Windowed`."""
+    """A transform that may come first: inputs are images and masks, in memory or `Windowed`, and an object to paste."""
 
     def forward(self, *inputs: Any) -> Any:
         params = self.make_params(list(inputs))
-        return tuple(self.transform(item, params) for item in inputs)
+        return tuple(item if isinstance(item, Found) else self.transform(item, params) for item in inputs)
 
 
 def _labels_of(inputs: list[Any]) -> Any:
@@ -211,15 +212,19 @@ def training_transform(
     fill: tuple[float, ...],
     is_uint8: bool,
     elastic: float = 0.0,
+    pastes: bool = False,
 ) -> v2.Transform:
     """The geometry of training: scale and crop, elastic deformation, flips; numbers stay as they are stored.
 
     The deformation comes after the crop: the same in effect, and only what is trained on is deformed.
     `fill`, per channel in unit scale, is what the network takes for 0: resampling mixes it into the rims of what lies
     outside the image and of pixels without data. `elastic` is the deviation of the deformation's vectors in crop pixels.
+    With `pastes`, an object that comes last among the inputs is pasted into the crop (`data.copy_paste`).
     """
     stored = tuple(value * 255 if is_uint8 else value for value in fill)
     steps: list[v2.Transform] = [RandomScaleCrop(crop_px, scale=scale, focus=focus, fill=stored)]
+    if pastes:
+        steps.append(Paste(scale, stored))
     if elastic:
         steps.append(RandomElastic(elastic))
     return v2.Compose([*steps, *_flips(flips)])

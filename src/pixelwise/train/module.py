@@ -16,9 +16,9 @@ from pixelwise.losses import class_weights, cross_entropy, dice_loss
 from pixelwise.ops.depthwise import speed_up_depthwise
 from pixelwise.train.config import RunConfig
 from pixelwise.train.network import training_logits, window_px
+from pixelwise.train.order import seed_of
 from pixelwise.train.plan import Plan
 from pixelwise.train.selection import Progress
-from pixelwise.train.stream import seed_of
 
 CONVOLUTIONS = (nn.modules.conv._ConvNd, nn.Linear)  # what has a bias that is no norm's
 

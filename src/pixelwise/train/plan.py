@@ -21,10 +21,9 @@ from pixelwise.machine import is_out_of_memory, memory_room
 from pixelwise.models.registry import count_parameters
 from pixelwise.ops.depthwise import speed_up_depthwise
 from pixelwise.train.config import RunConfig
-from pixelwise.train.network import Start, training_logits, window_px
+from pixelwise.train.network import CROP_STEP_PX, Start, training_logits, warm_side, window_px
 
 CROPS, WINDOWS = 8, 128  # in a step, unless the user says otherwise
-CROP_STEP_PX = 32  # the stride of nearly every encoder: crops of its multiples need no padding
 LARGEST_CROP_PX = 352
 LARGEST_TRIAL_PX, SMALLEST_TRIAL_PX = 1024, 64  # side of the image whose validation is timed
 READING = 1.5  # a validated image takes so many times as long as the network alone
@@ -59,6 +58,7 @@ class Plan:
     validation_s: float  # expected seconds of one validation
     expected_s: float  # of the whole run
     memory_bytes: int | None  # largest memory of the process so far, the trial steps included
+    warm_px: int = 0  # side of the crops in the first half of the budget; 0: as later
     inputs: str = "crops"  # what a step draws: crops, or windows around single pixels
     separation: str = ""  # where the objects of the separation weights come from, if those are used
     stage: str = ""  # which of several, in words
@@ -89,13 +89,15 @@ def make_plan(config: RunConfig, inspection: Inspection, start: Start, *, stage:
     val_images = min(val, config.max_val_images or val)
     validation_s = val_images * _image_s(model, inspection, device, precision)
     kind, amount = config.budget
+    warm_px = 0 if window else warm_side(config, crop_px)
+    warm_s = time_steps(config, model, (batch, inspection.channels, warm_px), device, precision) if warm_px else step_s
     steps = {
         "steps": amount,
         "epochs": amount * per_epoch,
-        "minutes": max(1, (amount * 60 - validation_s) * (1 - VALIDATION_SHARE) / step_s),
+        "minutes": max(1, (amount * 60 - validation_s) * (1 - VALIDATION_SHARE) * (1 / step_s + 1 / warm_s) / 2),
     }[kind]
     every = _validate_every(config, per_epoch, step_s, validation_s) if val else 0
-    expected_s = steps * step_s + (steps // every if every else 0) * validation_s
+    expected_s = steps * (step_s + warm_s) / 2 + (steps // every if every else 0) * validation_s
     if config.minutes:
         expected_s = config.minutes * 60
     return Plan(
@@ -126,6 +128,7 @@ def make_plan(config: RunConfig, inspection: Inspection, start: Start, *, stage:
         validation_s=validation_s,
         expected_s=min(expected_s, 60 * (config.minutes or config.max_minutes or math.inf)),
         memory_bytes=peak_memory_bytes(device),
+        warm_px=warm_px,
         inputs="crops" if window is None else "windows",
         separation=where_objects_come_from(folder.split("train")) if config.separation else "",
         stage=stage,
