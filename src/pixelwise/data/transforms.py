@@ -10,11 +10,12 @@ and what lies outside the image, come out as exactly 0. Here the numbers stay of
 
 import math
 from collections.abc import Callable
+from functools import cache
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import grid_sample, interpolate
+from torch.nn.functional import grid_sample, interpolate, pad
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
@@ -167,9 +168,10 @@ class RandomElastic(v2.Transform):
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         size = next(item.shape[-2:] for item in flat_inputs if isinstance(item, tv_tensors.Image | tv_tensors.Mask))
-        coarse = self.sigma_px * torch.randn(1, 2, self.grid, self.grid)
-        rows, columns = interpolate(coarse, size=tuple(size), mode="bicubic", align_corners=True)[0]  # (H, W) each
         height, width = size
+        coarse = self.sigma_px * torch.randn(2, self.grid, self.grid)
+        # Bicubic interpolation goes along one axis after the other, each a product with the weights of its points.
+        rows, columns = _bicubic(height, self.grid) @ coarse @ _bicubic(width, self.grid).T  # (H, W) each
         return {"rows": torch.arange(height)[:, None] + rows, "columns": torch.arange(width) + columns}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
@@ -181,13 +183,22 @@ class RandomElastic(v2.Transform):
         return inpt
 
 
+@cache
+def _bicubic(length: int, points: int) -> Tensor:
+    """What each of `points` on a line, of which the outer ones lie at its ends, adds to each pixel: (length, points)."""
+    return interpolate(torch.eye(points)[None, None], (length, points), mode="bicubic", align_corners=True)[0, 0]
+
+
 def _nearest(mask: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """The labels, or weights, (..., H, W) at the places (H, W) given in pixels; void outside, which weighs 0."""
     height, width = mask.shape[-2:]
-    rows, columns = rows.round().long(), columns.round().long()
-    is_outside = (rows < 0) | (rows >= height) | (columns < 0) | (columns >= width)
-    out = mask[..., rows.clamp(0, height - 1), columns.clamp(0, width - 1)]
-    return out.masked_fill(is_outside, 0 if mask.is_floating_point() else IGNORE_INDEX)
+    framed = pad(
+        mask, (1, 1, 1, 1), value=0 if mask.is_floating_point() else IGNORE_INDEX
+    )  # so that no place is outside
+    row, column = (
+        place.round().clamp_(-1, length).long().add_(1) for place, length in ((rows, height), (columns, width))
+    )
+    return framed.flatten(-2)[..., row.mul_(width + 2).add_(column)]
 
 
 def _bilinear(image: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
