@@ -77,7 +77,7 @@ def train(
 
     Example: pixelwise train data/livers --model unet --out runs/livers --slices 3 --set intensity=-160,240
     """
-    from pixelwise.cli.progress import LINE_EVERY_S, TrainingProgress
+    from pixelwise.cli.progress import TrainingProgress
     from pixelwise.data.layouts import open_data
     from pixelwise.infer.evaluate import evaluate
     from pixelwise.report import write_report
@@ -129,6 +129,13 @@ def train(
             options.print_plain(f"{split}, {found.images:,} images: {found.headline.text}")
             means = f"mIoU {100 * found.scores.miou:.2f}, global accuracy {100 * found.scores.global_accuracy:.2f}"
             options.print_plain(f"{split}: {means}")
+    _tell_what_was_slow(run)
+    options.print_plain(f"{run.steps:,} steps in {run.seconds / 60:.1f} min. Report: {write_report(out)}")
+
+
+def _tell_what_was_slow(run: "Run") -> None:
+    from pixelwise.cli.progress import LINE_EVERY_S
+
     if run.is_short:
         options.print_plain(
             f"Only {run.steps:,} of {run.plan.steps:,} planned steps were done in the time: the machine was slower than "
@@ -139,7 +146,6 @@ def train(
             f"The network waited {100 * run.wait:.0f} % of the time for its crops: with --set workers=… beyond "
             f"{run.plan.workers} more processes prepare them, where there are cores for them."
         )
-    options.print_plain(f"{run.steps:,} steps in {run.seconds / 60:.1f} min. Report: {write_report(out)}")
 
 
 def _stopped(run: "Run | None", out: Path) -> str:

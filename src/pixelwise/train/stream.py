@@ -137,11 +137,13 @@ class CropSet(Dataset[tuple[Tensor, ...]]):
         weights = None
         if self.weigh is not None:
             sample, weights = self.weigh(pair, sample)
-        given = (self._image(sample.image, sample.valid), tv_tensors.Mask(sample.mask))
+        given = (self._image(pair, sample.image, sample.valid), tv_tensors.Mask(sample.mask))
         return given if weights is None else (*given, PixelWeight(weights))
 
-    def _image(self, image: Tensor, valid: Tensor | None) -> tv_tensors.Image:
+    def _image(self, pair: Pair, image: Tensor, valid: Tensor | None) -> tv_tensors.Image:
         """As crops are cut from it: all of one type, and channels last in memory, which is resampled faster."""
+        if self.is_uint8 and image.dtype != torch.uint8:
+            raise DataError(f"{printable(pair.image)}: holds numbers of another type than when the data were checked.")
         if not self.is_uint8:
             image = image.float() / 255 if image.dtype == torch.uint8 else image.float()
         marked = with_validity(image, valid)
@@ -157,7 +159,7 @@ class CropSet(Dataset[tuple[Tensor, ...]]):
 
         def read_image(top: int, left: int, height: int, width: int) -> Tensor:
             window = (top, left, height, width, plane)
-            return self._image(opened.read_image(*window), opened.read_valid(*window))
+            return self._image(opened.pair, opened.read_image(*window), opened.read_valid(*window))
 
         def read_mask(top: int, left: int, height: int, width: int) -> Tensor:
             return tv_tensors.Mask(opened.read_mask(top, left, height, width, plane))
