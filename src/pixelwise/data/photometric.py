@@ -55,7 +55,8 @@ class Photometric:
 
     Example:
         >>> changes = Photometric(0.0, (0.5,), (0.1,), seen_mean=(0.5,), seen_std=(0.25,), is_uint8=True)
-        >>> network_input(torch.tensor([[[[255]]]], dtype=torch.uint8), changes.draw()[None]).item()
+        >>> seen = network_input(torch.tensor([[[[255]]]], dtype=torch.uint8), changes.draw()[None])
+        >>> round(seen.item(), 5)
         2.0
     """
 
