@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from crops import augmentation, recolored
 from torch import Tensor
 from torchvision import tv_tensors
 
 from pixelwise.data.labels import IGNORE_INDEX
-from pixelwise.data.photometric import FillNoData, RandomPhotometric, with_validity
-from pixelwise.data.transforms import training_transform, window_transform
+from pixelwise.data.photometric import packed, with_validity
 
 MEAN, STD = (0.4, 0.5, 0.3, 0.6, 0.2), (0.2, 0.1, 0.3, 0.25, 0.15)
 UNITS = {  # factor and offset of each band: what is measured, and in which unit, means nothing
@@ -49,9 +49,9 @@ def test_augmentation_is_the_same_in_every_unit(name, channels, kind):
         factor, offset, norm = in_unit(unit, channels)
         if kind == "crops":
             how = {"crop_px": 20, "scale": (0.5, 2.0), "focus": 0.5, "is_uint8": False, "elastic": 2.0}
-            transform = training_transform(**how, flips="both", photometric=0.5, **norm)
+            transform = augmentation(**how, flips="both", photometric=0.5, **norm)
         else:
-            transform = window_transform(window_px=9, flips="both", photometric=0.5, **norm)
+            transform = augmentation(window_px=9, flips="both", photometric=0.5, **norm)
         out, _ = apply(transform, image * factor + offset, mask, seed)
         mean, std = (torch.tensor(norm[key])[:, None, None] for key in ("mean", "std"))
         return (out - mean) / std
@@ -69,7 +69,7 @@ def test_no_band_moves_by_more_than_its_own_spread_allows(name):
     z = (image - mean) / std
     shifts = []
     for seed in range(30):
-        out, labels = apply(RandomPhotometric(0.3, **norm), image, mask, seed)
+        out, labels = apply(recolored(0.3, **norm), image, mask, seed)
         assert torch.equal(labels, mask) and out.dtype == torch.float32
         moved = (out - mean) / std - z
         assert (moved.abs() <= 0.3 * z.abs() + 0.3 + 1e-3).all()
@@ -79,10 +79,10 @@ def test_no_band_moves_by_more_than_its_own_spread_allows(name):
 
 def test_photometric_keeps_grey_grey_and_strength_zero_changes_nothing():
     grey, mask = torch.rand(1, 8, 8).expand(3, 8, 8).clone(), torch.zeros(8, 8).byte()
-    out, _ = apply(RandomPhotometric(0.5, (0.4,) * 3, (0.2,) * 3), grey, mask)
+    out, _ = apply(recolored(0.5, (0.4,) * 3, (0.2,) * 3), grey, mask)
     assert torch.allclose(out[0], out[1], atol=1e-4) and torch.allclose(out[0], out[2], atol=1e-4)
     image = torch.rand(3, 8, 8)
-    assert torch.allclose(apply(RandomPhotometric(0.0, MEAN[:3], STD[:3]), image, mask)[0], image, atol=1e-5)
+    assert torch.allclose(apply(recolored(0.0, MEAN[:3], STD[:3]), image, mask)[0], image, atol=1e-5)
 
 
 # -- pixels without data --
@@ -102,9 +102,9 @@ def test_pixels_without_data_come_out_at_the_mean_and_touch_no_neighbour(dtype, 
     norm = {"mean": (0.4, 0.5), "std": (0.2, 0.2)}
     if kind == "crops":
         how = {"crop_px": 16, "scale": (1.0, 1.0), "focus": 0.0, "is_uint8": dtype == torch.uint8}
-        transform = training_transform(**how, flips="dihedral", photometric=0.5, **norm)
+        transform = augmentation(**how, flips="dihedral", photometric=0.5, **norm)
     else:
-        transform = window_transform(window_px=21, flips="dihedral", photometric=0.5, **norm)
+        transform = augmentation(window_px=21, flips="dihedral", photometric=0.5, **norm)
     seen = set()
     for seed in range(20):
         out, labels = apply(transform, with_validity(image, valid), mask, seed)
@@ -124,7 +124,7 @@ def test_resampling_mixes_no_missing_number_into_its_neighbours(scale):
     valid = torch.rand(30, 30, generator=torch.Generator().manual_seed(0)) < 0.8
     image[:, ~valid], mask[~valid] = -3.4e38, IGNORE_INDEX
     how = {"crop_px": 24, "scale": (scale, scale), "focus": 0.0, "is_uint8": False, "elastic": 3.0}
-    transform = training_transform(**how, flips="none", photometric=0, mean=(290.0,), std=(5.0,))
+    transform = augmentation(**how, flips="none", photometric=0, mean=(290.0,), std=(5.0,))
     for seed in range(5):
         out, _ = apply(transform, with_validity(image, valid), mask, seed)
         assert out.min() >= 290 and out.max() <= 300 + 1e-3
@@ -133,7 +133,7 @@ def test_resampling_mixes_no_missing_number_into_its_neighbours(scale):
 def test_what_lies_outside_a_crop_is_the_mean_whatever_the_colours_do():
     image, mask = torch.full((3, 6, 6), 200, dtype=torch.uint8), torch.zeros(6, 6, dtype=torch.uint8)
     how = {"crop_px": 16, "scale": (1.0, 1.0), "focus": 0.0, "flips": "both", "is_uint8": True}
-    transform = training_transform(**how, photometric=0.5, mean=(0.413, 0.5, 0.6), std=(0.2,) * 3)
+    transform = augmentation(**how, photometric=0.5, mean=(0.413, 0.5, 0.6), std=(0.2,) * 3)
     out, labels = apply(transform, image, mask)
     outside = out[:, labels == IGNORE_INDEX]
     assert outside.shape == (3, 16 * 16 - 36)
@@ -143,6 +143,6 @@ def test_what_lies_outside_a_crop_is_the_mean_whatever_the_colours_do():
 def test_an_image_with_data_everywhere_gets_no_further_channel():
     image = torch.rand(3, 4, 5)
     assert with_validity(image, None) is image
-    assert torch.equal(FillNoData((0.0,) * 3)(tv_tensors.Image(image)).as_subclass(Tensor), image)
+    assert packed(image, 3).shape == (4, 5, 3)
     marked = with_validity((image * 255).byte(), image[0] > 0.5)
     assert marked.shape == (4, 4, 5) and set(marked[3].unique().tolist()) == {0, 255}

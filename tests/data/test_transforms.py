@@ -1,19 +1,13 @@
 import pytest
 import torch
+from crops import augmentation
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torchvision import tv_tensors
 
 from pixelwise.data.labels import IGNORE_INDEX
-from pixelwise.data.transforms import (
-    PixelWeight,
-    RandomDihedral,
-    RandomScaleCrop,
-    ToUnit,
-    training_transform,
-    window_transform,
-)
+from pixelwise.data.transforms import PixelWeight, RandomDihedral, RandomScaleCrop
 
 OUTSIDE = -1e6  # no image holds it, so that what was filled shows
 
@@ -187,14 +181,13 @@ def test_all_eight_symmetries_occur_and_take_the_mask_along():
 
 
 def test_unit_scale():
-    steps = tv_tensors.Image(torch.tensor([[[0, 51, 255]]], dtype=torch.uint8))
-    assert ToUnit()(steps).flatten().tolist() == pytest.approx([0, 0.2, 1])
-    floats = tv_tensors.Image(torch.tensor([[[-3.0, 0.5, 700.0]]]))
-    assert torch.equal(ToUnit()(floats), floats)
-    image, mask = apply(
-        ToUnit(), torch.full((1, 2, 2), 255, dtype=torch.uint8), torch.full((2, 2), 255, dtype=torch.uint8)
-    )
-    assert (image == 1).all() and (mask == 255).all() and mask.dtype == torch.uint8
+    whole = {"scale": (1.0, 1.0), "focus": 0, "flips": "none", "photometric": 0, "mean": (0.0,), "std": (1.0,)}
+    steps = torch.tensor([[[0, 51, 255]]], dtype=torch.uint8).expand(1, 3, 3)
+    image, _ = apply(augmentation(**whole, crop_px=3, is_uint8=True), steps, steps[0])
+    assert image[0, 0].tolist() == pytest.approx([0, 0.2, 1])
+    floats = torch.tensor([[[-3.0, 0.5, 700.0]]]).expand(1, 3, 3)
+    image, _ = apply(augmentation(**whole, crop_px=3, is_uint8=False), floats, steps[0])
+    assert torch.equal(image, floats)
 
 
 # -- all together --
@@ -210,7 +203,7 @@ def whole(**options):
         "mean": (0.4, 0.5, 0.6),
     }
     given |= {"is_uint8": True} | options
-    return training_transform(**given, std=(1.0,) * len(given["mean"]))
+    return augmentation(**given, std=(1.0,) * len(given["mean"]))
 
 
 def test_the_seed_decides_everything():
@@ -304,7 +297,7 @@ def test_elastic_deformation_bends_image_and_mask_alike():
 @pytest.mark.parametrize("flips", ["none", "horizontal", "both", "dihedral"])
 def test_a_window_is_around_the_pixel_whose_label_it_has(flips):
     position = coordinates(30, 40)
-    transform = window_transform(window_px=7, flips=flips, photometric=0, mean=(0.0,) * 2, std=(1.0,) * 2)
+    transform = augmentation(window_px=7, flips=flips, photometric=0, mean=(0.0,) * 2, std=(1.0,) * 2)
     for seed in range(20):
         image, label = apply(transform, position, position[0].to(torch.uint8), seed)
         assert image.shape == (2, 7, 7) and label.shape == (1, 1) and image.dtype == torch.float32
@@ -315,7 +308,7 @@ def test_windows_show_each_class_as_often_and_come_in_unit_scale():
     mask = torch.zeros(30, 30).byte()
     mask[3, 4] = 1
     image = 255 * mask.expand(3, -1, -1)
-    transform = window_transform(window_px=5, flips="both", photometric=0, mean=(0.0,) * 3, std=(1.0,) * 3)
+    transform = augmentation(window_px=5, flips="both", photometric=0, mean=(0.0,) * 3, std=(1.0,) * 3)
     labels = []
     for seed in range(80):
         window, label = apply(transform, image, mask, seed)

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from crops import augmentation
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -61,7 +62,7 @@ def test_a_mask_of_void_gives_a_void_label():
 def test_flips_and_colours_follow(flips):
     image = torch.randint(256, (3, 9, 30), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     mask = torch.full((9, 30), 4, dtype=torch.uint8)
-    transform = window_transform(window_px=7, flips=flips, photometric=0.2, mean=(0.4,) * 3, std=(0.2,) * 3)
+    transform = augmentation(window_px=7, flips=flips, photometric=0.2, mean=(0.4,) * 3, std=(0.2,) * 3)
     for seed in range(8):
         window, label = apply(transform, image, mask, seed)
         assert window.shape == (3, 7, 7) and window.dtype == torch.float32 and label.tolist() == [[4]]
@@ -71,7 +72,7 @@ def test_flips_and_colours_follow(flips):
 def test_flips_keep_the_centre_of_an_odd_window(flips):
     colours = torch.arange(100).reshape(1, 10, 10).float()
     mask = torch.arange(100).reshape(10, 10).to(torch.uint8)
-    transform = window_transform(window_px=5, flips=flips, photometric=0, mean=(0.0,), std=(1.0,))
+    transform = window_transform(window_px=5, flips=flips)
     for seed in range(8):
         window, label = apply(transform, colours, mask, seed)
         assert window[0, 2, 2] == label[0, 0]

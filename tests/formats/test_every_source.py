@@ -15,12 +15,11 @@ from PIL import Image
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 from rasterio.enums import ColorInterp
-from torchvision import tv_tensors
 
 from pixelwise.cli import main
 from pixelwise.data.labels import LabelSpec
 from pixelwise.data.pairs import Pair
-from pixelwise.data.photometric import FillNoData, ToUnit, with_validity
+from pixelwise.data.photometric import Photometric, network_input, packed, with_validity
 from pixelwise.data.samples import OpenPair, open_image, open_mask
 from pixelwise.errors import DataError
 from pixelwise.formats.base import Source
@@ -429,8 +428,12 @@ def test_every_way_sees_the_same_pixels(
         mean = predictor.card.mean
         for plane in planes:
             sample = opened.read(plane)
-            image = FillNoData(mean)(ToUnit()(tv_tensors.Image(with_validity(sample.image, sample.valid))))
-            logits = predictor.logits(image.as_subclass(torch.Tensor)[None])[0]
+            seen_mean = torch.tensor(mean)[:, None, None]
+            how = {"seen_mean": mean, "seen_std": (1.0,) * len(mean), "is_uint8": sample.image.dtype == torch.uint8}
+            changes = Photometric(0.0, mean, (1.0,) * len(mean), **how).draw()
+            stored = packed(with_validity(sample.image, sample.valid), len(mean))
+            image = network_input(stored[None], changes[None])[0] + seen_mean  # in unit scale, the mean where none are
+            logits = predictor.logits(image[None])[0]
             assert torch.allclose(logits, whole[plane].logits, atol=1e-5)
     found = []
     for name, more in (("plain", []), ("tiles", ["--tile", "16"])):

@@ -129,7 +129,7 @@ def test_where_an_image_has_no_data_nothing_is_learnt(rasters: Path) -> None:
     write_tif(rasters / "train/images/scene.tif", bands, nodata=0)
     inspection = inspect_data(open_data(rasters))
     assert max(inspection.mean) == pytest.approx(bands[:, :, :75].mean(axis=(1, 2)).max() / 255)
-    (_, mask), *_ = crops(rasters, 1, crop_px=150, scale=[1, 1], flips="none")
+    (_, _, mask), *_ = crops(rasters, 1, crop_px=150, scale=[1, 1], flips="none")
     assert (mask[:, 75:] == 255).all() and torch.equal(mask[:, :75], torch.from_numpy(labels[:, :75]))
 
 

@@ -154,15 +154,18 @@ def test_the_weights_of_class_and_gap_are_added():
     labels[0, :3] = 255
     weight = torch.tensor([0.5, 3.0])
     made = task(weight=weight)
+    stored, changes = image.permute(0, 2, 3, 1).contiguous(), torch.tensor([[1.0], [0.0]]).expand(2, 2, 1)  # as it is
     by_pixel = torch.nn.functional.cross_entropy(made.model(image), labels.long(), ignore_index=255, reduction="none")
     whole = torch.where(labels == 1, 3.0, 0.5) + gaps
     valid = (labels != 255).sum()
-    assert torch.allclose(made.training_step((image, labels, gaps), 0), (by_pixel * whole).sum() / valid)
-    assert torch.allclose(task().training_step((image, labels, gaps), 0), (by_pixel * (1 + gaps)).sum() / valid)
-    summed = task(reduction="sum").training_step((image, labels, gaps), 0)
+    assert torch.allclose(made.training_step((stored, changes, labels, gaps), 0), (by_pixel * whole).sum() / valid)
+    assert torch.allclose(
+        task().training_step((stored, changes, labels, gaps), 0), (by_pixel * (1 + gaps)).sum() / valid
+    )
+    summed = task(reduction="sum").training_step((stored, changes, labels, gaps), 0)
     assert torch.allclose(summed, (by_pixel * (1 + gaps)).sum())
     plain = cross_entropy(made.model(image), labels, weight=weight)
-    assert torch.allclose(made.training_step((image, labels), 0), plain)
+    assert torch.allclose(made.training_step((stored, changes, labels), 0), plain)
 
 
 # -- whole runs --

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from pixelwise.data.check import inspect_data
 from pixelwise.data.layouts import open_data
+from pixelwise.data.photometric import Photometric, network_input
 from pixelwise.data.transforms import training_transform
 from pixelwise.machine import Room
 from pixelwise.train.plan import default_workers
@@ -107,12 +108,12 @@ def test_a_batch_larger_than_the_data_runs_over_several_epochs():
 def crops(toy_data):
     inspection = inspect_data(open_data(toy_data))
     transform = training_transform(
-        crop_px=24, scale=(0.5, 2.0), focus=0.5, flips="dihedral", photometric=0.3,
-        mean=(0.4,) * 3, std=(0.2,) * 3, is_uint8=True,
+        crop_px=24, scale=(0.5, 2.0), focus=0.5, flips="dihedral", fill=(0.4,) * 3, is_uint8=True
     )  # fmt: skip
+    photometric = Photometric(0.3, (0.4,) * 3, (0.2,) * 3, seen_mean=(0.4,) * 3, seen_std=(0.2,) * 3, is_uint8=True)
 
     def make(*, seed=0, cache=True):
-        return CropSet(inspection, 24, transform, seed=seed, cache=cache)
+        return CropSet(inspection, 24, transform, photometric, seed=seed, cache=cache)
 
     return make
 
@@ -124,16 +125,19 @@ def batches(dataset, *, workers=0, first_step=0, count=3):
 
 
 def assert_same(ours, theirs):
-    for (image, mask), (other_image, other_mask) in zip(ours, theirs, strict=True):
-        assert torch.equal(image, other_image) and torch.equal(mask, other_mask)
+    for one, other in zip(ours, theirs, strict=True):
+        assert len(one) == len(other) and all(map(torch.equal, one, other))
 
 
-def test_batches_are_float_images_in_unit_scale_and_uint8_masks(crops):
-    for image, mask in batches(crops()):
-        assert image.shape == (4, 3, 24, 24) and image.dtype == torch.float32
+def test_batches_are_uint8_and_the_network_sees_floats_about_zero(crops):
+    for stored, changes, mask in batches(crops()):
+        assert stored.shape in {(4, 24, 24, 3), (4, 24, 24, 4)} and stored.dtype == torch.uint8
         assert mask.shape == (4, 24, 24) and mask.dtype == torch.uint8
-        assert type(image) is type(mask) is torch.Tensor
-        assert image.min() > -0.5 and image.max() < 2
+        assert type(stored) is type(mask) is torch.Tensor
+        image = network_input(stored, changes)
+        assert image.shape == (4, 3, 24, 24) and image.dtype == torch.float32
+        assert image.is_contiguous(memory_format=torch.channels_last)
+        assert image.min() > (-0.5 - 0.4) / 0.2 and image.max() < (2 - 0.4) / 0.2
         assert set(mask.unique().tolist()) <= {0, 1, 255}
 
 

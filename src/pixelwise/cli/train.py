@@ -12,6 +12,8 @@ from rich.text import Text
 
 from pixelwise.cli import options
 
+WAIT = 0.05  # of the time of a training; a larger share in which the network waits for crops is told
+
 if TYPE_CHECKING:
     from pixelwise.data.check import Inspection
     from pixelwise.train.plan import Plan
@@ -131,12 +133,23 @@ def train(
             options.print_plain(f"{split}, {found.images:,} images: {found.headline.text}")
             means = f"mIoU {100 * found.scores.miou:.2f}, global accuracy {100 * found.scores.global_accuracy:.2f}"
             options.print_plain(f"{split}: {means}")
+    _tell_what_was_slow(run)
+    options.print_plain(f"{run.steps:,} steps in {run.seconds / 60:.1f} min. Report: {write_report(out)}")
+
+
+def _tell_what_was_slow(run: "Run") -> None:
+    from pixelwise.cli.progress import LINE_EVERY_S
+
     if run.is_short:
         options.print_plain(
             f"Only {run.steps:,} of {run.plan.steps:,} planned steps were done in the time: the machine was slower than "
             "when the plan was made, or busy. The scores would be higher with more time (--minutes, or max_minutes)."
         )
-    options.print_plain(f"{run.steps:,} steps in {run.seconds / 60:.1f} min. Report: {write_report(out)}")
+    if run.wait > WAIT and run.seconds > LINE_EVERY_S:
+        options.print_plain(
+            f"The network waited {100 * run.wait:.0f} % of the time for its crops: with --set workers=… beyond "
+            f"{run.plan.workers} more processes prepare them, where there are cores for them."
+        )
 
 
 def _stopped(run: "Run | None", out: Path) -> str:
@@ -169,7 +182,9 @@ def _page(plan: "Plan", inspection: "Inspection", explain: bool = False) -> Tabl
     options = ", ".join(f"{key}={value}" for key, value in plan.config.items())
     row("network", f"{plan.model} ({options}); {plan.parameters:,} parameters")
     row("weights", plan.pretrained or "random")
-    row(plan.inputs, f"{plan.crop_px} x {plan.crop_px} px, {plan.batch_size} a batch, {plan.workers} worker processes")
+    warm = f" ({plan.warm_px} x {plan.warm_px} px in the first half)" if plan.warm_px else ""
+    side = f"{plan.crop_px} x {plan.crop_px} px{warm}"
+    row(plan.inputs, f"{side}, {plan.batch_size} a batch, {plan.workers} worker processes")
     if plan.separation:
         row("gaps", plan.separation)
     row("computes", f"{plan.precision} on {plan.device}, {plan.step_s:.2f} s a step")

@@ -4,22 +4,25 @@ Masks are resampled by nearest neighbour only, and pixels that a crop takes from
 draws from torch's global generator, so seeding that generator decides the result. The crop comes first and takes images
 and masks that lie in files too (`Windowed`), of which it reads no more than its window.
 
-Pixels without data, and what lies outside the image, come out with exactly the mean of the data (`data.photometric`).
+Colours are changed later, where the network is fed (`data.photometric`), which also sees to it that pixels without data,
+and what lies outside the image, come out as exactly 0. Here the numbers stay of the type that they are stored in.
 """
 
 import math
 from collections.abc import Callable
+from functools import cache
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import grid_sample, interpolate
+from torch.nn.functional import grid_sample, interpolate, pad
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
+from pixelwise.data.copy_paste import Found, Paste
 from pixelwise.data.labels import IGNORE_INDEX
-from pixelwise.data.photometric import FillNoData, RandomPhotometric, ToUnit, uniform, with_validity
+from pixelwise.data.photometric import uniform, with_validity
 from pixelwise.errors import UsageError
 from pixelwise.ops.resize import mirror_crop
 
@@ -49,11 +52,11 @@ class Windowed:
 
 
 class _Crop(v2.Transform):
-    """A transform that may come first: all inputs are images and masks, in memory or `Windowed`."""
+    """A transform that may come first: inputs are images and masks, in memory or `Windowed`, and an object to paste."""
 
     def forward(self, *inputs: Any) -> Any:
         params = self.make_params(list(inputs))
-        return tuple(self.transform(item, params) for item in inputs)
+        return tuple(item if isinstance(item, Found) else self.transform(item, params) for item in inputs)
 
 
 def _labels_of(inputs: list[Any]) -> Any:
@@ -165,9 +168,10 @@ class RandomElastic(v2.Transform):
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         size = next(item.shape[-2:] for item in flat_inputs if isinstance(item, tv_tensors.Image | tv_tensors.Mask))
-        coarse = self.sigma_px * torch.randn(1, 2, self.grid, self.grid)
-        rows, columns = interpolate(coarse, size=tuple(size), mode="bicubic", align_corners=True)[0]  # (H, W) each
         height, width = size
+        coarse = self.sigma_px * torch.randn(2, self.grid, self.grid)
+        # Bicubic interpolation goes along one axis after the other, each a product with the weights of its points.
+        rows, columns = _bicubic(height, self.grid) @ coarse @ _bicubic(width, self.grid).T  # (H, W) each
         return {"rows": torch.arange(height)[:, None] + rows, "columns": torch.arange(width) + columns}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
@@ -179,13 +183,22 @@ class RandomElastic(v2.Transform):
         return inpt
 
 
+@cache
+def _bicubic(length: int, points: int) -> Tensor:
+    """What each of `points` on a line, of which the outer ones lie at its ends, adds to each pixel: (length, points)."""
+    return interpolate(torch.eye(points)[None, None], (length, points), mode="bicubic", align_corners=True)[0, 0]
+
+
 def _nearest(mask: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """The labels, or weights, (..., H, W) at the places (H, W) given in pixels; void outside, which weighs 0."""
     height, width = mask.shape[-2:]
-    rows, columns = rows.round().long(), columns.round().long()
-    is_outside = (rows < 0) | (rows >= height) | (columns < 0) | (columns >= width)
-    out = mask[..., rows.clamp(0, height - 1), columns.clamp(0, width - 1)]
-    return out.masked_fill(is_outside, 0 if mask.is_floating_point() else IGNORE_INDEX)
+    framed = pad(
+        mask, (1, 1, 1, 1), value=0 if mask.is_floating_point() else IGNORE_INDEX
+    )  # so that no place is outside
+    row, column = (
+        place.round().clamp_(-1, length).long().add_(1) for place, length in ((rows, height), (columns, width))
+    )
+    return framed.flatten(-2)[..., row.mul_(width + 2).add_(column)]
 
 
 def _bilinear(image: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
@@ -207,45 +220,33 @@ def training_transform(
     scale: tuple[float, float],
     focus: float,
     flips: Flips,
-    photometric: float,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
+    fill: tuple[float, ...],
     is_uint8: bool,
     elastic: float = 0.0,
-    fill: tuple[float, ...] | None = None,
+    pastes: bool = False,
 ) -> v2.Transform:
-    """The augmentation of training: scale and crop, elastic deformation, flips, photometric; float32 in unit scale.
+    """The geometry of training: scale and crop, elastic deformation, flips; numbers stay as they are stored.
 
     The deformation comes after the crop: the same in effect, and only what is trained on is deformed.
-    `mean` and `std` are those of the data, per channel in unit scale; what lies outside the image, and pixels without data,
-    are filled with what the network takes for 0 (`fill`, by default the mean). `elastic` is the deviation of the
-    deformation's vectors in crop pixels.
+    `fill`, per channel in unit scale, is what the network takes for 0: resampling mixes it into the rims of what lies
+    outside the image and of pixels without data. `elastic` is the deviation of the deformation's vectors in crop pixels.
+    With `pastes`, an object that comes last among the inputs is pasted into the crop (`data.copy_paste`).
     """
-    fill = mean if fill is None else fill
     stored = tuple(value * 255 if is_uint8 else value for value in fill)
     steps: list[v2.Transform] = [RandomScaleCrop(crop_px, scale=scale, focus=focus, fill=stored)]
+    if pastes:
+        steps.append(Paste(scale, stored))
     if elastic:
         steps.append(RandomElastic(elastic))
-    return v2.Compose([*steps, *_in_place(flips, photometric, mean, std, fill)])
+    return v2.Compose([*steps, *_flips(flips)])
 
 
-def window_transform(
-    *,
-    window_px: int,
-    flips: Flips,
-    photometric: float,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    fill: tuple[float, ...] | None = None,
-) -> v2.Transform:
-    """The augmentation of training on windows: one around a pixel of an evenly drawn class, flips, photometric."""
-    return v2.Compose([RandomWindow(window_px), *_in_place(flips, photometric, mean, std, fill or mean)])
+def window_transform(*, window_px: int, flips: Flips) -> v2.Transform:
+    """The geometry of training on windows: one around a pixel of an evenly drawn class, flips."""
+    return v2.Compose([RandomWindow(window_px), *_flips(flips)])
 
 
-def _in_place(
-    flips: Flips, photometric: float, mean: tuple[float, ...], std: tuple[float, ...], fill: tuple[float, ...]
-) -> list[v2.Transform]:
-    """What changes no size: flips, then colours, on the way to unit scale."""
+def _flips(flips: Flips) -> list[v2.Transform]:
     steps: list[v2.Transform] = []
     if flips in ("horizontal", "both"):
         steps.append(v2.RandomHorizontalFlip())
@@ -253,10 +254,7 @@ def _in_place(
         steps.append(v2.RandomVerticalFlip())
     if flips == "dihedral":
         steps.append(RandomDihedral())
-    steps.append(ToUnit())
-    if photometric:
-        steps.append(RandomPhotometric(photometric, mean, std))
-    return [*steps, FillNoData(fill)]
+    return steps
 
 
 class RandomWindow(_Crop):
@@ -297,12 +295,18 @@ class RandomWindow(_Crop):
 
 def draw_pixel(mask: Tensor) -> tuple[int, int] | None:
     """Row and column of a pixel of a class drawn evenly from those in `mask`, uint8 (H, W); None if all is void."""
-    cells = mask.flatten()
-    classes = torch.bincount(cells, minlength=IGNORE_INDEX + 1)[:IGNORE_INDEX].nonzero().flatten()
+    counts = torch.bincount(mask.flatten(), minlength=IGNORE_INDEX + 1)[:IGNORE_INDEX]
+    classes = counts.nonzero().flatten()
     if not len(classes):
         return None
-    places = (cells == classes[torch.randint(len(classes), ())]).nonzero().flatten()
-    return divmod(int(places[torch.randint(len(places), ())]), mask.shape[-1])
+    wanted = classes[torch.randint(len(classes), ())]
+    number = int(torch.randint(int(counts[wanted]), ()))  # of its pixels, in reading order
+    is_wanted = mask == wanted
+    # By rows, since listing all places takes several times as long; float32 counts a row exactly.
+    ends = (is_wanted.float() @ torch.ones(mask.shape[-1])).long().cumsum(0)
+    row = int(torch.searchsorted(ends, number, right=True))
+    number -= int(ends[row - 1]) if row else 0
+    return row, int(is_wanted[row].nonzero()[number])
 
 
 def _draw_labelled(mask: Tensor | Windowed) -> tuple[int, int] | None:

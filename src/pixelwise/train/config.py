@@ -105,6 +105,13 @@ class RunConfig(BaseModel):
         default=0.0, ge=0, le=10_000, description="elastic deformation: deviation of its 3x3 vectors in pixels"
     )
 
+    copy_paste: Share = Field(
+        default=0.0, description="share of crops into which an object of a rare class of another image is pasted"
+    )
+    warm_size: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=1.0, description="side of the crops in the first half of the budget, as a share of crop_px"
+    )
+
     bands: tuple[Annotated[int, Field(ge=1, le=10**6)], ...] | None = Field(
         default=None,
         min_length=1,
@@ -220,6 +227,10 @@ class RunConfig(BaseModel):
             raise ValueError(f"slices must be an odd number: a slice and as many on each side, not {self.slices}")
         if isinstance(self.intensity, tuple) and not self.intensity[0] < self.intensity[1]:
             raise ValueError(f"intensity must be two numbers, the smaller first, not {self.intensity}")
+        if self.copy_paste and self.separation:
+            raise ValueError(
+                "copy_paste and separation exclude each other: the gaps around an object that is pasted have no weights"
+            )
         if self.devices > 1 and ":" in self.device:
             raise ValueError(f"device={self.device} names one device, but devices asks for {self.devices}; write cuda")
         if self.sync_batch_norm and (self.devices == 1 or self.device == "cpu"):

@@ -36,7 +36,7 @@ CONFIG_NAME, DATA_NAME, PLAN_NAME, STATE_NAME = "config.yaml", "data.json", "pla
 LAST_NAME = "last.safetensors"
 OF_MACHINE = {"workers", "devices"}  # options that a run may go on with anew: the crops of a step stay the same
 COLUMNS = (
-    "step", "epoch", "elapsed_s", "lr", "train_loss", "images_per_s", "val_miou", "val_global_accuracy",
+    "step", "epoch", "elapsed_s", "lr", "train_loss", "images_per_s", "wait", "val_miou", "val_global_accuracy",
 )  # fmt: skip
 
 

@@ -65,6 +65,7 @@ class Outcome:
     seconds: float  # of training
     interrupted: str | None  # the signal that ended it early
     is_late: bool  # the time was up before the steps were done
+    wait: float  # share of the time in which the network waited for crops
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +96,7 @@ def _fit(job: Job, material: Material, report: Report, others: Sequence[BaseProc
     with _as_readable_errors(job, loop, others), quiet(), _signals_to(loop.on_signal):
         if others:
             threading.Thread(target=_watch_the_start, args=(loop, others), daemon=True, name="pixelwise-start").start()
-        loader = make_stream(config, plan, material.dataset, job.first_step)
+        loader = make_stream(config, plan, material.dataset, job.first_step, module.spent)
         trainer = make_trainer(config, plan, loop, job.folder)
         trainer.fit(module, train_dataloaders=loader, ckpt_path=job.checkpoint if job.first_step else None)
     progress = module.progress
@@ -105,6 +106,7 @@ def _fit(job: Job, material: Material, report: Report, others: Sequence[BaseProc
         seconds=progress.elapsed_s,
         interrupted=loop.interrupted,
         is_late=not loop.interrupted and module.is_late and trainer.global_step < plan.steps,
+        wait=loop.wait,
     )
 
 

@@ -58,12 +58,14 @@ class TrainingLoop(pl.Callback):
         self._before_s = 0.0
         self._saved = (-1, -1)  # the step of the last checkpoint, and of the validation that it knows of
         self._losses: list[Any] = []
-        self._window = (0, 0.0)  # the step and elapsed time of the last log line
+        self._window = (0, 0.0, 0.0)  # the step, elapsed and waited seconds of the last log line
         self._steps_s: deque[float] = deque(
             maxlen=RECENT
         )  # seconds of the last steps, the wait for their crops included
         self._step_from: float | None = None  # when the step that runs began to wait for its crops
         self._validation_s = plan.validation_s  # as the last one took
+        self._begun: tuple[float, float] | None = None  # elapsed and waited seconds after the first step
+        self._waited_s = 0.0
 
     # -- the course of a run ------------------------------------------------------------------------------------------
 
@@ -72,7 +74,7 @@ class TrainingLoop(pl.Callback):
         if trainer.is_global_zero:
             self.history = History(self.run / "metrics.csv", first_step=self.first_step)
         self._before_s, self._resumed_at = progress.elapsed_s, time.monotonic()
-        self._window = (step, progress.elapsed_s)
+        self._window = (step, progress.elapsed_s, 0.0)
         if step and self._is_due(step) and progress.validated_step != step:
             self._validate(trainer)  # the run was killed between a step and its validation
         trainer.should_stop = self._is_over(step)
@@ -86,6 +88,9 @@ class TrainingLoop(pl.Callback):
         if self._step_from is not None:
             self._steps_s.append(time.monotonic() - self._step_from)
         self._losses.append(loss)
+        loader: Any = trainer.train_dataloader
+        self._waited_s = loader.waited_s
+        self._begun = self._begun or (module.progress.elapsed_s, self._waited_s)  # without the start of the workers
         self._log(trainer)
         is_late = time.monotonic() - self._saved_at >= 60 * module.config.checkpoint_minutes
         asked, is_time = self._agreed(trainer, self._asked, is_late)
@@ -185,18 +190,18 @@ class TrainingLoop(pl.Callback):
 
     def _log(self, trainer: pl.Trainer) -> None:
         step, elapsed = trainer.global_step, self.module.progress.elapsed_s
-        done, since = step - self._window[0], elapsed - self._window[1]
+        done, since, waited = step - self._window[0], elapsed - self._window[1], self._waited_s - self._window[2]
         state = {"step": step, "spent": self.module.spent(), "elapsed_s": elapsed, "loss": self._losses[-1]}
         self.report(state | self._outlook(step))
         if step % LOG_EVERY or not done:
             return
         (loss,) = self._agreed(trainer, sum(float(value) for value in self._losses) / len(self._losses), mean=True)
         self._losses.clear()
-        self._window = (step, elapsed)
+        self._window = (step, elapsed, self._waited_s)
         images_per_s = done * self.plan.batch_size * trainer.world_size / max(since, 1e-9)
         if trainer.is_global_zero:
             lr = self.module.config.lr * self.module.lr_factor()
-            self._record(trainer, "train", loss=loss, lr=lr, images_per_s=images_per_s)
+            self._record(trainer, "train", loss=loss, lr=lr, images_per_s=images_per_s, wait=waited / max(since, 1e-9))
             self.report({"images_per_s": images_per_s, "mean_loss": loss})
 
     def _outlook(self, step: int) -> dict[str, float | None]:
@@ -234,6 +239,12 @@ class TrainingLoop(pl.Callback):
         self.history.add(**row | {key if key in COLUMNS else f"{what}_{key}": item for key, item in values.items()})
         if trainer.logger is not None:
             trainer.logger.log_metrics({f"{what}/{key}": value for key, value in values.items()}, step)
+
+    @property
+    def wait(self) -> float:
+        """The share in [0, 1] of the time from the first step on in which the network waited for crops."""
+        began_s, waited_s = self._begun or (0.0, 0.0)
+        return (self._waited_s - waited_s) / max(self.module.progress.elapsed_s - began_s, 1e-9)
 
     def _elapsed(self) -> float:
         return self._before_s + time.monotonic() - self._resumed_at

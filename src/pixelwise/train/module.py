@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from pixelwise.data.check import Inspection
+from pixelwise.data.photometric import network_input
 from pixelwise.errors import PixelwiseError
 from pixelwise.losses import class_weights
 from pixelwise.losses.pixel import IGNORE
@@ -18,18 +19,16 @@ from pixelwise.ops.activations import speed_up_activations
 from pixelwise.ops.depthwise import speed_up_depthwise
 from pixelwise.train.config import RunConfig
 from pixelwise.train.network import frozen_parts, training_loss, window_px
+from pixelwise.train.order import seed_of
 from pixelwise.train.plan import Plan
 from pixelwise.train.selection import Progress
-from pixelwise.train.stream import seed_of
 
 CONVOLUTIONS = (nn.modules.conv._ConvNd, nn.Linear)  # what has a bias that is no norm's
 
 
 class SegmentationModule(pl.LightningModule):
-    """Trains `model` on batches (image (N, C, H, W) in unit scale, labels (N, H, W)[, pixel weights (N, H, W)])."""
+    """Trains `model` on batches of `make_loader`: images, changes of colours, labels (N, H, W)[, weights (N, H, W)]."""
 
-    mean: Tensor
-    std: Tensor
     weight: Tensor | None
 
     def __init__(self, model: nn.Module, config: RunConfig, plan: Plan, weight: Tensor | None) -> None:
@@ -45,8 +44,6 @@ class SegmentationModule(pl.LightningModule):
         self._beside = (average,)  # no submodule: what is trained on several devices must get a gradient
         speed_up_depthwise(self.model)
         speed_up_activations(self.model)
-        self.register_buffer("mean", torch.tensor(plan.mean).reshape(1, -1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(plan.std).reshape(1, -1, 1, 1), persistent=False)
         self.register_buffer("weight", weight, persistent=False)
 
     @property
@@ -67,10 +64,10 @@ class SegmentationModule(pl.LightningModule):
         return tuple(torch.as_tensor(item) for item in batch)  # arrays, where shared memory is small
 
     def training_step(self, batch: tuple[Tensor, ...], _index: int) -> Tensor:
-        image, labels, *maps = batch
-        x = (image - self.mean) / self.std
-        if self.config.channels_last:
-            x = x.contiguous(memory_format=torch.channels_last)
+        images, changes, labels, *maps = batch
+        x = network_input(images, changes)  # (N, C, H, W)
+        if not self.config.channels_last:
+            x = x.contiguous()
         return training_loss(
             self.model,
             x,

@@ -20,7 +20,8 @@ from pixelwise.models.pretrained import Loaded, is_classifier, load_classifier, 
 from pixelwise.ops.resize import CoarseLogits
 from pixelwise.train.config import Freeze, RunConfig
 
-OF_CROPS = ("crop_px", "scale", "focus", "elastic", "separation")  # options that mean nothing for windows
+OF_CROPS = ("crop_px", "scale", "focus", "elastic", "separation", "copy_paste", "warm_size")  # no option for windows
+CROP_STEP_PX = 32  # the stride of nearly every encoder: crops of its multiples need no padding
 Normalisation = tuple[tuple[float, ...], tuple[float, ...]]  # mean and standard deviation per channel, unit scale
 
 
@@ -122,6 +123,19 @@ def window_px(model: nn.Module) -> int | None:
     """The side of the windows that `model` is trained on, or None for a network that is trained on crops."""
     side = getattr(model, "window", None)
     return side if isinstance(side, int) and callable(getattr(model, "classify", None)) else None
+
+
+def warm_side(config: RunConfig, crop_px: int) -> int:
+    """The side of the crops in the first half of the budget, a multiple of 32 px; 0 where it is that of all others."""
+    if config.warm_size == 1:
+        return 0
+    side = max(CROP_STEP_PX, round(crop_px * config.warm_size / CROP_STEP_PX) * CROP_STEP_PX)
+    if side >= crop_px:
+        raise UsageError(
+            f"warm_size={config.warm_size:g}: of crops of {crop_px} px no multiple of {CROP_STEP_PX} px is smaller and as "
+            "near to it. Choose a smaller warm_size or a larger crop_px, or leave warm_size out."
+        )
+    return side
 
 
 def check_options(config: RunConfig, model: nn.Module) -> None:

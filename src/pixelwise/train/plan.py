@@ -20,12 +20,11 @@ from pixelwise.infer.estimates import peak_memory_bytes
 from pixelwise.machine import is_out_of_memory, memory_room
 from pixelwise.models.registry import count_parameters
 from pixelwise.train.config import RunConfig
-from pixelwise.train.network import Start, window_px
+from pixelwise.train.network import CROP_STEP_PX, Start, warm_side, window_px
 from pixelwise.train.probe import choose_workers, probe_steps
-from pixelwise.train.timing import CROPS_S, SHARE, time_crops
+from pixelwise.train.timing import CROPS_S, SHARE, time_crops, time_steps
 
 CROPS, WINDOWS = 8, 128  # in a step, unless the user says otherwise
-CROP_STEP_PX = 32  # the stride of nearly every encoder: crops of its multiples need no padding
 LARGEST_CROP_PX = 352
 LARGEST_TRIAL_PX, SMALLEST_TRIAL_PX = 1024, 64  # side of the image whose validation is timed
 READING = 1.5  # a validated image takes so many times as long as the network alone
@@ -61,6 +60,7 @@ class Plan:
     validation_s: float  # expected seconds of one validation
     expected_s: float  # of the whole run
     memory_bytes: int | None  # largest memory of the process so far, the trial steps in each precision included
+    warm_px: int = 0  # side of the crops in the first half of the budget; 0: as later
     inputs: str = "crops"  # what a step draws: crops, or windows around single pixels
     separation: str = ""  # where the objects of the separation weights come from, if those are used
     stage: str = ""  # which of several, in words
@@ -96,10 +96,14 @@ def make_plan(config: RunConfig, inspection: Inspection, start: Start, *, stage:
     per_epoch = math.ceil(draws / (batch * config.devices))
     val_images = min(val, config.max_val_images or val)
     validation_s = val_images * _image_s(model, inspection, device, precision)
-    steps = _steps(config, per_epoch, validation_s, step_s)
+    warm_px, warm_s = 0 if window else warm_side(config, crop_px), step_s
+    if warm_px:
+        warm_shape = (batch, inspection.channels, warm_px)
+        warm_s = time_steps(config, model, warm_shape, device, (precision,), lambda _step_s: 0.0)[precision][-1]
+    steps = _steps(config, per_epoch, validation_s, 2 / (1 / step_s + 1 / warm_s))
     workers = default_workers(device.type) if config.workers is None else config.workers
     every = _validate_every(config, per_epoch, step_s, validation_s) if val else 0
-    expected_s = steps * step_s + (steps // every if every else 0) * validation_s
+    expected_s = steps * (step_s + warm_s) / 2 + (steps // every if every else 0) * validation_s
     if config.minutes:
         expected_s = config.minutes * 60
     return Plan(
@@ -130,6 +134,7 @@ def make_plan(config: RunConfig, inspection: Inspection, start: Start, *, stage:
         validation_s=validation_s,
         expected_s=min(expected_s, 60 * (config.minutes or config.max_minutes or math.inf)),
         memory_bytes=peak_memory_bytes(device),
+        warm_px=warm_px,
         inputs="crops" if window is None else "windows",
         separation=where_objects_come_from(folder.split("train")) if config.separation else "",
         stage=stage,

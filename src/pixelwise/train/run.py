@@ -56,6 +56,7 @@ class Run:
         seconds: of training.
         interrupted: the signal that ended it early, or None.
         is_short: the time was up when much less than the planned steps were done, on a busy machine for example.
+        wait: share in [0, 1] of the time in which the network waited for crops.
     """
 
     folder: Path
@@ -65,6 +66,7 @@ class Run:
     seconds: float
     interrupted: str | None = None
     is_short: bool = False
+    wait: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,7 +231,7 @@ def _train_stage(
     state = read_state(out) if first_step else {}
     if state.get("finished"):
         on_plan(plan, inspection)
-        known = {key: state.get(key, False) for key in ("best_miou", "seconds", "is_short")}
+        known = {key: state.get(key, False) for key in ("best_miou", "seconds", "is_short", "wait")}
         return Run(folder=out, plan=plan, steps=first_step, **known)
     job = Job(config=config, plan=plan, inspection=inspection, folder=out, first_step=first_step)
     material = Material.of(job, start.model)
@@ -244,7 +246,7 @@ def _train_stage(
         state = write_start(out, stage.recorded, plan, inspection, command)
     done = run_job(job, material, report)
     outcome: dict[str, Any] = {"best_miou": done.best_miou, "steps": done.steps, "seconds": done.seconds}
-    outcome["is_short"] = done.is_late and done.steps < SLOW * plan.steps
+    outcome |= {"is_short": done.is_late and done.steps < SLOW * plan.steps, "wait": done.wait}
     write_json(out / STATE_NAME, state | {"finished": done.interrupted is None} | outcome)
     return Run(folder=out, plan=plan, interrupted=done.interrupted, **outcome)
 

@@ -4,12 +4,12 @@ What comes at a position of the stream depends on the seed and the position alon
 draws of each crop are seeded by them. So a resumed run sees the very same batches, whatever number of workers prepares them.
 """
 
-import hashlib
 import os
 import signal
 import stat
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -19,13 +19,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.nn import functional
+from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from pixelwise.data.check import Inspection
+from pixelwise.data.copy_paste import Objects
 from pixelwise.data.layouts import Pair
-from pixelwise.data.photometric import with_validity
+from pixelwise.data.photometric import Photometric, packed, with_validity
 from pixelwise.data.places import ClassPlaces
 from pixelwise.data.samples import OpenPair, OpenPairs, Sample, are_pictures, files_of, load_sample
 from pixelwise.data.scan import in_threads
@@ -36,17 +38,12 @@ from pixelwise.formats.local import printable
 from pixelwise.machine import is_out_of_memory, memory_room, shared_memory_room
 from pixelwise.train.config import RunConfig
 from pixelwise.train.network import window_px
+from pixelwise.train.order import BatchStream, seed_of
 from pixelwise.train.plan import AHEAD, Plan, epoch_pairs
 
 Weigh = Callable[[Pair, Sample], tuple[Sample, Tensor]]  # a sample as it is trained on, and its pixels' weights (H, W)
 
 CACHE_SHARE = 0.4  # of the memory that is free may hold decoded images
-
-
-def seed_of(*parts: int | str) -> int:
-    """A 63-bit seed that depends on all of `parts`, and is the same on every machine."""
-    digest = hashlib.sha256(":".join(map(str, parts)).encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1
 
 
 def _state(path: Path) -> tuple[int, int, int] | None:
@@ -59,12 +56,17 @@ def _state(path: Path) -> tuple[int, int, int] | None:
 
 
 class CropSet(Dataset[tuple[Tensor, ...]]):
-    """Augmented crops by (index of the pair, position in the stream): image, mask and, if asked for, pixel weights.
+    """Crops by (index of the pair, position in the stream): image, changes of its colours, mask, weights if asked for.
+
+    A third part of such a key, if it is there and true, asks for a crop of the first half of the budget.
 
     Args:
         inspection: of the data; its training images are drawn from, volumes plane by plane, large planes by windows.
         crop_px: side of the crops.
         transform: makes a crop of an image and its mask, as `training_transform` does.
+        photometric: draws the changes of colours.
+        warm: as `transform`, for smaller crops.
+        copy_paste: share of the crops into which an object is pasted.
         seed: of the run.
         cache: keep the decoded images in memory (shared with the workers where processes fork), and their weights too.
         weigh: computes the weights of an image's pixels.
@@ -75,17 +77,23 @@ class CropSet(Dataset[tuple[Tensor, ...]]):
         inspection: Inspection,
         crop_px: int,
         transform: v2.Transform,
+        photometric: Photometric,
         *,
         seed: int,
         cache: bool,
         weigh: Weigh | None = None,
+        warm: v2.Transform | None = None,
+        copy_paste: float = 0.0,
     ) -> None:
         self.pairs, self.reading = epoch_pairs(inspection, crop_px), inspection.reading
-        self.transform, self.seed, self.weigh = transform, seed, weigh
-        labels = inspection.folder.labels
-        self.crop_bytes = crop_px**2 * (4 * inspection.channels + (1 if weigh is None else 5))
+        self.transform, self.photometric, self.seed, self.weigh = transform, photometric, seed, weigh
+        self.warm = warm
+        labels, self.channels, self.is_uint8 = inspection.folder.labels, inspection.channels, is_uint8(inspection)
+        pixel_bytes = (1 if self.is_uint8 else 4) * (inspection.channels + 1)
+        self.crop_bytes = crop_px**2 * (pixel_bytes + (1 if weigh is None else 5))
         self._places = {key: ClassPlaces(found, labels) for key, found in inspection.places().items()}
         how: dict[str, Any] = {"labels": labels, "channels": inspection.channels, "reading": self.reading}
+        self._objects = Objects(copy_paste, *self._rare(inspection)) if copy_paste else None
         self._read: Callable[[Pair], Sample] = partial(load_sample, **how)
         self._opened = OpenPairs(partial(OpenPair, **how))
         self._states = {path: _state(path) for pair in self.pairs for path in files_of(pair)}
@@ -103,6 +111,20 @@ class CropSet(Dataset[tuple[Tensor, ...]]):
         """Close the files that crops were read from."""
         self._opened.close()
 
+    def _rare(self, inspection: Inspection) -> tuple[tuple[int, ...], list[list[int]]]:
+        """The pixels of each class, and which images show it and are read as a whole."""
+        labels = inspection.folder.labels
+        scans = {(scan.pair.image, scan.pair.mask): scan for scan in inspection.scans}
+        images_of: list[list[int]] = [[] for _ in range(labels.num_classes)]
+        for index, pair in enumerate(self.pairs):
+            found = scans[pair.image, pair.mask].mask
+            if found is None or (pair.mask, pair.plane or 0) in self._places:
+                continue
+            for label in {labels.class_of(value) for value in found.counts}:
+                if label is not None and label < labels.num_classes:
+                    images_of[label].append(index)
+        return inspection.splits["train"].pixels, images_of
+
     def _load(self, index: int) -> tuple[Any, ...]:
         """The sample as tensors, or as `Windowed` images where it is read by windows."""
         pair, plane = self.pairs[index], self.pairs[index].plane or 0
@@ -119,8 +141,17 @@ class CropSet(Dataset[tuple[Tensor, ...]]):
         weights = None
         if self.weigh is not None:
             sample, weights = self.weigh(pair, sample)
-        given = (tv_tensors.Image(with_validity(sample.image, sample.valid)), tv_tensors.Mask(sample.mask))
+        given = (self._image(pair, sample.image, sample.valid), tv_tensors.Mask(sample.mask))
         return given if weights is None else (*given, PixelWeight(weights))
+
+    def _image(self, pair: Pair, image: Tensor, valid: Tensor | None) -> tv_tensors.Image:
+        """As crops are cut from it: all of one type, and channels last in memory, which is resampled faster."""
+        if self.is_uint8 and image.dtype != torch.uint8:
+            raise DataError(f"{printable(pair.image)}: holds numbers of another type than when the data were checked.")
+        if not self.is_uint8:
+            image = image.float() / 255 if image.dtype == torch.uint8 else image.float()
+        marked = with_validity(image, valid)
+        return tv_tensors.Image(marked.permute(1, 2, 0).contiguous().permute(2, 0, 1))
 
     def _windowed(self, opened: OpenPair, plane: int, places: ClassPlaces) -> tuple[Windowed, Windowed]:
         if self.weigh is not None:
@@ -132,7 +163,7 @@ class CropSet(Dataset[tuple[Tensor, ...]]):
 
         def read_image(top: int, left: int, height: int, width: int) -> Tensor:
             window = (top, left, height, width, plane)
-            return tv_tensors.Image(with_validity(opened.read_image(*window), opened.read_valid(*window)))
+            return self._image(opened.pair, opened.read_image(*window), opened.read_valid(*window))
 
         def read_mask(top: int, left: int, height: int, width: int) -> Tensor:
             return tv_tensors.Mask(opened.read_mask(top, left, height, width, plane))
@@ -142,65 +173,75 @@ class CropSet(Dataset[tuple[Tensor, ...]]):
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, ...]:
-        index, position = key
-        sample = self._samples.get(index) or self._load(index)
+    def _sample(self, index: int) -> tuple[Any, ...]:
+        return self._samples.get(index) or self._load(index)
+
+    def __getitem__(self, key: tuple[int, ...]) -> tuple[Tensor, ...]:
+        index, position, *is_warm = key
+        sample, transform = self._sample(index), self.warm if self.warm and any(is_warm) else self.transform
         with torch.random.fork_rng(devices=[]):
             # Not torch.manual_seed: that also prepares the seed of every GPU, which takes longer than cutting a window.
             torch.default_generator.manual_seed(seed_of(self.seed, "crop", position))
-            drawn = self.transform(*sample)
-        return tuple(item.as_subclass(Tensor) for item in drawn)
+            found = self._objects.draw(self._sample) if self._objects else None
+            given = sample if found is None else (*sample, found)
+            image, *masks = (item.as_subclass(Tensor) for item in transform(*given))
+            return packed(image, self.channels), self.photometric.draw(), *masks
 
 
-class BatchStream(Sampler[list[tuple[int, int]]]):
-    """Endless batches of (index, position): one shuffled epoch after the other, from `first_step` on."""
+class TimedLoader(DataLoader[Any]):
+    """A loader that knows how long it was waited for.
 
-    def __init__(
-        self, images: int, *, batch_size: int, seed: int, first_step: int = 0, rank: int = 0, world: int = 1
-    ) -> None:
-        self.images, self.batch_size, self.seed = images, batch_size, seed
-        self.first_step, self.rank, self.world = first_step, rank, world
+    Attributes:
+        waited_s: seconds in all until batches were there; where no other process prepares them, those of preparing.
+    """
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        epoch, order = -1, torch.empty(0)
-        position = (self.first_step * self.world + self.rank) * self.batch_size
+    waited_s = 0.0
+
+    def __iter__(self) -> Any:
+        batches = super().__iter__()
         while True:
-            batch = []
-            for at in range(position, position + self.batch_size):
-                if at // self.images != epoch:
-                    epoch = at // self.images
-                    generator = torch.Generator().manual_seed(seed_of(self.seed, "epoch", epoch))
-                    order = torch.randperm(self.images, generator=generator)
-                batch.append((int(order[at % self.images]), at))
+            started = time.perf_counter()
+            batch = next(batches)
+            self.waited_s += time.perf_counter() - started
             yield batch
-            position += self.batch_size * self.world
 
 
-def make_loader(dataset: CropSet, stream: BatchStream, *, workers: int, pin_memory: bool) -> DataLoader[Any]:
-    """Batches (images (B, C, s, s) float32 in unit scale, masks (B, s, s) uint8, weights (B, s, s) if there are any).
+def make_loader(dataset: CropSet, stream: BatchStream, *, workers: int, pin_memory: bool) -> TimedLoader:
+    """Batches: images (B, s, s, C) as they are stored, changes of their colours, masks (B, s, s) uint8, weights if any.
 
-    They are prepared ahead by `workers` processes, and handed over in shared memory; where that is small (64 MiB in a
-    container of Docker's), as NumPy arrays through pipes.
+    `network_input` makes of the first two what the network sees. Where any image has pixels without data, all have a channel
+    of validity. Batches are prepared ahead by `workers` processes, and handed over in shared memory; where that is small
+    (64 MiB in a container of Docker's), as NumPy arrays through pipes.
     """
     ahead: dict[str, Any] = {"prefetch_factor": AHEAD, "persistent_workers": True} if workers else {}
     room, ahead_bytes = (
         shared_memory_room(),
         2 * workers * AHEAD * stream.batch_size * stream.world * dataset.crop_bytes,
     )
-    return DataLoader(
+    return TimedLoader(
         dataset,
         batch_sampler=stream,
         num_workers=workers,
         pin_memory=pin_memory,
         worker_init_fn=_leave_the_end_to_the_parent,
-        collate_fn=_in_arrays if room is not None and ahead_bytes > room.bytes else None,
+        collate_fn=partial(_batch, in_arrays=room is not None and ahead_bytes > room.bytes),
         **ahead,
     )
 
 
-def _in_arrays(crops: list[tuple[Tensor, ...]]) -> tuple[NDArray[Any], ...]:
-    """A batch without a tensor, since torch puts those of a worker into shared memory."""
-    return tuple(np.stack([item.numpy() for item in column]) for column in zip(*crops, strict=True))
+def _batch(crops: list[tuple[Tensor, ...]], *, in_arrays: bool) -> Sequence[Tensor] | Sequence[NDArray[Any]]:
+    """Crops stacked; without a tensor where shared memory is small, since torch puts those of a worker into it."""
+    channels = {crop[0].shape[-1] for crop in crops}
+    if len(channels) > 1:  # some have data everywhere
+        crops = [(_widened(image, max(channels)), *others) for image, *others in crops]
+    if in_arrays:
+        return tuple(np.stack([item.numpy() for item in column]) for column in zip(*crops, strict=True))
+    return default_collate(crops)
+
+
+def _widened(image: Tensor, channels: int) -> Tensor:
+    """(H, W, C) with a last channel that says that there are data everywhere, if it has none."""
+    return functional.pad(image, (0, channels - image.shape[-1]), value=1)
 
 
 def _leave_the_end_to_the_parent(_worker: int) -> None:
@@ -224,28 +265,41 @@ def fits_in_cache(images_bytes: int) -> bool:
     return images_bytes < (1 << 30 if room is None else CACHE_SHARE * room.bytes)
 
 
+def is_uint8(inspection: Inspection) -> bool:
+    """Whether images are cut and handed over as bytes; if only some are, all become float32 in unit scale."""
+    return set(inspection.dtypes) == {"uint8"}
+
+
 def make_dataset(config: RunConfig, plan: Plan, inspection: Inspection, model: nn.Module) -> CropSet:
     """What the steps draw from; the images are read here if they fit into memory."""
-    is_uint8 = set(inspection.dtypes) == {"uint8"}
-    # Those of the data; weights from elsewhere bring a normalisation of their own (`plan.mean`).
-    numbers: dict[str, Any] = {"mean": inspection.mean, "std": inspection.std, "fill": plan.mean}
-    if window_px(model) is None:
-        transform = training_transform(
-            crop_px=plan.crop_px,
+    # Colours change about the data's own mean; weights from elsewhere bring a normalisation of their own (`plan.mean`).
+    changes = Photometric(
+        config.photometric,
+        inspection.mean,
+        inspection.std,
+        seen_mean=plan.mean,
+        seen_std=plan.std,
+        is_uint8=is_uint8(inspection),
+    )
+
+    def crops_of(side: int) -> v2.Transform:
+        return training_transform(
+            crop_px=side,
             scale=config.scale,
             focus=config.focus,
             flips=config.flips,
-            photometric=config.photometric,
-            is_uint8=is_uint8,
+            fill=plan.mean,
+            is_uint8=is_uint8(inspection),
             elastic=config.elastic,
-            **numbers,
+            pastes=config.copy_paste > 0,
         )
+
+    if window_px(model) is None:
+        transform = crops_of(plan.crop_px)
     else:
-        transform = window_transform(
-            window_px=plan.crop_px, flips=config.flips, photometric=config.photometric, **numbers
-        )
+        transform = window_transform(window_px=plan.crop_px, flips=config.flips)
     large = inspection.places()
-    bytes_of_pixel = inspection.channels * (1 if is_uint8 else 4) + 1 + (4 if config.separation else 0)
+    bytes_of_pixel = inspection.channels * (1 if is_uint8(inspection) else 4) + 1 + (4 if config.separation else 0)
     pixels = sum(
         scan.image.grid.pixels
         for scan in inspection.scans
@@ -255,11 +309,38 @@ def make_dataset(config: RunConfig, plan: Plan, inspection: Inspection, model: n
     if config.separation:
         weigh = partial(separate, w0=config.separation, sigma_px=config.separation_sigma_px, reading=inspection.reading)
     cache = fits_in_cache(pixels * bytes_of_pixel * config.devices)  # each process has its own
-    return CropSet(inspection, plan.crop_px, transform, seed=config.seed, cache=cache, weigh=weigh)
+    return CropSet(
+        inspection,
+        plan.crop_px,
+        transform,
+        changes,
+        seed=config.seed,
+        cache=cache,
+        weigh=weigh,
+        warm=crops_of(plan.warm_px) if plan.warm_px else None,
+        copy_paste=config.copy_paste,
+    )
 
 
-def make_stream(config: RunConfig, plan: Plan, dataset: CropSet, first_step: int) -> Any:
-    """The loader of endless batches, entered at `first_step`."""
+def make_stream(
+    config: RunConfig, plan: Plan, dataset: CropSet, first_step: int, spent: Callable[[], float]
+) -> TimedLoader:
+    """The loader of endless batches, entered at `first_step`; `spent` tells the share of the budget that is behind us.
+
+    Smaller crops end with the first half of the planned steps; of a time, with the batch that is begun after its half, which
+    comes a few steps later, for batches are prepared ahead.
+    """
+
+    def is_warm(step: int) -> bool:
+        return (bool(config.minutes) or 2 * step < plan.steps) and spent() < 0.5
+
     ranks = {"rank": int(os.environ.get("LOCAL_RANK", 0)), "world": config.devices}
-    stream = BatchStream(len(dataset), batch_size=plan.batch_size, seed=config.seed, first_step=first_step, **ranks)
+    stream = BatchStream(
+        len(dataset),
+        batch_size=plan.batch_size,
+        seed=config.seed,
+        first_step=first_step,
+        is_warm=is_warm if plan.warm_px else None,
+        **ranks,
+    )
     return make_loader(dataset, stream, workers=plan.workers, pin_memory=plan.device.startswith("cuda"))
