@@ -126,6 +126,7 @@ def machine() -> dict[str, Any]:
     return {
         "cpu": model,
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "omp_num_threads": os.environ.get("OMP_NUM_THREADS", "unset"),
         "flags": [flag for flag in FLAGS if flag in flags.split()],
         "memory_gib": round(memory),
         "system": platform.system(),
