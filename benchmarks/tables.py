@@ -64,7 +64,8 @@ def conditions(result: dict[str, Any]) -> str:
     known = ", ".join(f"{name} {value}" for name, value in result["versions"].items())
     return (
         f"{result['date']}, {machine['cpu']}, {machine['cores']} cores ({flags}), {machine['memory_gib']} GiB, "
-        f"{machine['system']}; OMP_NUM_THREADS {machine['omp_num_threads']}, load before the start {machine['load_before']}. {known}."
+        f"{machine['system']}; OMP_NUM_THREADS {machine['omp_num_threads']}, "
+        f"load before the start {machine['load_before']}. {known}."
     )
 
 
