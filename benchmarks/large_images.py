@@ -68,7 +68,9 @@ def make_predictor(args: argparse.Namespace) -> Predictor:
     )
     config = {"num_classes": args.classes, "in_channels": 3, "widths": tuple(args.widths)}
     card = ModelCard(model="unet", config=config, labels=spec, mean=(0.5,) * 3, std=(0.25,) * 3)
-    return Predictor(create_model("unet", **config), card, device=args.device, precision=args.precision)
+    accelerate = args.accelerate if args.contestant == "pixelwise" else "none"  # the peers get the plain network
+    model = create_model("unet", **config)
+    return Predictor(model, card, device=args.device, precision=args.precision, accelerate=accelerate)
 
 
 def make_image(size: int) -> NDArray[np.uint8]:
@@ -197,7 +199,7 @@ def start(args: argparse.Namespace, name: str, size: int, labels: Path | None = 
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
         command = [sys.executable, __file__, "--contestant", name, "--size", str(size), "--result", str(result)]
-        for key in ("device", "precision", "classes"):
+        for key in ("device", "precision", "classes", "accelerate"):
             command += [f"--{key}", str(getattr(args, key))]
         command += ["--widths", *map(str, args.widths)]
         subprocess.run(command + (["--labels", str(labels)] if labels else []), check=True)
@@ -282,6 +284,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tries", type=int, default=2, help="runs of each before the fastest is taken")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", default="float32", choices=["float32", "bf16"])
+    parser.add_argument("--accelerate", default="auto", help="as that of `pixelwise predict`; of pixelwise's own turns")
     parser.add_argument("--quick", action="store_true", help="512 and 1024 px, one round; nothing is written")
     parser.add_argument("--out", type=Path, default=None, help="folder of the result file; without it there is none")
     for internal in ("--contestant", "--result", "--labels"):
