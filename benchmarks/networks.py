@@ -1,7 +1,6 @@
 """Networks that meet in the races: ours, ready to predict, and smp's U-Net on the same backbone with the same weights."""
 
 import copy
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from pixelwise import RunConfig, open_data
-from pixelwise import machine as pixelwise_machine
 from pixelwise.data.check import inspect_data
 from pixelwise.data.labels import LabelSpec
 from pixelwise.data.scenes import write_scenes
@@ -17,10 +15,9 @@ from pixelwise.infer.bundle import ModelCard
 from pixelwise.infer.devices import computes_in_bf16
 from pixelwise.infer.options import largest
 from pixelwise.infer.predictor import Predictor
-from pixelwise.losses import cross_entropy
 from pixelwise.models import create_model
+from pixelwise.ops.activations import speed_up_activations
 from pixelwise.ops.depthwise import speed_up_depthwise
-from pixelwise.train import network as train_network
 from pixelwise.train.module import SegmentationModule, loss_weights
 from pixelwise.train.network import start_network
 from pixelwise.train.plan import make_plan
@@ -86,29 +83,10 @@ def padded(x: Tensor) -> Tensor:
     return nn.functional.pad(x, (0, -width % 32, 0, -height % 32), mode="replicate")
 
 
-# What a run does to a network before it trains, and its loss, as far as this version of pixelwise has it.
-
-
 def speed_up(model: nn.Module) -> None:
-    """Faster gradients and activations."""
+    """What a run does to a network before it trains."""
     speed_up_depthwise(model)
-    with suppress(ImportError):
-        from pixelwise.ops.activations import speed_up_activations
-
-        speed_up_activations(model)
-
-
-def loss(model: nn.Module, x: Tensor, targets: Tensor) -> Tensor:
-    """The loss of a whole image, every network on pixels."""
-    known = getattr(train_network, "training_loss", None)
-    if known is not None and getattr(model, "is_coarse", False):
-        return known(model, x, targets)
-    return cross_entropy(model(x), targets)
-
-
-def keep_freed_memory(on: bool) -> None:
-    """What a run asks of malloc between its steps."""
-    getattr(pixelwise_machine, "keep_freed_memory", lambda _on: None)(on)
+    speed_up_activations(model)
 
 
 def training_module(scratch: Path, backbone: str, *, crop_px: int, batch_size: int) -> tuple[Any, tuple[Tensor, ...]]:
@@ -121,4 +99,4 @@ def training_module(scratch: Path, backbone: str, *, crop_px: int, batch_size: i
     plan = make_plan(config, inspection, start)
     dataset = make_dataset(config, plan, inspection, start.model)
     module = SegmentationModule(start.model, config, plan, loss_weights(config, inspection, start.model))
-    return module.train(), next(iter(make_stream(config, plan, dataset, 0)))
+    return module.train(), next(iter(make_stream(config, plan, dataset, 0, lambda: 0.0)))

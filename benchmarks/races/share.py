@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from pixelwise.models import describe_model, list_models
+from pixelwise.train.network import training_loss
 
 GOALS = {("unet", "inference"): 0.85, ("unet", "training step"): 0.6}
 LOW = 0.4  # below it the reason is told
@@ -73,7 +74,7 @@ def training(model: nn.Module, x: Tensor):
 
     def step() -> None:
         with torch.autocast("cpu", torch.bfloat16):
-            loss = networks.loss(model, image, labels)
+            loss = training_loss(model, image, labels)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from measure import Row, Setup, Turn, compare, interleave, timed
 from torch import Tensor, nn
 
+from pixelwise.machine import keep_freed_memory
+
 GOALS = {"smp, plain": 4.0, "smp, at its best": 2.4}
 
 
@@ -57,11 +59,11 @@ def ours(module, batch: tuple[Tensor, ...]) -> Turn:
         module.average.update_parameters(module.model)
 
     def turn() -> float:
-        networks.keep_freed_memory(True)  # as a run does; not for smp's turns
+        keep_freed_memory(True)  # as a run does; not for smp's turns
         try:
             return timed(step)()
         finally:
-            networks.keep_freed_memory(False)
+            keep_freed_memory(False)
 
     return turn
 

