@@ -68,8 +68,8 @@ def test_what_cannot_be_folded_runs_as_it_is_unless_folding_was_asked_for() -> N
 
 
 def test_a_folded_network_with_other_scores_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    def spoilt(model: nn.Module, **how: Any) -> nn.Module:
-        made = fold(model, **how)
+    def spoilt(*given: Any) -> nn.Module:
+        made = fold(*given)
         made.model.register_forward_hook(lambda _module, _args, scores: scores * 1.1)
         return made
 

@@ -36,7 +36,7 @@ def norms_of(model: nn.Module) -> int:
 def test_the_scores_of_every_network_stay_in_float32_and_are_near_in_bfloat16(name: str) -> None:
     model = trained(create_model(name, tiny=True, num_classes=3))
     before = copy.deepcopy(model.state_dict())
-    single, half = (fold(model, in_channels=3, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    single, half = (fold(model, noise(1, 3, 64, 64), dtype) for dtype in (torch.float32, torch.bfloat16))
     for size in ((33, 47), (64, 64)):
         image = noise(2, 3, *size)
         with torch.inference_mode():
@@ -91,7 +91,7 @@ class Branches(nn.Module):
 def test_only_what_nothing_else_looks_at_is_folded() -> None:
     torch.manual_seed(0)
     model, image = trained(Branches()), noise(2, 3, 20, 24)
-    folded = fold(model, in_channels=3, dtype=torch.float32)
+    folded = fold(model, noise(1, 3, 64, 64), torch.float32)
     with torch.inference_mode():
         assert torch.allclose(folded(image), model(image), atol=1e-5)
     assert norms_of(folded) == norms_of(model) - 1
@@ -102,7 +102,7 @@ def test_only_what_nothing_else_looks_at_is_folded() -> None:
 @pytest.mark.parametrize("backbone", ["tf_efficientnet_lite0", "torchvision/resnet18", "mobilenetv3_small_050"])
 def test_all_norms_of_the_usual_encoders_are_folded(backbone: str) -> None:
     model = trained(create_model("encoder_decoder", num_classes=3, backbone=backbone, widths=(8, 8)))
-    folded = fold(model, in_channels=3, dtype=torch.float32)
+    folded = fold(model, noise(1, 3, 64, 64), torch.float32)
     assert norms_of(model) > 15 and norms_of(folded) == 0
     image = noise(1, 3, 65, 70)
     with torch.inference_mode():
@@ -114,7 +114,7 @@ def test_all_norms_of_the_usual_encoders_are_folded(backbone: str) -> None:
 def test_stripes_of_a_folded_network_are_its_whole_image(name: str) -> None:
     model = trained(create_model(name, tiny=True, num_classes=3))
     for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 0.03)):
-        folded, image = fold(model, in_channels=3, dtype=dtype), noise(1, 3, 150, 90)
+        folded, image = fold(model, noise(1, 3, 64, 64), dtype), noise(1, 3, 150, 90)
         network = WindowedNetwork(folded, 150, 90, in_channels=3)
 
         def read(top: int, left: int, height: int, width: int, image: Tensor = image) -> Tensor:

@@ -49,8 +49,8 @@ def accelerated(
         return Acceleration("none", model, "the network as it is")
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     try:
-        folded = fold(model, in_channels=in_channels, dtype=dtype).to(device)
         image = _noise(in_channels).to(device)
+        folded = fold(model, image, dtype)
         amiss = departure(folded, model, image, autocast if precision == "bf16" else nullcontext, TOLERANCE[precision])
     except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError) as error:
         amiss = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error).strip() else ''}"

@@ -1,8 +1,8 @@
 """A network made ready for inference: batch norm and activations inside the convolutions, weights in one precision.
 
 In eval mode batch norm is an affine map of each channel, so it is part of the convolution before it (Jacob et al., CVPR
-2018, arXiv:1712.05877, section 3.2). What follows from module to module is seen in one pass without numbers, so networks
-need not be traceable, and the result takes images of any size, as the network does.
+2018, arXiv:1712.05877, section 3.2). What follows on what is seen in one pass over a small image, so networks need not be
+traceable, and the result takes images of any size, as the network does.
 
 On a CPU the convolutions run in oneDNN with weights that are brought into its order once, and with the activation applied
 to the result while it is in the cache; autocast would convert and reorder all weights at every call.
@@ -24,9 +24,6 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from pixelwise.ops.cost import without_memory
-
-SEEN_PX = 64  # side of the image that is followed through the network; all sizes take the same way
 _KEPT = (_BatchNorm, nn.LayerNorm, nn.GroupNorm)
 """Norms that are left stay in float32, which they compute in; their statistics would lose digits."""
 
@@ -140,7 +137,7 @@ class Folded(nn.Module):
         return self.model(image.to(self.dtype)).float()
 
 
-def fold(model: nn.Module, *, in_channels: int, dtype: torch.dtype) -> Folded:
+def fold(model: nn.Module, image: Tensor, dtype: torch.dtype) -> Folded:
     """The network for inference in `dtype`, bfloat16 or float32; `model` itself stays as it is.
 
     Batch norm is folded into the convolution before it, and the activation after that joins them, wherever nothing else
@@ -148,22 +145,20 @@ def fold(model: nn.Module, *, in_channels: int, dtype: torch.dtype) -> Folded:
 
     Args:
         model: maps (N, C, H, W) to (N, K, H, W), in eval mode.
-        in_channels: C.
+        image: (1, C, H, W), float32, on the network's device; followed through the network once. Images of all sizes must
+            take the same way.
         dtype: of weights and maps.
-
-    Raises:
-        RuntimeError: the network cannot compute without numbers, or in this type.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.ReLU()).eval()
-        >>> folded = fold(model, in_channels=3, dtype=torch.float32)
+        >>> folded = fold(model, torch.rand(1, 3, 8, 8), torch.float32)
         >>> [type(item).__name__ for item in folded.model]
         ['FoldedConv2d', 'Identity', 'Identity']
         >>> image = torch.rand(1, 3, 5, 6)
         >>> bool(torch.allclose(folded(image), model(image), atol=1e-6))
         True
     """
-    chains = _chains(model, in_channels)
+    chains = _chains(model, image)
     # The convolutions are made anew, so their weights need not be copied.
     kept = {id(item): item for chain in chains for item in model.get_submodule(chain.conv).parameters()}
     twin = copy.deepcopy(model, kept).requires_grad_(False).eval()
@@ -274,12 +269,15 @@ class _Watch(TorchFunctionMode):
         return value.users[0] if len(value.users) == 1 else ""
 
 
-def _chains(model: nn.Module, in_channels: int) -> list[_Chain]:
-    """What can be folded, as a pass without numbers shows it."""
-    twin = without_memory(model).eval()
-    watch = _Watch(twin)
+def _chains(model: nn.Module, image: Tensor) -> list[_Chain]:
+    """What can be folded, as a pass over an image shows it.
+
+    Without numbers (on "meta") it would be seen too, but that imports torch's compiler, which takes longer than the pass.
+    """
+    shared = {id(item): item for item in (*model.parameters(), *model.buffers())}
+    watch = _Watch(copy.deepcopy(model, shared).eval())
     with torch.inference_mode(), watch:
-        scores = twin(torch.empty(1, in_channels, SEEN_PX, SEEN_PX, device="meta"))
+        scores = watch.modules[""](image.clone())
     watch.now[id(scores)].users.append("")  # the caller looks at it too
     chains = (_chain(name, watch) for name, module in watch.modules.items() if _is_foldable(module))
     return [chain for chain in chains if chain is not None]
