@@ -107,14 +107,7 @@ def make_plan(config: RunConfig, inspection: Inspection, start: Start, *, stage:
     if config.minutes:
         expected_s = config.minutes * 60
     return Plan(
-        data={
-            "root": str(folder.root),
-            "layout": folder.layout,
-            "images": {name: len(folder.split(name)) for name in folder.splits},
-            "sizes": dict(list(inspection.sizes.items())[:8]),
-            "channels": inspection.channels,
-            "fingerprint": inspection.fingerprint,
-        },
+        data=_described(inspection),
         classes=folder.labels.names,
         model=config.model,
         config=start.kwargs,
@@ -141,6 +134,19 @@ def make_plan(config: RunConfig, inspection: Inspection, start: Start, *, stage:
         notes=probe.notes,
         reasons=(*probe.reasons, f"workers {workers}: {'by default' if config.workers is None else 'given'}"),
     )
+
+
+def _described(inspection: Inspection) -> dict[str, Any]:
+    """The data of a plan."""
+    folder = inspection.folder
+    return {
+        "root": str(folder.root),
+        "layout": folder.layout,
+        "images": {name: len(folder.split(name)) for name in folder.splits},
+        "sizes": dict(list(inspection.sizes.items())[:8]),
+        "channels": inspection.channels,
+        "fingerprint": inspection.fingerprint,
+    }
 
 
 def epoch_pairs(inspection: Inspection, crop_px: int) -> list[Pair]:
