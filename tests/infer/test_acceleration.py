@@ -62,7 +62,7 @@ class Fixed(nn.Module):
 
 def test_what_cannot_be_folded_runs_as_it_is_unless_folding_was_asked_for() -> None:
     auto = predictor(Fixed(), precision="bf16").acceleration
-    assert auto.kind == "none" and "cannot be folded" in auto.reason
+    assert auto.kind == "none" and auto.is_refused and "cannot be folded" in auto.reason
     with pytest.raises(UsageError, match=r"accelerate fold: this network cannot be folded \(.*Use accelerate none"):
         predictor(Fixed(), precision="bf16", accelerate="fold").predict(IMAGE)
 

@@ -92,7 +92,7 @@ def test_memory_is_below_2_gib_and_was_told_before(tmp_path, run):
         peak = peak_bytes(process)
     assert process.returncode == 0, said
     found = re.search(
-        r"scene\.tif: (.*), 1\.00x the multiply-adds of one pass, at most ([0-9.]+) GiB of memory", said[1]
+        r"scene\.tif: (.*), 1\.00x the multiply-adds of one pass, at most ([0-9.]+) GiB of memory", said[0]
     )
     assert found, said
     assert found[1].startswith("stripes of ")

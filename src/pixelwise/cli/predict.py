@@ -16,6 +16,7 @@ from pixelwise.errors import UsageError
 if TYPE_CHECKING:
     from pixelwise.infer.batch import Outcome
 
+MANY = 10  # images, from which on it is told how the network computes
 LOG_S = 60  # in a log, which has no bar, progress is told so often
 _MAPS = "entropy, mutual_information, max_probability, with commas between: also write NAME_MAP."
 
@@ -219,7 +220,7 @@ def _label(predictor: Any, batch: Any, **how: Any) -> "list[Outcome]":
         def show(text: str) -> None:
             progress.console.print(options.for_terminal(text), markup=False, highlight=False, soft_wrap=True)
 
-        if batch.tasks:
+        if len(batch.tasks) >= MANY or predictor.accelerate == "fold" or predictor.acceleration.is_refused:
             show(predictor.computing)
         said = time.monotonic()
 

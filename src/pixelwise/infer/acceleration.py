@@ -28,11 +28,13 @@ class Acceleration:
         kind: "none" or "fold".
         model: the network, or what was made of it; both take and give float32.
         reason: why it is this one, in words.
+        is_refused: whether the network could not be folded, or not with its own scores.
     """
 
     kind: str
     model: nn.Module
     reason: str
+    is_refused: bool = False
 
 
 def accelerated(
@@ -57,7 +59,9 @@ def accelerated(
     if not amiss:
         return Acceleration("fold", folded, "batch norm folded into the convolutions (--accelerate none leaves it out)")
     if kind == "auto":
-        return Acceleration("none", model, f"the network as it is, since it cannot be folded ({amiss})")
+        return Acceleration(
+            "none", model, f"the network as it is, since it cannot be folded ({amiss})", is_refused=True
+        )
     raise UsageError(f"accelerate fold: this network cannot be folded ({amiss}). Use accelerate none, or leave it out.")
 
 
