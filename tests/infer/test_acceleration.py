@@ -11,6 +11,7 @@ from pixelwise.data.labels import LabelSpec
 from pixelwise.errors import UsageError
 from pixelwise.infer import acceleration
 from pixelwise.infer.bundle import ModelCard
+from pixelwise.infer.options import OverflowingScores
 from pixelwise.infer.predictor import Predictor
 from pixelwise.models import create_model
 
@@ -87,3 +88,13 @@ def test_options_that_do_not_exist_or_fit_are_refused() -> None:
     with pytest.raises(UsageError, match="batch statistics: what is folded has the averages of the training"):
         predictor(accelerate="fold", batch_statistics=True)
     assert predictor(precision="bf16", batch_statistics=True).acceleration.kind == "none"
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -3.4e38])
+@pytest.mark.parametrize("name", ["unet", "linknet"])
+def test_numbers_that_overflow_are_an_error_in_a_folded_network_too(name: str, value: float) -> None:
+    image = np.zeros((70, 90, 3), dtype=np.float32)
+    image[20:23, 30:33] = value
+    for kind in ("none", "fold"):
+        with pytest.raises(OverflowingScores):
+            predictor(create_model(name, **CONFIG), precision="bf16", accelerate=kind).predict(image)

@@ -124,3 +124,25 @@ def test_stripes_of_a_folded_network_are_its_whole_image(name: str) -> None:
             whole = folded(image)[0]
             rows = [rows for _, rows in network.stripes(read, top=0, left=0, height=150, width=90, stripe_px=32)]
         assert float((torch.cat(rows, dim=1) - whole).abs().max()) <= bound * float(whole.std())
+
+
+def test_the_network_itself_stays_trainable_and_gets_no_hooks() -> None:
+    model = create_model("unet", tiny=True, num_classes=3, batch_norm=True).eval()
+    fold(model, noise(1, 3, 64, 64), torch.bfloat16)
+    assert all(item.requires_grad for item in model.parameters())
+    assert not any(item._forward_hooks or item._forward_pre_hooks for item in model.modules())
+
+
+def test_what_has_hooks_or_an_own_dropout_behind_its_norm_is_not_folded() -> None:
+    from timm.layers import BatchNormAct2d
+
+    seen = []
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), BatchNormAct2d(4, drop_layer=nn.Dropout2d)
+    ).eval()
+    model[0].register_forward_hook(lambda _module, _args, out: seen.append(out))
+    folded, image = fold(model, noise(1, 3, 64, 64), torch.float32), noise(1, 3, 9, 8)
+    seen.clear()
+    with torch.inference_mode():
+        assert torch.allclose(folded(image), model(image), atol=1e-6)
+    assert len(seen) == 2 and norms_of(folded) == 2

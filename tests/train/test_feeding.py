@@ -3,6 +3,7 @@
 import itertools
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -80,7 +81,11 @@ def test_a_stream_asks_before_each_batch_since_time_passes_while_it_is_used() ->
 
 
 def test_a_plan_counts_on_the_faster_steps(toy_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pixelwise.train.plan.time_steps", lambda _c, _m, shape, *_: 0.1 * shape[2] / 64)
+    def timed(_config: Any, _model: Any, shape: tuple[int, int, int], _device: Any, precisions: Any, _most: Any) -> Any:
+        return {name: [0.1 * shape[2] / 64] for name in precisions}
+
+    for module in ("plan", "timing"):
+        monkeypatch.setattr(f"pixelwise.train.{module}.time_steps", timed)
     monkeypatch.setattr("pixelwise.train.plan._image_s", lambda *_: 0.0)
     plain, warm = (made(toy_data, steps=100, warm_size=share)[0] for share in (1.0, 0.5))
     assert (plain.expected_s, warm.expected_s) == pytest.approx((10, 7.5))

@@ -98,7 +98,7 @@ def outlook(
 ):
     """What a loop says after `step`, where the plan had 0.1 s a step and a validation of 2 s every 100."""
     known = SimpleNamespace(
-        plan=SimpleNamespace(steps=steps, step_s=0.1, validate_every_steps=100, device="cpu"),
+        plan=SimpleNamespace(steps=steps, step_s=0.1, validate_every_steps=100, device="cpu", warm_px=0),
         module=SimpleNamespace(
             seconds=minutes and minutes * 60,
             config=SimpleNamespace(minutes=minutes),

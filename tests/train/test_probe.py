@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pixelwise.infer import predictor
+from pixelwise.infer import devices
 from pixelwise.machine import cache_folder
 from pixelwise.models import create_model
 from pixelwise.train import make_config, plan, probe, timing, train
@@ -40,7 +40,7 @@ class Machine:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
         self.now, self.seconds, self.steps, self.largest = 0.0, {"bf16": 0.2, "float32": 0.2}, [], 2**16
         monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
-        for module in (predictor, probe):
+        for module in (devices, probe):
             monkeypatch.setattr(module, "computes_in_bf16", lambda _device: True)
         monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: self.now))
         monkeypatch.setattr(timing, "_Trial", self.trial)

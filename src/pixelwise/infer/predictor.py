@@ -25,7 +25,7 @@ from pixelwise.data.samples import to_tensor
 from pixelwise.errors import DataError, UsageError
 from pixelwise.formats.base import LABELS, Source
 from pixelwise.formats.image import label_image, write_png
-from pixelwise.infer.acceleration import Acceleration, accelerated, check_acceleration
+from pixelwise.infer.acceleration import Acceleration, accelerated, check_acceleration, is_usual
 from pixelwise.infer.bundle import ModelCard, load_bundle
 from pixelwise.infer.devices import resolve_device, resolve_precision
 from pixelwise.infer.options import JobOptions, Tiling
@@ -95,7 +95,8 @@ class Predictor:
     """A trained network, ready to label images. Make one with `load`.
 
     Args:
-        model: The network; the predictor takes it over (eval mode, moved to `device`, channels_last).
+        model: The network; the predictor takes it over (eval mode, moved to `device`, channels_last). Changes of its weights
+            after the first prediction need not count, and images of all sizes must take the same way through it.
         card: What is known about it.
         device: "auto" (a GPU if there is one), or a torch device such as "cpu" or "cuda:1".
         precision: "bf16" (autocast), "float32", or "auto": bf16 where the device computes in it.
@@ -179,8 +180,10 @@ class Predictor:
         They are those of the network, or of a `model` made of what computes it.
         """
         norms = statistics_of_the_batch(self.model) if self.batch_statistics else nullcontext()
-        with norms, self.autocast():
-            run = self.acceleration.model if model is None else model
+        run, context = self.acceleration.model if model is None else model, self.autocast
+        if run is not self.model and model is None and not is_usual(x):  # whose overflow must be seen
+            run, context = self.model, self._autocast
+        with norms, context():
             return run(x.contiguous(memory_format=torch.channels_last)).float()  # (N, K, H, W)
 
     @cached_property

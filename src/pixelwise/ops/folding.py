@@ -14,7 +14,8 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
+from weakref import WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
@@ -51,8 +52,23 @@ def _activation(module: nn.Module) -> Activation | None:
 class PackedConvolution:
     """A convolution that oneDNN runs on weights in an order of its own, into which they are brought once, at the first call.
 
-    These operations are no public part of torch: `is_possible` tells whether there are any. Of copies each packs its own.
+    These operations are no public part of torch: `is_possible` tells whether there are any. Use `of`, which packs the same
+    weights once, however many image sizes have operations of their own.
     """
+
+    _known: ClassVar[WeakValueDictionary[Any, "PackedConvolution"]] = WeakValueDictionary()
+
+    @classmethod
+    def of(
+        cls, weight: Tensor, bias: Tensor | None, stride: Any, dilation: Any, groups: int, activation: Activation | None
+    ) -> "PackedConvolution":
+        """The one of these weights in memory, and what else is given."""
+        name = None if activation is None else activation[:2]
+        places = (weight.data_ptr(), None if bias is None else bias.data_ptr())
+        key = (places, weight.shape, weight.dtype, tuple(stride), tuple(dilation), groups, name)
+        made = cls._known.get(key) or cls(weight, bias, stride, dilation, groups, activation)
+        cls._known[key] = made
+        return made
 
     def __init__(
         self,
@@ -116,7 +132,7 @@ class FoldedConv2d(nn.Module):
         if not self.is_transposed and not isinstance(self.padding, str) and PackedConvolution.is_possible(x):
             if self._packed is None:
                 more = (self.stride, self.dilation, self.groups, self.activation)
-                self._packed = PackedConvolution(self.weight, self.bias, *more)
+                self._packed = PackedConvolution.of(self.weight, self.bias, *more)
             return self._packed(x, self.padding)
         if self.is_transposed:
             places = (self.stride, self.padding, self.output_padding, self.groups, self.dilation)
@@ -159,9 +175,10 @@ def fold(model: nn.Module, image: Tensor, dtype: torch.dtype) -> Folded:
         True
     """
     chains = _chains(model, image)
-    # The convolutions are made anew, so their weights need not be copied.
-    kept = {id(item): item for chain in chains for item in model.get_submodule(chain.conv).parameters()}
-    twin = copy.deepcopy(model, kept).requires_grad_(False).eval()
+    # The convolutions are made anew, so their weights need not be copied; those of the model keep their gradients.
+    known = [item for chain in chains for item in model.get_submodule(chain.conv).parameters()]
+    twin = copy.deepcopy(model, {id(item): nn.Parameter(item.detach(), requires_grad=False) for item in known})
+    twin.requires_grad_(False).eval()
     for chain in chains:
         conv: Any = twin.get_submodule(chain.conv)
         weight, bias = conv.weight.detach().float(), None if conv.bias is None else conv.bias.detach().float()
@@ -231,6 +248,7 @@ class _Watch(TorchFunctionMode):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.modules = dict(model.named_modules())
+        self.hooked = {name for name, item in self.modules.items() if item._forward_hooks or item._forward_pre_hooks}
         self.inside: list[str] = []
         self.calls = Counter[str]()
         self.given: dict[str, list[_Value]] = {name: [] for name in self.modules}
@@ -261,7 +279,7 @@ class _Watch(TorchFunctionMode):
     def result(self, name: str, operation: str = "") -> _Value | None:
         """What a module gave that was called once and did one operation, last or only; None for others."""
         values = self.given[name]
-        is_single = self.calls[name] == 1 and (len(values) == 1 or (operation and values))
+        is_single = self.calls[name] == 1 and (len(values) == 1 or (operation and values)) and name not in self.hooked
         return values[-1] if is_single and operation in ("", values[-1].operation) else None
 
     def follower(self, value: _Value) -> str:
@@ -275,10 +293,11 @@ def _chains(model: nn.Module, image: Tensor) -> list[_Chain]:
     Without numbers (on "meta") it would be seen too, but that imports torch's compiler, which takes longer than the pass.
     """
     shared = {id(item): item for item in (*model.parameters(), *model.buffers())}
-    watch = _Watch(copy.deepcopy(model, shared).eval())
+    watch = _Watch(copy.deepcopy(model, shared).eval())  # the copy gets hooks, which the model must not keep
     with torch.inference_mode(), watch:
         scores = watch.modules[""](image.clone())
-    watch.now[id(scores)].users.append("")  # the caller looks at it too
+    if id(scores) in watch.now:
+        watch.now[id(scores)].users.append("")  # the caller looks at it too
     chains = (_chain(name, watch) for name, module in watch.modules.items() if _is_foldable(module))
     return [chain for chain in chains if chain is not None]
 
@@ -291,7 +310,8 @@ def _chain(conv: str, watch: _Watch) -> _Chain | None:
     follower = watch.follower(value)
     found: Any = watch.modules[follower]
     is_grouped = isinstance(module, nn.ConvTranspose2d) and module.groups > 1  # torch cannot fold its norm
-    if follower and isinstance(found, _BatchNorm) and found.running_mean is not None and not is_grouped:
+    is_last = isinstance(getattr(found, "drop", None), nn.Identity | None)  # timm's, with a dropout of its own
+    if follower and isinstance(found, _BatchNorm) and found.running_mean is not None and is_last and not is_grouped:
         normed = watch.result(follower, "batch_norm")
         if normed is not None and len(watch.given[follower]) == 1:
             norm, value = follower, normed

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from pixelwise.data.check import Inspection
 from pixelwise.errors import DataError, PixelwiseError
-from pixelwise.machine import is_out_of_memory, memory_room, refused, shared_memory_room
+from pixelwise.machine import is_out_of_memory, keep_freed_memory, memory_room, refused, shared_memory_room
 from pixelwise.train.config import RunConfig
 from pixelwise.train.folder import CONFIG_NAME, LAST_NAME
 from pixelwise.train.loop import Report, TrainingLoop, make_trainer, quiet
@@ -98,7 +98,10 @@ def _fit(job: Job, material: Material, report: Report, others: Sequence[BaseProc
             threading.Thread(target=_watch_the_start, args=(loop, others), daemon=True, name="pixelwise-start").start()
         loader = make_stream(config, plan, material.dataset, job.first_step, module.spent)
         trainer = make_trainer(config, plan, loop, job.folder)
-        trainer.fit(module, train_dataloaders=loader, ckpt_path=job.checkpoint if job.first_step else None)
+        try:
+            trainer.fit(module, train_dataloaders=loader, ckpt_path=job.checkpoint if job.first_step else None)
+        finally:
+            keep_freed_memory(False)  # as before, whatever ended the training
     progress = module.progress
     return Outcome(
         best_miou=progress.best_miou if progress.best_miou >= 0 else None,

@@ -211,6 +211,10 @@ class TrainingLoop(pl.Callback):
         """
         plan, module = self.plan, self.module
         recent_s = None
+        if plan.warm_px and module.spent() < 0.5:  # steps on small crops tell little of the others
+            left_s = (1 - module.spent()) * plan.expected_s
+            planned: dict[str, float | None] = {"planned_steps": plan.steps, "planned_step_s": plan.step_s}
+            return planned | {"expected_steps": plan.steps, "left_s": left_s, "step_s": None}
         if len(self._steps_s) == RECENT:
             recent_s = (statistics.median if plan.device == "cpu" else statistics.fmean)(self._steps_s)
         every, step_s = plan.validate_every_steps, recent_s or plan.step_s

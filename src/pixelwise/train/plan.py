@@ -224,7 +224,7 @@ def most_workers(device_type: str) -> int:
 
 def worker_bytes(config: RunConfig, channels: int, crop_px: int) -> int:
     """Memory of the processes that prepare crops, and of the batches that they have ready, before the batch is known."""
-    workers = default_workers(resolve_device(config.device).type) if config.workers is None else config.workers
+    workers = most_workers(resolve_device(config.device).type) if config.workers is None else config.workers
     crop_bytes = crop_px**2 * (4 * channels + 1)
     return workers * (WORKER_BYTES // 2 + AHEAD * (config.batch_size or CROPS) * crop_bytes) * config.devices
 
@@ -240,5 +240,11 @@ def with_workers(config: RunConfig, plan: Plan, dataset: Dataset[Any], images: i
     if config.workers is not None or not most or SHARE * plan.expected_s < CROPS_S:
         return plan
     cores = max(1, worker_count() // config.devices) if device_type == "cpu" else None
-    workers, reason = choose_workers(plan.batch_size * time_crops(dataset, images), plan.step_s, cores=cores, most=most)
+    try:
+        batch_s = plan.batch_size * time_crops(dataset, images)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return plan  # the training itself will say what to do
+    workers, reason = choose_workers(batch_s, plan.step_s, cores=cores, most=most)
     return replace(plan, workers=workers, reasons=(*plan.reasons[:-1], reason))

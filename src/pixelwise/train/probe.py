@@ -50,6 +50,8 @@ def probe_steps(
             if config.batch_size or batch <= 2 or not is_out_of_memory(error):
                 raise
         batch //= 2
+    precision = faster(found)
+    reason = _precision_reason(config, found, precision, device, origin)
     why = f"batch_size {batch}: " + ("given" if config.batch_size else "the default; another one would train otherwise")
     if batch < wanted:
         notes.append(f"batch_size={wanted} does not fit into memory, so it is {batch}{free_words(device)}.")
@@ -60,17 +62,15 @@ def probe_steps(
         while batch < LARGEST_BATCH and (
             more := _larger(config, start, (batch, channels, side), device, length, found)
         ):
-            batch, (found, origin) = 2 * batch, more
+            batch, found = 2 * batch, more
             tried.append(f"{batch}: {1000 * min(map(statistics.median, found.values())) / batch:.2f} ms a crop")
         why = f"batch_size {batch}: {', '.join(tried)}; doubled while crops take {GAIN} times less time each"
         if batch > wanted:
             notes.append(
                 f"batch_size={batch}, since {wanted} crops leave this GPU idle; the learning rate is not changed."
             )
-    precision = faster(found)
-    reasons = (_precision_reason(config, found, precision, device, origin), why)
     step_s = statistics.median(found[precision])
-    return Probe(precision=precision, batch_size=batch, step_s=step_s, reasons=reasons, notes=tuple(notes))
+    return Probe(precision=precision, batch_size=batch, step_s=step_s, reasons=(reason, why), notes=tuple(notes))
 
 
 def candidates(config: RunConfig, device: torch.device) -> tuple[str, ...]:
@@ -87,18 +87,18 @@ def free_words(device: torch.device) -> str:
 
 def _larger(
     config: RunConfig, start: Start, shape: tuple[int, int, int], device: torch.device, length: Length, found: Seconds
-) -> tuple[Seconds, str] | None:
+) -> Seconds | None:
     """The times of twice the batch, if it fits and its crops take clearly less time each."""
     batch, channels, side = shape
     precision = faster(found)
     try:
-        more, origin = measured(config, start, (2 * batch, channels, side), device, (precision,), length)
+        more, _ = measured(config, start, (2 * batch, channels, side), device, (precision,), length)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         return None
     gain = 2 * statistics.median(found[precision]) / statistics.median(more[precision])
-    return (more, origin) if gain >= GAIN else None
+    return more if gain >= GAIN else None
 
 
 def _precision_reason(config: RunConfig, found: Seconds, chosen: str, device: torch.device, origin: str) -> str:

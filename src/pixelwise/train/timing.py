@@ -168,7 +168,7 @@ class _Trial:
         for part in frozen_parts(self.model, config.freeze):
             part.eval()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.0)
-        self.clip = config.clip_norm
+        self.clip, self.dice = config.clip_norm, config.dice
         self.image = torch.randn(batch, channels, side, side, device=device)
         labelled = (side, side) if window_px(model) is None else (1, 1)
         self.labels = torch.zeros((batch, *labelled), dtype=torch.uint8, device=device)
@@ -178,7 +178,8 @@ class _Trial:
         started = time.perf_counter()
         self.optimizer.zero_grad()
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
-            loss = training_loss(self.model, self.image.contiguous(memory_format=self.layout), self.labels)
+            image = self.image.contiguous(memory_format=self.layout)
+            loss = training_loss(self.model, image, self.labels, dice=self.dice)
         loss.backward()
         if self.clip:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
@@ -209,7 +210,9 @@ def _key(
     config: RunConfig, start: Start, shape: tuple[int, int, int], device: torch.device, precisions: tuple[str, ...]
 ) -> dict[str, Any]:
     """What the time of a step depends on."""
-    model = json.dumps([config.model, start.kwargs, config.channels_last, config.clip_norm > 0], sort_keys=True)
+    model = json.dumps(
+        [config.model, start.kwargs, config.channels_last, config.clip_norm > 0, config.dice > 0], sort_keys=True
+    )
     return {
         "version": 1,  # of this file's steps
         "cpu": cpu_name(),

@@ -60,7 +60,7 @@ class _Driver:
             folder=str(Path(network.folder or "").absolute()), weights_sha256=network.card.weights_sha256,
             options={
                 "device": device, "precision": network.precision, "batch_statistics": network.batch_statistics,
-                "accelerate": network.acceleration.kind,
+                "accelerate": "none" if network.acceleration.kind == "none" else network.accelerate,
             },
             batch=replace(batch, tasks=(), missing=(), folder=OutFolder(_absolute(batch.folder.out))),
             overwrite=labeller.overwrite, token=token, threads=max(1, min(MOST_THREADS, int(cluster.cpus))),

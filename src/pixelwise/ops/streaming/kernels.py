@@ -108,7 +108,7 @@ class Convolution(Slides):
         self.groups, self.macs = call.argument(6, "groups", 1), math.prod(self.weight.shape)
         self.packed: PackedConvolution | None = None
         if self.weight.dtype == torch.bfloat16:  # of a folded network, which runs without autocast
-            self.packed = PackedConvolution(self.weight, self.bias, self.stride, self.dilation, self.groups, None)
+            self.packed = PackedConvolution.of(self.weight, self.bias, self.stride, self.dilation, self.groups, None)
 
     def run(self, out: Window, tensors: list[Tensor], windows: list[Window], owned: bool = False) -> Tensor:
         (above, below), (left, right) = self.pads(out)
