@@ -115,7 +115,7 @@ class FoldedConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.pads_same:
-            x = _pad_same(x, self.kernel_size, self.stride, self.dilation)
+            x = pad_same(x, self.kernel_size, self.stride, self.dilation)
         if not self.is_transposed and not isinstance(self.padding, str) and PackedConvolution.is_possible(x):
             if self._packed is None:
                 more = (self.stride, self.dilation, self.groups, self.activation)
@@ -274,13 +274,27 @@ class _Watch(TorchFunctionMode):
         return value.users[0] if len(value.users) == 1 else ""
 
 
-def _chains(model: nn.Module, in_channels: int) -> list[_Chain]:
-    """What can be folded, as a pass without numbers shows it."""
+def _watched(model: nn.Module, in_channels: int, dtype: torch.dtype = torch.float32) -> _Watch:
+    """What a pass without numbers shows."""
     twin = without_memory(model).eval()
     watch = _Watch(twin)
     with torch.inference_mode(), watch:
-        scores = twin(torch.empty(1, in_channels, SEEN_PX, SEEN_PX, device="meta"))
+        scores = twin(torch.empty(1, in_channels, SEEN_PX, SEEN_PX, dtype=dtype, device="meta"))
     watch.now[id(scores)].users.append("")  # the caller looks at it too
+    return watch
+
+
+def sole_followers(folded: Folded, in_channels: int) -> dict[str, str]:
+    """The folded convolutions whose result another one alone looks at, both by name, and both run once in a pass."""
+    watch = _watched(folded.model, in_channels, folded.dtype)
+    once = [name for name, item in watch.modules.items() if isinstance(item, FoldedConv2d) and watch.calls[name] == 1]
+    followers = {name: watch.follower(watch.given[name][-1]) for name in once}
+    return {name: follower for name, follower in followers.items() if follower in once}
+
+
+def _chains(model: nn.Module, in_channels: int) -> list[_Chain]:
+    """What can be folded, as a pass without numbers shows it."""
+    watch = _watched(model, in_channels)
     chains = (_chain(name, watch) for name, module in watch.modules.items() if _is_foldable(module))
     return [chain for chain in chains if chain is not None]
 
@@ -310,8 +324,8 @@ def _is_foldable(module: nn.Module) -> bool:
     return type(module) in (nn.Conv2d, nn.ConvTranspose2d, same) and module.padding_mode == "zeros"
 
 
-def _pad_same(x: Tensor, kernel: Any, stride: Any, dilation: Any) -> Tensor:
+def pad_same(x: Tensor, kernel: Any, stride: Any, dilation: Any, value: float = 0) -> Tensor:
     """As TensorFlow pads: the result is ceil(H / stride) rows high, and the smaller half of the padding comes first."""
-    from timm.layers.padding import pad_same  # there are such convolutions only where timm is imported already
+    from timm.layers import padding  # there are such convolutions only where timm is imported already
 
-    return pad_same(x, kernel, stride, dilation)
+    return padding.pad_same(x, kernel, stride, dilation, value)
