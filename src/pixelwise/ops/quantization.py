@@ -57,7 +57,12 @@ class PackedInt8Convolution:
         self, weight: Tensor, bias: Tensor | None, stride: Any, dilation: Any, groups: int, weight_scale: Tensor,
         x_scale: float, x_zero: int, out_scale: float, out_zero: int, activation: str, numbers: list[float],
     ) -> None:  # fmt: skip
-        self.weight, self.bias, self.geometry, self.weight_scale = weight, bias, (stride, dilation, groups), weight_scale
+        self.weight, self.bias, self.geometry, self.weight_scale = (
+            weight,
+            bias,
+            (stride, dilation, groups),
+            weight_scale,
+        )
         self.given, self.zeros = (x_scale, x_zero), torch.zeros(weight.shape[0], dtype=torch.int32)
         kind = torch.uint8 if out_scale else torch.bfloat16
         self.result = (out_scale or 1.0, out_zero, kind, activation, numbers, "")
@@ -142,7 +147,7 @@ class QuantizedConv2d(nn.Module):
             self.padding = (0, 0)
         name, numbers = ("none", ()) if conv.activation is None else conv.activation[:2]
         self.given = levels_of(given)
-        self.more = (*self.given, *((0.0, 0) if result is None else levels_of(result)), name, list(numbers))
+        self.more: Any = (*self.given, *((0.0, 0) if result is None else levels_of(result)), name, list(numbers))
         self._packed: PackedInt8Convolution | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -154,13 +159,14 @@ class QuantizedConv2d(nn.Module):
             x = (quantized if is_real else _quantize)(x, *self.given)
         if self.pads_same:
             x = pad_same(x, self.kernel_size, self.stride, self.dilation, self.given[1])
+        padding = list(self.padding)
         if not is_real:
-            geometry = (self.stride, list(self.padding), self.dilation, self.groups)
+            geometry = (self.stride, padding, self.dilation, self.groups)
             return _convolution(x, self.weight, self.bias, *geometry, self.weight_scale, *self.more)
         if self._packed is None:
-            geometry = (self.stride, self.dilation, self.groups)
-            self._packed = PackedInt8Convolution(self.weight, self.bias, *geometry, self.weight_scale, *self.more)
-        return self._packed(x, list(self.padding))
+            more = (self.stride, self.dilation, self.groups, self.weight_scale, *self.more)
+            self._packed = PackedInt8Convolution(self.weight, self.bias, *more)
+        return self._packed(x, padding)
 
 
 class Quantized(Folded):
