@@ -27,7 +27,7 @@ LEAST_WORK = 2000
 """Multiply-adds for each number of a map, in a row of convolutions, from which on it pays to make it uint8 first."""
 
 _KNOWN = ("none", "relu", "hardtanh", "hardswish", "swish")
-_BLOCK = 1 << 16  # numbers that are quantised at once: they fit into the cache
+_BLOCK = 1 << 17  # numbers that a thread quantises at once: they fit into its cache
 _SAMPLES = 1 << 14  # of a map of an image
 _CANDIDATES = 24  # ranges that are tried
 _HUGE = 1e30  # times a number of the image is infinite, in float32, where that is beyond all images
@@ -38,9 +38,9 @@ def quantized(x: Tensor, scale: float, zero_point: int) -> Tensor:
     x = x.contiguous(memory_format=torch.channels_last)
     out = torch.empty_like(x, dtype=torch.uint8)
     numbers, levels = (item.permute(0, 2, 3, 1).reshape(-1) for item in (x, out))
-    shift, size = torch.tensor([zero_point + 0.5]), min(_BLOCK, x.numel())
+    shift, size = torch.tensor([zero_point + 0.5]), min(_BLOCK * torch.get_num_threads(), x.numel())
     floats, whole = torch.empty(size), torch.empty(size, dtype=torch.int16)
-    for given, given_out in zip(numbers.split(_BLOCK), levels.split(_BLOCK), strict=True):
+    for given, given_out in zip(numbers.split(size), levels.split(size), strict=True):
         found, cut = floats[: given.numel()].copy_(given), whole[: given.numel()]
         torch.add(shift, found, alpha=1 / scale, out=found)
         given_out.copy_(cut.copy_(found.clamp_(0, LEVELS)))  # torch is three times slower from float32 to uint8
@@ -281,7 +281,7 @@ def quantize(folded: Folded, ranges: Mapping[str, tuple[float, float]], in_chann
 
     Example:
         >>> from pixelwise.ops.folding import fold
-        >>> model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3), nn.ReLU(), nn.Conv2d(32, 2, 1))
+        >>> model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 256, 3), nn.ReLU(), nn.Conv2d(256, 2, 1))
         >>> folded = fold(model.eval(), in_channels=3, dtype=torch.bfloat16)
         >>> ranges = calibrated(folded, [torch.rand(1, 3, 20, 20)], in_channels=3)
         >>> [type(item).__name__ for item in quantize(folded, ranges, in_channels=3).model]
