@@ -12,7 +12,7 @@ from pixelwise.cli import main
 from pixelwise.cli.options import with_flag_value
 from pixelwise.errors import DataError, UsageError
 
-VERBS = ["inspect", "train", "evaluate", "predict", "models", "heatmap", "report", "demo"]
+VERBS = ["inspect", "train", "evaluate", "predict", "models", "heatmap", "quantize", "report", "demo"]
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from pixelwise.cli.inspect import inspect
 from pixelwise.cli.models import models
 from pixelwise.cli.options import for_terminal, with_flag_value
 from pixelwise.cli.predict import predict
+from pixelwise.cli.quantize import quantize
 from pixelwise.cli.report import report
 from pixelwise.cli.streams import Streams
 from pixelwise.cli.train import train
@@ -31,7 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for verb in (inspect, train, evaluate, predict, models, heatmap, report, demo):
+for verb in (inspect, train, evaluate, predict, models, heatmap, quantize, report, demo):
     app.command()(verb)
 
 

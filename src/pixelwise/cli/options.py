@@ -82,7 +82,8 @@ AllowNoAffine = Annotated[bool, typer.Option("--allow-no-affine", help="NIfTI: a
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Precision = Annotated[str, typer.Option(help="auto, bf16 or float32.")]
 Accelerate = Annotated[
-    str, typer.Option(help="fold (batch norm into convolutions), none, or auto: fold in bf16 on CPUs.")
+    str,
+    typer.Option(help="fold (batch norm into convolutions), none, int8 (see quantize), or auto: fold in bf16 on CPUs."),
 ]
 BatchStatistics = Annotated[
     bool,

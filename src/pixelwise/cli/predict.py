@@ -220,7 +220,7 @@ def _label(predictor: Any, batch: Any, **how: Any) -> "list[Outcome]":
         def show(text: str) -> None:
             progress.console.print(options.for_terminal(text), markup=False, highlight=False, soft_wrap=True)
 
-        if len(batch.tasks) >= MANY or predictor.accelerate == "fold" or predictor.acceleration.is_refused:
+        if len(batch.tasks) >= MANY or predictor.accelerate in ("fold", "int8") or predictor.acceleration.is_refused:
             show(predictor.computing)
         said = time.monotonic()
 

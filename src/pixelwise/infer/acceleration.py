@@ -1,10 +1,11 @@
 """How the network of a predictor computes: as it is, or made ready for inference; and whether that may be trusted.
 
 What is made of a network is compared with it before it is used, on one small image of noise: in bfloat16 it may be no
-further from the network in float32 than twice what autocast is, in float32 it may differ by rounding only.
+further from the network in float32 than twice what autocast is, in float32 it may differ by rounding only. What 8 bits cost
+is measured on images (`infer.int8`), so here they only must give numbers.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -12,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pixelwise.errors import UsageError
+from pixelwise.errors import DataError, UsageError, brief
 from pixelwise.ops.folding import fold
+from pixelwise.ops.quantization import quantizable, quantize
 
-ACCELERATIONS = ("auto", "none", "fold")
+ACCELERATIONS = ("auto", "none", "fold", "int8")
 USUAL = 1e4  # normalised numbers beyond it are not of images, and may overflow
 CHECKED_PX = 96  # side of the image that is compared
 TOLERANCE = {"bf16": 5e-3, "float32": 1e-5}  # of the deviation of the scores, whatever autocast's is
@@ -26,7 +28,7 @@ class Acceleration:
     """What computes the scores.
 
     Attributes:
-        kind: "none" or "fold".
+        kind: "none", "fold" or "int8".
         model: the network, or what was made of it; both take and give float32.
         reason: why it is this one, in words.
         is_refused: whether the network could not be folded, or not with its own scores.
@@ -39,14 +41,17 @@ class Acceleration:
 
 
 def accelerated(
-    model: nn.Module, kind: str, *, in_channels: int, device: torch.device, precision: str, autocast: Callable[[], Any]
-) -> Acceleration:
+    model: nn.Module, kind: str, *, in_channels: int, device: torch.device, precision: str, autocast: Callable[[], Any],
+    ranges: Mapping[str, tuple[float, float]] | None = None,
+) -> Acceleration:  # fmt: skip
     """What computes the scores of `model` in a precision, on the device where it lies.
 
-    "auto" folds where that was measured to be faster and changes no more than `precision` does: in bf16 on a CPU.
+    "auto" folds where that was measured to be faster and changes no more than `precision` does: in bf16 on a CPU. "int8"
+    folds, and takes the `ranges` of maps.
 
     Raises:
         UsageError: the network was asked to be folded, and cannot be.
+        DataError: the ranges are not those of this network.
     """
     if kind == "none" or (kind == "auto" and (precision != "bf16" or device.type != "cpu")):
         return Acceleration("none", model, "the network as it is")
@@ -57,13 +62,37 @@ def accelerated(
         amiss = departure(folded, model, image, autocast if precision == "bf16" else nullcontext, TOLERANCE[precision])
     except (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError) as error:
         amiss = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error).strip() else ''}"
+    if not amiss and kind == "int8":
+        return quantized_by(folded, ranges or {}, in_channels)
     if not amiss:
         return Acceleration("fold", folded, "batch norm folded into the convolutions (--accelerate none leaves it out)")
     if kind == "auto":
         return Acceleration(
             "none", model, f"the network as it is, since it cannot be folded ({amiss})", is_refused=True
         )
-    raise UsageError(f"accelerate fold: this network cannot be folded ({amiss}). Use accelerate none, or leave it out.")
+    raise UsageError(
+        f"accelerate {kind}: this network cannot be folded ({amiss}). Use accelerate none, or leave it out."
+    )
+
+
+@torch.inference_mode()
+def quantized_by(folded: Any, ranges: Mapping[str, tuple[float, float]], in_channels: int) -> Acceleration:
+    """A folded network in 8 bits.
+
+    Raises:
+        UsageError: none of its convolutions gains by them.
+        DataError: the ranges are not those of this network, or its scores are no numbers.
+    """
+    names = quantizable(folded, in_channels).keys()
+    if not names:
+        raise UsageError("accelerate int8: no convolution of this network gains by 8 bits. Use accelerate auto.")
+    if names != ranges.keys():
+        odd = min(names ^ ranges.keys())
+        raise DataError(f"int8.json: its ranges are not those of this network ({brief(odd)}). Make it again.")
+    made = quantize(folded, ranges, in_channels)
+    if not bool(made(_noise(in_channels)).isfinite().all()):
+        raise DataError("int8.json: with its ranges the scores are no finite numbers. Make it again.")
+    return Acceleration("int8", made, f"{len(names)} convolutions in 8 bits (int8.json), the others folded")
 
 
 @torch.inference_mode()

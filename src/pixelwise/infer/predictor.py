@@ -28,6 +28,7 @@ from pixelwise.formats.image import label_image, write_png
 from pixelwise.infer.acceleration import Acceleration, accelerated, check_acceleration, is_usual
 from pixelwise.infer.bundle import ModelCard, load_bundle
 from pixelwise.infer.devices import resolve_device, resolve_precision
+from pixelwise.infer.int8_file import check_int8, read_ranges
 from pixelwise.infer.options import JobOptions, Tiling
 from pixelwise.infer.overlay import blend, displayable
 from pixelwise.infer.pipeline import LOGITS, ArraySource, Pipeline, check_channels
@@ -105,7 +106,7 @@ class Predictor:
             the training; a prediction then depends on the whole batch.
         accelerate: "fold" computes with batch norm inside the convolutions and all weights in the precision, which is
             checked against the network as it is; "none" does not; "auto" folds in bf16 on a CPU. Scores differ by
-            rounding.
+            rounding. "int8" multiplies in 8 bits as the int8.json of the folder says (`pixelwise quantize`).
 
     Raises:
         UsageError: the device, the precision or the acceleration does not exist here, or a network without batch norm is
@@ -137,13 +138,16 @@ class Predictor:
             raise UsageError(
                 f"batch statistics: {card.model} has no batch norm, so they change nothing. Leave them out."
             )
-        if batch_statistics and accelerate == "fold":
+        if batch_statistics and accelerate in ("fold", "int8"):
             raise UsageError("batch statistics: what is folded has the averages of the training. Use accelerate none.")
         self.batch_statistics = batch_statistics
         self.accelerate = "none" if batch_statistics else check_acceleration(accelerate)
         self.device = resolve_device(device)
         self.precision = resolve_precision(precision, self.device)
         self.card, self.labels, self.in_channels, self.folder = card, card.labels, len(card.mean), folder
+        if self.accelerate == "int8":
+            check_int8(self.device, self.precision)
+            self._ranges = read_ranges(folder, card.weights_sha256)
         self.model = model.to(self.device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
         self.cut_radii: dict[float, tuple[int, int, int, int]] = {}  # by tolerance
         self.scorers: dict[tuple[Any, ...], Scorer] = {}  # by size and options, so that the search is done once
@@ -191,7 +195,7 @@ class Predictor:
         """What computes the scores: the network, or what it was folded into."""
         return accelerated(
             self.model, self.accelerate, in_channels=self.in_channels, device=self.device, precision=self.precision,
-            autocast=self._autocast,
+            autocast=self._autocast, ranges=self._ranges if self.accelerate == "int8" else None,
         )  # fmt: skip
 
     @property

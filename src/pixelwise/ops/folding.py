@@ -25,11 +25,16 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from pixelwise.ops.cost import without_memory
+
 _KEPT = (_BatchNorm, nn.LayerNorm, nn.GroupNorm)
 """Norms that are left stay in float32, which they compute in; their statistics would lose digits."""
 
 Activation = tuple[str, tuple[float, ...], Callable[[Tensor], Tensor]]
 """oneDNN's name for an activation, its numbers, and what torch calls it."""
+
+
+SEEN_PX = 64  # side of the image without numbers
 
 
 def _activation(module: nn.Module) -> Activation | None:
@@ -128,7 +133,7 @@ class FoldedConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.pads_same:
-            x = _pad_same(x, self.kernel_size, self.stride, self.dilation)
+            x = pad_same(x, self.kernel_size, self.stride, self.dilation)
         if not self.is_transposed and not isinstance(self.padding, str) and PackedConvolution.is_possible(x):
             if self._packed is None:
                 more = (self.stride, self.dilation, self.groups, self.activation)
@@ -287,17 +292,32 @@ class _Watch(TorchFunctionMode):
         return value.users[0] if len(value.users) == 1 else ""
 
 
+def _watched(twin: nn.Module, image: Tensor) -> _Watch:
+    """What a pass over an image shows; `twin` keeps the hooks."""
+    watch = _Watch(twin)
+    with torch.inference_mode(), watch:
+        scores = twin(image.clone())
+    if id(scores) in watch.now:
+        watch.now[id(scores)].users.append("")  # the caller looks at it too
+    return watch
+
+
+def sole_followers(folded: Folded, in_channels: int) -> dict[str, str]:
+    """The folded convolutions whose result another one alone looks at, both by name, and both run once in a pass."""
+    image = torch.empty(1, in_channels, SEEN_PX, SEEN_PX, dtype=folded.dtype, device="meta")
+    watch = _watched(without_memory(folded.model).eval(), image)  # without numbers torch's own operations are seen
+    once = [name for name, item in watch.modules.items() if isinstance(item, FoldedConv2d) and watch.calls[name] == 1]
+    followers = {name: watch.follower(watch.given[name][-1]) for name in once}
+    return {name: follower for name, follower in followers.items() if follower in once}
+
+
 def _chains(model: nn.Module, image: Tensor) -> list[_Chain]:
     """What can be folded, as a pass over an image shows it.
 
     Without numbers (on "meta") it would be seen too, but that imports torch's compiler, which takes longer than the pass.
     """
     shared = {id(item): item for item in (*model.parameters(), *model.buffers())}
-    watch = _Watch(copy.deepcopy(model, shared).eval())  # the copy gets hooks, which the model must not keep
-    with torch.inference_mode(), watch:
-        scores = watch.modules[""](image.clone())
-    if id(scores) in watch.now:
-        watch.now[id(scores)].users.append("")  # the caller looks at it too
+    watch = _watched(copy.deepcopy(model, shared).eval(), image)
     chains = (_chain(name, watch) for name, module in watch.modules.items() if _is_foldable(module))
     return [chain for chain in chains if chain is not None]
 
@@ -328,8 +348,8 @@ def _is_foldable(module: nn.Module) -> bool:
     return type(module) in (nn.Conv2d, nn.ConvTranspose2d, same) and module.padding_mode == "zeros"
 
 
-def _pad_same(x: Tensor, kernel: Any, stride: Any, dilation: Any) -> Tensor:
+def pad_same(x: Tensor, kernel: Any, stride: Any, dilation: Any, value: float = 0) -> Tensor:
     """As TensorFlow pads: the result is ceil(H / stride) rows high, and the smaller half of the padding comes first."""
-    from timm.layers.padding import pad_same  # there are such convolutions only where timm is imported already
+    from timm.layers import padding  # there are such convolutions only where timm is imported already
 
-    return pad_same(x, kernel, stride, dilation)
+    return padding.pad_same(x, kernel, stride, dilation, value)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from pixelwise.errors import UsageError
 from pixelwise.ops.cost import PassMemory, Run
 
 if TYPE_CHECKING:
@@ -221,6 +222,10 @@ class _Chooser:
         from pixelwise.infer.tiling.averages import Passes, WithSpread, average_bytes
         from pixelwise.ops.streaming import NotWindowed
 
+        if self.tiling.samples > 1 and self.network.acceleration.kind == "int8":
+            raise UsageError(
+                "samples: ranges for 8 bits were found without dropout, which makes numbers larger. Use accelerate auto."
+            )
         passes, once = Passes.of(self.network.acceleration.model, self.tiling), self.network.pass_memory
         memory = PassMemory(once.per_px * passes.growth, once.per_side * passes.growth**0.5, once.fixed)
         if not self.tiling.blend and self.tiling.tile_px is None:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pixelwise.ops.folding import PackedConvolution
+from pixelwise.ops.quantization import PackedInt8Convolution
 from pixelwise.ops.streaming.graph import Axis, Call, Rule
 from pixelwise.ops.streaming.memory import Span, Window
 from pixelwise.ops.streaming.places import Lookups, Placewise, cut, enlarged, scaled_sizes
@@ -106,7 +107,7 @@ class Convolution(Slides):
         before = (0, 0) if padding == "valid" else pair(padding)
         super().__init__(call, kernel, pair(call.argument(3, "stride", 1)), before, dilation)
         self.groups, self.macs = call.argument(6, "groups", 1), math.prod(self.weight.shape)
-        self.packed: PackedConvolution | None = None
+        self.packed: PackedConvolution | PackedInt8Convolution | None = None
         if self.weight.dtype == torch.bfloat16:  # of a folded network, which runs without autocast
             self.packed = PackedConvolution.of(self.weight, self.bias, self.stride, self.dilation, self.groups, None)
 
@@ -118,6 +119,16 @@ class Convolution(Slides):
         if self.packed is not None and PackedConvolution.is_possible(x):
             return self.packed(x, padding)
         return F.conv2d(x, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
+
+
+class Int8Convolution(Convolution):
+    """pixelwise::int8_convolution."""
+
+    def __init__(self, call: Call) -> None:
+        super().__init__(call)
+        more = call.args[7:]
+        self.packed = PackedInt8Convolution(self.weight, self.bias, self.stride, self.dilation, self.groups, *more)
+        self.fill = more[2]  # the level that is 0
 
 
 class TransposedConvolution(Convolution):

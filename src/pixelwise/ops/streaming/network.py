@@ -51,6 +51,7 @@ _MAKERS: dict[Callable[[Call], Rule], str] = {
 }
 RULES = {f"aten.{name}": maker for maker, names in _MAKERS.items() for name in names.split()}
 RULES["pixelwise.spatial_dropout.default"] = places.DroppedByPlace
+RULES["pixelwise.int8_convolution.default"] = kernels.Int8Convolution
 
 
 def rule_of(call: Call) -> Rule:
