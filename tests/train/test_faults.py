@@ -28,7 +28,8 @@ def replace(data: Path, run: Path) -> None:
 
 def exchange(data: Path, run: Path) -> None:
     images = data / "train" / "images"
-    Image.open(images / "train_1.png").transpose(Image.Transpose.FLIP_TOP_BOTTOM).save(images / "train_1.png")
+    Image.open(images / "train_1.png").transpose(Image.Transpose.FLIP_TOP_BOTTOM).save(run / "turned.png")
+    (run / "turned.png").replace(images / "train_1.png")  # in one step, for a worker may be reading it
 
 
 def shorten(data: Path, run: Path) -> None:

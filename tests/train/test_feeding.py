@@ -80,7 +80,9 @@ def test_a_stream_asks_before_each_batch_since_time_passes_while_it_is_used() ->
     assert keys == [(True,), (True,), (), ()] and asked == [3, 4, 5, 6]
 
 
-def test_a_plan_counts_on_the_faster_steps(toy_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plan_counts_on_the_faster_steps(toy_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # other tests' times are not of these steps
+
     def timed(_config: Any, _model: Any, shape: tuple[int, int, int], _device: Any, precisions: Any, _most: Any) -> Any:
         return {name: [0.1 * shape[2] / 64] for name in precisions}
 
