@@ -40,7 +40,7 @@ def run(setup: Setup) -> list[Row]:
 
 def _crops(images: Tensor) -> Tensor:
     """As smp takes them: (N, C, H, W), float32 in unit scale."""
-    images = images if images.shape[1] == 3 else images.permute(0, 3, 1, 2).contiguous()
+    images = images.permute(0, 3, 1, 2)[:, :3].contiguous()  # without the channel that tells where there are data
     return images / 255 if images.dtype == torch.uint8 else images
 
 

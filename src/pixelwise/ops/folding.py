@@ -132,19 +132,41 @@ class FoldedConv2d(nn.Module):
         return {**self.__dict__, "_packed": None}  # a copy has weights of its own, or none in memory
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.pads_same:
-            x = pad_same(x, self.kernel_size, self.stride, self.dilation)
         if not self.is_transposed and not isinstance(self.padding, str) and PackedConvolution.is_possible(x):
             if self._packed is None:
                 more = (self.stride, self.dilation, self.groups, self.activation)
                 self._packed = PackedConvolution.of(self.weight, self.bias, *more)
-            return self._packed(x, self.padding)
+            return self._same(x, self._packed) if self.pads_same else self._packed(x, self.padding)
+        if self.pads_same:
+            x = pad_same(x, self.kernel_size, self.stride, self.dilation)
         if self.is_transposed:
             places = (self.stride, self.padding, self.output_padding, self.groups, self.dilation)
             x = F.conv_transpose2d(x, self.weight, self.bias, *places)
         else:
             x = F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
         return x if self.activation is None else self.activation[2](x)
+
+    def _same(self, x: Tensor, convolve: PackedConvolution) -> Tensor:
+        """With the padding of `pad_same`, which is often wider behind, but without a padded copy of the input.
+
+        Padded alike on both sides, by steps of the stride more in front, the convolution gives rows and columns more; these
+        are cut off.
+        """
+        from timm.layers.padding import get_same_padding
+
+        before, more, sizes = [], [], []
+        places = zip(x.shape[-2:], self.kernel_size, self.stride, self.dilation, strict=True)
+        for length, kernel, step, dilation in places:
+            both = get_same_padding(length, kernel, step, dilation)
+            near, far = both // 2, both - both // 2
+            more.append(-((near - far) // step))  # steps
+            before.append(near + more[-1] * step)
+            sizes.append(-(-length // step))
+        out = convolve(x, before)
+        if not any(more):
+            return out
+        cut = out[..., more[0] : more[0] + sizes[0], more[1] : more[1] + sizes[1]]
+        return cut.contiguous(memory_format=torch.channels_last)
 
 
 class Folded(nn.Module):
