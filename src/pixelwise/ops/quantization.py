@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from pixelwise.ops.folding import Folded, FoldedConv2d, PackedConvolution, pad_same, sole_followers
+from pixelwise.ops.folding import Folded, FoldedConv2d, pad_same, sole_followers
+from pixelwise.ops.packed import PackedConvolution
 
 LEVELS = 255
 LEAST_CHANNELS = 16

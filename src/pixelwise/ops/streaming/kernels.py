@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pixelwise.ops.folding import PackedConvolution
+from pixelwise.ops.packed import PackedConvolution
 from pixelwise.ops.quantization import PackedInt8Convolution
 from pixelwise.ops.streaming.graph import Axis, Call, Rule
 from pixelwise.ops.streaming.memory import Span, Window
