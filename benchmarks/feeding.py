@@ -32,7 +32,7 @@ from pixelwise.data.layouts import open_data
 from pixelwise.data.photometric import network_input
 from pixelwise.files import write_json
 from pixelwise.losses import cross_entropy
-from pixelwise.ops.depthwise import speed_up_depthwise
+from pixelwise.ops.training import prepare_for_training
 from pixelwise.train import make_config, merge_options, parse_settings
 from pixelwise.train.network import start_network
 from pixelwise.train.plan import AHEAD, make_plan
@@ -53,7 +53,7 @@ def prepare(data: str, options: dict[str, Any]) -> tuple[Any, Feeder, Callable[[
             yield network_input(torch.as_tensor(images), torch.as_tensor(changes)), torch.as_tensor(labels)
 
     model = start.model.train().to(memory_format=torch.channels_last)
-    speed_up_depthwise(model)
+    prepare_for_training(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
 
     def step(images: Tensor, labels: Tensor) -> None:

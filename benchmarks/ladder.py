@@ -24,8 +24,8 @@ from pixelwise.files import read_json, write_json, write_text
 from pixelwise.losses import cross_entropy
 from pixelwise.models import create_model, describe_model
 from pixelwise.models.registry import count_parameters
-from pixelwise.ops.depthwise import speed_up_depthwise
 from pixelwise.ops.receptive_field import receptive_field
+from pixelwise.ops.training import prepare_for_training
 
 CLASSES = 11
 STEP = {"batch": 2, "crop_px": 224}  # of the timed step
@@ -80,7 +80,7 @@ def step_seconds(name: str, steps: int = 3) -> float:
     """The median training step of the paper's network, bfloat16, after one warm-up."""
     torch.manual_seed(0)
     model = create_model(name, num_classes=CLASSES).train().to(memory_format=torch.channels_last)
-    speed_up_depthwise(model)
+    prepare_for_training(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     side = STEP["crop_px"]
     image = torch.randn(STEP["batch"], 3, side, side).contiguous(memory_format=torch.channels_last)

@@ -16,8 +16,6 @@ from pixelwise.infer.devices import computes_in_bf16
 from pixelwise.infer.options import largest
 from pixelwise.infer.predictor import Predictor
 from pixelwise.models import create_model
-from pixelwise.ops.activations import speed_up_activations
-from pixelwise.ops.depthwise import speed_up_depthwise
 from pixelwise.train.module import SegmentationModule, loss_weights
 from pixelwise.train.network import start_network
 from pixelwise.train.plan import make_plan
@@ -81,12 +79,6 @@ def padded(x: Tensor) -> Tensor:
     """Enlarged to multiples of 32 px, which smp demands; ours does it inside."""
     height, width = x.shape[-2:]
     return nn.functional.pad(x, (0, -width % 32, 0, -height % 32), mode="replicate")
-
-
-def speed_up(model: nn.Module) -> None:
-    """What a run does to a network before it trains."""
-    speed_up_depthwise(model)
-    speed_up_activations(model)
 
 
 def training_module(scratch: Path, backbone: str, *, crop_px: int, batch_size: int) -> tuple[Any, tuple[Tensor, ...]]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from pixelwise.models import describe_model, list_models
+from pixelwise.ops.training import prepare_for_training
 from pixelwise.train.network import training_loss
 
 GOALS = {("unet", "inference"): 0.85, ("unet", "training step"): 0.6}
@@ -67,7 +68,7 @@ def inference(name: str, model: nn.Module, x: Tensor):
 def training(model: nn.Module, x: Tensor):
     """A step in bfloat16 on one image, as a run does it."""
     model.to(memory_format=torch.channels_last)
-    networks.speed_up(model)
+    prepare_for_training(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     image = x.contiguous(memory_format=torch.channels_last)
     labels = torch.zeros(len(x), *x.shape[-2:], dtype=torch.uint8)

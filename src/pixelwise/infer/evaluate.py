@@ -40,7 +40,7 @@ class Evaluation:
         images: How many images.
         seconds: How long it took, reading included.
         precision: What the network computed in, "bf16" or "float32".
-        acceleration: What computed it: the network as it is ("none"), or what it was folded into ("fold").
+        acceleration: What computed it: the network as it is ("none"), what it was folded into ("fold"), or 8 bits ("int8").
         statistics: What batch norm used: "running" averages of the training, or those of the "batch" at hand.
         batch: The most images in one pass; with statistics of the batch the scores depend on it.
         foreground: Of two classes, the one that is no background; None if there are more, or both are looked for.

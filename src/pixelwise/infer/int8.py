@@ -147,7 +147,8 @@ def _images(
 @torch.inference_mode()
 def _race(one: Acceleration, other: Acceleration, image: Tensor) -> float:
     """The time of a pass of one over that of the other, by turns; medians."""
-    image, times = image.contiguous(memory_format=torch.channels_last), ([], [])  # type: ignore[var-annotated]
+    image = image.contiguous(memory_format=torch.channels_last)
+    times: tuple[list[float], list[float]] = ([], [])
     for _ in range(ROUNDS):
         for model, found in zip((one.model, other.model), times, strict=True):
             started = time.perf_counter()

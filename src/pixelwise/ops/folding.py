@@ -1,8 +1,8 @@
 """A network made ready for inference: batch norm and activations inside the convolutions, weights in one precision.
 
 In eval mode batch norm is an affine map of each channel, so it is part of the convolution before it (Jacob et al., CVPR
-2018, arXiv:1712.05877, section 3.2). What follows on what is seen in one pass over a small image, so networks need not be
-traceable, and the result takes images of any size, as the network does.
+2018, arXiv:1712.05877, section 3.2). Which module follows which is seen in one pass over a small image, so networks need
+not be traceable, and the result takes images of any size, as the network does.
 
 On a CPU the convolutions run in oneDNN with weights that are brought into its order once, and with the activation applied
 to the result while it is in the cache; autocast would convert and reorder all weights at every call.
@@ -192,9 +192,9 @@ def _hold_in(model: nn.Module, dtype: torch.dtype) -> None:
             continue
         for name, item in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
             if item.is_floating_point():
-                kept = name in module._non_persistent_buffers_set
+                is_temporary = name in module._non_persistent_buffers_set
                 delattr(module, name)
-                module.register_buffer(name, item.detach().to(dtype), persistent=not kept)
+                module.register_buffer(name, item.detach().to(dtype), persistent=not is_temporary)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,8 +15,7 @@ from pixelwise.errors import PixelwiseError
 from pixelwise.losses import class_weights
 from pixelwise.losses.pixel import IGNORE
 from pixelwise.machine import keep_freed_memory
-from pixelwise.ops.activations import speed_up_activations
-from pixelwise.ops.depthwise import speed_up_depthwise
+from pixelwise.ops.training import prepare_for_training
 from pixelwise.train.config import RunConfig
 from pixelwise.train.network import frozen_parts, training_loss, window_px
 from pixelwise.train.order import seed_of
@@ -42,8 +41,7 @@ class SegmentationModule(pl.LightningModule):
         self.model = model
         average = AveragedModel(model, multi_avg_fn=self._average, use_buffers=True) if config.ema else None
         self._beside = (average,)  # no submodule: what is trained on several devices must get a gradient
-        speed_up_depthwise(self.model)
-        speed_up_activations(self.model)
+        prepare_for_training(self.model)
         self.register_buffer("weight", weight, persistent=False)
 
     @property

@@ -19,8 +19,7 @@ from torch.utils.data import Dataset
 from pixelwise.errors import DataError
 from pixelwise.files import read_json, write_json
 from pixelwise.machine import cache_folder, cpu_name, is_out_of_memory, keep_freed_memory, processors
-from pixelwise.ops.activations import speed_up_activations
-from pixelwise.ops.depthwise import speed_up_depthwise
+from pixelwise.ops.training import prepare_for_training
 from pixelwise.train.config import RunConfig
 from pixelwise.train.network import Start, frozen_parts, training_loss, window_px
 
@@ -163,8 +162,7 @@ class _Trial:
         self.model = copy.deepcopy(model).to(device).train()
         if config.channels_last:
             self.model = self.model.to(memory_format=torch.channels_last)
-        speed_up_depthwise(self.model)
-        speed_up_activations(self.model)
+        prepare_for_training(self.model)
         for part in frozen_parts(self.model, config.freeze):
             part.eval()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.0)
